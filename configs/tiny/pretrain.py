@@ -1,0 +1,26 @@
+"""mPLUG-video small enough for a laptop: the same task, model code and recipe as configs/mplug_video/pretrain.py."""
+
+from ml_collections import ConfigDict
+
+from configs.mplug_video.pretrain import NO_DECAY
+from ymplug_jax.config import Data, Experiment, Optim, Train, to_config_dict
+from ymplug_jax.models import mplug_video
+
+
+def get_config() -> ConfigDict:
+    """Give --config.data.path, --config.data.tokenizer and --config.train.init_from=llm=DIR (configs/tiny/language.py)."""
+    experiment = Experiment(
+        task="pretrain",
+        model=mplug_video.sized("tiny"),
+        data=Data(frames=4, image_size=64, max_tokens=32, augment=False, threads=2),
+        optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
+        train=Train(
+            batch_size=16,
+            duration="20 epochs",
+            log_every=10,
+            save_every="10 epochs",
+            eval_every="5 epochs",
+            frozen_dtype="float32",
+        ),
+    )
+    return to_config_dict(experiment)

@@ -1,0 +1,208 @@
+"""Orbax checkpoints of a run: the frozen parameters once, the rest every so many steps; strict on names and shapes.
+
+Layout under the run's folder:
+    checkpoints/frozen/                    frozen parameters, written once
+    checkpoints/steps/<n>/trainable/       float32 parameters after n steps
+    checkpoints/steps/<n>/opt_state/       optimizer state
+    checkpoints/steps/<n>/progress/        {"step": n, "examples_seen": ...}
+A step appears under its name only when it is whole (Orbax renames a temporary folder); what a kill leaves behind is
+ignored and removed at the next start. Restoring always goes into an abstract tree that carries shapes, dtypes and
+shardings, so any mesh and any number of hosts can read what another wrote.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ymplug_jax import state as state_lib
+
+FROZEN = "frozen"
+STEPS = "steps"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or does not fit; the message names the folder, the parameter and the fix."""
+
+
+class Checkpoints:
+    """Saves and restores one run. Saving is asynchronous; `close` waits for the last save."""
+
+    def __init__(self, workdir: str, *, keep: int = 3):
+        self.folder = epath.Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options)
+        self._frozen = ocp.StandardCheckpointer()
+
+    def latest_step(self) -> int | None:
+        """Newest whole step, or None for a fresh run."""
+        return self._manager.latest_step()
+
+    def save_frozen(self, frozen: state_lib.Params) -> None:
+        """Write the frozen tree unless this run has it already."""
+        if state_lib.flatten(frozen) and not (self.folder / FROZEN).exists():
+            self._frozen.save(self.folder / FROZEN, frozen)
+
+    def save(self, state: state_lib.TrainState, step: int, examples_seen: int) -> None:
+        """Start saving the state after `step` steps (a step that is there already is left alone)."""
+        if step in self._manager.all_steps():
+            return
+        self._frozen.wait_until_finished()  # a step without its frozen half would be no checkpoint
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(state.trainable),
+                opt_state=ocp.args.StandardSave(_wrapped(state.opt_state)),
+                progress=ocp.args.JsonSave({"step": step, "examples_seen": examples_seen}),
+            ),
+        )
+
+    def restore(self, abstract: state_lib.TrainState, step: int) -> tuple[state_lib.TrainState, int]:
+        """(state, examples_seen) of a step, placed as `abstract` says.
+
+        Raises:
+          CheckpointError: parameter names or shapes differ from `abstract`.
+        """
+        folder = self.folder / STEPS / str(step) / "trainable"
+        _check(_stored(folder), state_lib.flatten(abstract.trainable), folder)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(abstract.trainable),
+                opt_state=ocp.args.StandardRestore(_wrapped(abstract.opt_state)),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        place = abstract.step.sharding
+        state = state_lib.TrainState(
+            step=jax.device_put(jax.numpy.int32(restored.progress["step"]), place),
+            trainable=restored.trainable,
+            opt_state=restored.opt_state["state"],
+        )
+        return state, restored.progress["examples_seen"]
+
+    def wait(self) -> None:
+        """Until every save that was started is whole on disk."""
+        self._frozen.wait_until_finished()
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish saving and let go of the threads."""
+        self.wait()
+        self._manager.close()
+        self._frozen.close()
+
+
+def _wrapped(opt_state: Any) -> dict:
+    return {"state": opt_state}
+
+
+def sources(init_from: str) -> list[tuple[str, str]]:
+    """[(subtree, folder)] of the setting `init_from`: "DIR" is every parameter (subtree ""), "llm=DIR,vision=DIR" are some.
+
+    Raises:
+      CheckpointError: a part that cannot be read so.
+    """
+    parts = [part.strip() for part in init_from.split(",") if part.strip()]
+    pairs = [tuple(part.split("=", 1)) if "=" in part else ("", part) for part in parts]
+    if len(pairs) > 1 and any(not subtree for subtree, _ in pairs):
+        raise CheckpointError(
+            f'config.train.init_from is {init_from!r}; write one "DIR", or "llm=DIR,vision=DIR" with a name for each'
+        )
+    return pairs
+
+
+def latest_step(workdir: str) -> int | None:
+    """Newest whole step of a run, or None."""
+    folder = epath.Path(workdir).absolute() / "checkpoints" / STEPS
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    return max(steps, default=None)
+
+
+def _places(workdir: str) -> list[epath.Path]:
+    """Item folders that together hold all parameters of the newest checkpoint."""
+    folder = epath.Path(workdir).absolute() / "checkpoints"
+    step = latest_step(workdir)
+    places = [folder / FROZEN, folder / STEPS / str(step) / "trainable"]
+    return [place for place in places if place.exists()]
+
+
+def load_params(workdir: str, abstract: Mapping, *, subtree: str = "") -> dict[str, jax.Array]:
+    """Parameters of a run or a converted checkpoint, flat by path, placed and cast as `abstract` says.
+
+    Args:
+      workdir: the run's folder (the newest step is taken).
+      abstract: nested tree of ShapeDtypeStructs with shardings: the parameters wanted.
+      subtree: take only the paths under this name ("llm"); every one of them must be in the checkpoint.
+
+    Raises:
+      CheckpointError: no checkpoint there, or a wanted parameter is missing or has another shape.
+    """
+    folder = epath.Path(workdir).absolute() / "checkpoints"
+    wanted = {
+        path: leaf
+        for path, leaf in state_lib.flatten(abstract).items()
+        if not subtree or path.startswith(subtree + "/")
+    }
+    if not wanted:
+        tops = sorted({path.split("/")[0] for path in state_lib.flatten(abstract)})
+        raise CheckpointError(
+            f"config.train.init_from: the model has no subtree {subtree!r}; there are {', '.join(tops)}"
+        )
+    places = _places(workdir)
+    if not places:
+        raise CheckpointError(
+            f"{workdir}: no checkpoint here (looked for {folder}); give the --workdir of a finished run"
+        )
+    stored = {place: _stored(place) for place in places}
+    _check(
+        {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}, wanted, folder, extra_allowed=True
+    )
+    loaded: dict[str, jax.Array] = {}
+    for place in places:
+        here = {path: leaf for path, leaf in wanted.items() if path in stored[place]}
+        if not here:
+            continue
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = state_lib.unflatten(here)
+            args = ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+            )
+            loaded |= state_lib.flatten(reader.restore(place, args=args))
+    return loaded
+
+
+def _stored(folder: epath.Path) -> dict[str, Any]:
+    """Path -> Orbax metadata (shape, dtype) of the leaves in one item folder."""
+    with ocp.PyTreeCheckpointer() as reader:
+        return state_lib.flatten(reader.metadata(folder).item_metadata.tree)
+
+
+def _check(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path, *, extra_allowed: bool = False
+) -> None:
+    missing = sorted(set(wanted) - set(stored))
+    extra = [] if extra_allowed else sorted(set(stored) - set(wanted))
+    shapes = [
+        f"{p} is {tuple(stored[p].shape)}, wanted {tuple(wanted[p].shape)}"
+        for p in wanted
+        if p in stored and tuple(stored[p].shape) != tuple(wanted[p].shape)
+    ]
+    problems = [
+        f"{name} {_some(items)}"
+        for name, items in (("missing:", missing), ("not in the model:", extra), ("other shape:", shapes))
+        if items
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{folder} does not fit the model of this config; {'; '.join(problems)}. Use the config that wrote it"
+        )
+
+
+def _some(items: Iterable[str], most: int = 4) -> str:
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

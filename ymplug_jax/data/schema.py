@@ -1,0 +1,56 @@
+"""What a record, a shard and an index look like: shared by the builder and the reader. Standard library only.
+
+A data set is a folder of TFRecord shards named `<name>-<split>.tfrecord-00000-of-00012`, written through TFDS, each with an
+index beside it (`<shard>.index.npy`), plus `manifest.json` and `rejects.jsonl`. Each record is a `tf.train.Example` whose
+keys are those of DMVR / MediaPipe, so that other video readers understand it as well.
+"""
+
+SCHEMA_VERSION = "1.0.0"
+
+# Keys of the Example.
+IMAGE = "image/encoded"  # bytes[T]: the stored frames as JPEG, in time order; T is the same in the whole data set
+TIMESTAMP = "image/timestamp"  # int64[T]: time of each stored frame in microseconds from the start of the clip
+HEIGHT = "image/height"  # int64: of the stored frames, pixels
+WIDTH = "image/width"  # int64
+MEDIA_ID = "clip/media_id"  # bytes: the CSV's FILE column, UTF-8, extension included
+ROW = "clip/row"  # int64: row of the CSV (0-based, header not counted); the order of the ground truth
+TITLE = "clip/title"  # bytes: UTF-8, as in the CSV; empty where the CSV has no title
+CAPTION = (
+    "caption/string"  # bytes[K]: UTF-8 captions, K >= 0 (retrieval: one; captioning: one in train, several in val)
+)
+LABEL_TEXT = "clip/label/text"  # bytes: Chinese class name; empty where unknown or withheld
+LABEL_INDEX = "clip/label/index"  # int64: index into CLASS_NAMES, -1 where unknown or withheld
+
+# The four kinds of CSV in the release: kind -> (column of the file, columns of text).
+COLUMNS = {
+    "pretrain": ("video_id:FILE", ("title",)),
+    "classification": ("video_id:FILE", ("title", "label")),
+    "retrieval": ("clip_name:FILE", ("caption",)),
+    "captioning": ("video_id:FILE", ("golden_caption",)),
+}
+
+# The 45 categories, in the release's order (classname.json).
+CLASS_NAMES = tuple(
+    """翻唱 电视剧剪辑 电视剧周边（预告/杂谈） 财经 美发美妆 萌娃日常 传统文化 少儿动漫 医疗健康 亲子育儿 养生保健 电影周边（预告/杂谈） 篮球
+    日常生活 搞笑 少儿才艺 街舞 广场舞 学历教育 房产装修 美食制作 竞技体育 相声小品 MV 穿搭 科技 健身 家居装饰 纪录片 三农 职业职场 游戏
+    乐器演奏 综艺 电影剪辑 美容护肤 宠物 生活百科 旅游 足球 汽车 动漫 少儿玩具 科学科普 美食测评""".split()
+)
+
+# TFRecord framing: uint64 length, uint32 masked crc32c of the length, payload, uint32 masked crc32c of the payload.
+HEADER_BYTES = 12
+FOOTER_BYTES = 4
+CRC_MASK_DELTA = 0xA282EAD8
+
+MANIFEST = "manifest.json"
+REJECTS = "rejects.jsonl"
+INDEX_SUFFIX = ".index.npy"  # int64[n, 2]: (byte offset of the record's header, payload bytes), one row a record
+
+
+def masked_crc(crc: int) -> int:
+    """TFRecord's mask of a crc32c value (both unsigned 32 bit)."""
+    return (((crc >> 15) | (crc << 17)) + CRC_MASK_DELTA) & 0xFFFFFFFF
+
+
+def shard_name(name: str, split: str, shard: int, shards: int) -> str:
+    """File name of one shard, the TFDS way: `youku_mplug-train.tfrecord-00003-of-00012`."""
+    return f"{name}-{split}.tfrecord-{shard:05d}-of-{shards:05d}"

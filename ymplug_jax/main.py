@@ -1,0 +1,95 @@
+"""Entry point: `python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR --mode train|eval|plan`.
+
+For all modes but train the last line on stdout is one JSON object; everything else goes to stderr. On a pod the same
+command runs on every host.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+HERE = Path(__file__).parent
+CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="configs/<model>/<task>.py[:size]; settings follow as --config.data.path=..."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, settings.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do.")
+EXAMPLES = flags.DEFINE_integer("examples", 0, "Evaluate only this many examples; 0: the whole split.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for plain hosts; TPU pods need none.")
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
+
+
+def main(argv: list[str]) -> int:
+    """Runs one mode. Mistakes of the user (settings, paths, data) end in one line on stderr and exit code 2."""
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"do not know what to do with {argv[1]!r}; settings are written as --config.train.batch_size=8"
+        )
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
+    for noisy in ("absl", "jax", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # After the flags: a wrong flag is answered at once, and importing this module stays quick.
+    import jax
+
+    from ymplug_jax import config, evaluate, plan, run, train
+
+    if COORDINATOR.value:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+    elif _on_tpu_pod():
+        jax.distributed.initialize()
+    if jax.process_index() != 0:
+        logging.getLogger().setLevel(logging.WARNING)
+    try:
+        experiment = config.from_config_dict(CONFIG.value)
+        if MODE.value == "plan":
+            ready = run.prepare(experiment)
+            logging.info("%s", plan.table(ready))
+            facts = plan.estimate(ready, train.compile_step(ready))
+            logging.info("%s", plan.render_estimate(facts))
+            result = facts
+        else:
+            if not WORKDIR.value:
+                raise ValueError(f"--workdir is missing: the folder of the run that --mode={MODE.value} works in")
+            workdir = Path(WORKDIR.value)
+            if MODE.value == "eval":
+                result = evaluate.evaluate(experiment, workdir, examples=EXAMPLES.value)
+            else:
+                train.train(experiment, workdir)
+                return 0
+    except (ValueError, FileNotFoundError, train.TrainingStopped) as error:
+        if not _ours(error):
+            raise
+        logging.error("error: %s", error)
+        return 2
+    if jax.process_index() == 0:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+    return 0
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether this package raised the error on purpose, with a message for the user; anything else is a bug and keeps its traceback."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).parent in (
+        HERE,
+        *(p for p in HERE.iterdir() if p.is_dir()),
+    )
+
+
+def _on_tpu_pod() -> bool:
+    """Whether this host is one of several of a TPU slice (the platform then knows the addresses)."""
+    import os
+
+    return len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

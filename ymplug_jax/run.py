@@ -1,0 +1,142 @@
+"""A run made ready: task, mesh, optimizer, and where every parameter will live and come from. Shared by all programs."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from ymplug_jax import checkpoint, config, optim, sharding
+from ymplug_jax import state as state_lib
+from ymplug_jax.config import Experiment
+from ymplug_jax.data.records import Records
+from ymplug_jax.state import Params, TrainState
+from ymplug_jax.tasks import task as task_lib
+from ymplug_jax.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Nothing in it takes device memory: trees are abstract (shape, dtype, sharding)."""
+
+    experiment: Experiment
+    task: Task
+    mesh: Mesh
+    frozen_patterns: tuple[str, ...]
+    tx: optax.GradientTransformation
+    rate: Callable[[jax.Array], jax.Array]
+    examples: int  # in the training split
+    steps_per_epoch: int
+    total_steps: int
+    state: TrainState  # abstract
+    frozen: Params  # abstract
+
+
+def prepare(experiment: Experiment, devices: list | None = None) -> Run:
+    """Check the settings against each other and lay the run out.
+
+    Args:
+      experiment: resolved settings.
+      devices: of the mesh; None: all there are.
+
+    Raises:
+      ValueError: settings that contradict each other, with the key to change.
+    """
+    train = experiment.train
+    task = task_lib.get(experiment)
+    axes = experiment.mesh
+    mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, devices)
+    sharding.local_rows(train.batch_size, mesh)  # says so if the batch cannot be cut
+    if train.batch_size % (train.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise ValueError(
+            f"config.train.batch_size {train.batch_size} is no multiple of accumulate {train.accumulate} x mesh data x fsdp "
+            f"{mesh.shape['data'] * mesh.shape['fsdp']}"
+        )
+    if experiment.data.path:
+        examples = len(Records(experiment.data.path, experiment.data.train_split))
+    elif not (examples := experiment.data.examples):
+        raise ValueError(
+            "config.data.path is empty; give the folder of the shards, or config.data.examples to plan without them"
+        )
+    if (per_epoch := examples // train.batch_size) == 0:
+        raise ValueError(
+            f"config.train.batch_size {train.batch_size} is larger than the training split ({examples} examples)"
+        )
+    total = config.steps_in(train.duration, steps_per_epoch=per_epoch)
+    warmup = config.steps_in(experiment.optim.warmup, steps_per_epoch=per_epoch, total=total)
+
+    patterns = task.frozen if train.frozen is None else train.frozen
+    params = state_lib.cast_frozen(jax.eval_shape(task.init, jax.random.key(0)), patterns, train.frozen_dtype)
+    params = _placed(params, sharding.param_shardings(params, task.axes, dict(axes.rules), mesh))
+    trainable, frozen = state_lib.split(params, patterns)
+    tx = optim.make(experiment.optim, trainable)
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        tx,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        jax.eval_shape(tx.init, trainable),
+        trainable,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+    )
+    state = TrainState(jax.ShapeDtypeStruct((), "int32", sharding=whole), trainable, opt_state)
+    rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
+    return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen)
+
+
+def _placed(tree: Params, shardings: Params) -> Params:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
+    )
+
+
+def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of one step: what the loader yields, with its sharding."""
+    place = sharding.batch_sharding(run.mesh)
+    size = run.experiment.train.batch_size
+    spec = {
+        key: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=place)
+        for key, leaf in run.task.spec.items()
+    }
+    return spec | {"valid": jax.ShapeDtypeStruct((size,), "bool", sharding=place)}
+
+
+def initialise(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, Params, int, dict[str, str]]:
+    """(state, frozen, examples seen, origin of each path): own run, else `init_from`, else fresh, parameter by parameter."""
+    step = checkpoints.latest_step()
+    if step is not None:
+        state, seen = checkpoints.restore(run.state, step)
+        frozen = checkpoint.load_params(str(checkpoints.folder.parent), run.frozen) if run.frozen else {}
+        flat = state_lib.flatten(state_lib.merge(run.state.trainable, run.frozen))
+        return state, state_lib.unflatten(frozen), seen, dict.fromkeys(flat, f"this run, step {step}")
+    params, origin = fresh_params(run)
+    trainable, frozen = state_lib.split(params, run.frozen_patterns)
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
+    opt_state = jax.jit(run.tx.init, out_shardings=places)(trainable)
+    return (
+        TrainState(jax.device_put(jax.numpy.int32(0), run.state.step.sharding), trainable, opt_state),
+        frozen,
+        0,
+        origin,
+    )
+
+
+def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
+    """(parameters, origin of each path): from `init_from` where it has them, else initialised by seed."""
+    train = run.experiment.train
+    abstract = state_lib.merge(run.state.trainable, run.frozen)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    loaded: dict[str, jax.Array] = {}
+    origin: dict[str, str] = {}
+    for subtree, folder in checkpoint.sources(train.init_from):
+        part = checkpoint.load_params(folder, abstract, subtree=subtree)
+        loaded |= part
+        origin |= dict.fromkeys(part, Path(folder).name)
+    flat = state_lib.flatten(abstract)
+    missing = [path for path in flat if path not in loaded]
+    fresh = state_lib.init_params(
+        run.task.init, jax.random.key(train.seed), run.frozen_patterns, train.frozen_dtype, places, missing
+    )
+    origin |= dict.fromkeys(missing, "fresh")
+    return state_lib.unflatten(loaded | state_lib.flatten(fresh)), {path: origin[path] for path in flat}

@@ -1,0 +1,129 @@
+"""From a parameter's path to its place on the device mesh, in two steps.
+
+A model's `AXES` table turns a path into axis words ("layers embed mlp"); the config's mesh rules turn a word into a mesh
+axis. Models therefore know no mesh, and the mesh changes in one place. Mesh axes: `data` (replicas, also across slices),
+`fsdp` (batch and parameters), `tensor` (heads, mlp width, vocabulary).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+AxisRules = Sequence[tuple[str, str]]
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the batch is cut along both
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """Mesh over all devices (or those given); `data=-1` takes what the other two axes leave.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    if data == -1 and count % (fsdp * tensor) == 0:
+        data = count // (fsdp * tensor)
+    if data * fsdp * tensor != count:
+        raise ValueError(
+            f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not make {count} devices; change config.mesh"
+        )
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def axis_words(path: str, axes: AxisRules) -> tuple[str, ...]:
+    """Axis words of the one rule whose regex matches the whole path, e.g. ("layers", "embed", "mlp").
+
+    Raises:
+      ValueError: no rule, or more than one, matches: there is no catch-all.
+    """
+    found = [words for pattern, words in axes if re.fullmatch(pattern, path)]
+    if len(found) != 1:
+        raise ValueError(
+            f"parameter {path!r} matches {len(found)} rules of the model's AXES; it must match exactly one"
+        )
+    return tuple(found[0].split())
+
+
+def spec_of(
+    path: str, shape: Sequence[int], axes: AxisRules, rules: Mapping[str, str], mesh: jax.sharding.Mesh
+) -> PartitionSpec:
+    """PartitionSpec of one parameter. A dimension that the mesh axis does not divide stays whole; an axis is used once."""
+    words = axis_words(path, axes)
+    if len(words) != len(shape):
+        raise ValueError(
+            f"parameter {path!r} has shape {tuple(shape)} but AXES names {len(words)} axes: {' '.join(words)}"
+        )
+    used: set[str] = set()
+    entries: list[str | None] = []
+    for word, size in zip(words, shape, strict=True):
+        axis = rules.get(word)
+        fits = axis is not None and axis not in used and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+        used |= {axis} if fits else set()
+        entries.append(axis if fits else None)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(params: Mapping, axes: AxisRules, rules: Mapping[str, str], mesh: jax.sharding.Mesh) -> dict:
+    """Tree of NamedSharding for a (nested, possibly abstract) parameter tree."""
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict(
+        {k: NamedSharding(mesh, spec_of(k, v.shape, axes, rules, mesh)) for k, v in flat.items()}, sep="/"
+    )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Leading axis cut over data and fsdp; further axes whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def local_rows(batch_size: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Rows of the global batch that this host's devices hold, ascending: int64[b]. Hosts along `tensor` hold the same rows.
+
+    Raises:
+      ValueError: the batch cannot be cut evenly.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise ValueError(
+            f"batch size {batch_size} cannot be cut into {parts} equal parts (mesh data x fsdp); choose a multiple of {parts}"
+        )
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in places]))
+
+
+def put_batch(
+    batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int, mesh: jax.sharding.Mesh
+) -> dict[str, jax.Array]:
+    """One global array a key out of this host's rows ([b, ...] numpy, in the order of `rows`)."""
+    sharding = batch_sharding(mesh)
+
+    def put(local: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
+
+    return {key: put(value) for key, value in batch.items()}
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Pin an activation to mesh axes, e.g. `constrain(x, "batch", None, None)`; "batch" means (data, fsdp). No mesh: no effect."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec: list[Any] = [BATCH_AXES if axis == "batch" else axis for axis in axes]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

@@ -1,0 +1,76 @@
+"""What a task is: one record of functions that binds a model to data. The file name of a task is its name in a config."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from ymplug_jax.config import Experiment
+from ymplug_jax.sharding import AxisRules
+from ymplug_jax.state import Params
+from ymplug_jax.writer import Metrics
+
+Batch = dict[str, jax.Array]  # fixed shapes, leading axis B, always has valid: bool[B]
+Example = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task on one model: everything that the programs (train, evaluate) need to know about either."""
+
+    axes: AxisRules  # AXES of the model file
+    frozen: tuple[str, ...]  # path regexes, full match
+    init: Callable[[jax.Array], Params]  # key -> fresh parameters, float32
+    example: Callable[
+        [Any, np.random.Generator | None], Example
+    ]  # (record, rng or None for evaluation) -> fixed-shape arrays
+    spec: Mapping[str, jax.ShapeDtypeStruct]  # one example, without B and without valid
+    # (params, batch, key or None for evaluation) -> (scalar loss, metrics); metrics["loss"].weight weighs micro-batches
+    loss: Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
+    predict: Callable[[Params, Batch], dict[str, jax.Array]] | None = None  # arrays with leading axis B
+    score: Callable[[list[dict[str, np.ndarray]]], tuple[dict[str, float], list[dict]]] | None = (
+        None  # rows -> (scores, readable rows)
+    )
+
+
+def get(experiment: Experiment) -> Task:
+    """The task that the experiment names, with its model.
+
+    Raises:
+      ValueError: no such task file, or a model setting that the model does not have.
+    """
+    known = sorted(
+        p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "task", "losses", "metrics")
+    )
+    if experiment.task not in known:
+        raise ValueError(f"config.task is {experiment.task!r}; there are {', '.join(known)}")
+    return importlib.import_module(f"ymplug_jax.tasks.{experiment.task}").make(experiment)
+
+
+def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> Any:
+    """A linen module from nested settings: the fields of a module are its settings.
+
+    Raises:
+      ValueError: a setting that the module does not have, named with the ones it has.
+    """
+    if isinstance(settings, cls):
+        return settings
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"{where}: {cls.__name__} has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+
+    def value(key: str) -> Any:
+        kind = hints[key]
+        return (
+            build(kind, settings[key], f"{where}.{key}")
+            if isinstance(kind, type) and issubclass(kind, nn.Module)
+            else settings[key]
+        )
+
+    return cls(**{key: value(key) for key in settings})

@@ -1,0 +1,325 @@
+"""The one training loop. It sees a Task, never a particular model; what a run needs is laid out in `run.py`."""
+
+import json
+import logging
+import platform
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from ymplug_jax import config, evaluate, plan, sharding
+from ymplug_jax import run as run_lib
+from ymplug_jax import state as state_lib
+from ymplug_jax.checkpoint import Checkpoints
+from ymplug_jax.config import Experiment
+from ymplug_jax.data import loader
+from ymplug_jax.data.records import Records
+from ymplug_jax.run import Run
+from ymplug_jax.state import Params, TrainState
+from ymplug_jax.tasks.task import Batch, Task
+from ymplug_jax.writer import Mean, Metrics, Writer, draw_curve
+
+Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message names the step and the last good checkpoint."""
+
+
+def make_train_step(
+    task: Task, tx: optax.GradientTransformation, rate: Callable[[jax.Array], jax.Array], accumulate: int = 1
+) -> Step:
+    """The pure step (state, frozen, batch, key) -> (state, metrics); the caller jits it.
+
+    Gradients are taken for the trainable tree alone. With `accumulate` > 1 the batch is cut into that many micro-batches,
+    weighted by the weight of their loss, so that a token mean stays the token mean of the whole batch. A step whose loss or
+    gradient is not finite changes nothing but the step count, and says so in `skipped`.
+    """
+
+    def step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+
+        def loss_of(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            return task.loss(state_lib.merge(trainable, frozen), micro, key)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulate == 1:
+            (loss, metrics), grads = gradient(state.trainable, batch, key)
+        else:
+            loss, metrics, grads = _accumulated(gradient, state.trainable, batch, key, accumulate)
+
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        lr = rate(state.step)
+        trainable = jax.tree.map(lambda p, u: p - lr * u, state.trainable, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        state = TrainState(
+            step=state.step + 1,
+            trainable=jax.tree.map(keep, trainable, state.trainable),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        one = jnp.float32(1)
+        extra = {
+            "grad_norm": Mean(norm, one),
+            "lr": Mean(lr, one),
+            "skipped": Mean(1 - finite.astype(jnp.float32), one),
+        }
+        return state, metrics | extra
+
+    return step
+
+
+def _accumulated(
+    gradient: Callable, trainable: Params, batch: Batch, key: jax.Array, parts: int
+) -> tuple[jax.Array, Metrics, Params]:
+    """Weighted mean of loss and gradients over micro-batches. Row i goes to part i % parts: every device keeps its own rows."""
+    micro = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )  # [A, B/A, ...]
+    first = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(gradient, trainable, first, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        (loss, metrics), grads = gradient(trainable, part[0], jax.random.fold_in(key, part[1]))
+        weight = metrics["loss"].weight
+        new = ((weight * loss, metrics), jax.tree.map(lambda g: weight * g, grads))
+        return jax.tree.map(jnp.add, total, new), None
+
+    ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(parts)))
+    weight = jnp.maximum(metrics["loss"].weight, 1e-9)
+    return loss / weight, metrics, jax.tree.map(lambda g: g / weight, grads)
+
+
+def compile_step(run: Run) -> jax.stages.Compiled:
+    """The training step compiled for the run's mesh from abstract arguments: nothing is allocated."""
+    step = make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(run.mesh))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(run.mesh)))
+    with jax.set_mesh(run.mesh):
+        return jitted.lower(run.state, run.frozen, run_lib.abstract_batch(run), key).compile()
+
+
+def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
+    """Train until the end of `duration`, or go on where this folder's newest checkpoint stands. Returns the last scores.
+
+    Raises:
+      TrainingStopped: too many consecutive non-finite steps.
+    """
+    run = run_lib.prepare(experiment)
+    settings, data = experiment.train, experiment.data
+    first = jax.process_index() == 0
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(str(workdir), keep=settings.keep)
+    if first:
+        _write_facts(experiment, workdir)
+    state, frozen, seen, origin = run_lib.initialise(run, checkpoints)
+    start = int(state.step)
+    logging.info("\n%s", plan.table(run, origin))
+    compiled = compile_step(run)
+    logging.info("\n%s", plan.render_estimate(plan.estimate(run, compiled)))
+    if start >= run.total_steps:
+        logging.info("step %d of %d is reached already; nothing to train", start, run.total_steps)
+    checkpoints.save_frozen(frozen)
+
+    writer = Writer(workdir, active=first)
+    save_every = max(
+        1, config.steps_in(settings.save_every, steps_per_epoch=run.steps_per_epoch, total=run.total_steps)
+    )
+    eval_every = max(
+        1, config.steps_in(settings.eval_every, steps_per_epoch=run.steps_per_epoch, total=run.total_steps)
+    )
+    key = jax.device_put(jax.random.key(settings.seed), sharding.replicated(run.mesh))
+    scores: dict[str, float] = {}
+    stop = _Stop()
+    records = Records(data.path, data.train_split)
+    rows = sharding.local_rows(settings.batch_size, run.mesh)
+    stream = loader.batches(
+        records, run.task.example, seed=settings.seed, batch_size=settings.batch_size, rows=rows, start=seen, shuffle=True,
+        threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
+    )  # fmt: skip
+    log = _Log(run, writer, checkpoints, start)
+
+    def check(step: int) -> None:
+        scores.update(evaluate.losses(run, state.trainable, frozen))
+        writer.write(step, {f"eval/{name}": value for name, value in scores.items()})
+        log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+    if data.eval_split and start == 0:
+        check(0)
+    batches = _on_device(stream, rows, settings.batch_size, run.mesh)
+    for step in range(start + 1, run.total_steps + 1):  # `step` counts finished steps
+        batch = next(batches)
+        with jax.transfer_guard("disallow"):
+            state, metrics = compiled(state, frozen, batch, key)
+        log.add(step, metrics)
+        last, stopping = step == run.total_steps, stop.asked(step)
+        if step % settings.log_every == 0 or last or stopping:
+            log.flush(step)
+        if data.eval_split and (step % eval_every == 0 or last):
+            log.flush(step)
+            check(step)
+        if step % save_every == 0 or last or stopping:
+            log.flush(step)  # a run of bad steps must not become the last good checkpoint
+            checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
+        if stopping:
+            log.say(f"asked to stop: saving step {step}; the same command goes on from there")
+            break
+    log.close()
+    stream.close()
+    checkpoints.close()
+    writer.close()
+    if first and (picture := draw_curve(workdir)):
+        logging.info("loss curve: %s", picture)
+    return scores
+
+
+def _on_device(
+    stream: Iterator[dict[str, np.ndarray]], rows: np.ndarray, size: int, mesh: jax.sharding.Mesh
+) -> Iterator[Batch]:
+    """Global arrays, two batches ahead of the step."""
+    ahead: deque[Batch] = deque()
+    for local in stream:
+        ahead.append(sharding.put_batch(local, rows, size, mesh))
+        if len(ahead) > 2:
+            yield ahead.popleft()
+    yield from ahead
+
+
+class _Stop:
+    """Notices SIGTERM. On several hosts all of them must stop at the same step, which JAX's preemption sync decides."""
+
+    def __init__(self):
+        self._flag = False
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_flag", True))
+
+    def asked(self, step: int) -> bool:
+        return self._flag if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+
+class _Log:
+    """Keeps device metrics until a log step, so that the host never waits in between; counts and judges skipped steps."""
+
+    def __init__(self, run: Run, writer: Writer, checkpoints: Checkpoints, start: int):
+        self._run, self._writer, self._checkpoints = run, writer, checkpoints
+        self._pending: list[tuple[int, Metrics]] = []
+        self._bad_in_a_row = 0
+        self._skipped = 0
+        self._since = time.perf_counter()
+        hidden = jax.process_index() != 0
+        self._bar = tqdm(
+            total=run.total_steps,
+            initial=start,
+            unit="step",
+            desc="train",
+            disable=hidden,
+            file=sys.stderr,
+            mininterval=1.0,
+        )
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        self._pending.append((step, metrics))
+
+    def say(self, text: str) -> None:
+        if not self._bar.disable:
+            tqdm.write(text, file=sys.stderr)
+
+    def flush(self, step: int) -> None:
+        """Fetch what is pending, write one line.
+
+        Raises:
+          TrainingStopped: more than `max_bad_steps` steps in a row were not finite.
+        """
+        if not self._pending:
+            return
+        limit = self._run.experiment.train.max_bad_steps
+        fetched = [(number, jax.device_get(metrics)) for number, metrics in self._pending]
+        total: Metrics = {}
+        for number, metrics in fetched:
+            bad = bool(metrics["skipped"].total)
+            self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
+            self._skipped += bad
+            if self._bad_in_a_row >= limit:
+                good = self._checkpoints.latest_step()
+                where = (
+                    "there is no checkpoint yet"
+                    if good is None
+                    else f"the last good checkpoint is step {good} in {self._checkpoints.folder}"
+                )
+                raise TrainingStopped(
+                    f"step {number}: loss or gradient was not finite {limit} times in a row; {where}. Lower config.optim.lr or look at the data"
+                )
+            for name, mean in metrics.items():
+                if bad and name not in ("skipped", "lr"):
+                    continue  # a NaN would hide the good steps of the interval
+                total[name] = total[name] + mean if name in total else mean
+        seconds = time.perf_counter() - self._since
+        samples = len(fetched) * self._run.experiment.train.batch_size
+        values = {name: mean.value() for name, mean in total.items()}
+        values |= {
+            "skipped_total": self._skipped,
+            "samples_per_second": samples / seconds,
+            "epoch": step / self._run.steps_per_epoch,
+        }
+        self._writer.write(step, values)
+        self._bar.update(len(fetched))
+        self._bar.set_postfix_str(
+            f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s"
+            + (f", {self._skipped} skipped" if self._skipped else "")
+        )
+        self._pending.clear()
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _write_facts(experiment: Experiment, workdir: Path) -> None:
+    """config.json and environment.json; a changed setting of a resumed run is named."""
+    path = workdir / "config.json"
+    text = config.to_json(experiment)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        old, new = _leaves(json.loads(path.read_text(encoding="utf-8"))), _leaves(json.loads(text))
+        changed = [
+            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        logging.warning("this folder was written with other settings: %s", "; ".join(changed))
+    path.write_text(text, encoding="utf-8")
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ymplug_jax")
+    facts = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "processes": jax.process_count(),
+        "versions": {name: metadata.version(name) for name in names},
+    }
+    (workdir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        path: leaf
+        for key, value in tree.items()
+        for path, leaf in _leaves(value, f"{prefix}.{key}" if prefix else key).items()
+    }

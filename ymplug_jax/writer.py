@@ -1,0 +1,109 @@
+"""Metrics: `Mean` on the device, JSON lines and TensorBoard on disk, and the loss curve as a picture."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+@struct.dataclass
+class Mean:
+    """A mean that is divided only at the end: add totals and weights over micro-batches, steps and hosts."""
+
+    total: jax.Array  # float32 scalar
+    weight: jax.Array  # float32 scalar
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def value(self) -> float:
+        """total / weight on the host; NaN where nothing was counted."""
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else math.nan
+
+
+Metrics = dict[str, Mean]
+
+
+def mean_of(values: jax.Array, mask: jax.Array) -> Mean:
+    """Mean of `values` where `mask` is non-zero (same shape)."""
+    mask = mask.astype(jnp.float32)
+    # where, not a product: a masked-out NaN or inf must not reach the total.
+    return Mean(jnp.where(mask > 0, values * mask, 0.0).sum(), mask.sum())
+
+
+class Writer:
+    """Appends to `metrics.jsonl` and TensorBoard in the run's folder; on hosts other than the first it does nothing."""
+
+    def __init__(self, workdir: Path, *, active: bool):
+        self._active = active
+        if not active:
+            return
+        from tensorboardX import SummaryWriter  # after the check: only the first host pays for it
+
+        self._path = workdir / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        """One line {"step", "time", ...}; non-finite numbers become null, since JSON has none."""
+        if not self._active:
+            return
+        line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        for name, value in values.items():
+            line[name] = value if np.isfinite(value) else None
+            self._board.add_scalar(name, value, step)
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush both."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """Lines of `metrics.jsonl`, oldest first; of steps written twice (a resumed run) the later line stays."""
+    path = workdir / "metrics.jsonl"
+    lines: dict[tuple, dict] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # cut off by a kill
+            continue
+        lines[line["step"], tuple(sorted(line.keys() - {"step", "time"}))] = line
+    return sorted(lines.values(), key=lambda line: line["step"])
+
+
+def draw_curve(workdir: Path) -> Path | None:
+    """`loss.png`: training loss (raw and smoothed) and evaluation loss by step. None if there is nothing to draw."""
+    lines = read_metrics(workdir)
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    evals = [(line["step"], line["eval/loss"]) for line in lines if line.get("eval/loss") is not None]
+    if len(train) < 2:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps, losses = map(np.array, zip(*train, strict=True))
+    window = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="train")
+    axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"train, mean of {window}")
+    if evals:
+        axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", label="evaluation")
+    axes.set(xlabel="step", ylabel="loss (nats)", title=workdir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = workdir / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
