@@ -25,9 +25,18 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
       ValueError: an unknown size.
     """
     llm, _, vision = arg.partition(",")
+    if llm not in PER_DEVICE:
+        raise ValueError(f"size {llm!r} is unknown; there are {', '.join(PER_DEVICE)}, each also as SIZE,l14")
+    model = mplug_video.sized(llm, vision or "b16")
+    model = model.clone(
+        vision=model.vision.clone(dtype="bfloat16", remat="full"),
+        abstractor=model.abstractor.clone(dtype="bfloat16"),
+        # The published runs left dropout on inside the frozen decoder; 0.0 is the cleaner choice for a run of your own.
+        llm=model.llm.clone(dtype="bfloat16", remat="full", dropout=0.1),
+    )
     experiment = Experiment(
         task="pretrain",
-        model=mplug_video.sized(llm, vision or "b16"),
+        model=model,
         data=Data(examples=10_009_370),  # rows of the released pre-training table, for --mode=plan without shards
         optim=Optim(lr=1e-4, min_lr=1e-6, warmup="2000 steps", eps=1e-6, no_decay=NO_DECAY, lr_scales=CLIP_LR),
         train=Train(

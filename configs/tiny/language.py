@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     """Give --config.data.path and --config.data.tokenizer."""
     experiment = Experiment(
         task="language",
-        model={"llm": mplug_video.sized("tiny").llm},
-        data=Data(max_tokens=32, threads=2),
+        model={"llm": mplug_video.LLMS["tiny"]},
+        data=Data(max_tokens=64, threads=2),
         optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY[:2]),
         train=Train(batch_size=32, duration="20 epochs", log_every=20, save_every="20 epochs", eval_every="10 epochs"),
     )

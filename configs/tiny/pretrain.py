@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     """Give --config.data.path, --config.data.tokenizer and --config.train.init_from=llm=DIR (configs/tiny/language.py)."""
     experiment = Experiment(
         task="pretrain",
-        model=mplug_video.sized("tiny"),
+        model=mplug_video.sized("tiny", "tiny", queries=16),
         data=Data(frames=4, image_size=64, max_tokens=32, augment=False, threads=2),
         optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
         train=Train(

@@ -1,0 +1,70 @@
+"""Attention and position tables against independent computations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ymplug_jax.models import layers
+
+
+def qkv(seed: int, batch: int, length: int, keys: int, heads: int, size: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(batch, n, heads, size)).astype(np.float32) for n in (length, keys, keys)]
+
+
+def test_attention_agrees_with_jax() -> None:
+    q, k, v = qkv(0, 2, 5, 7, 3, 4)
+    expected = jax.nn.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(layers.attention(q, k, v), expected, atol=1e-6)
+    mask = np.random.default_rng(1).random((2, 1, 5, 7)) < 0.7
+    mask[..., 0] = True
+    expected = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask))
+    np.testing.assert_allclose(layers.attention(q, k, v, mask=mask), expected, atol=1e-6)
+
+
+def test_causal_attention_does_not_see_what_follows() -> None:
+    q, k, v = qkv(0, 2, 6, 6, 2, 4)
+    out = layers.attention(q, k, v, causal=True)
+    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+    k[:, 4:], v[:, 4:] = 9, -9
+    np.testing.assert_array_equal(layers.attention(q, k, v, causal=True)[:, :4], out[:, :4])
+
+
+def test_dropout_drops_at_its_rate_and_keeps_the_mean() -> None:
+    heads = 500
+    q, k = np.zeros((1, 8, heads, 2), np.float32), np.zeros((1, 8, heads, 2), np.float32)
+    v = np.ones((1, 8, heads, 2), np.float32)
+    out = layers.attention(q, k, v, dropout=0.25, key=jax.random.key(0))
+    assert abs(out.mean() - 1) < 0.02
+    kept = np.asarray(out) * 8 * 0.75  # how many of 8 equal keys stayed
+    np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
+    assert abs(kept.mean() / 8 - 0.75) < 0.02
+    np.testing.assert_allclose(layers.attention(q, k, v, dropout=0.25), v, rtol=1e-6)  # no key: no dropout
+
+
+def test_resize_keeps_equal_sizes_and_lines() -> None:
+    table = np.random.default_rng(0).normal(size=(1 + 16, 5)).astype(np.float32)
+    np.testing.assert_allclose(layers.resize_pos_embed(table, 16), table, atol=1e-6)
+    np.testing.assert_allclose(layers.resize_temporal_embed(table, 17), table, atol=1e-6)
+    # Half-pixel centres: new frame i of 8 lies at old position (i + 0.5) / 2 - 0.5, clamped to the ends.
+    line = np.arange(4, dtype=np.float32)[:, None]
+    expected = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)
+    np.testing.assert_allclose(layers.resize_temporal_embed(line, 8)[:, 0], expected, atol=1e-6)
+    # No antialiasing: on the way down only the two neighbours count.
+    halved = layers.resize_temporal_embed(np.eye(8, 1), 2)
+    np.testing.assert_allclose(halved[:, 0], [0, 0], atol=1e-6)
+
+
+def test_resize_is_separable_over_rows_and_columns() -> None:
+    grid = np.arange(4)[:, None] * 10 + np.arange(4)
+    table = np.concatenate([[7], grid.ravel()]).astype(np.float32)[:, None]
+    at = np.clip((np.arange(6) + 0.5) * 4 / 6 - 0.5, 0, 3)
+    resized = np.asarray(layers.resize_pos_embed(table, 36))[:, 0]
+    assert resized[0] == 7
+    np.testing.assert_allclose(resized[1:].reshape(6, 6), at[:, None] * 10 + at, atol=1e-4)
+
+
+def test_resize_refuses_what_is_no_square() -> None:
+    with pytest.raises(ValueError, match="squares"):
+        layers.resize_pos_embed(np.zeros((1 + 12, 4), np.float32), 16)

@@ -1,0 +1,94 @@
+"""Losses against loops, and over a batch that is cut over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ymplug_jax.tasks import losses
+
+
+def units(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    x = rng.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def contrastive_by_loops(video: np.ndarray, text: np.ndarray, temperature: float, smoothing: float) -> float:
+    n, total = len(video), 0.0
+    for scores in (
+        [[max(v @ t for v in video[b]) / temperature for t in text] for b in range(n)],
+        [[max(v @ text[b] for v in video[g]) / temperature for g in range(n)] for b in range(n)],
+    ):
+        for b, row in enumerate(np.array(scores, np.float64)):
+            logs = row - np.log(np.exp(row).sum())
+            target = np.full(n, smoothing / n)
+            target[b] += 1 - smoothing
+            total -= 0.5 * (target * logs).sum()
+    return total
+
+
+@pytest.mark.parametrize(("rows", "queries"), [(5, 3), (1, 3), (4, 1), (1, 1)])
+def test_contrastive_equals_loops(rows: int, queries: int) -> None:
+    rng = np.random.default_rng(rows)
+    video, text = units(rng, rows, queries, 6), units(rng, rows, 6)
+    total, weight = losses.contrastive(video, text, 0.2)
+    assert weight == rows
+    assert total == pytest.approx(contrastive_by_loops(video, text, 0.2, 0.1), rel=1e-5, abs=1e-6)
+
+
+def test_contrastive_leaves_padding_rows_out() -> None:
+    rng = np.random.default_rng(0)
+    video, text = units(rng, 6, 3, 4), units(rng, 6, 4)
+    valid = np.array([1, 0, 1, 1, 0, 1], bool)
+    total, weight = losses.contrastive(video, text, 0.1, valid=valid)
+    alone, rows = losses.contrastive(video[valid], text[valid], 0.1)
+    assert weight == rows == 4
+    assert total == pytest.approx(float(alone), rel=1e-5)
+    total, weight = losses.contrastive(video, text, 0.1, valid=np.zeros(6, bool))
+    assert total == weight == 0
+
+
+def test_contrastive_over_a_cut_batch_sees_all_of_it() -> None:
+    assert jax.device_count() == 8
+    rng = np.random.default_rng(0)
+    inputs = units(rng, 16, 3, 8), units(rng, 16, 8), np.float32(0.07)
+
+    def mean(video: jax.Array, text: jax.Array, temperature: jax.Array) -> jax.Array:
+        total, weight = losses.contrastive(video, text, temperature)
+        return total / weight
+
+    step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2)))
+    one = step(*inputs)
+    rows = NamedSharding(
+        jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec("data")
+    )
+    cut = step(*jax.device_put(inputs[:2], rows), inputs[2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), cut, one)
+
+
+def test_next_token_counts_targets_only() -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 11, (3, 6))
+    mask = np.array(
+        [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
+    )  # the last row is padding of the batch
+    prompt = np.array([1, 2, 0])
+    logits = rng.normal(size=(3, 5, 11)).astype(np.float32)
+    expected = []
+    for b in range(3):
+        for j in range(5):
+            if mask[b, j + 1] and j >= prompt[b]:
+                row = logits[b, j].astype(np.float64)
+                expected.append(np.log(np.exp(row).sum()) - row[ids[b, j + 1]])
+    total, weight = losses.next_token(logits, ids, mask, prompt)
+    assert weight == len(expected) == 5
+    assert total == pytest.approx(sum(expected), rel=1e-5)
+    assert losses.next_token(logits, ids, mask)[1] == 8
+
+
+def test_masked_positions_give_no_gradient_even_if_infinite() -> None:
+    ids, mask = np.ones((1, 3), np.int32), np.array([[1, 1, 0]])
+    logits = jnp.zeros((1, 2, 4)).at[0, 1].set(jnp.inf)
+    total, _ = losses.next_token(logits, ids, mask)
+    assert total == pytest.approx(np.log(4), rel=1e-5)

@@ -1,0 +1,288 @@
+"""mPLUG-video (GPT-3) against stored outputs of the PyTorch reference, one test a fixture file, all arrays of each file.
+
+Everything is float32 with exact matrix products; an error is relative to the largest value of its array. Sizes are read
+from the files, weights come in through the converter's own tables.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ymplug_jax.convert import mplug_video as tables
+from ymplug_jax.convert import rules
+from ymplug_jax.models import layers, mplug_video
+from ymplug_jax.models.abstractor import Abstractor
+from ymplug_jax.models.gpt3 import GPT3
+from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.tasks import losses
+
+OUTPUT, GRADIENT = 1e-5, 1e-4
+OTHER_TASKS = {"beam", "caption", "cls", "retrieval", "retrieval_itm"}  # files of tasks that are not here yet
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+class File:
+    """A fixture file that remembers which of its arrays were compared or used."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as arrays:
+            self.arrays = dict(arrays)
+        self.config = json.loads(str(self.arrays.pop("config")))
+        self.unused = set(self.arrays)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.unused.discard(name)
+        return self.arrays[name]
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays whose name starts with `prefix/`, without it."""
+        return {name.removeprefix(f"{prefix}/"): self[name] for name in self.arrays if name.startswith(f"{prefix}/")}
+
+    def check(self, name: str, value: np.ndarray, tolerance: float) -> None:
+        expected, value = self[name], np.asarray(value)
+        assert value.shape == expected.shape, f"{name}: shape {value.shape}, expected {expected.shape}"
+        error = np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-30)
+        print(f"{error:.1e}  {name}")  # shown by `pytest -rP`
+        assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance}"
+
+    def check_all(self, prefix: str, values: dict[str, np.ndarray], tolerance: float) -> None:
+        """Every array stored below `prefix` (a selection of `values`)."""
+        names = [name for name in self.arrays if name.startswith(f"{prefix}/")]
+        assert names, f"the file has no {prefix}/*"
+        for name in names:
+            self.check(name, values[name.removeprefix(f"{prefix}/")], tolerance)
+
+    def done(self) -> None:
+        assert not self.unused, f"arrays that no check used: {sorted(self.unused)}"
+
+
+def timesformer(visual: dict, frames: int) -> TimeSformer:
+    return TimeSformer(
+        image_size=visual["img_size"],
+        patch_size=visual["patch_size"],
+        depth=visual["depth"],
+        width=visual["embed_dim"],
+        heads=visual["num_heads"],
+        mlp_ratio=visual["mlp_ratio"],
+        frames=frames,
+        clip=visual.get("clip_model", False),
+    )
+
+
+def gpt3(text: dict) -> GPT3:
+    return GPT3(
+        vocab=text["vocab_size"],
+        width=text["hidden_size"],
+        depth=text["num_hidden_layers"],
+        heads=text["num_attention_heads"],
+        max_positions=text["max_position_embeddings"],
+        ln_eps=text["layernorm_epsilon"],
+    )
+
+
+def channels_last(video: np.ndarray) -> np.ndarray:
+    """[B, 3, T, S, S] -> [B, T, S, S, 3]."""
+    return video.transpose(0, 2, 3, 4, 1)
+
+
+def shapes_of(model: object, *args: object) -> dict:
+    return jax.eval_shape(lambda key: model.init(key, *args), jax.random.key(0))["params"]
+
+
+def check_encoder(path: Path) -> None:
+    file = File(path)
+    visual = file.config["visual"]
+    model, video = timesformer(visual, visual["num_frames"]), channels_last(file["in/video"])
+    like, weights = shapes_of(model, video), file.group("param")
+    params = rules.to_tree(tables.TIMESFORMER, weights, like)
+
+    def run(params: dict) -> tuple[jax.Array, dict]:
+        tokens, kept = model.apply({"params": params}, video, capture_intermediates=True, mutable="intermediates")
+        return jnp.sum(tokens * file["in/cotangent"]), {"tokens": tokens, **kept["intermediates"]}
+
+    (_, out), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+    patches = out["patch"]["__call__"][0]
+    file.check("out/patch_embed", patches.reshape(-1, *patches.shape[2:]), OUTPUT)
+    x, cls = out["blocks"]["__call__"][0][0]
+    for i in range(model.depth):
+        file.check(f"out/block{i}_tokens", x[i], OUTPUT)
+        file.check(f"out/block{i}_cls", cls[i], OUTPUT)
+    file.check("out/tokens", out["tokens"], OUTPUT)
+    file.check("out/cls", out["tokens"][:, 0], OUTPUT)
+    file.check_all("grad", rules.to_torch(tables.TIMESFORMER, grads), GRADIENT)
+
+    tables_and_patch = ("cls_token", "pos_embed", "temporal_embed", "patch_embed.proj.")
+    scale = np.float32(file.config["small_scale"])
+    small = {name: w * scale if name.startswith(tables_and_patch) else w for name, w in weights.items()}
+    tokens = model.apply({"params": rules.to_tree(tables.TIMESFORMER, small, like)}, video)
+    file.check("out/small_scale/tokens", tokens, OUTPUT)
+
+    other = file.config["resize_to"]
+    patches = (other["img_size"] // model.patch_size) ** 2
+    file.check("out/pos_embed_resized", layers.resize_pos_embed(params["pos_embed"], patches)[None], OUTPUT)
+    temporal = layers.resize_temporal_embed(params["temporal_embed"], other["num_frames"])
+    file.check("out/temporal_embed_resized", temporal[None], OUTPUT)
+    file.done()
+
+
+def test_encoder(golden) -> None:
+    check_encoder(golden("encoder.npz"))
+
+
+def test_encoder_noclip(golden) -> None:
+    check_encoder(golden("encoder_noclip.npz"))
+
+
+def test_abstractor(golden) -> None:
+    file = File(golden("abstractor.npz"))
+    config, context = file.config, file["in/context"]
+    model = Abstractor(queries=config["num_queries"], heads=config["num_heads"], mlp_ratio=config["mlp_ratio"])
+    like = {name: leaf for name, leaf in shapes_of(model, context).items() if name != "queries"}
+    params = rules.to_tree(tables.ABSTRACTOR, file.group("param"), like)
+
+    def run(params: dict, queries: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def one(queries: jax.Array, context: jax.Array) -> jax.Array:  # the file has other queries for each row
+            return model.apply({"params": params | {"queries": queries}}, context[None])[0]
+
+        out = jax.vmap(one)(queries, context)
+        return jnp.sum(out * file["in/cotangent"]), out
+
+    step = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
+    (_, out), (grads, of_queries, of_context) = step(params, file["in/queries"], context)
+    file.check("out/output", out, OUTPUT)
+    file.check_all("grad", rules.to_torch(tables.ABSTRACTOR, grads), GRADIENT)
+    file.check("grad_in/queries", of_queries, GRADIENT)
+    file.check("grad_in/context", of_context, GRADIENT)
+    file.done()
+
+
+def test_gpt3(golden) -> None:
+    file = File(golden("gpt3.npz"))
+    model, ids, labels = gpt3(file.config["text"]), file["in/input_ids"], file["in/labels"]
+    weights = file.group("param")
+    like = shapes_of(model, jnp.zeros((1, 1, model.width)))
+    params = rules.to_tree(tables.GPT3, weights, like)
+
+    def run(params: dict, prefix: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:
+        embeds = jnp.concatenate([prefix, model.apply({"params": params}, ids, method="embed")], axis=1)
+        hidden, kept = model.apply({"params": params}, embeds, capture_intermediates=True, mutable="intermediates")
+        logits = model.apply({"params": params}, hidden, method="logits")
+        out = {"logits": logits, "losses": losses.token_losses(logits, labels), "last_hidden_state": hidden}
+        block_outputs = kept["intermediates"]["blocks"]["__call__"][0][0][0]
+        out |= {f"layer{i}": block_outputs[i] for i in range(model.depth)}
+        return jnp.mean(out["losses"][:, prefix.shape[1] :]), out
+
+    query = file["in/query_embeds"]
+    _, out = jax.jit(run)(params, query[:, :0], labels)
+    file.check_all("out/tokens", out, OUTPUT)
+    at_visual = np.full(query.shape[:2], 100, np.int32)
+    step = jax.jit(jax.value_and_grad(run, argnums=1, has_aux=True))
+    (_, out), of_query = step(params, query, np.concatenate([at_visual, labels], axis=1))
+    file.check_all("out/visual_prefix", out, OUTPUT)
+    file.check("grad_in/query_embeds", of_query, GRADIENT)
+
+    scale = np.float32(file.config["small_scale"])
+    small = {name: w * scale if ".embedding." in name else w for name, w in weights.items()}
+    _, out = jax.jit(run)(rules.to_tree(tables.GPT3, small, like), query[:, :0], labels)
+    file.check_all("out/small_scale", out, OUTPUT)
+    file.done()
+
+
+def check_language_pass(file: File, name: str, hidden: jax.Array, logits: jax.Array, visual: int, ids, mask) -> None:
+    """Hidden states, logits of every position, token losses, targets and the loss of one pass over [visual, text]."""
+    file.check(f"{name}/last_hidden_state", hidden, OUTPUT)
+    file.check(f"{name}/logits", logits, OUTPUT)
+    labels = file[f"{name}/labels"][:, :-1]  # the last one predicts nothing
+    assert (labels[:, :visual] == 100).all() and (labels[:, visual:] == ids[:, 1:]).all()
+    file.check(f"{name}/token_losses", losses.token_losses(logits[:, :-1], labels), OUTPUT)
+    targets = np.pad(losses.target_mask(mask), ((0, 0), (visual, 0)))
+    np.testing.assert_array_equal(targets, file[f"{name}/loss_mask"])
+    total, weight = losses.next_token(logits[:, visual:-1], ids, mask)
+    assert weight == targets.sum()
+    file.check(f"{name}/loss", total / weight, OUTPUT)
+
+
+def check_gradients(file: File, name: str, grads: dict, like: dict) -> None:
+    """Stored gradients, the norm over all trainable ones, and which trainable tensors get none."""
+    llm = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like["llm"])
+    named = rules.to_torch(tables.MPLUG_VIDEO, grads | {"llm": llm})
+    named = {k: v for k, v in named.items() if not k.startswith("text_decoder.")}
+    without = {k for k, v in named.items() if not v.any()}
+    named["global_norm"] = np.sqrt(sum(np.sum(np.square(v, dtype=np.float64)) for v in named.values()))
+    assert without == set(file[f"{name}/no_grad_names"].tolist())
+    del file.arrays[f"{name}/no_grad_names"]
+    file.check_all(name, named, GRADIENT)
+
+
+def test_pretrain(golden) -> None:
+    file = File(golden("pretrain.npz"))
+    visual, text, settings = (file.config[key] for key in ("visual", "text", "model"))
+    model = MPLUGVideo(
+        vision=timesformer(visual, settings["num_frames"]),
+        abstractor=Abstractor(settings["num_learnable_token"], visual["num_heads"], visual["mlp_ratio"]),
+        llm=gpt3(text),
+        contrastive_width=settings["contrastive_embed_dim"],
+        connector_norm=visual.get("connect_ln", False),
+    )
+    like = jax.eval_shape(lambda key: mplug_video.init(model, key), jax.random.key(0))
+    params = rules.to_tree(tables.MPLUG_VIDEO, file.group("param"), like)
+    trainable, llm = {k: v for k, v in params.items() if k != "llm"}, params["llm"]
+    video, ids, mask = channels_last(file["in/video"]), file["in/text/input_ids"], file["in/text/attention_mask"]
+    queries = settings["num_learnable_token"]
+
+    def apply(trainable: dict, method: str, *args: object) -> dict | jax.Array:
+        return model.apply({"params": trainable | {"llm": llm}}, *args, method=method)
+
+    def caption_loss(trainable: dict) -> tuple[jax.Array, dict]:
+        out = apply(trainable, "encode_video", video)
+        hidden = apply(trainable, "hidden", out["prefix"], ids)
+        total, weight = losses.next_token(apply(trainable, "logits", hidden[:, queries:-1]), ids, mask)
+        return total / weight, out | {"hidden": hidden}
+
+    def both_losses(trainable: dict) -> tuple[jax.Array, dict]:
+        loss_caption, out = caption_loss(trainable)
+        text_hidden = apply(trainable, "hidden", None, ids)
+        feats = apply(trainable, "contrastive", out["image_query"], text_hidden, mask)
+        total, weight = losses.contrastive(feats["video"], feats["text"], feats["temperature"])
+        out |= {"loss_caption": loss_caption, "loss_contrastive": total / weight, "text_hidden": text_hidden, **feats}
+        return loss_caption + total / weight, out
+
+    (loss, out), grads = jax.jit(jax.value_and_grad(caption_loss, has_aux=True))(trainable)
+    file.check("out/plain/loss_caption", loss, OUTPUT)
+    check_gradients(file, "grad/plain", grads, like)
+    file.check("out/video_tokens", out["tokens"], OUTPUT)
+    file.check("out/video_cls", out["tokens"][:, 0], OUTPUT)
+    file.check("out/image_query", out["image_query"], OUTPUT)
+    file.check("out/query_features", out["prefix"], OUTPUT)
+    logits = apply(trainable, "logits", out["hidden"])
+    check_language_pass(file, "out/caption", out["hidden"], logits, queries, ids, mask)
+
+    (loss, out), grads = jax.jit(jax.value_and_grad(both_losses, has_aux=True))(trainable)
+    file.check("out/contrastive/loss_caption", out["loss_caption"], OUTPUT)
+    file.check("out/contrastive/loss_contrastive", out["loss_contrastive"], OUTPUT)
+    file.check("out/contrastive/loss_total", loss, OUTPUT)
+    file.check("out/contrastive/vision_feats", out["video"], OUTPUT)
+    file.check("out/contrastive/text_feats", out["text"], OUTPUT)
+    scores = losses.similarity(out["video"], out["text"]) / out["temperature"]
+    file.check("out/contrastive/sim_i2t", scores, OUTPUT)
+    file.check("out/contrastive/sim_t2i", scores.T, OUTPUT)
+    check_gradients(file, "grad/contrastive", grads, like)
+    logits = apply(trainable, "logits", out["text_hidden"])
+    check_language_pass(file, "out/text_only", out["text_hidden"], logits, 0, ids, mask)
+    file.done()
+
+
+def test_every_fixture_has_a_test(golden_folder: Path) -> None:
+    files = {path.stem for path in golden_folder.iterdir() if path.suffix in (".npz", ".json")}
+    assert files - OTHER_TASKS <= {name.removeprefix("test_") for name in globals() if name.startswith("test_")}

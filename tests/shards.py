@@ -1,0 +1,77 @@
+"""Small data sets written byte by byte, as the builder would, for tests that need shards but no videos."""
+
+from pathlib import Path
+
+import cv2
+import google_crc32c
+import numpy as np
+from tensorflow_datasets.proto import tf_example_pb2
+
+from ymplug_jax.data import schema
+
+SHAPES = ("圆形", "方形", "三角形")
+COLOURS = ("红色", "蓝色", "绿色", "黄色")
+
+
+def jpeg(seed: int, side: int = 24) -> bytes:
+    """A noisy picture."""
+    image = np.random.default_rng(seed).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
+    return cv2.imencode(".jpg", image)[1].tobytes()
+
+
+def example(i: int, frames: int = 4) -> bytes:
+    """Record i: frames seeded by i, a title out of twelve."""
+    message = tf_example_pb2.Example()
+    feature = message.features.feature
+    feature[schema.IMAGE].bytes_list.value.extend(jpeg(100 * i + t) for t in range(frames))
+    feature[schema.TIMESTAMP].int64_list.value.extend(range(0, frames * 100_000, 100_000))
+    feature[schema.MEDIA_ID].bytes_list.value.append(f"videos/{i}.mp4".encode())
+    feature[schema.TITLE].bytes_list.value.append(title(i).encode())
+    feature[schema.CAPTION].bytes_list.value.extend([f"第{i}个".encode(), "视频".encode()])
+    feature[schema.LABEL_TEXT].bytes_list.value.append("宠物".encode())
+    feature[schema.LABEL_INDEX].int64_list.value.append(36)
+    return message.SerializeToString()
+
+
+def title(i: int) -> str:
+    return f"{COLOURS[i % 4]}的{SHAPES[i % 3]}在移动"
+
+
+def frame(payload: bytes) -> bytes:
+    """One TFRecord record."""
+    size = len(payload).to_bytes(8, "little")
+    crcs = (schema.masked_crc(google_crc32c.value(data)).to_bytes(4, "little") for data in (size, payload))
+    return size + next(crcs) + payload + next(crcs)
+
+
+def write(folder: Path, counts: tuple[int, ...] = (5, 4), split: str = "train", first: int = 0) -> Path:
+    """Shards with so many records each, and their indices."""
+    folder.mkdir(parents=True, exist_ok=True)
+    i = first
+    for number, count in enumerate(counts):
+        file = folder / schema.shard_name("clips", split, number, len(counts))
+        data, index = b"", []
+        for _ in range(count):
+            payload = example(i)
+            index.append((len(data), len(payload)))
+            data += frame(payload)
+            i += 1
+        file.write_bytes(data)
+        np.save(file.with_name(file.name + schema.INDEX_SUFFIX), np.array(index, np.int64).reshape(-1, 2))
+    return folder
+
+
+def tokenizer(file: Path) -> Path:
+    """A sentencepiece model of the titles."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([title(i) for i in range(12)] * 4), model_writer=model, vocab_size=40, hard_vocab_limit=False,
+        character_coverage=1.0, add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+    )  # fmt: skip
+    file.write_bytes(model.getvalue())
+    return file

@@ -1,0 +1,170 @@
+"""One table a model, read in both directions: names and layouts of a PyTorch checkpoint <-> our parameter tree.
+
+A rule speaks of one kind of source tensor. Its layout names the axes of both sides, e.g. "(part n h) d -> d n h": the source
+is [3 * N * H, D], cut into as many parts as the rule has targets, each of which is [D, N, H]. Sizes come from the parameter
+tree, so the same line turns a tensor round in either direction, exactly, one tensor at a time.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+class Rule(NamedTuple):
+    """One line of a table."""
+
+    source: str  # name in the checkpoint; "{}" stands for the layer, whose index is the first axis of the target
+    layout: str  # "axes of the source -> axes of a target"; "(a b)" merges axes, "1" is an axis of size one
+    targets: tuple[str, ...]  # paths in the tree; several share the axis "part" of the source
+
+
+class Entry(NamedTuple):
+    """One source tensor that a given tree calls for."""
+
+    rule: Rule
+    layer: int | None
+    shape: tuple[int, ...]  # of the source tensor
+    sizes: dict[str, int]  # of each axis word
+
+
+class Piece(NamedTuple):
+    """Where a part of a source tensor goes: the whole leaf, or one layer of it."""
+
+    path: str
+    layer: int | None
+    value: np.ndarray
+
+
+class Mismatch(NamedTuple):
+    """How a checkpoint differs from what a tree calls for; all empty if it fits."""
+
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]  # "name: expected shape, found shape"
+
+
+def under(source: str, target: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules of a part, seen from the whole: prefixes put before source names and target paths."""
+    return tuple(Rule(source + r.source, r.layout, tuple(target + t for t in r.targets)) for r in rules)
+
+
+def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
+    """Every source tensor that the tree calls for, by name. Rules whose targets the tree lacks altogether do not apply.
+
+    Args:
+      rules: the table.
+      tree: nested dict of arrays or `ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: a leaf that no rule or several rules make, or a rule of whose targets only some exist or differ in shape.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
+    entries: dict[str, Entry] = {}
+    made: set[str] = set()
+    for rule in rules:
+        present = [path for path in rule.targets if path in shapes]
+        if not present:
+            continue
+        if len(present) < len(rule.targets) or len({shapes[path] for path in present}) > 1:
+            raise ValueError(f"{rule.source}: its targets {rule.targets} do not all exist in one shape: {shapes}")
+        if twice := made.intersection(present):
+            raise ValueError(f"parameter {min(twice)!r} is made by two rules; the second is {rule.source!r}")
+        made.update(present)
+        shape = shapes[present[0]]
+        layers: Sequence[int | None] = [None]
+        if "{}" in rule.source:
+            layers, shape = range(shape[0]), shape[1:]
+        source, target = _parse(rule.layout)
+        if len(target) != len(shape):
+            raise ValueError(
+                f"{present[0]}: layout {rule.layout!r} has {len(target)} axes but the parameter has {len(shape)}"
+            )
+        sizes = dict(zip(target, shape, strict=True)) | {"part": len(rule.targets), "1": 1}
+        merged = tuple(math.prod(sizes[word] for word in group) for group in source)
+        for layer in layers:
+            entries[rule.source.format(layer)] = Entry(rule, layer, merged, sizes)
+    if bare := sorted(set(shapes) - made):
+        raise ValueError(f"no rule makes the parameter {bare[0]!r} ({len(bare)} such parameters)")
+    return entries
+
+
+def compare(entries: Mapping[str, Entry], shapes: Mapping[str, Sequence[int]]) -> Mismatch:
+    """What a checkpoint with tensors of these names and shapes lacks, has too much, or has in another shape."""
+    reshaped = [
+        f"{name}: expected {entries[name].shape}, found {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in entries and tuple(shape) != entries[name].shape
+    ]
+    return Mismatch(sorted(set(entries) - set(shapes)), sorted(set(shapes) - set(entries)), sorted(reshaped))
+
+
+def pieces(entry: Entry, tensor: np.ndarray) -> Iterator[Piece]:
+    """One source tensor -> its places in the tree (views where numpy can)."""
+    order, flat = _order(entry)
+    values = tensor.reshape(flat).transpose(order).reshape(len(entry.rule.targets), *_target_shape(entry))
+    for path, value in zip(entry.rule.targets, values, strict=True):
+        yield Piece(path, entry.layer, value)
+
+
+def tensor_of(entry: Entry, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One source tensor out of a flat tree: the inverse of `pieces`."""
+    values = [np.asarray(leaves[path]) for path in entry.rule.targets]
+    if entry.layer is not None:
+        values = [value[entry.layer] for value in values]
+    order, flat = _order(entry)
+    moved = np.stack(values).reshape([flat[axis] for axis in order])
+    return moved.transpose(np.argsort(order)).reshape(entry.shape)
+
+
+def to_tree(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict:
+    """Checkpoint in memory -> nested parameter dict shaped like `like`; types are the checkpoint's.
+
+    Raises:
+      ValueError: tensors that are missing, unexpected or of another shape; all are listed.
+    """
+    entries = expand(rules, like)
+    mismatch = compare(entries, {name: tensor.shape for name, tensor in tensors.items()})
+    if any(mismatch):
+        parts = (f"{kind}: {', '.join(names)}" for kind, names in mismatch._asdict().items() if names)
+        raise ValueError(f"the checkpoint does not fit the model. {'; '.join(parts)}")
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(like, sep="/").items()}
+    leaves: dict[str, np.ndarray] = {}
+    for name, entry in entries.items():
+        for path, layer, value in pieces(entry, tensors[name]):
+            if layer is None:
+                leaves[path] = np.ascontiguousarray(value).reshape(value.shape)
+                continue
+            if path not in leaves:
+                leaves[path] = np.empty(shapes[path], value.dtype)
+            leaves[path][layer] = value
+    return unflatten_dict(leaves, sep="/")
+
+
+def to_torch(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Parameter tree (or a tree of that shape, such as gradients) -> tensors by their names in the checkpoint."""
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
+    return {name: tensor_of(entry, leaves) for name, entry in expand(rules, tree).items()}
+
+
+def _parse(layout: str) -> tuple[list[list[str]], list[str]]:
+    """ "(part n h) d -> d n h" -> ([["part", "n", "h"], ["d"]], ["d", "n", "h"])."""
+    source, target = layout.split("->")
+    groups = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|[^\s()]+", source)]
+    return groups, target.split()
+
+
+def _order(entry: Entry) -> tuple[list[int], list[int]]:
+    """(permutation of the source's unmerged axes: ones, part, then the target's axes; sizes of the unmerged axes)."""
+    source, target = _parse(entry.rule.layout)
+    words = [word for group in source for word in group]
+    ones = [axis for axis, word in enumerate(words) if word == "1"]
+    order = ones + [words.index(word) for word in ("part", *target) if word in words]
+    return order, [entry.sizes[word] for word in words]
+
+
+def _target_shape(entry: Entry) -> list[int]:
+    return [entry.sizes[word] for word in _parse(entry.rule.layout)[1]]

@@ -1,0 +1,49 @@
+"""Which frames of a clip, and their pixels. Choosing comes before decoding: a frame that is not used costs nothing."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+cv2.setNumThreads(0)  # the loader's own threads are the parallelism
+
+
+def choose_frames(num_frames: int, available: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Indices of the frames to show, ascending, int64[num_frames]; the reference's rule.
+
+    The clip is cut into equal intervals. Evaluation (rng None) takes the middle of each; training draws from each, never
+    its last frame, and falls back to distinct frames anywhere if some interval has one frame only. A clip with fewer
+    frames than asked repeats its last one.
+
+    Raises:
+      ValueError: a clip without frames.
+    """
+    if available < 1:
+        raise ValueError("a clip needs at least one frame")
+    count = min(num_frames, available)
+    cuts = np.linspace(0, available, count + 1).astype(np.int64)
+    first, last = cuts[:-1], cuts[1:] - 1
+    if rng is None:
+        chosen = (first + last) // 2
+    elif np.any(last <= first):
+        chosen = np.sort(rng.choice(available, count, replace=False))
+    else:
+        chosen = rng.integers(first, last)  # half-open
+    return np.pad(chosen.astype(np.int64), (0, num_frames - count), mode="edge")
+
+
+def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """uint8[T, H, W, 3] RGB of the chosen frames; a frame chosen twice is decoded once.
+
+    Raises:
+      ValueError: bytes that are no JPEG.
+    """
+    decoded: dict[int, np.ndarray] = {}
+    for index in map(int, indices):
+        if index in decoded:
+            continue
+        image = cv2.imdecode(np.frombuffer(jpegs[index], np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        if image is None:
+            raise ValueError(f"frame {index} of the record is no JPEG")
+        decoded[index] = image
+    return np.stack([decoded[int(index)] for index in indices])

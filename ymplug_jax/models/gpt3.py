@@ -1,0 +1,165 @@
+"""GPT-3 decoder in Megatron's pre-norm form, with tied embeddings, as mPLUG-video uses it (1.3B, 2.7B).
+
+Positions count over everything that is fed, a visual prefix included; attention is causal over all of it. There is no
+padding mask: texts are padded on the right, so padding can only be seen by padding.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ymplug_jax.models import layers
+
+STD = 0.02
+
+AXES = (
+    ("token_embed", "vocab embed"),
+    ("pos_embed", "pos embed"),
+    ("norm/(scale|bias)", "embed"),
+    ("blocks/(attn_norm|mlp_norm)/(scale|bias)", "layers embed"),
+    ("blocks/attn/[qkv]/kernel", "layers embed heads head_dim"),
+    ("blocks/attn/[qkv]/bias", "layers heads head_dim"),
+    ("blocks/attn/o/kernel", "layers heads head_dim embed"),
+    ("blocks/attn/o/bias", "layers embed"),
+    ("blocks/mlp/up/kernel", "layers embed mlp"),
+    ("blocks/mlp/up/bias", "layers mlp"),
+    ("blocks/mlp/down/kernel", "layers mlp embed"),
+    ("blocks/mlp/down/bias", "layers embed"),
+)
+
+
+class Cache(NamedTuple):
+    """Keys and values of what was read so far; f[layers, B, S, N, H], S fixed. Beams and candidates are picked along axis 1."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP: f[B, L, D] -> f[B, L, D], reading and writing the cache where one is given."""
+
+    heads: int
+    depth: int
+    ln_eps: float
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, start: jax.Array | None, deterministic: bool
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        x, cache = carry
+        d, rate = x.shape[-1], 0.0 if deterministic else self.dropout
+        normal, shrunk = nn.initializers.normal(STD), nn.initializers.normal(STD * (2 * self.depth) ** -0.5)
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+
+        attn = layers.Attention(d, self.heads, normal, shrunk, dtype=self.dtype, name="attn")
+        q, k, v = attn.project(layers.norm("attn_norm", self.ln_eps, self.dtype)(x))  # [B, L, N, H]
+        if cache is not None:
+            cache = _write(cache, layer, start, k, v)
+        if start is None:
+            key = self.make_rng("dropout") if rate > 0 else None
+            y = layers.attention(q, k, v, causal=True, dropout=rate, key=key)  # [B, L, N, H]
+        else:
+            here = start[:, None] + jnp.arange(x.shape[1])  # [B, L]
+            mask = jnp.arange(cache.k.shape[2]) <= here[:, None, :, None]  # [B, 1, L, S]
+            y = layers.attention(q, cache.k[layer], cache.v[layer], mask=mask)  # [B, L, N, H]
+        x = x + drop(attn.output(y))
+
+        mlp = layers.Mlp(4 * d, normal, shrunk, tanh=True, dtype=self.dtype, name="mlp")
+        return (x + drop(mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x))), cache), None
+
+
+def _write(cache: Cache, layer: jax.Array, start: jax.Array | None, k: jax.Array, v: jax.Array) -> Cache:
+    """Put k, v f[B, L, N, H] at positions `start` + 0..L-1 of each row (None: at 0), in place where the compiler can."""
+    if start is None:
+        return Cache(
+            *(jax.lax.dynamic_update_slice(c, a[None], (layer, 0, 0, 0, 0)) for c, a in zip(cache, (k, v), strict=True))
+        )
+    row, position = jnp.arange(k.shape[0])[:, None], start[:, None] + jnp.arange(k.shape[1])
+    return Cache(*(c.at[layer, row, position].set(a) for c, a in zip(cache, (k, v), strict=True)))
+
+
+class GPT3(nn.Module):
+    """The language model. The fields are its settings."""
+
+    vocab: int = 51200  # V
+    width: int = 2048  # D; the MLP is four times as wide
+    depth: int = 24
+    heads: int = 32
+    max_positions: int = 2048
+    ln_eps: float = 1e-5
+    dropout: float = (
+        0.0  # on embeddings, attention and residuals; the published recipe trains through a frozen LM with 0.1
+    )
+    remat: str = "none"  # "none", "full" or "dots"
+    dtype: str = "float32"  # of the computation
+
+    def setup(self) -> None:
+        normal = nn.initializers.normal(STD)
+        self.token_embed = self.param("token_embed", normal, (self.vocab, self.width))
+        self.pos_embed = self.param("pos_embed", normal, (self.max_positions, self.width))
+        in_axes = (0, nn.broadcast, nn.broadcast)
+        blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=in_axes, static_argnums=(4,))
+        self.blocks = blocks(
+            heads=self.heads, depth=self.depth, ln_eps=self.ln_eps, dropout=self.dropout, dtype=self.dtype
+        )
+        self.norm = layers.norm(None, self.ln_eps, self.dtype)
+        self.drop = nn.Dropout(self.dropout)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Word embeddings without positions: int[B, L] -> f[B, L, D]."""
+        return jnp.take(self.token_embed, ids, axis=0, mode="clip").astype(jnp.dtype(self.dtype))
+
+    def __call__(self, embeds: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Hidden states after the final norm; positions from 0: f[B, S, D] -> f[B, S, D]. Randomness for dropout: "dropout".
+
+        Raises:
+          ValueError: more positions than the table has.
+        """
+        return self._run(embeds, None, None, deterministic)[0]
+
+    def prefill(self, embeds: jax.Array, length: int) -> tuple[jax.Array, Cache]:
+        """Read a first stretch and open a cache with room for `length` positions: f[B, L, D] -> hidden f[B, L, D], cache.
+
+        Raises:
+          ValueError: `length` is below L or beyond the position table.
+        """
+        if not embeds.shape[1] <= length <= self.max_positions:
+            raise ValueError(
+                f"cache length {length} must lie between the {embeds.shape[1]} positions read and {self.max_positions}"
+            )
+        shape = (self.depth, embeds.shape[0], length, self.heads, self.width // self.heads)
+        empty = jnp.zeros(shape, jnp.dtype(self.dtype))
+        return self._run(embeds, Cache(empty, empty), None, True)
+
+    def extend(self, embeds: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+        """Read on after `start` positions of each row: f[B, L, D], cache, int32[B] -> hidden f[B, L, D], cache.
+
+        Whatever the cache holds at `start` and beyond is not seen, so rows of different lengths can share a padded prefill.
+        The caller keeps start + L within the cache; what lies beyond it is not stored.
+        """
+        return self._run(embeds, cache, start, True)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """f[..., D] -> f32[..., V]. Take the positions that are needed first: the vocabulary is wide."""
+        table = self.token_embed.astype(jnp.dtype(self.dtype))
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def _run(
+        self, embeds: jax.Array, cache: Cache | None, start: jax.Array | None, deterministic: bool
+    ) -> tuple[jax.Array, Cache | None]:
+        length, dtype = embeds.shape[1], jnp.dtype(self.dtype)
+        if length > self.max_positions:
+            raise ValueError(
+                f"{length} positions were fed but max_positions is {self.max_positions}; shorten the text or raise it"
+            )
+        if start is None:
+            positions = self.pos_embed[:length]  # [L, D]
+        else:
+            positions = jnp.take(self.pos_embed, start[:, None] + jnp.arange(length), axis=0, mode="clip")  # [B, L, D]
+        x = self.drop(embeds.astype(dtype) + positions.astype(dtype), deterministic=deterministic)
+        (x, cache), _ = self.blocks((x, cache), jnp.arange(self.depth), start, deterministic)
+        return self.norm(x), cache

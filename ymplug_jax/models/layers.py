@@ -1,0 +1,167 @@
+"""Attention, MLP, normalisation and position tables shared by the towers.
+
+Parameters are float32 unless the caller stores them otherwise; `dtype` is the type of the computation. Norms, attention
+logits and softmax are always computed in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Initializer = Callable[..., jax.Array]
+
+# What the backward pass may keep of a block instead of computing it again.
+REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def uniform(bound: float) -> Initializer:
+    """Initialiser U(-bound, bound)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def torch_linear(fan_in: int) -> Initializer:
+    """PyTorch's default for the weight and for the bias of a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    return uniform(fan_in**-0.5)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    mask: jax.Array | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention; every attention of the package goes through here.
+
+    Args:
+      q: f[B, L, N, H].
+      k: f[B, S, N, H].
+      v: f[B, S, N, H].
+      causal: query i sees keys 0..i (needs L == S).
+      mask: bool, broadcastable to [B, N, L, S]; True where a query sees a key.
+      dropout: rate on the probabilities; applied only if `key` is given.
+      key: randomness of the dropout.
+
+    Returns:
+      f[B, L, N, H] in the type of `v`; logits and softmax are float32.
+    """
+    logits = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if causal:
+        mask = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    if key is not None and dropout > 0:
+        weights = jnp.where(jax.random.bernoulli(key, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
+    return jnp.einsum("bnls,bsnh->blnh", weights.astype(v.dtype), v)
+
+
+class Attention(nn.Module):
+    """The projections around `attention`: kernels q, k, v [D, N, H] and o [N, H, D]; biases start at zero."""
+
+    width: int
+    heads: int
+    kernel_init: Initializer
+    out_init: Initializer
+    key_bias: bool = True  # a key bias shifts all logits of a query alike, so some models leave it out
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        def project(bias: bool) -> nn.DenseGeneral:
+            shape = (self.heads, self.width // self.heads)
+            return nn.DenseGeneral(shape, use_bias=bias, kernel_init=self.kernel_init, dtype=jnp.dtype(self.dtype))
+
+        self.q, self.k, self.v = project(True), project(self.key_bias), project(True)
+        self.o = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=self.out_init, dtype=jnp.dtype(self.dtype))
+
+    def project(self, x: jax.Array, context: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """f[..., D] (and f[..., S, D] to attend to, by default the same) -> q, k, v f[..., N, H]."""
+        context = x if context is None else context
+        return self.q(x), self.k(context), self.v(context)
+
+    def output(self, y: jax.Array) -> jax.Array:
+        """f[..., N, H] -> f[..., D]."""
+        return self.o(y)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between: f[..., D] -> f[..., D]."""
+
+    hidden: int  # M
+    up_init: Initializer
+    down_init: Initializer
+    up_bias_init: Initializer = nn.initializers.zeros
+    down_bias_init: Initializer = nn.initializers.zeros
+    tanh: bool = False  # GELU by tanh instead of erf
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, width = jnp.dtype(self.dtype), x.shape[-1]
+        x = nn.Dense(self.hidden, kernel_init=self.up_init, bias_init=self.up_bias_init, dtype=dtype, name="up")(
+            x
+        )  # [..., M]
+        x = jax.nn.gelu(x, approximate=self.tanh)
+        return nn.Dense(width, kernel_init=self.down_init, bias_init=self.down_bias_init, dtype=dtype, name="down")(
+            x
+        )  # [..., D]
+
+
+def norm(name: str | None, eps: float, dtype: str) -> nn.LayerNorm:
+    """LayerNorm in float32 with a two-pass (exact) variance, cast back to `dtype`."""
+    return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), use_fast_variance=False, name=name)
+
+
+def stack(
+    block: type[nn.Module], depth: int, *, remat: str, in_axes: Any, static_argnums: Sequence[int] = ()
+) -> Callable[..., nn.Module]:
+    """`block` scanned over `depth` layers; its parameters get a leading layers axis.
+
+    Args:
+      block: module class with `__call__(carry, *args) -> (carry, None)`.
+      depth: number of layers.
+      remat: "none" keeps all activations, "full" only the carry, "dots" the carry and the results of matrix products.
+      in_axes: scan axis (0 or `nn.broadcast`) of each of `args`.
+      static_argnums: python values among the arguments, counted with self as 0.
+
+    Raises:
+      ValueError: unknown `remat`.
+    """
+    if remat != "none":
+        if remat not in REMAT:
+            raise ValueError(f'remat is {remat!r}; write "none", "full" or "dots"')
+        block = nn.remat(block, policy=REMAT[remat], prevent_cse=False, static_argnums=tuple(static_argnums))
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=depth,
+    )
+
+
+def resize_pos_embed(table: jax.Array, patches: int) -> jax.Array:
+    """Spatial position table for another number of patches: f32[1 + P, D] -> f32[1 + patches, D].
+
+    Row 0 (cls) is kept; the rest is a square grid, resized bilinearly with half-pixel centres and without antialiasing.
+
+    Raises:
+      ValueError: a number of patches that is not a square.
+    """
+    old, new = round((table.shape[0] - 1) ** 0.5), round(patches**0.5)
+    if old**2 != table.shape[0] - 1 or new**2 != patches:
+        raise ValueError(f"pos_embed: cannot resize {table.shape[0] - 1} to {patches} patches; both must be squares")
+    grid = table[1:].astype(jnp.float32).reshape(old, old, -1)
+    grid = jax.image.resize(grid, (new, new, grid.shape[-1]), "linear", antialias=False)
+    return jnp.concatenate([table[:1].astype(jnp.float32), grid.reshape(patches, -1)])  # [1 + patches, D]
+
+
+def resize_temporal_embed(table: jax.Array, frames: int) -> jax.Array:
+    """Temporal table for another number of frames: f32[T, D] -> f32[frames, D], linear, half-pixel centres, no antialiasing."""
+    return jax.image.resize(table.astype(jnp.float32), (frames, table.shape[-1]), "linear", antialias=False)

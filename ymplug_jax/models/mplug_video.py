@@ -1,0 +1,181 @@
+"""mPLUG-video with the GPT-3 decoder: TimeSformer, visual abstractor, connector and a frozen language model.
+
+Xu et al., "Youku-mPLUG: A 10 million large-scale Chinese video-language dataset for pre-training and benchmarks", 2023. The
+visual tokens stand in front of the text; there is no separator and no type embedding.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ymplug_jax.models import abstractor, gpt3, layers, timesformer
+from ymplug_jax.models.abstractor import Abstractor
+from ymplug_jax.models.gpt3 import GPT3
+from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.sharding import constrain
+
+FROZEN = ("llm/.*",)  # path regexes, full match
+
+
+def _under(prefix: str, axes: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((prefix + path, words) for path, words in axes)
+
+
+AXES = (
+    *_under("vision/", timesformer.AXES),
+    *_under("abstractor/", abstractor.AXES),
+    ("connector/proj/kernel", "embed embed"),
+    ("connector/(proj/bias|norm/scale|norm/bias)", "embed"),
+    *_under("llm/", gpt3.AXES),
+    ("(vision_proj|text_proj)/kernel", "embed proj"),
+    ("(vision_proj|text_proj)/bias", "proj"),
+    ("temperature", ""),
+)
+
+
+class Connector(nn.Module):
+    """From the vision width to the language model's: f[B, Q, D] -> f[B, Q, H]."""
+
+    width: int
+    norm: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        bias_init = layers.torch_linear(x.shape[-1])
+        dense = nn.Dense(
+            self.width,
+            kernel_init=nn.initializers.normal(0.015),
+            bias_init=bias_init,
+            dtype=jnp.dtype(self.dtype),
+            name="proj",
+        )
+        x = dense(x)  # [B, Q, H]
+        return layers.norm("norm", 1e-6, self.dtype)(x) if self.norm else x
+
+
+class MPLUGVideo(nn.Module):
+    """The whole model. Parameters: {vision, abstractor, connector, llm} and, with contrastive heads, {vision_proj, text_proj,
+    temperature}. H is the width of the language model, D that of the vision tower, E the contrastive width.
+    """
+
+    vision: TimeSformer = TimeSformer()
+    abstractor: Abstractor = Abstractor()
+    llm: GPT3 = GPT3()
+    contrastive_width: int = 0  # E; 0: no contrastive heads
+    connector_norm: bool = False  # a norm after the connector
+
+    def setup(self) -> None:
+        self.connector = Connector(self.llm.width, self.connector_norm, self.llm.dtype)
+        if self.contrastive_width:
+
+            def head(width: int) -> nn.Dense:
+                init = layers.torch_linear(width)
+                return nn.Dense(
+                    self.contrastive_width, kernel_init=init, bias_init=init, dtype=jnp.dtype(self.llm.dtype)
+                )
+
+            self.vision_proj, self.text_proj = head(self.vision.width), head(self.llm.width)
+            self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
+
+    def encode_video(self, video: jax.Array) -> dict[str, jax.Array]:
+        """Normalised video f[B, T, S, S, 3] -> what the other methods take.
+
+        Returns:
+          tokens: f[B, 1 + T * P, D], row 0 is cls.
+          image_query: f[B, Q, D], output of the abstractor.
+          prefix: f[B, Q, H], the visual tokens in front of the text.
+        """
+        tokens = constrain(self.vision(video), "batch", None, None)
+        image_query = self.abstractor(tokens)
+        prefix = constrain(self.connector(image_query), "batch", None, None)
+        return {"tokens": tokens, "image_query": image_query, "prefix": prefix}
+
+    def hidden(self, prefix: jax.Array | None, ids: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Hidden states after the final norm. The state at Q + j predicts token j + 1; prefix None is the text-only pass (Q = 0).
+
+        Args:
+          prefix: f[B, Q, H] or None.
+          ids: int[B, L].
+          deterministic: False applies the language model's dropout (randomness "dropout").
+
+        Returns:
+          f[B, Q + L, H].
+        """
+        embeds = self.llm.embed(ids)  # [B, L, H]
+        if prefix is not None:
+            embeds = jnp.concatenate([prefix.astype(embeds.dtype), embeds], axis=1)  # [B, Q + L, H]
+        return constrain(self.llm(embeds, deterministic=deterministic), "batch", None, None)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """f[..., H] -> f32[..., V]; pass only the positions that predict text, `hidden[:, Q:-1]`."""
+        return self.llm.logits(hidden)
+
+    def contrastive(self, image_query: jax.Array, text_hidden: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        """Unit vectors for the contrastive loss, in float32.
+
+        Args:
+          image_query: f[B, Q, D].
+          text_hidden: f[B, L, H] of the text-only pass.
+          mask: int or bool[B, L]; the text is the state at its last token, sum(mask) - 1.
+
+        Returns:
+          video: f32[B, Q, E]; text: f32[B, E]; temperature: f32 scalar.
+        """
+        last = jnp.maximum(mask.astype(jnp.int32).sum(axis=1) - 1, 0)
+        state = jnp.take_along_axis(text_hidden, last[:, None, None], axis=1)[:, 0]  # [B, H]
+        return {
+            "video": _unit(self.vision_proj(image_query)),
+            "text": _unit(self.text_proj(state)),
+            "temperature": self.temperature.astype(jnp.float32),
+        }
+
+    def __call__(self, video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        """Every part once; what `init` traces. Tasks call the methods they need."""
+        out = self.encode_video(video)
+        out["hidden"] = self.hidden(out["prefix"], ids)
+        out["logits"] = self.logits(out["hidden"][:, self.abstractor.queries : -1])  # [B, L - 1, V]
+        if self.contrastive_width:
+            out["contrastive"] = self.contrastive(out["image_query"], self.hidden(None, ids), mask)
+        return out
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """L2-normalise the last axis in float32."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # the reference bounds the norm at 1e-12
+
+
+def init(model: MPLUGVideo, key: jax.Array) -> dict:
+    """Fresh float32 parameters, as the reference starts them. Run it under `jax.jit` or `jax.eval_shape`: no forward pass remains."""
+    vision = model.vision
+    video = jnp.zeros((1, vision.frames, vision.image_size, vision.image_size, 3))
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return model.init(key, video, ids, jnp.ones_like(ids))["params"]
+
+
+LLMS = {
+    "1.3b": GPT3(width=2048, depth=24, heads=32),
+    "2.7b": GPT3(width=2560, depth=32, heads=32),
+    "tiny": GPT3(vocab=512, width=96, depth=3, heads=4, max_positions=128),
+}
+VISIONS = {
+    "b16": TimeSformer(patch_size=16, depth=12, width=768, heads=8),
+    "l14": TimeSformer(patch_size=14, depth=24, width=1024, heads=16),
+    "tiny": TimeSformer(image_size=64, patch_size=16, depth=2, width=64, heads=4),
+}
+
+
+def sized(llm: str = "1.3b", vision: str = "b16", *, queries: int = 128, contrastive_width: int = 0) -> MPLUGVideo:
+    """A model of named sizes: llm one of `LLMS`, vision one of `VISIONS`. Change further fields with `.clone(...)`.
+
+    Raises:
+      ValueError: an unknown size.
+    """
+    if llm not in LLMS or vision not in VISIONS:
+        raise ValueError(
+            f"size {llm!r} x {vision!r} is unknown; language models: {', '.join(LLMS)}; vision: {', '.join(VISIONS)}"
+        )
+    pool = Abstractor(queries=queries, heads=VISIONS[vision].heads, mlp_ratio=VISIONS[vision].mlp_ratio)
+    return MPLUGVideo(vision=VISIONS[vision], abstractor=pool, llm=LLMS[llm], contrastive_width=contrastive_width)

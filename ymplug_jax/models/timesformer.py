@@ -1,0 +1,144 @@
+"""Video encoder with divided space-time attention (TimeSformer) as mPLUG-video, ALPRO and the Youku-mPLUG baseline use it.
+
+Bertasius et al., "Is space-time attention all you need for video understanding?", 2021, in the form of Youku-mPLUG: one cls
+token a video, which takes no part in temporal attention and is averaged over the frames after spatial attention.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ymplug_jax.models import layers
+
+EPS = 1e-6  # of every norm in the vision tower
+STD = 0.015  # of every weight at the start
+
+# Axis words of this tower's parameters, by path below the tower.
+AXES = (
+    ("cls", "embed"),
+    ("(pos_embed|temporal_embed)", "pos embed"),
+    ("patch/kernel", "patch patch patch embed"),
+    ("patch/bias", "embed"),
+    ("(norm_pre|norm)/(scale|bias)", "embed"),
+    ("blocks/(temporal_norm|attn_norm|mlp_norm)/(scale|bias)", "layers embed"),
+    ("blocks/(temporal_attn|attn)/[qkv]/kernel", "layers embed heads head_dim"),
+    ("blocks/(temporal_attn|attn)/[qv]/bias", "layers heads head_dim"),
+    ("blocks/(temporal_attn|attn)/o/kernel", "layers heads head_dim embed"),
+    ("blocks/(temporal_attn|attn)/o/bias", "layers embed"),
+    ("blocks/temporal_fc/kernel", "layers embed embed"),
+    ("blocks/temporal_fc/bias", "layers embed"),
+    ("blocks/mlp/up/kernel", "layers embed mlp"),
+    ("blocks/mlp/up/bias", "layers mlp"),
+    ("blocks/mlp/down/kernel", "layers mlp embed"),
+    ("blocks/mlp/down/bias", "layers embed"),
+)
+
+
+class Patch(nn.Module):
+    """Linear projection of each patch: f[B, T, S, S, 3] -> f[B, T, P, D], patches row by row; kernel [p, p, 3, D]."""
+
+    patch_size: int
+    width: int
+    bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, video: jax.Array) -> jax.Array:
+        size, dtype = self.patch_size, jnp.dtype(self.dtype)
+        b, t, height, width, _ = video.shape
+        kernel = self.param("kernel", nn.initializers.normal(STD), (size, size, 3, self.width))
+        x = video.astype(dtype).reshape(b, t, height // size, size, width // size, size, 3)
+        x = jnp.einsum(
+            "btypxqc,pqcd->btyxd", x, kernel.astype(dtype)
+        )  # a product: its gradient is faster than a convolution's
+        x = x.reshape(b, t, -1, self.width)  # [B, T, P, D]
+        return x + self.param("bias", nn.initializers.zeros, (self.width,)).astype(dtype) if self.bias else x
+
+
+class Block(nn.Module):
+    """Temporal attention, spatial attention, MLP; state: patch tokens f[B, T, P, D] and one cls f[B, D]."""
+
+    width: int
+    heads: int
+    mlp_ratio: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, jax.Array], layer: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x, cls = carry
+        b, t, p, d = x.shape
+        normal = nn.initializers.normal(STD)
+
+        def shrunk(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+            return normal(key, shape, dtype) / jnp.sqrt(
+                2.0 * (layer + 1)
+            )  # outputs on the residual path, smaller with depth
+
+        def attn(name: str, out_init: layers.Initializer) -> layers.Attention:
+            return layers.Attention(d, self.heads, normal, out_init, key_bias=False, dtype=self.dtype, name=name)
+
+        temporal = attn("temporal_attn", normal)
+        q, k, v = temporal.project(layers.norm("temporal_norm", EPS, self.dtype)(x))  # [B, T, P, N, H]
+        y = temporal.output(
+            jax.vmap(layers.attention, in_axes=2, out_axes=2)(q, k, v)
+        )  # over T, for every patch: [B, T, P, D]
+        zeros = nn.initializers.zeros
+        x = x + nn.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")(y)
+
+        frame = jnp.concatenate([jnp.broadcast_to(cls[:, None, None], (b, t, 1, d)), x], axis=2)  # [B, T, 1 + P, D]
+        spatial = attn("attn", shrunk)
+        qkv = spatial.project(layers.norm("attn_norm", EPS, self.dtype)(frame))  # [B, T, 1 + P, N, H]
+        y = layers.attention(*(a.reshape(b * t, 1 + p, *a.shape[3:]) for a in qkv))  # [B * T, 1 + P, N, H]
+        y = spatial.output(y).reshape(b, t, 1 + p, d)
+        x, cls = x + y[:, :, 1:], cls + y[:, :, 0].mean(axis=1)
+
+        mlp_norm = layers.norm("mlp_norm", EPS, self.dtype)
+        mlp = layers.Mlp(int(self.mlp_ratio * d), normal, shrunk, dtype=self.dtype, name="mlp")
+        return (x + mlp(mlp_norm(x)), cls + mlp(mlp_norm(cls))), None
+
+
+class TimeSformer(nn.Module):
+    """Video -> tokens. The fields are its settings."""
+
+    image_size: int = 224  # S, pixels
+    patch_size: int = 16  # pixels
+    depth: int = 12
+    width: int = 768  # D
+    heads: int = 8  # the released models run ViT-B/16 with 8 heads of 96, also on CLIP's weights
+    mlp_ratio: float = 4.0
+    frames: int = 4  # T
+    clip: bool = True  # CLIP's form: a norm before the blocks and no bias at the patches
+    remat: str = "none"  # "none", "full" or "dots"
+    dtype: str = "float32"  # of the computation
+
+    @nn.compact
+    def __call__(self, video: jax.Array) -> jax.Array:
+        """f[B, T, S, S, 3], normalised -> f[B, 1 + T * P, D]: cls, then the patches frame by frame.
+
+        Raises:
+          ValueError: another number of frames or another size than the fields say.
+        """
+        size, t, d = self.image_size, self.frames, self.width
+        if video.shape[1:] != (t, size, size, 3):
+            raise ValueError(
+                f"video has shape {video.shape} but the vision tower expects [batch, {t}, {size}, {size}, 3]; "
+                "change data.frames, data.image_size or the model's frames, image_size"
+            )
+        dtype, normal = jnp.dtype(self.dtype), nn.initializers.normal(STD)
+        patches = (size // self.patch_size) ** 2
+        x = Patch(self.patch_size, d, bias=not self.clip, dtype=self.dtype, name="patch")(video)  # [B, T, P, D]
+        cls = self.param("cls", normal, (d,)).astype(dtype)
+        pos = self.param("pos_embed", normal, (1 + patches, d)).astype(dtype)
+        temporal = self.param("temporal_embed", nn.initializers.zeros, (t, d)).astype(dtype)
+        x = x + pos[1:] + temporal[:, None]
+        cls = jnp.broadcast_to(cls + pos[0], (x.shape[0], d))  # [B, D]
+        if self.clip:
+            norm_pre = layers.norm("norm_pre", EPS, self.dtype)
+            x, cls = norm_pre(x), norm_pre(cls)
+        blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=0)
+        blocks = blocks(width=d, heads=self.heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype, name="blocks")
+        (x, cls), _ = blocks((x, cls), jnp.arange(self.depth))
+        tokens = jnp.concatenate([cls[:, None], x.reshape(x.shape[0], -1, d)], axis=1)  # [B, 1 + T * P, D]
+        return layers.norm("norm", EPS, self.dtype)(tokens)

@@ -1,0 +1,77 @@
+"""Losses as pure functions. Each returns a sum and a weight: add both over rows, hosts and micro-batches, then divide once."""
+
+import jax
+import jax.numpy as jnp
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of each position in float32: f[..., V], int[...] -> f32[...]."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def target_mask(mask: jax.Array, prompt_lengths: jax.Array | None = None) -> jax.Array:
+    """Which tokens are targets: int or bool[B, L] -> bool[B, L - 1], entry j for token j + 1.
+
+    Padding is no target, nor are the first `prompt_lengths` (int[B]) tokens after the start token. The end token is one.
+    """
+    targets = mask[:, 1:].astype(bool)
+    if prompt_lengths is not None:
+        targets &= jnp.arange(targets.shape[1]) >= prompt_lengths[:, None]
+    return targets
+
+
+def next_token(
+    logits: jax.Array, ids: jax.Array, mask: jax.Array, prompt_lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Language-model loss. Its mean is over the tokens of the whole global batch (one process: the reference's own mean).
+
+    Args:
+      logits: f[B, L - 1, V] at the positions of tokens 0..L-2, where position j predicts token j + 1. A visual prefix predicts
+        nothing, so its positions need not be computed.
+      ids: int[B, L], the start token first.
+      mask: int or bool[B, L], 1 up to and including the end token; all 0 drops a row.
+      prompt_lengths: int[B], tokens after the start token that are given, not predicted; None: none are.
+
+    Returns:
+      (sum of the cross-entropies, number of targets), float32 scalars.
+    """
+    targets = target_mask(mask, prompt_lengths)
+    losses = token_losses(logits, ids[:, 1:])  # [B, L - 1]
+    return jnp.sum(jnp.where(targets, losses, 0)), jnp.sum(targets, dtype=jnp.float32)
+
+
+def similarity(video: jax.Array, text: jax.Array) -> jax.Array:
+    """Best match among the queries of a video: f32[B, Q, E], f32[G, E] -> f32[B, G]."""
+    return jnp.einsum("bqe,ge->bgq", video, text, precision="highest").max(axis=-1)
+
+
+def contrastive(
+    video: jax.Array, text: jax.Array, temperature: jax.Array, *, smoothing: float = 0.1, valid: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Video-text contrastive loss with label smoothing, both directions, over the global batch.
+
+    Plain array code: under `jax.jit` with the batch cut over devices every row meets every other row, with exact gradients.
+
+    Args:
+      video: f32[B, Q, E], unit vectors; a video's similarity to a text is that of its best query.
+      text: f32[B, E], unit vectors; row i belongs to video i.
+      temperature: scalar divisor, learned; bounded below by 1e-3 as a guard.
+      smoothing: share of the target that is spread evenly over the batch.
+      valid: bool[B]; rows that are padding are neither queries nor candidates. None: all are valid.
+
+    Returns:
+      (sum over rows of the mean of both directions, number of rows), float32 scalars.
+    """
+    valid = jnp.ones(video.shape[0], bool) if valid is None else valid
+    count = jnp.sum(valid, dtype=jnp.float32)
+    scores = similarity(video, text) / jnp.maximum(temperature, 1e-3)  # [B, B], video by text
+
+    def direction(scores: jax.Array) -> jax.Array:
+        logs = jax.nn.log_softmax(jnp.where(valid, scores, jnp.finfo(jnp.float32).min), axis=-1)
+        spread = jnp.sum(jnp.where(valid, logs, 0), axis=-1) / jnp.maximum(count, 1)
+        return -(1 - smoothing) * jnp.diagonal(logs) - smoothing * spread  # [B]
+
+    rows = 0.5 * (direction(scores) + direction(scores.T))
+    return jnp.sum(jnp.where(valid, rows, 0)), count
