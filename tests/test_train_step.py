@@ -65,7 +65,7 @@ def test_loss_falls_on_one_batch():
     assert values[-1] < 0.9 * values[0]
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
 def test_losses_are_the_same_on_every_mesh(mesh: dict[str, int]):
     single, end = losses_of(tiny.prepare())
     spread, spread_end = losses_of(tiny.prepare(8, mesh=mesh))
@@ -74,11 +74,10 @@ def test_losses_are_the_same_on_every_mesh(mesh: dict[str, int]):
         np.testing.assert_allclose(state.flatten(spread_end.trainable)[path], leaf, atol=2e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
-def test_meshes_with_the_contrastive_loss(mesh: dict[str, int]):
+def test_the_contrastive_loss_meets_the_global_batch():
     model = tiny.MODEL.clone(contrastive_width=8)
     single, _ = losses_of(tiny.prepare(model=model))
-    spread, _ = losses_of(tiny.prepare(8, model=model, mesh=mesh))
+    spread, _ = losses_of(tiny.prepare(8, model=model, mesh={"data": 2, "fsdp": 2, "tensor": 2}))
     np.testing.assert_allclose(spread, single, rtol=2e-5)
 
 
@@ -104,9 +103,11 @@ def test_invalid_rows_do_not_count():
     loss = jax.jit(lambda params, batch: run.task.loss(params, batch, None)[1])
     valid = np.arange(8) < 5
     some = loss(params, tiny.batch(run, valid=valid))
-    video = np.zeros((8, 2, 16, 16, 3), np.uint8)
-    changed = {key: np.where(valid.reshape(-1, *[1] * (value.ndim - 1)), value, 1).astype(value.dtype) for key, value in jax.device_get(tiny.batch(run)).items() if key in ("ids", "video")}
-    assert video.shape == changed["video"].shape
+    changed = {
+        key: np.where(valid.reshape(-1, *[1] * (value.ndim - 1)), value, 1).astype(value.dtype)
+        for key, value in jax.device_get(tiny.batch(run)).items()
+        if key in ("ids", "video")
+    }
     other = loss(params, tiny.batch(run, valid=valid, **changed))
     assert some["loss"].value() == other["loss"].value()
     assert some["loss"].weight == jnp.sum(tiny.batch(run)["mask"][:5, 1:])

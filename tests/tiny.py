@@ -52,5 +52,3 @@ def batch(run: Run, seed: int = 0, **changes) -> dict[str, jax.Array]:
     } | changes
     rows = sharding.local_rows(size, run.mesh)
     return sharding.put_batch({key: value[rows] for key, value in local.items()}, rows, size, run.mesh)
-
-

@@ -92,6 +92,8 @@ def settings_of(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = (f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name"))
         return {name: settings_of(getattr(value, name)) for name in fields}
+    if isinstance(value, Mapping):
+        return {name: settings_of(part) for name, part in value.items()}
     return value
 
 

@@ -24,7 +24,13 @@ def steps(out: Path, clips: int) -> list[tuple[str, list[str]]]:
 
     def build(split: str) -> list[str]:
         csv = corpus / f"pretrain_{split}.csv"
-        return ["data_prep.build_shards", "--config=pretrain", f"--csv={csv}", f"--video_root={corpus}", f"--out={shards}"]
+        return [
+            "data_prep.build_shards",
+            "--config=pretrain",
+            f"--csv={csv}",
+            f"--video_root={corpus}",
+            f"--out={shards}",
+        ]
 
     def main(config: str, *more: str) -> list[str]:
         return ["ymplug_jax.main", f"--config=configs/tiny/{config}.py", f"--workdir={out / config}", *data, *more]
@@ -32,7 +38,10 @@ def steps(out: Path, clips: int) -> list[tuple[str, list[str]]]:
     llm = f"--config.train.init_from=llm={out / 'language'}"
     return [
         ("draw the videos", ["data_prep.draw_shapes", f"--out={corpus}", f"--clips={clips}"]),
-        ("train a tokenizer on the titles", ["data_prep.train_tokenizer", f"--csv={corpus / 'pretrain_train.csv'}", f"--out={tokenizer}"]),
+        (
+            "train a tokenizer on the titles",
+            ["data_prep.train_tokenizer", f"--csv={corpus / 'pretrain_train.csv'}", f"--out={tokenizer}"],
+        ),
         ("build the training shards", build("train")),
         ("build the validation shards", build("val")),
         ("train a tiny language model on the titles alone", main("language")),
@@ -47,7 +56,10 @@ def report(out: Path) -> str:
     folder = out / "pretrain" / "eval" / "validation"
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    shown = "\n".join(f"  {'right' if r['title'] == r['generated'] else 'WRONG'}  {r['title']}  ->  {r['generated']}" for r in rows[:12])
+    shown = "\n".join(
+        f"  {'right' if r['title'] == r['generated'] else 'WRONG'}  {r['title']}  ->  {r['generated']}"
+        for r in rows[:12]
+    )
     return (
         f"Validation loss {evals[0]['eval/loss']:.3f} before pre-training (step {evals[0]['step']}), "
         f"{evals[-1]['eval/loss']:.3f} after (step {evals[-1]['step']}).\n"

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,20 @@ from ymplug_jax.state import Params
 from ymplug_jax.tasks.task import Batch
 from ymplug_jax.writer import Metrics
 
+LossStep = Callable[[Params, Params, Batch], Metrics]
 
-def losses(run: Run, trainable: Params, frozen: Params) -> dict[str, float]:
+
+def make_loss_step(run: Run) -> LossStep:
+    """The jitted (trainable, frozen, batch) -> metrics; make it once, it compiles at its first call."""
+
+    def step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
+        return run.task.loss(state_lib.merge(trainable, frozen), batch, None)[1]
+
+    return jax.jit(step, out_shardings=sharding.replicated(run.mesh))
+
+
+def losses(run: Run, step: LossStep, trainable: Params, frozen: Params) -> dict[str, float]:
     """Mean of every metric of the task over the head of the evaluation split (`eval_examples` at most), without dropout."""
-    step = _loss_step(run)
     total: Metrics = {}
     for batch in _batches(run, run.experiment.data.eval_split, run.experiment.train.eval_examples, "evaluation"):
         metrics = step(trainable, frozen, batch)
@@ -53,7 +63,7 @@ def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dic
     predict = run.task.predict and jax.jit(
         lambda t, f, batch: run.task.predict(state_lib.merge(t, f), batch), out_shardings=whole
     )
-    loss_step = _loss_step(run)
+    loss_step = make_loss_step(run)
     total: Metrics = {}
     rows: list[dict[str, np.ndarray]] = []
     for batch in _batches(run, split, examples, f"evaluate {split}"):
@@ -77,13 +87,6 @@ def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dic
         for row in readable[:10]:
             logging.info("%s", "   ".join(f"{key}: {value}" for key, value in row.items()))
     return scores
-
-
-def _loss_step(run: Run) -> Any:
-    def step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
-        return run.task.loss(state_lib.merge(trainable, frozen), batch, None)[1]
-
-    return jax.jit(step, out_shardings=sharding.replicated(run.mesh))
 
 
 def _size(run: Run, split: str, examples: int) -> int:

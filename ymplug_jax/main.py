@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 HERE = Path(__file__).parent
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> int:
             f"do not know what to do with {argv[1]!r}; settings are written as --config.train.batch_size=8"
         )
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
-    for noisy in ("absl", "jax", "orbax"):
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of metadata that a part of a checkpoint never has
+    for noisy in ("jax", "orbax", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # After the flags: a wrong flag is answered at once, and importing this module stays quick.
     import jax

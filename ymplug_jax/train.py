@@ -154,10 +154,13 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     )  # fmt: skip
     log = _Log(run, writer, checkpoints, start)
 
+    loss_step = evaluate.make_loss_step(run)
+
     def check(step: int) -> None:
-        scores.update(evaluate.losses(run, state.trainable, frozen))
+        scores.update(evaluate.losses(run, loss_step, state.trainable, frozen))
         writer.write(step, {f"eval/{name}": value for name, value in scores.items()})
         log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        log.restart_clock()
 
     if data.eval_split and start == 0:
         check(0)
@@ -236,6 +239,10 @@ class _Log:
     def add(self, step: int, metrics: Metrics) -> None:
         self._pending.append((step, metrics))
 
+    def restart_clock(self) -> None:
+        """Leave out what was not training."""
+        self._since = time.perf_counter()
+
     def say(self, text: str) -> None:
         if not self._bar.disable:
             tqdm.write(text, file=sys.stderr)
@@ -284,7 +291,7 @@ class _Log:
             + (f", {self._skipped} skipped" if self._skipped else "")
         )
         self._pending.clear()
-        self._since = time.perf_counter()
+        self.restart_clock()
 
     def close(self) -> None:
         self._bar.close()

@@ -12,7 +12,7 @@ from ymplug_jax.models import mplug_video
 
 # No decay for one-dimensional tensors (norms, biases, extra key and value) and the vision tower's own tables.
 # Queries and temperature do decay, as in the recipe.
-NO_DECAY = (r".*/bias", r".*norm.*/scale", r"vision/(cls|pos_embed|temporal_embed)", r"abstractor/attn/(bias_k|bias_v)")
+NO_DECAY = (r".*/bias", r".*norm.*/scale", r"vision/(cls|pos_embed|temporal_embed)", r"abstractor/extra_(key|value)")
 # What came from CLIP learns at a tenth of the rate; temporal parts are new and learn at the full rate.
 CLIP_LR = ((r"vision/(?!.*temporal).*", 0.1),)
 PER_DEVICE = {"1.3b": 48, "2.7b": 32}  # the recipe's batch a device; 8 devices

@@ -27,7 +27,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
 
 def take(records: Records, count: int, rows=range(SIZE), **options) -> dict[str, np.ndarray]:
     """The first batches, stacked: [count, len(rows)]."""
-    stream = loader.batches(records, example, **({"seed": 7, "batch_size": SIZE, "rows": rows, "shuffle": True, "threads": 2} | options))
+    stream = loader.batches(
+        records, example, **({"seed": 7, "batch_size": SIZE, "rows": rows, "shuffle": True, "threads": 2} | options)
+    )
     got = [next(stream) for _ in range(count)]
     stream.close()
     return {key: np.stack([batch[key] for batch in got]) for key in got[0]}
@@ -93,7 +95,14 @@ def test_evaluation_is_one_pass_in_order_with_padding(records: Records):
 
 
 def test_evaluation_gives_every_host_the_same_number_of_batches(records: Records):
-    parts = [list(loader.batches(records, example, seed=0, batch_size=SIZE, rows=[h], shuffle=False, num_examples=10, threads=1)) for h in range(SIZE)]
+    parts = [
+        list(
+            loader.batches(
+                records, example, seed=0, batch_size=SIZE, rows=[h], shuffle=False, num_examples=10, threads=1
+            )
+        )
+        for h in range(SIZE)
+    ]
     assert {len(part) for part in parts} == {2}
     valid = [(batch["number"][0], batch["valid"][0]) for part in parts for batch in part]
     assert sorted(number for number, ok in valid if ok) == list(range(10))
@@ -127,7 +136,9 @@ def test_a_corrupt_record_can_be_skipped_the_same_way_everywhere(broken: Records
 
 
 def test_skipped_records_are_counted(broken: Records):
-    stream = loader.batches(broken, example, seed=7, batch_size=SIZE, rows=range(SIZE), shuffle=False, threads=1, skip_corrupt=True)
+    stream = loader.batches(
+        broken, example, seed=7, batch_size=SIZE, rows=range(SIZE), shuffle=False, threads=1, skip_corrupt=True
+    )
     assert sum(int(batch["valid"].sum()) for batch in stream) == 15
     assert stream.skipped == 1
 

@@ -70,7 +70,7 @@ def test_extend_by_several_tokens_equals_one_pass(params: dict) -> None:
     embeds = np.random.default_rng(0).normal(size=(2, 9, LM.width)).astype(np.float32)
     whole = jax.jit(lambda: LM.apply({"params": params}, embeds))()
     first, cache = jax.jit(lambda: LM.apply({"params": params}, embeds[:, :4], 12, method="prefill"))()
-    assert cache.k.shape == (LM.depth, 2, 12, LM.heads, LM.width // LM.heads)
+    assert cache.k.shape == (2, LM.depth, 12, LM.heads, LM.width // LM.heads)
     # The second row goes back by one: what the cache holds at and after its position must not be seen.
     start = np.array([4, 3], np.int32)
     rest = np.stack([embeds[0, 4:9], embeds[1, 3:8]])

@@ -67,6 +67,15 @@ def test_contrastive_over_a_cut_batch_sees_all_of_it() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), cut, one)
 
 
+def test_temperature_is_bounded_but_can_come_back() -> None:
+    rng = np.random.default_rng(0)
+    video, text = units(rng, 4, 2, 3), units(rng, 4, 3)
+    step = jax.value_and_grad(lambda temperature: losses.contrastive(video, text, temperature)[0])
+    low, bound = step(jnp.float32(1e-5)), step(jnp.float32(1e-3))
+    np.testing.assert_allclose(low, bound, rtol=1e-4)
+    assert bound[1] != 0
+
+
 def test_next_token_counts_targets_only() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 11, (3, 6))

@@ -123,10 +123,9 @@ def plain() -> tuple:
 
 def test_remat_changes_nothing(plain) -> None:
     model, params, data, expected = plain
-    for vision, llm in (("full", "dots"), ("dots", "full")):
-        variant = model.clone(vision=model.vision.clone(remat=vision), llm=model.llm.clone(remat=llm))
-        found = jax.jit(jax.value_and_grad(partial(loss, variant)))(params, *data)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found, expected)
+    variant = model.clone(vision=model.vision.clone(remat="full"), llm=model.llm.clone(remat="dots"))
+    found = jax.jit(jax.value_and_grad(partial(loss, variant)))(params, *data)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found, expected)
 
 
 def test_bfloat16_is_finite_and_near_float32(plain) -> None:

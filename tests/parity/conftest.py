@@ -1,11 +1,48 @@
 """Stored outputs of the PyTorch reference. `--golden ROOT` takes other fixtures: one folder a model, the same file names."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 DEFAULT = Path(__file__).parents[1] / "golden"
+
+
+class File:
+    """A fixture file that remembers which of its arrays no check has used yet. `config` is its settings."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as arrays:
+            self.arrays = dict(arrays)
+        self.config = json.loads(str(self.arrays.pop("config")))
+        self.unused = set(self.arrays)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.unused.discard(name)
+        return self.arrays[name]
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays whose name starts with `prefix/`, without it."""
+        return {name.removeprefix(f"{prefix}/"): self[name] for name in self.arrays if name.startswith(f"{prefix}/")}
+
+    def check(self, name: str, value: np.ndarray, tolerance: float) -> None:
+        expected, value = self[name], np.asarray(value)
+        assert value.shape == expected.shape, f"{name}: shape {value.shape}, expected {expected.shape}"
+        error = np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-30)
+        print(f"{error:.1e}  {name}")  # shown by `pytest -rP`
+        assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance}"
+
+    def check_all(self, prefix: str, values: dict[str, np.ndarray], tolerance: float) -> None:
+        """Every array stored below `prefix` (a selection of `values`)."""
+        names = [name for name in self.arrays if name.startswith(f"{prefix}/")]
+        assert names, f"the file has no {prefix}/*"
+        for name in names:
+            self.check(name, values[name.removeprefix(f"{prefix}/")], tolerance)
+
+    def done(self) -> None:
+        assert not self.unused, f"arrays that no check used: {sorted(self.unused)}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,3 +71,9 @@ def golden(golden_folder: Path) -> Callable[[str], Path]:
         return file
 
     return path
+
+
+@pytest.fixture(scope="module")
+def read(golden: Callable[[str], Path]) -> Callable[[str], File]:
+    """A fixture file by name, opened."""
+    return lambda name: File(golden(name))

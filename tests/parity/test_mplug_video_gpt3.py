@@ -4,7 +4,9 @@ Everything is float32 with exact matrix products; an error is relative to the la
 from the files, weights come in through the converter's own tables.
 """
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.mplug_video import pretrain as pretrain_config
+from ymplug_jax import optim, state
+from ymplug_jax.config import Optim, from_config_dict
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules
 from ymplug_jax.models import layers, mplug_video
@@ -30,41 +35,6 @@ OTHER_TASKS = {"beam", "caption", "cls", "retrieval", "retrieval_itm"}  # files 
 def exact_products() -> Iterator[None]:
     with jax.default_matmul_precision("highest"):
         yield
-
-
-class File:
-    """A fixture file that remembers which of its arrays were compared or used."""
-
-    def __init__(self, path: Path) -> None:
-        with np.load(path) as arrays:
-            self.arrays = dict(arrays)
-        self.config = json.loads(str(self.arrays.pop("config")))
-        self.unused = set(self.arrays)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        self.unused.discard(name)
-        return self.arrays[name]
-
-    def group(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays whose name starts with `prefix/`, without it."""
-        return {name.removeprefix(f"{prefix}/"): self[name] for name in self.arrays if name.startswith(f"{prefix}/")}
-
-    def check(self, name: str, value: np.ndarray, tolerance: float) -> None:
-        expected, value = self[name], np.asarray(value)
-        assert value.shape == expected.shape, f"{name}: shape {value.shape}, expected {expected.shape}"
-        error = np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-30)
-        print(f"{error:.1e}  {name}")  # shown by `pytest -rP`
-        assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance}"
-
-    def check_all(self, prefix: str, values: dict[str, np.ndarray], tolerance: float) -> None:
-        """Every array stored below `prefix` (a selection of `values`)."""
-        names = [name for name in self.arrays if name.startswith(f"{prefix}/")]
-        assert names, f"the file has no {prefix}/*"
-        for name in names:
-            self.check(name, values[name.removeprefix(f"{prefix}/")], tolerance)
-
-    def done(self) -> None:
-        assert not self.unused, f"arrays that no check used: {sorted(self.unused)}"
 
 
 def timesformer(visual: dict, frames: int) -> TimeSformer:
@@ -100,8 +70,7 @@ def shapes_of(model: object, *args: object) -> dict:
     return jax.eval_shape(lambda key: model.init(key, *args), jax.random.key(0))["params"]
 
 
-def check_encoder(path: Path) -> None:
-    file = File(path)
+def check_encoder(file) -> None:
     visual = file.config["visual"]
     model, video = timesformer(visual, visual["num_frames"]), channels_last(file["in/video"])
     like, weights = shapes_of(model, video), file.group("param")
@@ -136,16 +105,16 @@ def check_encoder(path: Path) -> None:
     file.done()
 
 
-def test_encoder(golden) -> None:
-    check_encoder(golden("encoder.npz"))
+def test_encoder(read) -> None:
+    check_encoder(read("encoder.npz"))
 
 
-def test_encoder_noclip(golden) -> None:
-    check_encoder(golden("encoder_noclip.npz"))
+def test_encoder_noclip(read) -> None:
+    check_encoder(read("encoder_noclip.npz"))
 
 
-def test_abstractor(golden) -> None:
-    file = File(golden("abstractor.npz"))
+def test_abstractor(read) -> None:
+    file = read("abstractor.npz")
     config, context = file.config, file["in/context"]
     model = Abstractor(queries=config["num_queries"], heads=config["num_heads"], mlp_ratio=config["mlp_ratio"])
     like = {name: leaf for name, leaf in shapes_of(model, context).items() if name != "queries"}
@@ -167,8 +136,8 @@ def test_abstractor(golden) -> None:
     file.done()
 
 
-def test_gpt3(golden) -> None:
-    file = File(golden("gpt3.npz"))
+def test_gpt3(read) -> None:
+    file = read("gpt3.npz")
     model, ids, labels = gpt3(file.config["text"]), file["in/input_ids"], file["in/labels"]
     weights = file.group("param")
     like = shapes_of(model, jnp.zeros((1, 1, model.width)))
@@ -199,7 +168,7 @@ def test_gpt3(golden) -> None:
     file.done()
 
 
-def check_language_pass(file: File, name: str, hidden: jax.Array, logits: jax.Array, visual: int, ids, mask) -> None:
+def check_language_pass(file, name: str, hidden: jax.Array, logits: jax.Array, visual: int, ids, mask) -> None:
     """Hidden states, logits of every position, token losses, targets and the loss of one pass over [visual, text]."""
     file.check(f"{name}/last_hidden_state", hidden, OUTPUT)
     file.check(f"{name}/logits", logits, OUTPUT)
@@ -213,7 +182,7 @@ def check_language_pass(file: File, name: str, hidden: jax.Array, logits: jax.Ar
     file.check(f"{name}/loss", total / weight, OUTPUT)
 
 
-def check_gradients(file: File, name: str, grads: dict, like: dict) -> None:
+def check_gradients(file, name: str, grads: dict, like: dict) -> None:
     """Stored gradients, the norm over all trainable ones, and which trainable tensors get none."""
     llm = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like["llm"])
     named = rules.to_torch(tables.MPLUG_VIDEO, grads | {"llm": llm})
@@ -225,8 +194,8 @@ def check_gradients(file: File, name: str, grads: dict, like: dict) -> None:
     file.check_all(name, named, GRADIENT)
 
 
-def test_pretrain(golden) -> None:
-    file = File(golden("pretrain.npz"))
+def test_pretrain(read) -> None:
+    file = read("pretrain.npz")
     visual, text, settings = (file.config[key] for key in ("visual", "text", "model"))
     model = MPLUGVideo(
         vision=timesformer(visual, settings["num_frames"]),
@@ -258,7 +227,12 @@ def test_pretrain(golden) -> None:
         out |= {"loss_caption": loss_caption, "loss_contrastive": total / weight, "text_hidden": text_hidden, **feats}
         return loss_caption + total / weight, out
 
-    (loss, out), grads = jax.jit(jax.value_and_grad(caption_loss, has_aux=True))(trainable)
+    @jax.jit
+    def steps(trainable: dict) -> list[tuple]:
+        return [jax.value_and_grad(loss, has_aux=True)(trainable) for loss in (caption_loss, both_losses)]
+
+    plain, contrastive = steps(trainable)
+    (loss, out), grads = plain
     file.check("out/plain/loss_caption", loss, OUTPUT)
     check_gradients(file, "grad/plain", grads, like)
     file.check("out/video_tokens", out["tokens"], OUTPUT)
@@ -268,7 +242,7 @@ def test_pretrain(golden) -> None:
     logits = apply(trainable, "logits", out["hidden"])
     check_language_pass(file, "out/caption", out["hidden"], logits, queries, ids, mask)
 
-    (loss, out), grads = jax.jit(jax.value_and_grad(both_losses, has_aux=True))(trainable)
+    (loss, out), grads = contrastive
     file.check("out/contrastive/loss_caption", out["loss_caption"], OUTPUT)
     file.check("out/contrastive/loss_contrastive", out["loss_contrastive"], OUTPUT)
     file.check("out/contrastive/loss_total", loss, OUTPUT)
@@ -281,6 +255,47 @@ def test_pretrain(golden) -> None:
     logits = apply(trainable, "logits", out["text_hidden"])
     check_language_pass(file, "out/text_only", out["text_hidden"], logits, 0, ids, mask)
     file.done()
+
+
+def check_param_groups(expected: dict) -> None:
+    """Rate factor and weight decay of every trainable tensor under the pre-training recipe."""
+    groups = expected["groups"]
+    depth = 1 + max(int(m[1]) for name in groups if (m := re.match(r"visual_encoder\.blocks\.(\d+)\.", name)))
+    clip = "visual_encoder.norm_pre.weight" in groups
+    model = mplug_video.sized("tiny", "tiny", queries=4, contrastive_width=8 if "temp" in groups else 0)
+    model = model.clone(
+        vision=model.vision.clone(depth=depth, clip=clip), connector_norm="visual_norm.weight" in groups
+    )
+    like = jax.eval_shape(lambda key: mplug_video.init(model, key), jax.random.key(0))
+    recipe = from_config_dict(pretrain_config.get_config("1.3b")).optim
+    recipe = dataclasses.replace(
+        recipe, weight_decay=expected["weight_decay"], lr_scales=recipe.lr_scales if clip else ()
+    )
+    trainable, _ = state.split(like, mplug_video.FROZEN)
+    found = optim.param_groups(state.flatten(trainable), recipe)
+    entries = rules.expand(tables.MPLUG_VIDEO, like)
+    named = {
+        name: {found[path] for path in e.rule.targets} for name, e in entries.items() if e.rule.targets[0] in found
+    }
+    assert named == {name: {optim.Group(g["lr_scale"], g["weight_decay"])} for name, g in groups.items()}
+
+
+def check_lr_schedule(cases: list[dict]) -> None:
+    for case in cases:
+        args = case["args"]
+        settings = Optim(lr=args["base_value"], min_lr=args["final_value"], schedule=args["sched_type"])
+        steps = args["warmup_steps"]
+        warmup = steps if steps > 0 else args["warmup_epochs"] * args["niter_per_ep"]
+        total = args["epochs"] * args["niter_per_ep"]
+        rate = optim.schedule(settings, warmup=warmup, total=total)
+        values = jax.vmap(rate)(jnp.arange(total))
+        np.testing.assert_allclose(values, case["values"], rtol=1e-5, atol=1e-6 * args["base_value"])
+
+
+def test_rules(golden) -> None:
+    cases = json.loads(golden("rules.json").read_text())
+    check_param_groups(cases["param_groups"])
+    check_lr_schedule(cases["lr_schedule"])
 
 
 def test_every_fixture_has_a_test(golden_folder: Path) -> None:

@@ -42,7 +42,9 @@ def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -
     for index in map(int, indices):
         if index in decoded:
             continue
-        image = cv2.imdecode(np.frombuffer(jpegs[index], np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(
+            np.frombuffer(jpegs[index], np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        )
         if image is None:
             raise ValueError(f"frame {index} of the record is no JPEG")
         decoded[index] = image

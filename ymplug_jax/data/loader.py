@@ -74,21 +74,43 @@ def batches(
       CorruptRecord: (on iteration) naming shard, record and offset, unless `skip_corrupt`.
     """
     rows = np.asarray(rows, np.int64)
-    source = _Source(records, example, seed, batch_size, rows, shuffle, start, num_examples or len(records), skip_corrupt)
+    source = _Source(
+        records, example, seed, batch_size, rows, shuffle, start, num_examples or len(records), skip_corrupt
+    )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * max(threads, 1))
     stream = grain.MapDataset.source(source).to_iter_dataset(options)
     if workers:
         # Before batching: a batch cut inside a worker would depend on their number.
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4 * threads))
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4 * threads)
+        )
     return Batches(iter(stream.batch(len(rows))), source)
 
 
 class _Source:
     """Random access to this host's examples: item k is row rows[k % len(rows)] of global batch k // len(rows)."""
 
-    def __init__(self, records: Records, example: MakeExample, seed: int, batch_size: int, rows: np.ndarray, shuffle: bool, start: int, size: int, skip: bool):
+    def __init__(
+        self,
+        records: Records,
+        example: MakeExample,
+        seed: int,
+        batch_size: int,
+        rows: np.ndarray,
+        shuffle: bool,
+        start: int,
+        size: int,
+        skip: bool,
+    ):
         self._records, self._example, self._seed = records, example, seed
-        self._batch_size, self._rows, self._shuffle, self._start, self._size, self._skip = batch_size, rows, shuffle, start, size, skip
+        self._batch_size, self._rows, self._shuffle, self._start, self._size, self._skip = (
+            batch_size,
+            rows,
+            shuffle,
+            start,
+            size,
+            skip,
+        )
         self._order = grain.MapDataset.range(len(records)).shuffle(seed=seed).repeat() if shuffle else None
         self._lock = threading.Lock()
         self.skipped = 0

@@ -91,12 +91,16 @@ def _open(shard: epath.Path) -> Any:
 
 def _find_shards(folder: epath.Path, split: str) -> list[epath.Path]:
     if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder; build it with python -m data_prep.build_shards and set config.data.path")
+        raise FileNotFoundError(
+            f"{folder}: no such folder; build it with python -m data_prep.build_shards and set config.data.path"
+        )
     manifest = folder / schema.MANIFEST
     if manifest.exists():
         version = json.loads(manifest.read_text()).get("schema_version", schema.SCHEMA_VERSION)
         if version.split(".")[0] != schema.SCHEMA_VERSION.split(".")[0]:
-            raise ValueError(f"{manifest}: schema {version}, this reader knows {schema.SCHEMA_VERSION}; build the shards again")
+            raise ValueError(
+                f"{manifest}: schema {version}, this reader knows {schema.SCHEMA_VERSION}; build the shards again"
+            )
     pattern = re.compile(r".+-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
     found: dict[str, dict[int, epath.Path]] = {}
     totals: dict[str, int] = {}
@@ -106,9 +110,13 @@ def _find_shards(folder: epath.Path, split: str) -> list[epath.Path]:
             totals[match[1]] = int(match[3])
     if split not in found:
         there = ", ".join(sorted(found)) or "no shards at all"
-        raise FileNotFoundError(f"{folder}: no split {split!r} here, there are: {there}; change config.data or build that split")
+        raise FileNotFoundError(
+            f"{folder}: no split {split!r} here, there are: {there}; change config.data or build that split"
+        )
     if missing := [i for i in range(totals[split]) if i not in found[split]]:
-        raise FileNotFoundError(f"{folder}: shard {missing[0]} of {totals[split]} of split {split!r} is missing; copy it or build again")
+        raise FileNotFoundError(
+            f"{folder}: shard {missing[0]} of {totals[split]} of split {split!r} is missing; copy it or build again"
+        )
     return [found[split][i] for i in range(totals[split])]
 
 
@@ -119,13 +127,19 @@ def _read_index(shard: epath.Path) -> np.ndarray:
     with file.open("rb") as stream:
         index = np.lib.format.read_array(stream, allow_pickle=False)
     if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 2:
-        raise ValueError(f"{file} is no index (int64[n, 2]); make it again with python -m data_prep.index_shards {shard.parent}")
+        raise ValueError(
+            f"{file} is no index (int64[n, 2]); make it again with python -m data_prep.index_shards {shard.parent}"
+        )
     return index
 
 
 def _payload(framed: bytes, size: int, where: str) -> bytes:
     """The payload of one framed record, both checksums verified."""
-    header, payload, footer = framed[:8], framed[schema.HEADER_BYTES : schema.HEADER_BYTES + size], framed[-schema.FOOTER_BYTES :]
+    header, payload, footer = (
+        framed[:8],
+        framed[schema.HEADER_BYTES : schema.HEADER_BYTES + size],
+        framed[-schema.FOOTER_BYTES :],
+    )
     if len(framed) != schema.HEADER_BYTES + size + schema.FOOTER_BYTES or int.from_bytes(header, "little") != size:
         raise CorruptRecord(f"{where}: length does not fit the index; the shard was cut or replaced")
     for data, stored in ((header, framed[8:12]), (payload, footer)):

@@ -31,10 +31,14 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"tokenizer {path}: no such file; set config.data.tokenizer, or train one with python -m data_prep.train_tokenizer")
+        raise FileNotFoundError(
+            f"tokenizer {path}: no such file; set config.data.tokenizer, or train one with python -m data_prep.train_tokenizer"
+        )
     kinds = {".model": _SentencePiece, ".json": _HuggingFace, ".txt": _BertWordPiece}
     if file.suffix not in kinds:
-        raise ValueError(f"tokenizer {path}: not a known kind; give *.model (sentencepiece), tokenizer.json or vocab.txt")
+        raise ValueError(
+            f"tokenizer {path}: not a known kind; give *.model (sentencepiece), tokenizer.json or vocab.txt"
+        )
     try:
         return kinds[file.suffix](str(file))
     except ValueError:

@@ -31,7 +31,7 @@ AXES = (
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far; f[layers, B, S, N, H], S fixed. Beams and candidates are picked along axis 1."""
+    """Keys and values of what was read so far; f[B, layers, S, N, H], S fixed. Beams and candidates are picked along axis 0."""
 
     k: jax.Array
     v: jax.Array
@@ -65,7 +65,7 @@ class Block(nn.Module):
         else:
             here = start[:, None] + jnp.arange(x.shape[1])  # [B, L]
             mask = jnp.arange(cache.k.shape[2]) <= here[:, None, :, None]  # [B, 1, L, S]
-            y = layers.attention(q, cache.k[layer], cache.v[layer], mask=mask)  # [B, L, N, H]
+            y = layers.attention(q, cache.k[:, layer], cache.v[:, layer], mask=mask)  # [B, L, N, H]
         x = x + drop(attn.output(y))
 
         mlp = layers.Mlp(4 * d, normal, shrunk, tanh=True, dtype=self.dtype, name="mlp")
@@ -74,12 +74,16 @@ class Block(nn.Module):
 
 def _write(cache: Cache, layer: jax.Array, start: jax.Array | None, k: jax.Array, v: jax.Array) -> Cache:
     """Put k, v f[B, L, N, H] at positions `start` + 0..L-1 of each row (None: at 0), in place where the compiler can."""
-    if start is None:
-        return Cache(
-            *(jax.lax.dynamic_update_slice(c, a[None], (layer, 0, 0, 0, 0)) for c, a in zip(cache, (k, v), strict=True))
-        )
-    row, position = jnp.arange(k.shape[0])[:, None], start[:, None] + jnp.arange(k.shape[1])
-    return Cache(*(c.at[layer, row, position].set(a) for c, a in zip(cache, (k, v), strict=True)))
+
+    def one(kept: jax.Array, new: jax.Array) -> jax.Array:
+        if start is None:
+            return jax.lax.dynamic_update_slice(kept, new[:, None], (0, layer, 0, 0, 0))
+        position = start[:, None] + jnp.arange(new.shape[1])  # [B, L]
+        return jax.vmap(lambda row, at, value: row.at[layer, at].set(value))(
+            kept, position, new
+        )  # rows stay on their device
+
+    return Cache(one(cache.k, k), one(cache.v, v))
 
 
 class GPT3(nn.Module):
@@ -131,7 +135,7 @@ class GPT3(nn.Module):
             raise ValueError(
                 f"cache length {length} must lie between the {embeds.shape[1]} positions read and {self.max_positions}"
             )
-        shape = (self.depth, embeds.shape[0], length, self.heads, self.width // self.heads)
+        shape = (embeds.shape[0], self.depth, length, self.heads, self.width // self.heads)
         empty = jnp.zeros(shape, jnp.dtype(self.dtype))
         return self._run(embeds, Cache(empty, empty), None, True)
 

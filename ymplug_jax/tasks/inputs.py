@@ -40,13 +40,17 @@ def tokenizer_for(data: Data, vocab: int) -> text.Tokenizer | None:
         return None
     tokenizer = text.load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > vocab:
-        raise ValueError(f"{data.tokenizer} has {tokenizer.vocab_size} tokens, the model only {vocab}; raise config.model.llm.vocab")
+        raise ValueError(
+            f"{data.tokenizer} has {tokenizer.vocab_size} tokens, the model only {vocab}; raise config.model.llm.vocab"
+        )
     return tokenizer
 
 
 def encode(tokenizer: text.Tokenizer, title: str, length: int) -> Example:
     """{"ids": int32[L], "mask": int32[L]} of a cleaned text: beginning, text, end, padding (spec: plain rule)."""
-    ids, mask = text.encode_text(tokenizer.encode(title), length, bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
+    ids, mask = text.encode_text(
+        tokenizer.encode(title), length, bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad
+    )
     return {"ids": ids, "mask": mask}
 
 
@@ -64,5 +68,7 @@ def given(tokenizer: text.Tokenizer | None) -> text.Tokenizer:
       ValueError: no tokenizer.
     """
     if tokenizer is None:
-        raise ValueError("config.data.tokenizer is empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt")
+        raise ValueError(
+            "config.data.tokenizer is empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt"
+        )
     return tokenizer

@@ -66,7 +66,8 @@ def contrastive(
     """
     valid = jnp.ones(video.shape[0], bool) if valid is None else valid
     count = jnp.sum(valid, dtype=jnp.float32)
-    scores = similarity(video, text) / jnp.maximum(temperature, 1e-3)  # [B, B], video by text
+    bounded = temperature + jax.lax.stop_gradient(jnp.maximum(temperature, 1e-3) - temperature)  # the gradient passes
+    scores = similarity(video, text) / bounded  # [B, B], video by text
 
     def direction(scores: jax.Array) -> jax.Array:
         logs = jax.nn.log_softmax(jnp.where(valid, scores, jnp.finfo(jnp.float32).min), axis=-1)

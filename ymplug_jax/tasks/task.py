@@ -45,7 +45,9 @@ def get(experiment: Experiment) -> Task:
       ValueError: no such task file, or a model setting that the model does not have.
     """
     known = sorted(
-        p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "task", "inputs", "losses", "metrics")
+        p.stem
+        for p in Path(__file__).parent.glob("*.py")
+        if p.stem not in ("__init__", "task", "inputs", "losses", "metrics")
     )
     if experiment.task not in known:
         raise ValueError(f"config.task is {experiment.task!r}; there are {', '.join(known)}")
