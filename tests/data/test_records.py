@@ -1,7 +1,13 @@
 """Random access: the right record, checked, and every mistake answered in one line."""
 
+import http.server
 import json
 import pickle
+import subprocess
+import sys
+import threading
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +16,14 @@ import pytest
 import shards
 from ymplug_jax.data import schema
 from ymplug_jax.data.records import CorruptRecord, Records
+
+
+def first_shard(folder: Path) -> Path:
+    return folder / schema.shard_name("clips", "train", 0, 2)
+
+
+def index_of(shard: Path) -> Path:
+    return shard.with_name(shard.name + schema.INDEX_SUFFIX)
 
 
 def test_every_record_in_order(tmp_path: Path):
@@ -21,6 +35,13 @@ def test_every_record_in_order(tmp_path: Path):
         assert record.frames == [shards.jpeg(100 * i + t) for t in range(4)]
         assert record.captions == [f"第{i}个", "视频"] and (record.label_text, record.label_index) == ("宠物", 36)
         assert record.timestamps.tolist() == [0, 100_000, 200_000, 300_000]
+    assert [record.title for record in records] == [shards.title(i) for i in range(9)]
+
+
+@pytest.mark.parametrize("i", [-1, 9])
+def test_no_such_record(tmp_path: Path, i: int):
+    with pytest.raises(IndexError, match=rf"no record {i} in split 'train', which has 9"):
+        Records(str(shards.write(tmp_path)), "train")[i]
 
 
 def test_pickled_records_read_on(tmp_path: Path):
@@ -28,8 +49,40 @@ def test_pickled_records_read_on(tmp_path: Path):
     assert records[7].title == pickle.loads(pickle.dumps(records))[7].title
 
 
-def first_shard(folder: Path) -> Path:
-    return folder / schema.shard_name("clips", "train", 0, 2)
+def test_a_bare_record_has_defaults(tmp_path: Path):
+    """Captions, labels and titles may be missing: not every kind of CSV has them."""
+    message = shards.tf_example_pb2.Example()
+    message.features.feature[schema.IMAGE].bytes_list.value.append(shards.jpeg(0))
+    put(tmp_path, message.SerializeToString())
+    record = Records(str(tmp_path), "train")[0]
+    assert (record.media_id, record.title, record.captions, record.label_text) == ("", "", [], "")
+    assert record.label_index == -1 and record.timestamps.size == 0
+
+
+def put(folder: Path, payload: bytes) -> None:
+    """A data set of one record."""
+    shard = folder / schema.shard_name("clips", "train", 0, 1)
+    shard.write_bytes(shards.frame(payload))
+    np.save(index_of(shard), np.array([[0, len(payload)]], np.int64))
+
+
+def bad_payloads() -> dict[str, bytes]:
+    """Payloads whose checksum is right, by what the message must say."""
+    empty, text = shards.tf_example_pb2.Example(), shards.tf_example_pb2.Example()
+    text.features.feature[schema.IMAGE].bytes_list.value.append(shards.jpeg(0))
+    text.features.feature[schema.TITLE].bytes_list.value.append("红".encode("gbk"))
+    return {
+        "no tf.train.Example": b"\xff\xff not a message",
+        "no image/encoded": empty.SerializeToString(),
+        "not UTF-8": text.SerializeToString(),
+    }
+
+
+@pytest.mark.parametrize("says", bad_payloads())
+def test_content_that_is_not_ours(tmp_path: Path, says: str):
+    put(tmp_path, bad_payloads()[says])
+    with pytest.raises(CorruptRecord, match=f"00000-of-00001: record 0 at byte 0: .*{says}"):
+        Records(str(tmp_path), "train")[0]
 
 
 @pytest.mark.parametrize("where", [2, 9, 400, -2])
@@ -37,8 +90,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, where: int):
     """In the length, its checksum, the payload and the payload's checksum."""
     shards.write(tmp_path)
     file = first_shard(tmp_path)
-    places = np.load(file.with_name(file.name + schema.INDEX_SUFFIX))
-    offset, size = places[3]
+    offset, size = np.load(index_of(file))[3]
     data = bytearray(file.read_bytes())
     data[offset + (where if where > 0 else schema.HEADER_BYTES + size + schema.FOOTER_BYTES + where)] ^= 1
     file.write_bytes(data)
@@ -48,30 +100,145 @@ def test_a_flipped_bit_is_found(tmp_path: Path, where: int):
         records[3]
 
 
-def test_truncated_shard(tmp_path: Path):
-    shards.write(tmp_path)
-    file = first_shard(tmp_path)
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(CorruptRecord, match="record 4 .*cut or replaced"):
+@pytest.mark.parametrize("cut", [3, 20_000])
+def test_truncated_shard(tmp_path: Path, cut: int):
+    """The last record is cut, or begins beyond the end."""
+    file = first_shard(shards.write(tmp_path))
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(CorruptRecord, match="record 4 .*length does not fit the index"):
         Records(str(tmp_path), "train")[4]
 
 
-def test_mistakes_are_named(tmp_path: Path):
+def test_missing_folder_and_split(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such folder; build it"):
         Records(str(tmp_path / "nowhere"), "train")
+    with pytest.raises(FileNotFoundError, match="no split 'train' here, there are: no shards at all"):
+        Records(str(tmp_path), "train")
     shards.write(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no split 'validation' here, there are: train"):
+    shards.write(tmp_path, split="test")
+    with pytest.raises(FileNotFoundError, match="no split 'validation' here, there are: test, train"):
         Records(str(tmp_path), "validation")
-    index = first_shard(tmp_path).with_name(first_shard(tmp_path).name + schema.INDEX_SUFFIX)
+
+
+def test_missing_and_broken_index(tmp_path: Path):
+    index = index_of(first_shard(shards.write(tmp_path)))
     kept = index.read_bytes()
+    for content in (b"", kept[:-1], b"something else"):
+        index.write_bytes(content)
+        with pytest.raises(ValueError, match=r"index.npy is broken .* make it again with .*data_prep.index_shards"):
+            Records(str(tmp_path), "train")
+    np.save(index, np.zeros((4, 3), np.int64))
+    with pytest.raises(ValueError, match="is no index"):
+        Records(str(tmp_path), "train")
     index.unlink()
-    with pytest.raises(FileNotFoundError, match="data_prep.index_shards"):
+    with pytest.raises(FileNotFoundError, match=r"index.npy is missing \(one of 1\); .*data_prep.index_shards"):
         Records(str(tmp_path), "train")
-    index.write_bytes(kept)
-    (tmp_path / schema.MANIFEST).write_text(json.dumps({"schema_version": "9.0.0"}))
-    with pytest.raises(ValueError, match="schema 9.0.0"):
+
+
+def test_missing_shards(tmp_path: Path):
+    first_shard(shards.write(tmp_path)).unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 shards of split 'train' are missing, the first is .*00000-of-"):
         Records(str(tmp_path), "train")
-    (tmp_path / schema.MANIFEST).unlink()
-    first_shard(tmp_path).unlink()
-    with pytest.raises(FileNotFoundError, match="shard 0 of 2 of split 'train' is missing"):
+
+
+def test_two_builds_in_one_folder(tmp_path: Path):
+    shards.write(tmp_path)
+    shards.write(tmp_path, (1, 1, 1))
+    with pytest.raises(ValueError, match="several builds .clips-train of 2 shards, clips-train of 3 shards"):
         Records(str(tmp_path), "train")
+
+
+def test_schema_version(tmp_path: Path):
+    manifest = shards.write(tmp_path) / schema.MANIFEST
+    manifest.write_text(json.dumps({"schema_version": schema.SCHEMA_VERSION}))
+    assert len(Records(str(tmp_path), "train")) == 9
+    manifest.write_text(json.dumps({"schema_version": "9.0.0"}))
+    with pytest.raises(ValueError, match="schema_version 9.0.0, this reader knows"):
+        Records(str(tmp_path), "train")
+    for content in ("{", "[]", "{}"):
+        manifest.write_text(content)
+        with pytest.raises(ValueError, match="manifest.json: no manifest of data_prep"):
+            Records(str(tmp_path), "train")
+
+
+def test_no_tensorflow_to_read_records():
+    code = "import sys, ymplug_jax.data.records; print({'tensorflow', 'av', 'torch'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """What Google Cloud Storage answers to a listing and to a read of some bytes. `folder` is gs://bucket/data."""
+
+    folder: Path
+
+    def do_GET(self):
+        url = urllib.parse.urlparse(self.path)
+        if url.path == "/storage/v1/b/bucket/o":
+            query = urllib.parse.parse_qs(url.query)
+            found = sorted(f"data/{file.name}" for file in self.folder.iterdir())
+            items = [{"name": name} for name in found if query["startOffset"][0] <= name < query["endOffset"][0]]
+            self.answer(200, json.dumps({"items": items}).encode())
+            return
+        file = self.folder / urllib.parse.unquote(url.path).removeprefix("/storage/v1/b/bucket/o/data/")
+        if not file.is_file():
+            self.answer(404, b"{}")
+            return
+        data = file.read_bytes()
+        if "Range" not in self.headers:
+            self.answer(200, data)
+            return
+        first, last = (int(part) for part in self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = data[first : last + 1]
+        headers = {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"}
+        self.answer(206 if part else 416, part, headers if part else {})
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None):
+        self.send_response(status)
+        for name, value in ({"x-goog-generation": "1", "Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that is also gs://bucket/data."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Bucket,), {"folder": tmp_path}))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+    yield tmp_path
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_records_of_a_bucket(bucket: Path):
+    shards.write(bucket)
+    local, remote = Records(str(bucket), "train"), Records("gs://bucket/data", "train")
+    assert len(remote) == 9
+    for i in range(9):
+        assert str(remote[i]) == str(local[i])
+    assert pickle.loads(pickle.dumps(remote))[8].frames == local[8].frames
+
+
+def test_mistakes_in_a_bucket(bucket: Path):
+    with pytest.raises(FileNotFoundError, match="gs://bucket/nowhere: no such folder"):
+        Records("gs://bucket/nowhere/", "train")
+    file = first_shard(shards.write(bucket))
+    with pytest.raises(FileNotFoundError, match="gs://bucket/data: no split 'test' here, there are: train"):
+        Records("gs://bucket/data", "test")
+    records = Records("gs://bucket/data", "train")
+    data = file.read_bytes()
+    for cut in (3, 20_000):
+        file.write_bytes(data[:-cut])
+        with pytest.raises(CorruptRecord, match="gs://bucket/data/.*record 4 at byte .*length does not fit"):
+            records[4]
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="gs://bucket/data/clips-train.tfrecord-00000-of-00002 is gone"):
+        records[4]

@@ -1,7 +1,7 @@
 """mPLUG-video (GPT-3) against stored outputs of the PyTorch reference, one test a fixture file, all arrays of each file.
 
 Everything is float32 with exact matrix products; an error is relative to the largest value of its array. Sizes are read
-from the files, weights come in through the converter's own tables.
+from the files, weights come in through the converter's own tables. Images are compared by grey levels.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +21,13 @@ from ymplug_jax import optim, state
 from ymplug_jax.config import Optim, from_config_dict
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules
+from ymplug_jax.data import augment, frames, text
 from ymplug_jax.models import layers, mplug_video
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import losses
+from ymplug_jax.tasks import inputs, losses
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
 OTHER_TASKS = {"beam", "caption", "cls", "retrieval", "retrieval_itm"}  # files of tasks that are not here yet
@@ -257,6 +259,55 @@ def test_pretrain(read) -> None:
     file.done()
 
 
+def check_levels(name: str, value: np.ndarray, expected: np.ndarray, *, most: int, mean: float) -> None:
+    """Grey levels: no pixel off by more than `most`, on average by `mean`."""
+    assert value.shape == expected.shape, f"{name}: shape {value.shape}, expected {expected.shape}"
+    error = np.abs(value.astype(np.int64) - expected.astype(np.int64))
+    print(f"at most {error.max()}, mean {error.mean():.1e}  {name}")  # shown by `pytest -rP`
+    assert error.max() <= most and error.mean() <= mean, f"{name}: off by {error.max()}, mean {error.mean():.2g}"
+
+
+def check_input(name: str, clip: np.ndarray, expected: np.ndarray) -> None:
+    """uint8[T, S, S, 3] as the model takes it, against f32[3, T, S, S]."""
+    value = np.asarray(inputs.normalize(clip[None], "float32"))[0]
+    np.testing.assert_allclose(value.transpose(3, 0, 1, 2), expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_augment(golden) -> None:
+    with np.load(golden("augment.npz")) as arrays:
+        file = dict(arrays)
+    config = json.loads(str(file.pop("config")))
+    size, clip = config["size"], file.pop("in/frames")
+    resized = file.pop("out/test/resized")
+    check_levels("test/resized", augment.eval_transform(clip, size), resized, most=0, mean=0)
+    check_input("test/input", resized.astype(np.uint8), file.pop("out/test/input"))
+
+    crop = tuple(config["crop"][side] for side in ("top", "left", "height", "width"))
+    cropped = np.stack([values.copy() for values in augment.crop_resize(clip, crop, size)])
+    expected = file.pop("out/train/crop_int")
+    check_levels("train/crop_int", cropped, expected, most=1, mean=0.01)
+    flipped = file.pop("out/train/flipped")
+    np.testing.assert_array_equal(np.stack([cv2.flip(f, 1) for f in expected]) if config["flip"] else expected, flipped)
+    start = file.pop("out/train/uint8")
+    np.testing.assert_array_equal(augment.to_uint8(flipped, wrap=True), start)
+
+    def operate(clip: np.ndarray, *names: str) -> np.ndarray:
+        for name in names:
+            clip = np.stack([augment.operate(frame, name, config["M"]) for frame in clip])
+        return clip
+
+    # The reference warped with OpenCV 4; version 5 computes more exactly.
+    most, mean = (0, 0) if int(cv2.__version__.split(".")[0]) < 5 else (6, 0.8)
+    for name in [key for key in file if key.startswith("out/train/op/")]:
+        operation = name.removeprefix("out/train/op/")
+        warp = operation in augment.WARPS
+        check_levels(name, operate(start, operation), file.pop(name), most=most * warp, mean=mean * warp)
+    two = file.pop("out/train/two_ops")
+    check_levels("train/two_ops", operate(start, *config["two_ops"]), two, most=2 * most, mean=2 * mean)
+    check_input("train/input", two, file.pop("out/train/input"))
+    assert not file, f"arrays that no check used: {sorted(file)}"
+
+
 def check_param_groups(expected: dict) -> None:
     """Rate factor and weight decay of every trainable tensor under the pre-training recipe."""
     groups = expected["groups"]
@@ -292,10 +343,47 @@ def check_lr_schedule(cases: list[dict]) -> None:
         np.testing.assert_allclose(values, case["values"], rtol=1e-5, atol=1e-6 * args["base_value"])
 
 
+def check_frames(middle: list[dict], random: list[dict]) -> None:
+    for case in middle:
+        chosen = frames.choose_frames(case["num_frames"], case["vlen"], None)
+        assert chosen.tolist() == case["indices"], case
+    rng = np.random.default_rng(0)
+    for case in random:
+        wanted, available = case["num_frames"], case["vlen"]
+        draws = np.stack([frames.choose_frames(wanted, available, rng) for _ in range(400)])
+        count = min(wanted, available)
+        assert draws.shape == (400, wanted) and (draws[:, count:] == draws[:, count - 1 : count]).all(), case
+        if case["fallback_to_sorted_sample_without_replacement"]:
+            assert (np.diff(draws[:, :count], axis=1) > 0).all(), case
+            assert draws.min() >= 0 and draws.max() < available, case
+        else:
+            ranges = np.array(case["half_open_ranges"])
+            assert len(ranges) == count, case
+            assert (draws >= ranges[:, 0]).all() and (draws < ranges[:, 1]).all(), case
+            short = ranges[:, 1] - ranges[:, 0] <= 30  # 400 draws meet both ends of these
+            assert (draws.min(0) == ranges[:, 0])[short].all() and (draws.max(0) == ranges[:, 1] - 1)[short].all(), case
+
+
+def check_truncation(plain: list[dict], pairs: list[dict], specials: dict[str, int]) -> None:
+    for case in plain:
+        begin, *ids, end = case["ids"]
+        assert (begin, end) == (specials["bos"], specials["eos"])
+        row, mask = text.encode_text(ids, case["max_length"], **specials)
+        assert row.tolist() == case["out"] and mask.tolist() == [int(i < case["length"]) for i in range(len(row))], case
+    for case in pairs:
+        row, mask, prompt_length = text.encode_pair(case["prompt"], case["text"], case["max_length"], **specials)
+        assert row.tolist() == case["out"] and prompt_length == case["prompt_length"], case
+        assert mask.tolist() == [int(i < case["length"]) for i in range(len(row))], case
+
+
 def test_rules(golden) -> None:
-    cases = json.loads(golden("rules.json").read_text())
+    cases = json.loads(golden("rules.json").read_text(encoding="utf-8"))
     check_param_groups(cases["param_groups"])
     check_lr_schedule(cases["lr_schedule"])
+    check_frames(cases["frames_middle"], cases["frames_rand"])
+    for case in cases["pre_caption"]:
+        assert text.clean_text(case["text"], case["max_words"]) == case["out"], case
+    check_truncation(cases["truncate_plain"], cases["truncate_prompt"], cases["special_ids"])
 
 
 def test_every_fixture_has_a_test(golden_folder: Path) -> None:

@@ -1,123 +1,162 @@
 """The transforms of the recipe, on whole clips: one crop, one flip and the same two operations for every frame.
 
 RandAugment here is the reference's: two different operations out of nine, always applied, at level 5 of 10, where contrast,
-brightness and sharpness happen to be the identity and the warps go one way only.
+brightness and sharpness happen to be the identity and the warps go one way only. Warps are OpenCV 4's, whose fixed-point
+arithmetic the reference used (OpenCV 5 differs by up to 5 grey levels).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
 
+cv2.setNumThreads(0)  # the loader's own threads are the parallelism
+
 LEVEL = 5  # of 10
 FILL = (128, 128, 128)
 Clip = np.ndarray  # uint8[T, H, W, 3]
+Frame = np.ndarray  # uint8[H, W, 3]
+Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
-def train_transform(clip: Clip, size: int, rng: np.random.Generator, *, random_signs: bool = False) -> Clip:
-    """Random resized crop, flip with probability 1/2, two RandAugment operations: uint8[T, H, W, 3] -> uint8[T, size, size, 3].
+def train_transform(
+    clip: Clip, size: int, rng: np.random.Generator, *, random_signs: bool = False, wrap_uint8: bool = False
+) -> Clip:
+    """Random resized crop, flip with probability 1/2, two RandAugment operations.
 
     Args:
-      clip: RGB frames.
+      clip: RGB frames, uint8[T, H, W, 3].
       size: side of the result, pixels.
       rng: all randomness of the call.
       random_signs: warp to either side; the reference warps to one side only.
+      wrap_uint8: let the overshoot of the bicubic filter wrap modulo 256 as the reference does, instead of clipping it.
+
+    Returns:
+      uint8[T, size, size, 3].
     """
-    clip = to_uint8(crop_resize(clip, *choose_crop(*clip.shape[1:3], rng), size=size))
-    if rng.random() < 0.5:
-        clip = clip[:, :, ::-1]
-    names = rng.choice(len(OPERATIONS), 2, replace=False)
-    for name in (list(OPERATIONS)[i] for i in names):
-        sign = -1.0 if random_signs and rng.random() < 0.5 else 1.0
-        clip = operate(clip, name, sign * LEVEL if name in WARPS else LEVEL)
-    return np.ascontiguousarray(clip)
+    crop = choose_crop(*clip.shape[1:3], rng)
+    flip = rng.random() < 0.5
+    operations = [(name, LEVEL) for name in choose_operations(rng)]
+    if random_signs:
+        operations = [(name, -level if name in WARPS and rng.random() < 0.5 else level) for name, level in operations]
+    out = np.empty((len(clip), size, size, 3), np.uint8)
+    for t, values in enumerate(crop_resize(clip, crop, size)):
+        frame = to_uint8(values, wrap=wrap_uint8)
+        frame = cv2.flip(frame, 1) if flip else frame
+        for name, level in operations:
+            frame = operate(frame, name, level)
+        out[t] = frame
+    return out
 
 
 def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> Clip:
-    """Resize to a square whatever the aspect: nearest neighbour as in the reference, or bilinear."""
-    t, height, width, _ = clip.shape
-    if bilinear:
-        return np.stack([cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR) for frame in clip])
-    rows = np.floor(np.arange(size) * (height / size)).astype(int)
-    columns = np.floor(np.arange(size) * (width / size)).astype(int)
-    return np.ascontiguousarray(clip[:, rows][:, :, columns])  # [T, size, size, 3]
+    """Resize to a square whatever the aspect: nearest neighbour as in the reference, or bilinear.
+
+    uint8[T, H, W, 3] -> uint8[T, size, size, 3].
+    """
+    height, width = clip.shape[1:3]
+    grid = np.stack(np.meshgrid(nearest(width, size), nearest(height, size)), -1).astype(np.int16)  # [size, size, xy]
+    out = np.empty((len(clip), size, size, 3), np.uint8)
+    for t, frame in enumerate(clip):
+        if bilinear:
+            out[t] = cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR)
+        else:
+            out[t] = cv2.remap(frame, grid, None, cv2.INTER_NEAREST)
+    return out
 
 
-def choose_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width): area 0.5 to 1 of the frame, aspect log-uniform in 3/4..4/3; ten tries, then a central crop."""
+def nearest(source: int, size: int) -> np.ndarray:
+    """int64[size]: the source index of each output pixel, floor(i * source / size) in single precision as PyTorch has it."""
+    scale = np.float32(source) / np.float32(size)
+    return np.minimum((np.arange(size, dtype=np.float32) * scale).astype(np.int64), source - 1)
+
+
+def choose_crop(height: int, width: int, rng: np.random.Generator) -> Crop:
+    """Area 0.5 to 1 of the frame, aspect log-uniform in 3/4..4/3; ten tries, then a central crop."""
     for _ in range(10):
         area = height * width * rng.uniform(0.5, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    ratio = width / height
-    w, h = width, height
-    if ratio < 3 / 4:
-        h = round(width / (3 / 4))
-    elif ratio > 4 / 3:
-        w = round(height * 4 / 3)
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_resize(clip: Clip, top: int, left: int, height: int, width: int, *, size: int) -> np.ndarray:
-    """Bicubic (a = -0.75, half-pixel centres, edges replicated, no antialias), truncated toward zero: int32[T, size, size, 3].
+def choose_operations(rng: np.random.Generator) -> list[str]:
+    """Names of two different operations."""
+    names = list(OPERATIONS)
+    return [names[i] for i in rng.choice(len(names), 2, replace=False)]
 
-    Values may lie outside 0..255: bicubic overshoots.
+
+def crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
+    """Bicubic (a = -0.75, half-pixel centres, edges replicated, no antialias), truncated toward zero: f32[size, size, 3]
+    for each frame, in memory that the next one overwrites.
+
+    The values are whole but may lie outside 0..255: a bicubic filter overshoots.
     """
-    crop = clip[:, top : top + height, left : left + width].astype(np.float32)
-    return np.stack([cv2.resize(frame, (size, size), interpolation=cv2.INTER_CUBIC) for frame in crop]).astype(np.int32)
+    top, left, height, width = crop
+    part = np.empty((height, width, 3), np.float32)
+    out = np.empty((size, size, 3), np.float32)
+    for frame in clip:
+        np.copyto(part, frame[top : top + height, left : left + width])
+        cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
+        yield np.trunc(out, out=out)
 
 
-def to_uint8(values: np.ndarray, *, wrap: bool = False) -> Clip:
-    """int32 -> uint8. The reference wraps modulo 256, so that bright pixels turn black; by default values are clipped."""
-    return (values % 256 if wrap else np.clip(values, 0, 255)).astype(np.uint8)
+def to_uint8(values: np.ndarray, *, wrap: bool = False) -> np.ndarray:
+    """Whole numbers to uint8, clipped; or modulo 256 as in the reference, which turns overshooting bright pixels black."""
+    return (values.astype(np.int64) % 256 if wrap else np.clip(values, 0, 255)).astype(np.uint8)
 
 
-def operate(clip: Clip, name: str, level: float = LEVEL) -> Clip:
-    """One operation of RandAugment on every frame alike; `level` runs from 0 to 10, warps also backwards."""
-    return np.stack([OPERATIONS[name](frame, level) for frame in clip])
+def operate(frame: Frame, name: str, level: float = LEVEL) -> Frame:
+    """One operation of RandAugment on one frame; `level` is 0 to 10, for the WARPS also -10 to 0 (the other way)."""
+    return OPERATIONS[name](frame, level)
 
 
 def _factor(level: float) -> float:
     return level / 10 * 1.8 + 0.1
 
 
-def _blend(frame: np.ndarray, other: np.ndarray | float, factor: float) -> np.ndarray:
-    mixed = other + factor * (frame.astype(np.float32) - other)
-    return np.clip(mixed, 0, 255).astype(np.uint8)
+def _contrast(frame: Frame, level: float) -> Frame:
+    if (factor := _factor(level)) == 1.0:
+        return frame
+    # Luma with the weights of blue and red exchanged: the reference takes RGB frames for BGR.
+    mean = float(frame.mean((0, 1)) @ (0.114, 0.587, 0.299))
+    return cv2.LUT(frame, to_uint8((np.arange(256) - mean) * factor + mean))
 
 
-def _contrast(frame: np.ndarray, level: float) -> np.ndarray:
-    mean = float(np.mean(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)))
-    return _blend(frame, mean, _factor(level))
+def _brightness(frame: Frame, level: float) -> Frame:
+    if (factor := _factor(level)) == 1.0:
+        return frame
+    return cv2.LUT(frame, to_uint8(np.arange(256) * factor))
 
 
-def _brightness(frame: np.ndarray, level: float) -> np.ndarray:
-    return _blend(frame, 0.0, _factor(level))
-
-
-def _sharpness(frame: np.ndarray, level: float) -> np.ndarray:
+def _sharpness(frame: Frame, level: float) -> Frame:
+    if (factor := _factor(level)) == 1.0:
+        return frame
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     smooth = cv2.filter2D(frame, -1, kernel).astype(np.float32)
-    smooth[[0, -1]], smooth[:, [0, -1]] = frame[[0, -1]], frame[:, [0, -1]]  # the border is not filtered
-    return _blend(frame, smooth, _factor(level))
+    out = to_uint8(smooth + factor * (frame - smooth))
+    out[[0, -1]], out[:, [0, -1]] = frame[[0, -1]], frame[:, [0, -1]]  # the border is left as it was
+    return out
 
 
-def _warp(frame: np.ndarray, matrix: list[list[float]]) -> np.ndarray:
-    """`matrix` maps the source to the destination; bilinear, grey outside."""
+def _warp(frame: Frame, matrix: list[list[float]] | np.ndarray) -> Frame:
+    """`matrix` [2, 3] maps the source to the destination, (x, y, 1) -> (x, y); bilinear, grey outside."""
     height, width = frame.shape[:2]
     return cv2.warpAffine(frame, np.float32(matrix), (width, height), borderValue=FILL, flags=cv2.INTER_LINEAR)
 
 
-def _rotate(frame: np.ndarray, level: float) -> np.ndarray:
+def _rotate(frame: Frame, level: float) -> Frame:
     height, width = frame.shape[:2]
-    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1)
+    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1)  # degrees, counter-clockwise
     return cv2.warpAffine(frame, matrix, (width, height), borderValue=FILL, flags=cv2.INTER_LINEAR)
 
 
-OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+OPERATIONS: dict[str, Callable[[Frame, float], Frame]] = {
     "Identity": lambda frame, level: frame,
     "Contrast": _contrast,
     "Brightness": _brightness,

@@ -18,28 +18,6 @@ Example = dict[str, np.ndarray]
 MakeExample = Callable[[Any, np.random.Generator | None], Example]
 
 
-class Batches:
-    """Iterator over this host's part of the global batches; `skipped` counts corrupt records met so far (in threads only)."""
-
-    def __init__(self, stream: Iterator[Example], source: "_Source"):
-        self._stream, self._source = stream, source
-
-    @property
-    def skipped(self) -> int:
-        return self._source.skipped
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> Example:
-        return next(self._stream)
-
-    def close(self) -> None:
-        """Let go of threads and processes."""
-        if close := getattr(self._stream, "close", None):
-            close()
-
-
 def batches(
     records: Records,
     example: MakeExample,
@@ -53,38 +31,74 @@ def batches(
     threads: int = 8,
     workers: int = 0,
     skip_corrupt: bool = False,
-) -> Batches:
+) -> "Batches":
     """This host's rows of every global batch, each a dict of arrays [len(rows), ...] with `valid: bool`.
+
+    Reading starts with the first batch. Two batches ahead are held ready (of this host's rows; at least two examples for
+    each thread), twice that with worker processes, which share it.
 
     Args:
       records: the split.
       example: (record, rng) -> dict of fixed-shape arrays; rng is None in evaluation.
-      seed: of the order and of all augmentation.
+      seed: of the order and of all augmentation, not negative.
       batch_size: of the global batch.
       rows: which rows of the global batch to load, in [0, batch_size), in the order they come out.
       shuffle: True: training, endless, permuted anew every epoch. False: one pass in order without rng; the last batch
         is padded with `valid` False.
       start: examples seen before; the first batch starts there.
-      num_examples: without shuffle, stop after this many; 0: all.
-      threads: that read and decode; about 4 x threads examples are held ready.
-      workers: processes that do it instead; batches are the same for any number.
+      num_examples: without shuffle, stop after this many, if there are more; 0: all.
+      threads: that read and decode, in each worker process if there are any.
+      workers: processes to spread this over (absl flags must be parsed, `example` go through cloudpickle); the batches
+        are the same for any number.
       skip_corrupt: a corrupt record becomes an example with `valid` False instead of an error.
 
     Raises:
+      ValueError: a split without records, or rows outside the batch.
       CorruptRecord: (on iteration) naming shard, record and offset, unless `skip_corrupt`.
     """
     rows = np.asarray(rows, np.int64)
-    source = _Source(
-        records, example, seed, batch_size, rows, shuffle, start, num_examples or len(records), skip_corrupt
-    )
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * max(threads, 1))
-    stream = grain.MapDataset.source(source).to_iter_dataset(options)
+    if not len(records):
+        raise ValueError(f"{records.path}: split {records.split!r} has no records")
+    if rows.size == 0 or rows.min() < 0 or rows.max() >= batch_size:
+        raise ValueError(f"rows must be a few of 0..{batch_size - 1}, not {rows.tolist()}")
+    size = 2**62 if shuffle else min(num_examples or len(records), len(records))
+    source = _Source(records, example, seed, batch_size, rows, shuffle, start, size, skip_corrupt)
+    ahead = max(2 * len(rows), 2 * threads)
+    share = -(-ahead // max(workers, 1))
+    stream = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(threads, share))
     if workers:
         # Before batching: a batch cut inside a worker would depend on their number.
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4 * threads)
-        )
-    return Batches(iter(stream.batch(len(rows))), source)
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=share))
+    return Batches(stream.batch(len(rows)), [start + rows, batch_size, size])
+
+
+class Batches:
+    """Iterator over this host's part of the global batches. Threads and processes end with it: at its end, at an error or
+    at `close`."""
+
+    def __init__(self, stream: grain.IterDataset, places: list):
+        self.skipped = 0  # corrupt records in the batches given out so far
+        self._batches = self._run(stream, *places)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Example:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Let go of threads and processes; there are no more batches after it."""
+        self._batches.close()
+
+    def _run(self, stream: grain.IterDataset, positions: np.ndarray, step: int, size: int) -> Iterator[Example]:
+        iterator = iter(stream)
+        try:
+            for batch in iterator:
+                self.skipped += int(np.sum(~batch["valid"] & (positions < size)))  # beyond it is padding
+                positions = positions + step
+                yield batch
+        finally:
+            iterator.close()
 
 
 class _Source:
@@ -102,18 +116,14 @@ class _Source:
         size: int,
         skip: bool,
     ):
-        self._records, self._example, self._seed = records, example, seed
-        self._batch_size, self._rows, self._shuffle, self._start, self._size, self._skip = (
-            batch_size,
-            rows,
-            shuffle,
-            start,
-            size,
-            skip,
-        )
-        self._order = grain.MapDataset.range(len(records)).shuffle(seed=seed).repeat() if shuffle else None
+        self._records, self._example, self._seed, self._shuffle = records, example, seed, shuffle
+        self._batch_size, self._rows, self._start, self._size, self._skip = batch_size, rows, start, size, skip
+        # Any item of it is computed on the spot. Repetition e has the seed + e, so that neighbouring seeds of a run would
+        # share orders: spread them first.
+        key = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._order = grain.MapDataset.range(len(records)).shuffle(seed=key).repeat() if shuffle else None
+        self._filler: Example | None = None
         self._lock = threading.Lock()
-        self.skipped = 0
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
@@ -125,34 +135,42 @@ class _Source:
         return f"{type(self).__name__}({self._records.path!r}, {self._records.split!r})"
 
     def __len__(self) -> int:
-        if self._shuffle:
-            return 2**62 // self._batch_size * len(self._rows)
-        return -(-(self._size - self._start) // self._batch_size) * len(self._rows)
+        return -(-max(self._size - self._start, 0) // self._batch_size) * len(self._rows)
 
     def __getitem__(self, k: int) -> Example:
         batch, row = divmod(int(k), len(self._rows))
         position = self._start + batch * self._batch_size + int(self._rows[row])
-        if self._shuffle:
-            return self._at(int(self._order[position]), np.random.default_rng((self._seed, position)))
         if position >= self._size:
             return self._invalid()
-        return self._at(position, None)
-
-    def _at(self, index: int, rng: np.random.Generator | None) -> Example:
+        index, rng = position, None
+        if self._shuffle:
+            index, rng = int(self._order[position]), np.random.default_rng((self._seed, position))
         try:
-            return self._example(self._records[index], rng) | {"valid": np.bool_(True)}
+            return self._make(index, rng) | {"valid": np.bool_(True)}
         except CorruptRecord:
             if not self._skip:
                 raise
-            with self._lock:
-                self.skipped += 1
             return self._invalid()
+
+    def _make(self, index: int, rng: np.random.Generator | None) -> Example:
+        record = self._records[index]
+        try:
+            return self._example(record, rng)
+        except Exception as error:
+            error.add_note(f"record {index} of {self._records.path}, split {self._records.split!r}: {record.media_id}")
+            raise
 
     def _invalid(self) -> Example:
         """An example of the right shapes that counts for nothing: the split's first readable record, marked invalid."""
+        with self._lock:
+            if self._filler is None:
+                self._filler = self._first_readable() | {"valid": np.bool_(False)}
+            return self._filler
+
+    def _first_readable(self) -> Example:
         for index in range(len(self._records)):
             try:
-                return self._example(self._records[index], None) | {"valid": np.bool_(False)}
+                return self._make(index, None)
             except CorruptRecord:
                 continue
         raise CorruptRecord(f"{self._records.path}: every record of split {self._records.split!r} is corrupt")

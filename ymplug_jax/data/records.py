@@ -1,15 +1,19 @@
 """Random access to the records of a data set: record i is one ranged read, checked and parsed, without TensorFlow."""
 
+import io
 import json
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-from etils import epath
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2  # the Example message alone; TensorFlow stays out
 
 from ymplug_jax.data import schema
+
+SHARD = re.compile(r"([^/]+)-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
 
 
 class Record(NamedTuple):
@@ -29,145 +33,204 @@ class CorruptRecord(ValueError):
 
 
 class Records:
-    """The records of one split. Files are opened at the first read and dropped when pickled (for worker processes)."""
+    """The records of one split, for any number of threads; pickles small state only (worker processes open their own)."""
 
     def __init__(self, path: str, split: str):
         """Find the shards and read their indices.
 
         Args:
-          path: folder of the data set, local or gs://.
+          path: folder of the data set, local or gs://bucket/folder.
           split: "train", "validation" or "test".
 
         Raises:
           FileNotFoundError: no such folder, split, shard or index, with what to do.
-          ValueError: written with a schema that this reader does not know.
+          ValueError: written with a schema that this reader does not know, shards of two builds, or a broken index.
         """
-        self.path, self.split = path, split
-        self._shards = _find_shards(epath.Path(path), split)
-        indices = [_read_index(shard) for shard in self._shards]  # int64[n, 2] each
-        self._places = np.concatenate(indices)  # int64[records, 2]
+        self.path, self.split = path.rstrip("/"), split
+        self._folder = _Bucket(self.path) if "://" in path else _Disk(self.path)
+        names = self._folder.names()
+        if schema.MANIFEST in names:
+            _check_version(f"{self.path}/{schema.MANIFEST}", self._folder.read_all([schema.MANIFEST])[0])
+        self._shards = _shards_of(self.path, split, names)
+        indices = _indices_of(self.path, self._shards, names, self._folder)  # int64[n, 2] each
+        self._places = np.concatenate(indices)  # int64[records, 2]: 16 bytes a record stay in memory
         self._ends = np.cumsum([len(index) for index in indices])
-        self._files: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Record:
-        """Record i of the split.
+        """Record i of the split, 0 <= i < len.
 
         Raises:
-          CorruptRecord: a checksum does not fit.
+          IndexError: no such record.
+          CorruptRecord: a checksum or the content does not fit.
         """
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path}: no record {i} in split {self.split!r}, which has {len(self)}")
         shard = int(np.searchsorted(self._ends, i, side="right"))
         offset, size = (int(value) for value in self._places[i])
         number = i - (int(self._ends[shard - 1]) if shard else 0)
-        framed = self._read(shard, offset, schema.HEADER_BYTES + size + schema.FOOTER_BYTES)
-        where = f"{self._shards[shard]}: record {number} at byte {offset}"
+        where = f"{self.path}/{self._shards[shard]}: record {number} at byte {offset}"
+        framed = self._folder.read(self._shards[shard], offset, schema.HEADER_BYTES + size + schema.FOOTER_BYTES)
         return _parse(_payload(framed, size, where), where)
 
+
+class _Disk:
+    """A local folder. A file is opened for each read: that takes microseconds, and thousands of shards cost no file descriptors."""
+
+    def __init__(self, path: str):
+        self._path = Path(path).expanduser()
+
+    def names(self) -> set[str]:
+        if not self._path.is_dir():
+            raise FileNotFoundError(_no_folder(self._path))
+        return {file.name for file in self._path.iterdir()}
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        with open(self._path / name, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def read_all(self, names: list[str]) -> list[bytes]:
+        return [(self._path / name).read_bytes() for name in names]
+
+
+class _Bucket:
+    """A folder of a bucket, through TensorStore, which retries by itself. The connection is opened at the first use."""
+
+    def __init__(self, url: str):
+        self._url, self._connection = url, None
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_files": {}}
+        return {"_url": self._url, "_connection": None}
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        file = self._files.get(shard)
-        if file is None:
-            file = self._files[shard] = _open(self._shards[shard])
-        return file(offset, size)
+    @property
+    def _store(self) -> Any:
+        if self._connection is None:
+            import tensorstore  # only where a bucket is used
+
+            self._connection = tensorstore.KvStore.open(f"{self._url}/").result()
+        return self._connection
+
+    def names(self) -> set[str]:
+        try:
+            names = {key.decode() for key in self._store.list().result()}
+        except ValueError as error:
+            raise OSError(f"{self._url}: cannot be listed; check the name and your credentials: {error}") from error
+        if not names:
+            raise FileNotFoundError(_no_folder(self._url))
+        return names
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        try:
+            result = self._store.read(name, byte_range=slice(offset, offset + size)).result()
+        except ValueError as error:
+            if "OUT_OF_RANGE" in str(error):
+                return b""  # the shard is shorter than its index says; like a local read past the end
+            raise OSError(f"{self._url}/{name}: cannot be read: {error}") from error
+        return self._value(name, result)
+
+    def read_all(self, names: list[str]) -> list[bytes]:
+        pending = [self._store.read(name) for name in names]  # side by side: there may be thousands
+        return [self._value(name, result.result()) for name, result in zip(names, pending, strict=True)]
+
+    def _value(self, name: str, result: Any) -> bytes:
+        if result.state != "value":
+            raise FileNotFoundError(f"{self._url}/{name} is gone; copy it or build again")
+        return result.value
 
 
-def _open(shard: epath.Path) -> Any:
-    """A function (offset, size) -> bytes that threads may share: positioned reads, no seek."""
-    if "://" not in str(shard):
-        import os
-
-        handle = os.open(shard, os.O_RDONLY)
-        return lambda offset, size: os.pread(handle, size, offset)
-    import tensorstore as ts
-
-    bucket, _, key = str(shard).removeprefix("gs://").partition("/")
-    store = ts.KvStore.open({"driver": "gcs", "bucket": bucket}).result()
-    return lambda offset, size: store.read(key, byte_range=ts.KvStore.ByteRange(offset, offset + size)).result().value
+def _no_folder(path: Path | str) -> str:
+    return f"{path}: no such folder; build it with python -m data_prep.build_shards and set config.data.path"
 
 
-def _find_shards(folder: epath.Path, split: str) -> list[epath.Path]:
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; build it with python -m data_prep.build_shards and set config.data.path"
+def _check_version(file: str, manifest: bytes) -> None:
+    try:
+        version = str(json.loads(manifest)["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: no manifest of data_prep ({error!r}); build the shards again") from None
+    if version.split(".")[0] != schema.SCHEMA_VERSION.split(".")[0]:
+        raise ValueError(
+            f"{file}: schema_version {version}, this reader knows {schema.SCHEMA_VERSION}; build the shards again"
         )
-    manifest = folder / schema.MANIFEST
-    if manifest.exists():
-        version = json.loads(manifest.read_text()).get("schema_version", schema.SCHEMA_VERSION)
-        if version.split(".")[0] != schema.SCHEMA_VERSION.split(".")[0]:
-            raise ValueError(
-                f"{manifest}: schema {version}, this reader knows {schema.SCHEMA_VERSION}; build the shards again"
-            )
-    pattern = re.compile(r".+-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
-    found: dict[str, dict[int, epath.Path]] = {}
-    totals: dict[str, int] = {}
-    for file in folder.iterdir():
-        if match := pattern.fullmatch(file.name):
-            found.setdefault(match[1], {})[int(match[2])] = file
-            totals[match[1]] = int(match[3])
+
+
+def _shards_of(path: str, split: str, names: set[str]) -> list[str]:
+    """File names of the shards of a split, in order, all of one build and none missing."""
+    found: dict[str, dict[tuple[str, int], set[int]]] = {}  # split -> (prefix, count) -> shards
+    for name in names:
+        if match := SHARD.fullmatch(name):
+            found.setdefault(match[2], {}).setdefault((match[1], int(match[4])), set()).add(int(match[3]))
     if split not in found:
         there = ", ".join(sorted(found)) or "no shards at all"
+        raise FileNotFoundError(f"{path}: no split {split!r} here, there are: {there}; change config.data or build it")
+    if len(found[split]) > 1:
+        builds = ", ".join(f"{prefix}-{split} of {count} shards" for prefix, count in sorted(found[split]))
+        raise ValueError(f"{path}: split {split!r} holds several builds ({builds}); keep one of them in this folder")
+    (prefix, count), there = next(iter(found[split].items()))
+    if missing := sorted(set(range(count)) - there):
         raise FileNotFoundError(
-            f"{folder}: no split {split!r} here, there are: {there}; change config.data or build that split"
+            f"{path}: {len(missing)} of {count} shards of split {split!r} are missing, the first is "
+            f"{schema.shard_name(prefix, split, missing[0], count)}; copy them or build again"
         )
-    if missing := [i for i in range(totals[split]) if i not in found[split]]:
-        raise FileNotFoundError(
-            f"{folder}: shard {missing[0]} of {totals[split]} of split {split!r} is missing; copy it or build again"
-        )
-    return [found[split][i] for i in range(totals[split])]
+    return [schema.shard_name(prefix, split, shard, count) for shard in range(count)]
 
 
-def _read_index(shard: epath.Path) -> np.ndarray:
-    file = shard.with_name(shard.name + schema.INDEX_SUFFIX)
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing; make it with python -m data_prep.index_shards {shard.parent}")
-    with file.open("rb") as stream:
-        index = np.lib.format.read_array(stream, allow_pickle=False)
-    if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 2:
-        raise ValueError(
-            f"{file} is no index (int64[n, 2]); make it again with python -m data_prep.index_shards {shard.parent}"
-        )
-    return index
+def _indices_of(path: str, shards: list[str], names: set[str], folder: _Disk | _Bucket) -> list[np.ndarray]:
+    """int64[n, 2] for each shard."""
+    files = [shard + schema.INDEX_SUFFIX for shard in shards]
+    fix = f"python -m data_prep.index_shards {path}"
+    if missing := [file for file in files if file not in names]:
+        raise FileNotFoundError(f"{path}/{missing[0]} is missing (one of {len(missing)}); make it with {fix}")
+    indices = []
+    for file, data in zip(files, folder.read_all(files), strict=True):
+        try:
+            index = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}/{file} is broken ({error}); make it again with {fix}") from None
+        if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 2:
+            raise ValueError(f"{path}/{file} is no index (int64[n, 2]); make it again with {fix}")
+        indices.append(index)
+    return indices
 
 
 def _payload(framed: bytes, size: int, where: str) -> bytes:
     """The payload of one framed record, both checksums verified."""
-    header, payload, footer = (
-        framed[:8],
-        framed[schema.HEADER_BYTES : schema.HEADER_BYTES + size],
-        framed[-schema.FOOTER_BYTES :],
-    )
+    header, stored = framed[:8], framed[8 : schema.HEADER_BYTES]
+    payload, footer = framed[schema.HEADER_BYTES : -schema.FOOTER_BYTES], framed[-schema.FOOTER_BYTES :]
     if len(framed) != schema.HEADER_BYTES + size + schema.FOOTER_BYTES or int.from_bytes(header, "little") != size:
-        raise CorruptRecord(f"{where}: length does not fit the index; the shard was cut or replaced")
-    for data, stored in ((header, framed[8:12]), (payload, footer)):
-        if schema.masked_crc(google_crc32c.value(data)) != int.from_bytes(stored, "little"):
+        raise CorruptRecord(f"{where}: length does not fit the index; the shard was cut, replaced or damaged")
+    for data, crc in ((header, stored), (payload, footer)):
+        if schema.masked_crc(google_crc32c.value(data)) != int.from_bytes(crc, "little"):
             raise CorruptRecord(f"{where}: checksum does not fit; restore the shard, or set config.data.skip_corrupt")
     return payload
 
 
 def _parse(payload: bytes, where: str) -> Record:
-    example = tf_example_pb2.Example.FromString(payload)
-    features = example.features.feature
+    try:
+        features = tf_example_pb2.Example.FromString(payload).features.feature
+    except DecodeError as error:
+        raise CorruptRecord(f"{where}: no tf.train.Example ({error}); it was not written by data_prep") from None
 
-    def strings(key: str) -> list[bytes]:
-        return list(features[key].bytes_list.value) if key in features else []
+    def values(key: str) -> list[bytes]:
+        return list(features[key].bytes_list.value)
 
-    def text(key: str) -> str:
-        return next((value.decode("utf-8") for value in strings(key)), "")
+    def integers(key: str) -> list[int]:
+        return list(features[key].int64_list.value)
 
-    frames = strings(schema.IMAGE)
+    frames = values(schema.IMAGE)
     if not frames:
         raise CorruptRecord(f"{where}: no {schema.IMAGE}; it was not written by data_prep")
-    label = features[schema.LABEL_INDEX].int64_list.value if schema.LABEL_INDEX in features else ()
-    return Record(
-        media_id=text(schema.MEDIA_ID),
-        frames=frames,
-        timestamps=np.array(features[schema.TIMESTAMP].int64_list.value, np.int64),
-        title=text(schema.TITLE),
-        captions=[value.decode("utf-8") for value in strings(schema.CAPTION)],
-        label_text=text(schema.LABEL_TEXT),
-        label_index=label[0] if label else -1,
-    )
+    try:
+        return Record(
+            media_id=b"".join(values(schema.MEDIA_ID)[:1]).decode(),
+            frames=frames,
+            timestamps=np.array(integers(schema.TIMESTAMP), np.int64),
+            title=b"".join(values(schema.TITLE)[:1]).decode(),
+            captions=[value.decode() for value in values(schema.CAPTION)],
+            label_text=b"".join(values(schema.LABEL_TEXT)[:1]).decode(),
+            label_index=next(iter(integers(schema.LABEL_INDEX)), -1),
+        )
+    except UnicodeDecodeError as error:
+        raise CorruptRecord(f"{where}: text that is not UTF-8 ({error}); it was not written by data_prep") from None

@@ -1,4 +1,4 @@
-"""Text on its way to the model: cleaning, tokenizers behind one small interface, and padding to a fixed length."""
+"""Text on its way to the model and back: cleaning, tokenizers behind one small interface, padding to a fixed length."""
 
 import re
 from collections.abc import Sequence
@@ -9,12 +9,16 @@ import numpy as np
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds no special tokens, `decode` leaves them out."""
+    """Text to ids and back, and picklable.
 
-    vocab_size: int
+    `encode` adds no special tokens, and reads none out of the text: "<|endoftext|>" in a title is text. `decode` leaves
+    special tokens out, and ids that the tokenizer does not have (a model may have more rows than its tokenizer tokens).
+    """
+
+    vocab_size: int  # ids are below this
     bos: int
     eos: int
-    pad: int
+    pad: int  # may equal eos
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -22,29 +26,36 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Tokenizer by file name: `*.model` sentencepiece, `*.json` Hugging Face (the GPT-3 of ModelScope included), `vocab.txt`
+    """Tokenizer by file name: `*.model` sentencepiece; `tokenizer.json` Hugging Face, where begin, end and padding are
+    <sep>, <|endoftext|>, <|endoftext|> (the GPT-3 of ModelScope) or <s>, </s>, <pad> or [CLS], [SEP], [PAD]; `vocab.txt`
     BERT WordPiece.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: another kind of file, or one that cannot be read, or without the special tokens.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
-            f"tokenizer {path}: no such file; set config.data.tokenizer, or train one with python -m data_prep.train_tokenizer"
+            f"tokenizer {path}: no such file; set config.data.tokenizer to a *.model (sentencepiece), tokenizer.json or "
+            "vocab.txt, or train one with python -m data_prep.train_tokenizer"
         )
     kinds = {".model": _SentencePiece, ".json": _HuggingFace, ".txt": _BertWordPiece}
     if file.suffix not in kinds:
         raise ValueError(
-            f"tokenizer {path}: not a known kind; give *.model (sentencepiece), tokenizer.json or vocab.txt"
+            f"tokenizer {path}: not a known kind; give a *.model (sentencepiece), tokenizer.json or vocab.txt"
         )
     try:
         return kinds[file.suffix](str(file))
-    except ValueError:
-        raise
-    except Exception as error:  # the libraries raise bare Exception and RuntimeError on broken files
-        raise ValueError(f"tokenizer {path}: cannot be read as {file.suffix}: {error}") from error
+    except _NoSpecials as error:
+        raise ValueError(f"tokenizer {path}: {error}") from None
+    except Exception as error:  # the libraries raise bare Exception, RuntimeError and others on broken files
+        what = {".model": "a sentencepiece model", ".json": "a tokenizer.json", ".txt": "a BERT vocab.txt"}[file.suffix]
+        raise ValueError(f"tokenizer {path}: cannot be read as {what}: {error}") from error
+
+
+class _NoSpecials(ValueError):
+    """A file that can be read but lacks the tokens it needs; says which."""
 
 
 class _SentencePiece:
@@ -56,53 +67,66 @@ class _SentencePiece:
         self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
         self.pad = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos
         if min(self.bos, self.eos) < 0:
-            raise ValueError(f"tokenizer {path}: has no begin or end token; train it with bos_id and eos_id")
+            raise _NoSpecials("has no begin or end token; train it with bos_id and eos_id")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         special = (self.bos, self.eos, self.pad)
-        return self._model.decode([int(i) for i in ids if i not in special])
+        return self._model.decode([int(i) for i in ids if i not in special and 0 <= i < self.vocab_size])
 
 
 class _HuggingFace:
-    # (begin, end, padding) as different models name them; the GPT-3 of ModelScope ends and pads with the same token.
+    # (begin, end, padding) as different models name them.
     SPECIALS = (("<sep>", "<|endoftext|>", "<|endoftext|>"), ("<s>", "</s>", "<pad>"), ("[CLS]", "[SEP]", "[PAD]"))
 
     def __init__(self, path: str):
         import tokenizers
 
-        self._model = tokenizers.Tokenizer.from_file(path)
+        self._model = self._load(tokenizers, path)
         self._model.no_truncation()
         self._model.no_padding()
-        self._special_ids(path)
-
-    def _special_ids(self, path: str) -> None:
-        self.vocab_size = self._model.get_vocab_size()
+        self._model.encode_special_tokens = True  # read them as plain text
+        ids = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1  # there may be gaps
         for names in self.SPECIALS:
-            ids = [self._model.token_to_id(name) for name in names]
-            if None not in ids:
-                self.bos, self.eos, self.pad = ids
+            if all(name in ids for name in names):
+                self.bos, self.eos, self.pad = (ids[name] for name in names)
                 return
-        wanted = " or ".join("/".join(dict.fromkeys(names)) for names in self.SPECIALS)
-        raise ValueError(f"tokenizer {path}: has none of the known sets of special tokens ({wanted})")
+        known = " or ".join("/".join(dict.fromkeys(names)) for names in self.SPECIALS)
+        raise _NoSpecials(f"has none of the known sets of special tokens ({known})")
+
+    def _load(self, tokenizers, path: str):
+        return tokenizers.Tokenizer.from_file(path)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self._model.encode_special_tokens = True  # pickling loses it
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         special = (self.bos, self.eos, self.pad)
-        return self._model.decode([int(i) for i in ids if i not in special], skip_special_tokens=True)
+        return self._model.decode(
+            [int(i) for i in ids if i not in special and 0 <= i < self.vocab_size], skip_special_tokens=True
+        )
 
 
 class _BertWordPiece(_HuggingFace):
-    def __init__(self, path: str):
-        import tokenizers
-
-        # Chinese characters are split one by one; what is not in the vocabulary becomes [UNK].
-        self._model = tokenizers.BertWordPieceTokenizer(path, lowercase=True)
-        self._special_ids(path)
+    def _load(self, tokenizers, path: str):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()  # the id of a token is its line
+        vocab = {token: i for i, token in enumerate(lines)}
+        if "[UNK]" not in vocab:
+            raise _NoSpecials("has no [UNK]; it is no BERT vocabulary")
+        model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+        # Chinese characters are split one by one.
+        model.normalizer = tokenizers.normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=True)
+        model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        model.decoder = tokenizers.decoders.WordPiece()
+        model.add_special_tokens([token for token in ("[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]") if token in vocab])
+        return model
 
 
 def clean_text(text: str, max_words: int) -> str:
@@ -116,13 +140,20 @@ def clean_text(text: str, max_words: int) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
+def clean_caption(decoded: str, prompt: str = "") -> str:
+    """A caption from decoded text: what stands after the last occurrence of the prompt, all spaces deleted."""
+    caption = decoded.replace(" ", "").strip()
+    if prompt := prompt.replace(" ", "").strip():
+        caption = caption.rpartition(prompt)[2]
+    return caption
+
+
 def encode_text(ids: Sequence[int], max_length: int, *, bos: int, eos: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids, mask), int32[max_length] each: begin, text, end, padding on the right; mask is 1 up to and including the end.
 
     A text that is too long keeps its first `max_length` ids, so its end token is lost, as in the reference.
     """
-    row = [bos, *ids, eos][:max_length]
-    return _padded(row, max_length, pad)
+    return _padded([bos, *ids, eos][:max_length], max_length, pad)
 
 
 def encode_pair(
@@ -131,7 +162,7 @@ def encode_pair(
     """(ids, mask, prompt_length) of begin, prompt, target, end: prompt_length counts the prompt's ids that were kept.
 
     If the whole is too long the prompt loses its tail, or the target does where the prompt alone cannot give enough; the
-    end token always stays.
+    end token always stays. `max_length` is at least 2.
     """
     prompt, target = list(prompt), list(target)
     if len(prompt) + len(target) + 2 >= max_length:

@@ -1,0 +1,163 @@
+"""Clips a second of the input pipeline, side by side with the bare work that it cannot avoid.
+
+    python -m benchmarks.loader [--path SHARDS] [--clips 960] [--threads 2] [--json FILE]
+
+The bare loop decodes the same frames of the same JPEGs, already in memory, and resizes one crop of each: no files, checksums,
+parsing, augmentation or batches. A second one applies the train transform as well: what the loader adds is the rest. Every measurement begins with nothing read ahead and ends with nothing left to do. Rows are
+measured in turn, several rounds, and the median round is shown, so that a busy machine slows all alike. Without --path it
+makes shards of its own: 16 textured frames of 256 x 340, quality 90.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import google_crc32c
+import numpy as np
+
+from ymplug_jax.data import augment, frames, loader, schema
+from ymplug_jax.data.records import Record, Records, tf_example_pb2
+
+SIZE = 224  # pixels
+BATCH = 48  # clips: one device of the 1.3b recipe
+
+
+def make_shards(folder: Path, clips: int, stored: int = 16) -> None:
+    """One shard of clips of a moving, textured picture; JPEGs of about 20 KB."""
+    data, index, place = [], [], 0
+    for clip in range(clips):
+        rng = np.random.default_rng(clip)
+        picture = cv2.resize(
+            rng.integers(0, 256, (36, 48, 3), dtype=np.uint8), (400, 300), interpolation=cv2.INTER_CUBIC
+        )
+        picture = cv2.add(picture, rng.integers(0, 24, picture.shape, dtype=np.uint8))
+        message = tf_example_pb2.Example()
+        feature = message.features.feature
+        for t in range(stored):
+            part = picture[2 * t : 2 * t + 256, 3 * t : 3 * t + 340]
+            jpeg = cv2.imencode(".jpg", part, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+            feature[schema.IMAGE].bytes_list.value.append(jpeg.tobytes())
+        feature[schema.TITLE].bytes_list.value.append("一段视频".encode())
+        payload = message.SerializeToString()
+        size = len(payload).to_bytes(8, "little")
+        crcs = [schema.masked_crc(google_crc32c.value(part)).to_bytes(4, "little") for part in (size, payload)]
+        data.append(size + crcs[0] + payload + crcs[1])
+        index.append((place, len(payload)))
+        place += len(data[-1])
+    shard = folder / schema.shard_name("benchmark", "train", 0, 1)
+    shard.write_bytes(b"".join(data))
+    np.save(shard.with_name(shard.name + schema.INDEX_SUFFIX), np.array(index, np.int64))
+
+
+def bare(jpegs: list[bytes], indices: np.ndarray) -> None:
+    """Decode and crop, nothing else; not even keep the result, so that memory is warm."""
+    for i in indices:
+        frame = cv2.imdecode(np.frombuffer(jpegs[i], np.uint8), cv2.IMREAD_COLOR_RGB)
+        height, width = frame.shape[:2]
+        crop = frame[height // 16 : height - height // 16, width // 16 : width - width // 16]
+        cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+
+
+class Pass:
+    """`clips` records in a scattered order, over and over where the split has fewer."""
+
+    def __init__(self, records: Records, clips: int):
+        self.path, self.split, self._records, self._clips = records.path, records.split, records, clips
+
+    def __len__(self) -> int:
+        return self._clips
+
+    def __getitem__(self, i: int) -> Record:
+        return self._records[i * 7919 % len(self._records)]
+
+
+def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> dict[str, list[float]]:
+    """Name of a row -> clips a second in each round."""
+    records = Pass(Records(path, "train"), clips)
+    some = [records[i] for i in range(min(clips, 64))]
+    chosen = [
+        frames.choose_frames(shown, len(record.frames), np.random.default_rng(i)) for i, record in enumerate(some)
+    ]
+
+    def on_threads(work: Callable[[int], None]) -> None:
+        """`work` on every clip; results are dropped at once, as a training step would."""
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(work, range(clips)):
+                pass
+
+    def bare_train(i: int) -> None:
+        clip = frames.decode_frames(some[i].frames, chosen[i])
+        augment.train_transform(clip, SIZE, np.random.default_rng(i))
+
+    def pipeline(transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> None:
+        """What a task does with a record, text aside."""
+
+        def example(record: Record, _: None) -> dict[str, np.ndarray]:
+            rng = np.random.default_rng(len(record.frames[0]))  # one pass comes without, training with one
+            clip = frames.decode_frames(record.frames, frames.choose_frames(shown, len(record.frames), rng))
+            return {"video": transform(clip, rng)}
+
+        stream = loader.batches(
+            records, example, seed=0, batch_size=BATCH, rows=range(BATCH), shuffle=False, threads=threads
+        )
+        for _ in stream:
+            pass
+
+    rows: dict[str, Callable[[], None]] = {
+        "bare decode + crop": lambda: on_threads(lambda i: bare(some[i % len(some)].frames, chosen[i % len(some)])),
+        "bare decode + train": lambda: on_threads(lambda i: bare_train(i % len(some))),
+        "records only": lambda: on_threads(lambda i: len(records[i].frames)),
+        "loader, plain resize": lambda: pipeline(lambda clip, rng: augment.eval_transform(clip, SIZE)),
+        "loader, train transform": lambda: pipeline(lambda clip, rng: augment.train_transform(clip, SIZE, rng)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in rows}
+    for number in range(rounds + 1):
+        for name, run in rows.items():
+            start = time.perf_counter()
+            run()
+            if number:  # the first round warms up
+                rates[name].append(clips / (time.perf_counter() - start))
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.splitlines()[0])
+    parser.add_argument("--path", help="folder of shards with a split `train`; none: made for the occasion")
+    parser.add_argument("--clips", type=int, default=960, help="clips of one measurement")
+    parser.add_argument("--frames", type=int, default=4, help="frames shown of each clip")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every row")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    if args.clips % BATCH:
+        parser.error(f"--clips {args.clips}: give a multiple of the batch, {BATCH}")
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.path:
+            make_shards(Path(folder), clips=192)
+        rates = measure(args.path or folder, args.frames, args.clips, args.threads, args.rounds)
+    cores = min(args.threads, os.cpu_count() or 1)
+    found = {name: statistics.median(values) for name, values in rates.items()}
+    base = found["bare decode + crop"]
+    print(
+        f"{args.frames} frames a clip at {SIZE} px, {args.threads} threads on {cores} cores, OpenCV {cv2.__version__}"
+    )
+    print(f"{'':26} clips/s  (rounds, from - to)  clips/s/core  of bare")
+    for name, rate in found.items():
+        spread = f"({min(rates[name]):.0f} - {max(rates[name]):.0f})"
+        print(f"{name:26} {rate:7.0f}  {spread:>20}  {rate / cores:12.0f}  {rate / base:6.0%}")
+    report = {"frames": args.frames, "threads": args.threads, "cores": cores, "opencv": cv2.__version__}
+    report |= {"clips_per_second": {name: [round(rate, 1) for rate in values] for name, values in rates.items()}}
+    print(json.dumps(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
