@@ -1,0 +1,84 @@
+"""Offsets and lengths of every record, checksums verified: `python -m data_prep.index_shards DIR`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from tqdm import tqdm
+
+from ymplug_jax.data import schema
+
+
+class BrokenShard(ValueError):
+    """A shard that is cut or damaged; the message names file, record and byte offset."""
+
+
+def index_of(shard: Path) -> np.ndarray:
+    """int64[n, 2]: (offset of the header, payload bytes) of each record.
+
+    Raises:
+      BrokenShard: a length or a checksum does not fit.
+    """
+    places = []
+    total = shard.stat().st_size
+    with shard.open("rb") as file:
+        offset = 0
+        while offset < total:
+            where = f"{shard}: record {len(places)} at byte {offset}"
+            header = file.read(schema.HEADER_BYTES)
+            size = int.from_bytes(header[:8], "little")
+            if len(header) < schema.HEADER_BYTES or offset + schema.HEADER_BYTES + size + schema.FOOTER_BYTES > total:
+                raise BrokenShard(f"{where}: the file ends inside it; build or copy this shard again")
+            payload, footer = file.read(size), file.read(schema.FOOTER_BYTES)
+            for data, stored in ((header[:8], header[8:]), (payload, footer)):
+                if schema.masked_crc(google_crc32c.value(data)) != int.from_bytes(stored, "little"):
+                    raise BrokenShard(f"{where}: checksum does not fit; build or copy this shard again")
+            places.append((offset, size))
+            offset += schema.HEADER_BYTES + size + schema.FOOTER_BYTES
+    return np.array(places, np.int64).reshape(-1, 2)
+
+
+def write_index(shard: Path) -> int:
+    """Write `<shard>.index.npy` beside a shard, atomically. Returns the number of records.
+
+    Raises:
+      BrokenShard: the shard is damaged; no index is written.
+    """
+    index = index_of(shard)
+    target = shard.with_name(shard.name + schema.INDEX_SUFFIX)
+    partial = target.with_name(target.name + ".partial")
+    with partial.open("wb") as file:
+        np.save(file, index)
+    partial.rename(target)
+    return len(index)
+
+
+def frame(payload: bytes) -> bytes:
+    """A payload in TFRecord framing."""
+    size = len(payload).to_bytes(8, "little")
+    head, body = (schema.masked_crc(google_crc32c.value(data)).to_bytes(4, "little") for data in (size, payload))
+    return size + head + payload + body
+
+
+def main() -> int:
+    """Index every shard of a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    shards = sorted(p for p in folder.glob("*.tfrecord-*-of-*") if not p.name.endswith(schema.INDEX_SUFFIX))
+    if not shards:
+        print(f"error: {folder}: no shards (*.tfrecord-00000-of-00001) here", file=sys.stderr)
+        return 2
+    try:
+        records = sum(write_index(shard) for shard in tqdm(shards, unit="shard", desc="index", file=sys.stderr))
+    except BrokenShard as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{records:,} records in {len(shards)} shards")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
