@@ -1,0 +1,75 @@
+"""Real runs of `python -m ymplug_jax.main` in subprocesses, on small shards and a model that compiles quickly."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import shards
+from ymplug_jax import checkpoint, config, state, writer
+from ymplug_jax import run as run_lib
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--config.model.vision.image_size=16",
+    "--config.model.vision.patch_size=8",
+    "--config.model.vision.width=16",
+    "--config.model.vision.heads=2",
+    "--config.model.vision.frames=2",
+    "--config.model.abstractor.queries=4",
+    "--config.model.abstractor.heads=2",
+    "--config.model.llm.vocab=64",
+    "--config.model.llm.width=32",
+    "--config.model.llm.depth=2",
+    "--config.data.frames=2",
+    "--config.data.image_size=16",
+    "--config.data.max_tokens=12",
+    "--config.train.batch_size=8",
+    "--config.train.log_every=1",
+    "--config.train.save_every=5 steps",
+    "--config.optim.warmup=2 steps",
+]
+
+
+def make_data(folder: Path) -> list[str]:
+    """Shards of two splits and a tokenizer; returns the flags that name them."""
+    shards.write(folder / "data", (13, 8))
+    shards.write(folder / "data", (9,), split="validation", first=50)
+    shards.tokenizer(folder / "t.model")
+    return [f"--config.data.path={folder / 'data'}", f"--config.data.tokenizer={folder / 't.model'}"]
+
+
+def command(workdir: Path, data: list[str], *more: str) -> list[str]:
+    base = [sys.executable, "-m", "ymplug_jax.main", "--config=configs/tiny/pretrain.py", f"--workdir={workdir}"]
+    return [*base, *data, *SMALL, *more]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def start(*args, devices: int = 1, **options) -> subprocess.Popen:
+    """A run that goes on in the background."""
+    return subprocess.Popen(command(*args), cwd=ROOT, env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def run(*args, devices: int = 1, code: int = 0) -> subprocess.CompletedProcess:
+    """A run to its end, with the exit code that is expected."""
+    done = subprocess.run(command(*args), cwd=ROOT, env=environment(devices), text=True, capture_output=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Step -> training loss."""
+    return {line["step"]: line["loss"] for line in writer.read_metrics(workdir) if "loss" in line}
+
+
+def saved(workdir: Path) -> dict[str, np.ndarray]:
+    """Path -> value of every parameter in the newest checkpoint."""
+    experiment = config.from_json((workdir / "config.json").read_text(encoding="utf-8"))
+    run = run_lib.prepare(experiment, jax.devices()[:1])
+    return {path: np.asarray(leaf) for path, leaf in checkpoint.load_params(str(workdir), state.merge(run.state.trainable, run.frozen)).items()}
