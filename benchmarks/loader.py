@@ -3,7 +3,8 @@
     python -m benchmarks.loader [--path SHARDS] [--clips 960] [--threads 2] [--json FILE]
 
 The bare loop decodes the same frames of the same JPEGs, already in memory, and resizes one crop of each: no files, checksums,
-parsing, augmentation or batches. A second one applies the train transform as well: what the loader adds is the rest. Every measurement begins with nothing read ahead and ends with nothing left to do. Rows are
+parsing, augmentation or batches. A second bare loop applies the train transform as well, so that what the loader adds can be
+told from what the recipe costs. Every measurement begins with nothing read ahead and ends with nothing left to do. Rows are
 measured in turn, several rounds, and the median round is shown, so that a busy machine slows all alike. Without --path it
 makes shards of its own: 16 textured frames of 256 x 340, quality 90.
 """

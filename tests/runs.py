@@ -53,12 +53,22 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 def start(*args, devices: int = 1, **options) -> subprocess.Popen:
     """A run that goes on in the background."""
-    return subprocess.Popen(command(*args), cwd=ROOT, env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        command(*args),
+        cwd=ROOT,
+        env=environment(devices),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def run(*args, devices: int = 1, code: int = 0) -> subprocess.CompletedProcess:
     """A run to its end, with the exit code that is expected."""
-    done = subprocess.run(command(*args), cwd=ROOT, env=environment(devices), text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        command(*args), cwd=ROOT, env=environment(devices), text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == code, done.stderr
     return done
 
@@ -72,4 +82,7 @@ def saved(workdir: Path) -> dict[str, np.ndarray]:
     """Path -> value of every parameter in the newest checkpoint."""
     experiment = config.from_json((workdir / "config.json").read_text(encoding="utf-8"))
     run = run_lib.prepare(experiment, jax.devices()[:1])
-    return {path: np.asarray(leaf) for path, leaf in checkpoint.load_params(str(workdir), state.merge(run.state.trainable, run.frozen)).items()}
+    return {
+        path: np.asarray(leaf)
+        for path, leaf in checkpoint.load_params(str(workdir), state.merge(run.state.trainable, run.frozen)).items()
+    }

@@ -21,7 +21,15 @@ def test_two_processes_equal_one(tmp_path: Path):
     runs.run(tmp_path / "one", data, *more, devices=4)
     port = free_port()
     processes = [
-        runs.start(tmp_path / "two", data, *more, f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}", devices=2)
+        runs.start(
+            tmp_path / "two",
+            data,
+            *more,
+            f"--coordinator=localhost:{port}",
+            "--processes=2",
+            f"--process_id={i}",
+            devices=2,
+        )
         for i in range(2)
     ]
     try:

@@ -81,7 +81,13 @@ def test_resume_on_another_mesh(straight: Path, killed: Path, data: list[str], t
 
 def test_sigterm_saves_and_exits_cleanly(straight: Path, data: list[str], tmp_path: Path):
     workdir = tmp_path / "run"
-    process = runs.start(workdir, data, "--config.train.duration=4000 steps", "--config.train.save_every=4000 steps", "--config.optim.schedule=linear")
+    process = runs.start(
+        workdir,
+        data,
+        "--config.train.duration=4000 steps",
+        "--config.train.save_every=4000 steps",
+        "--config.optim.schedule=linear",
+    )
     metrics = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    path: str = ""  # folder that data_prep.build_shards wrote
+    path: str = ""  # folder that data_prep.build_shards wrote; for task "language" also a text file, one title a line
     train_split: str = "train"
     eval_split: str = "validation"  # empty: never evaluate during training
     examples: int = 0  # size of the training split where `path` is empty, to plan a run without its data

@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 def steps(out: Path, clips: int) -> list[tuple[str, list[str]]]:
     """(title, command after `python -m`) of every step."""
     corpus, shards, tokenizer = out / "corpus", out / "shards", out / "titles.model"
-    data = [f"--config.data.path={shards}", f"--config.data.tokenizer={tokenizer}"]
 
     def build(split: str) -> list[str]:
         csv = corpus / f"pretrain_{split}.csv"
@@ -32,10 +31,12 @@ def steps(out: Path, clips: int) -> list[tuple[str, list[str]]]:
             f"--out={shards}",
         ]
 
-    def main(config: str, *more: str) -> list[str]:
-        return ["ymplug_jax.main", f"--config=configs/tiny/{config}.py", f"--workdir={out / config}", *data, *more]
+    def main(config: str, data: Path, *more: str) -> list[str]:
+        settings = [f"--config.data.path={data}", f"--config.data.tokenizer={tokenizer}"]
+        return ["ymplug_jax.main", f"--config=configs/tiny/{config}.py", f"--workdir={out / config}", *settings, *more]
 
-    llm = f"--config.train.init_from=llm={out / 'language'}"
+    # Titles of this corpus have at most 8 tokens; the default leaves room for real ones.
+    pretrain = [f"--config.train.init_from=llm={out / 'language'}", "--config.data.max_tokens=8"]
     return [
         ("draw the videos", ["data_prep.draw_shapes", f"--out={corpus}", f"--clips={clips}"]),
         (
@@ -44,9 +45,9 @@ def steps(out: Path, clips: int) -> list[tuple[str, list[str]]]:
         ),
         ("build the training shards", build("train")),
         ("build the validation shards", build("val")),
-        ("train a tiny language model on the titles alone", main("language")),
-        ("freeze it and pre-train mPLUG-video", main("pretrain", llm)),
-        ("write titles for the validation clips", main("pretrain", llm, "--mode=eval")),
+        ("train a tiny language model on the titles alone", main("language", corpus / "titles.txt")),
+        ("freeze it and pre-train mPLUG-video", main("pretrain", shards, *pretrain)),
+        ("write titles for the validation clips", main("pretrain", shards, *pretrain, "--mode=eval")),
     ]
 
 
@@ -74,7 +75,7 @@ def main() -> int:
     """Run every step, then print the report. Returns the exit code of the first step that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything the demo makes")
-    parser.add_argument("--clips", type=int, default=480, help="videos to draw")
+    parser.add_argument("--clips", type=int, default=2000, help="videos to draw")
     args = parser.parse_args()
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)

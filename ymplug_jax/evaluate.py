@@ -16,7 +16,7 @@ from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data import loader
-from ymplug_jax.data.records import Records
+from ymplug_jax.data.source import open_split
 from ymplug_jax.run import Run
 from ymplug_jax.state import Params
 from ymplug_jax.tasks.task import Batch
@@ -90,7 +90,7 @@ def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dic
 
 
 def _size(run: Run, split: str, examples: int) -> int:
-    size = len(Records(run.experiment.data.path, split))
+    size = len(open_split(run.experiment.data.path, split))
     return min(size, examples) if examples else size
 
 
@@ -99,7 +99,7 @@ def _batches(run: Run, split: str, examples: int, title: str) -> Iterator[Batch]
     data, size = run.experiment.data, run.experiment.train.batch_size
     rows = sharding.local_rows(size, run.mesh)
     stream = loader.batches(
-        Records(data.path, split), run.task.example, seed=0, batch_size=size, rows=rows, shuffle=False,
+        open_split(data.path, split), run.task.example, seed=0, batch_size=size, rows=rows, shuffle=False,
         num_examples=_size(run, split, examples), threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
     )  # fmt: skip
     steps = -(-_size(run, split, examples) // size)

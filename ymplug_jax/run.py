@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ymplug_jax import checkpoint, config, optim, sharding
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
-from ymplug_jax.data.records import Records
+from ymplug_jax.data.source import open_split
 from ymplug_jax.state import Params, TrainState
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
@@ -55,7 +55,7 @@ def prepare(experiment: Experiment, devices: list | None = None) -> Run:
             f"{mesh.shape['data'] * mesh.shape['fsdp']}"
         )
     if experiment.data.path:
-        examples = len(Records(experiment.data.path, experiment.data.train_split))
+        examples = len(open_split(experiment.data.path, experiment.data.train_split))
     elif not (examples := experiment.data.examples):
         raise ValueError(
             "config.data.path is empty; give the folder of the shards, or config.data.examples to plan without them"

@@ -25,7 +25,7 @@ from ymplug_jax import state as state_lib
 from ymplug_jax.checkpoint import Checkpoints
 from ymplug_jax.config import Experiment
 from ymplug_jax.data import loader
-from ymplug_jax.data.records import Records
+from ymplug_jax.data.source import open_split
 from ymplug_jax.run import Run
 from ymplug_jax.state import Params, TrainState
 from ymplug_jax.tasks.task import Batch, Task
@@ -146,7 +146,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     key = jax.device_put(jax.random.key(settings.seed), sharding.replicated(run.mesh))
     scores: dict[str, float] = {}
     stop = _Stop()
-    records = Records(data.path, data.train_split)
+    records = open_split(data.path, data.train_split)
     rows = sharding.local_rows(settings.batch_size, run.mesh)
     stream = loader.batches(
         records, run.task.example, seed=settings.seed, batch_size=settings.batch_size, rows=rows, start=seen, shuffle=True,

@@ -8,12 +8,12 @@ from ymplug_jax.models import mplug_video
 
 
 def get_config() -> ConfigDict:
-    """Give --config.data.path and --config.data.tokenizer."""
+    """Give --config.data.path=titles.txt (one title a line) or shards, and --config.data.tokenizer."""
     experiment = Experiment(
         task="language",
         model={"llm": mplug_video.LLMS["tiny"]},
-        data=Data(max_tokens=64, threads=2),
+        data=Data(max_tokens=64, eval_split="", threads=2),
         optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY[:2]),
-        train=Train(batch_size=32, duration="20 epochs", log_every=20, save_every="20 epochs", eval_every="10 epochs"),
+        train=Train(batch_size=32, duration="300 steps", log_every=20, save_every="300 steps"),
     )
     return to_config_dict(experiment)

@@ -11,15 +11,15 @@ def get_config() -> ConfigDict:
     """Give --config.data.path, --config.data.tokenizer and --config.train.init_from=llm=DIR (configs/tiny/language.py)."""
     experiment = Experiment(
         task="pretrain",
-        model=mplug_video.sized("tiny", "tiny", queries=16),
+        model=mplug_video.sized("tiny", "tiny", queries=8),
         data=Data(frames=4, image_size=64, max_tokens=32, augment=False, threads=2),
-        optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
+        optim=Optim(lr=2e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
         train=Train(
-            batch_size=16,
-            duration="20 epochs",
+            batch_size=32,
+            duration="1500 steps",
             log_every=10,
-            save_every="10 epochs",
-            eval_every="5 epochs",
+            save_every="500 steps",
+            eval_every="500 steps",
             frozen_dtype="float32",
         ),
     )

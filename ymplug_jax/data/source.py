@@ -1,0 +1,40 @@
+"""Where examples come from: a folder of shards, or a plain text file for language modelling."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ymplug_jax.data.records import Record, Records
+
+
+class Texts:
+    """A UTF-8 text file as records: one title a line, nothing else. Held in memory."""
+
+    def __init__(self, path: str):
+        """Read the file.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: not UTF-8, or no text in it.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: no such text file; set config.data.path")
+        try:
+            self._lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        if not self._lines:
+            raise ValueError(f"{path}: no text in it")
+        self.path, self.split = path, "text"
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, i: int) -> Record:
+        return Record(f"{self.path}:{i + 1}", [], np.zeros(0, np.int64), self._lines[i], [], "", -1)
+
+
+def open_split(path: str, split: str) -> Records | Texts:
+    """The records of a split of a data set; a path that ends in .txt is one text file, whatever the split."""
+    return Texts(path) if path.endswith(".txt") else Records(path, split)
