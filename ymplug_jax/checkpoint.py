@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ymplug_jax import sharding
 from ymplug_jax import state as state_lib
 
 FROZEN = "frozen"
@@ -79,7 +80,7 @@ class Checkpoints:
         )
         place = abstract.step.sharding
         state = state_lib.TrainState(
-            step=jax.device_put(jax.numpy.int32(restored.progress["step"]), place),
+            step=sharding.on_all_hosts(lambda: jax.numpy.int32(restored.progress["step"]), place),
             trainable=restored.trainable,
             opt_state=restored.opt_state["state"],
         )

@@ -115,7 +115,7 @@ def initialise(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainStat
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
     opt_state = jax.jit(run.tx.init, out_shardings=places)(trainable)
     return (
-        TrainState(jax.device_put(jax.numpy.int32(0), run.state.step.sharding), trainable, opt_state),
+        TrainState(sharding.on_all_hosts(lambda: jax.numpy.int32(0), run.state.step.sharding), trainable, opt_state),
         frozen,
         0,
         origin,

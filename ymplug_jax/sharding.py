@@ -6,7 +6,7 @@ axis. Models therefore know no mesh, and the mesh changes in one place. Mesh axe
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,6 +81,11 @@ def param_shardings(params: Mapping, axes: AxisRules, rules: Mapping[str, str], 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def on_all_hosts(make: Callable[[], Any], place: NamedSharding) -> Any:
+    """What `make` computes, placed on devices of all hosts: every host runs it (device_put reaches only its own devices)."""
+    return jax.jit(make, out_shardings=place)()
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -143,7 +143,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     eval_every = max(
         1, config.steps_in(settings.eval_every, steps_per_epoch=run.steps_per_epoch, total=run.total_steps)
     )
-    key = jax.device_put(jax.random.key(settings.seed), sharding.replicated(run.mesh))
+    key = sharding.on_all_hosts(lambda: jax.random.key(settings.seed), sharding.replicated(run.mesh))
     scores: dict[str, float] = {}
     stop = _Stop()
     records = open_split(data.path, data.train_split)
