@@ -40,19 +40,23 @@ def decode(path: Path) -> np.ndarray:
 def test_validation_is_held_out():
     train, val = plan(480, 0)
     assert (len(train), len(val)) == (432, 48)
-    assert len({combination(clip) for clip in val}) == 48
+    held_out = {combination(clip) for clip in val}
+    assert len(held_out) == 8 and {colour for colour, _, _ in held_out} == set(COLOURS)
+    assert all(
+        Counter(c[part] for c in held_out)[word] == 2 for part, words in ((1, SHAPES), (2, MOTIONS)) for word in words
+    )
     assert not {combination(clip) for clip in train} & {combination(clip) for clip in val}
 
 
 def test_training_shows_every_word_and_pair():
     train, _ = plan(480, 5)
     combinations = [combination(clip) for clip in train]
-    assert len(set(combinations)) == 240
+    assert len(set(combinations)) == 120
     for part, words in enumerate((tuple(COLOURS), SHAPES, MOTIONS)):
         counts = Counter(c[part] for c in combinations)
         assert set(counts) == set(words)
         assert min(counts.values()) > 0.7 * len(train) / len(words)
-    for one, two, pairs in ((0, 1, 48), (0, 2, 48), (1, 2, 36)):
+    for one, two, pairs in ((0, 1, 32), (0, 2, 32), (1, 2, 16)):
         assert len({(c[one], c[two]) for c in combinations}) == pairs
 
 
@@ -68,7 +72,7 @@ def test_seed_decides_everything(corpus: Path, tmp_path: Path):
 def test_clips_of_one_title_differ():
     train, _ = plan(480, 0)
     same = [clip for clip in train if clip.title == train[0].title]
-    assert len(same) == 2
+    assert len(same) >= 3
     assert not np.array_equal(frames_of(same[0]), frames_of(same[1]))
 
 
@@ -83,8 +87,6 @@ def test_motion_is_clear_from_four_frames(motion: str):
         axis, sign = {
             "向左移动": ("x", -1),
             "向右移动": ("x", 1),
-            "向上移动": ("y", -1),
-            "向下移动": ("y", 1),
             "慢慢变大": ("radius", 1),
             "慢慢变小": ("radius", -1),
         }[motion]
@@ -105,12 +107,10 @@ def test_files_show_their_titles(corpus: Path):
         area = near.sum(axis=(1, 2))
         assert area.min() > 60, row
         first, last = (np.argwhere(near[i]).mean(axis=0) for i in (0, -1))
-        (down, right), growth = last - first, area[-1] / area[0]
+        (_, right), growth = last - first, area[-1] / area[0]
         seen = {
             "向左移动": right < -25,
             "向右移动": right > 25,
-            "向上移动": down < -25,
-            "向下移动": down > 25,
             "慢慢变大": growth > 2,
             "慢慢变小": growth < 0.5,
         }
@@ -118,6 +118,8 @@ def test_files_show_their_titles(corpus: Path):
 
 
 def test_tables_are_those_of_the_release(corpus: Path):
+    lines = (corpus / "titles.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(lines)) == 128 and {row["title"] for row in read(corpus / "pretrain_val.csv")} <= set(lines)
     files = set()
     for kind, (file, texts) in COLUMNS.items():
         for split, clips in (("train", 36), ("val", 4)):
