@@ -5,7 +5,6 @@
 The title follows from the video alone (one template: colour, shape, motion), so comparing a generated title with the true
 one is a fair score. 8 of the 128 combinations are held out: they appear in validation only, while each pair of shape and
 colour, shape and motion, colour and motion stays in training. The clips differ in background, size, place and speed.
-Left and right are among the motions: train with horizontal flips off.
 
 The folder becomes a video root with the release's four kinds of CSV beside it:
 `videos/*.mp4`, `pretrain_{train,val}.csv`, `classification_{train,val}.csv`, `retrieval_{train,val}.csv`,
@@ -43,7 +42,7 @@ MARGIN = 4  # pixels between a shape and the border, at all times
 VAL_SHARE = 0.1
 MIN_CLIPS = 20
 SETTINGS = "corpus.json"
-VERSION = 3  # raise it when the same settings draw something else
+VERSION = 4  # raise it when the same settings draw something else
 
 COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
     "红色": (220, 25, 30),
@@ -56,8 +55,8 @@ COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
     "黑色": (15, 15, 15),
 }
 SHAPES = ("圆形", "正方形", "三角形", "圆环")
-MOTIONS = ("向左移动", "向右移动", "慢慢变大", "慢慢变小")
-DIRECTIONS = {"向左移动": (-1, 0), "向右移动": (1, 0)}  # x to the right, y down
+MOTIONS = ("左右移动", "上下移动", "慢慢变大", "慢慢变小")
+DIRECTIONS = {"左右移动": (1, 0), "上下移动": (0, 1)}  # x to the right, y down
 # The class of a clip is that of its motion: a classifier has to look at more than one frame.
 LABELS = dict(zip(MOTIONS, ("汽车", "足球", "萌娃日常", "科技"), strict=True))
 assert set(LABELS.values()) <= set(CLASS_NAMES)
@@ -157,8 +156,8 @@ def background(rng: np.random.Generator) -> np.ndarray:
 def path_of(motion: str, rng: np.random.Generator) -> np.ndarray:
     """Where the shape is in each frame: f64[FRAMES, 3] of x, y and radius in pixels, wholly inside the picture.
 
-    A moving shape covers at least 32 pixels, a growing or shrinking one changes its radius at least 1.8 times, both evenly
-    over the clip, so that any few frames spread over it tell the motion.
+    A moving shape goes at least 32 pixels and back, a growing or shrinking one changes its radius at least 1.8 times, both
+    evenly over the clip, so that any few frames spread over it tell the motion.
     """
     progress = np.linspace(0, 1, FRAMES)[:, None]  # [FRAMES, 1]
     if motion in DIRECTIONS:
@@ -169,7 +168,8 @@ def path_of(motion: str, rng: np.random.Generator) -> np.ndarray:
         middle = np.where(
             direction != 0, rng.uniform(low + distance / 2, high - distance / 2, 2), rng.uniform(low, high, 2)
         )
-        centres = middle + (progress - 0.5) * distance * direction  # [FRAMES, 2]
+        away = rng.choice((-1, 1)) * (0.5 - np.abs(2 * progress - 1))  # there and back, first to either side
+        centres = middle + away * distance * direction  # [FRAMES, 2]
         return np.concatenate([centres, np.full((FRAMES, 1), radius)], axis=1)
     small, large = rng.uniform(10, 14), rng.uniform(26, 36)
     centre = rng.uniform(large + MARGIN, SIZE - large - MARGIN, 2)

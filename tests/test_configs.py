@@ -1,0 +1,71 @@
+"""Every config builds; its parameters stand as a table under review: a change shows up as a diff of a text file.
+
+After a change that is meant, write the tables again with `UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py`.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from ymplug_jax import config
+from ymplug_jax import run as run_lib
+from ymplug_jax import state as state_lib
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden" / "params"
+FILES = sorted((ROOT / "configs").rglob("*.py"))
+# file and argument -> mesh of the table
+VARIANTS = {
+    ("mplug_video/pretrain", "1.3b"): {"fsdp": 8},
+    ("mplug_video/pretrain", "2.7b"): {"fsdp": 4, "tensor": 2},
+    ("mplug_video/pretrain", "1.3b,l14"): {"fsdp": 8},
+    ("mplug_video/pretrain", "2.7b,l14"): {"fsdp": 8},
+    ("tiny/pretrain", None): {},
+    ("tiny/language", None): {},
+}
+
+
+def load(name: str, argument: str | None) -> config.Experiment:
+    path = ROOT / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location("a_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = module.get_config(argument) if argument else module.get_config()
+    with settings.unlocked():
+        settings.data.examples = 10_000_000
+    return config.from_config_dict(settings)
+
+
+def test_every_config_has_a_table():
+    assert {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in FILES} == {
+        name for name, _ in VARIANTS
+    }
+
+
+@pytest.mark.parametrize(("name", "argument"), list(VARIANTS), ids=[f"{n}:{a}" for n, a in VARIANTS])
+def test_parameter_table(name: str, argument: str | None):
+    experiment = load(name, argument)
+    mesh = config.Mesh(**VARIANTS[name, argument])
+    experiment = config.Experiment(**{**vars(experiment), "mesh": mesh})
+    run = run_lib.prepare(experiment, jax.devices()[: 8 if VARIANTS[name, argument] else 1])
+    lines = []
+    for kind, tree in (("trained", run.state.trainable), ("frozen", run.frozen)):
+        for path, leaf in state_lib.flatten(tree).items():
+            spec = ", ".join(str(axis) for axis in leaf.sharding.spec)
+            lines.append(f"{path:<48} {kind:<8} {leaf.dtype!s:<9} {tuple(leaf.shape)!s:<24} ({spec})")
+    text = "\n".join(sorted(lines)) + "\n"
+    file = GOLDEN / f"{name.replace('/', '_')}{'_' + argument.replace(',', '_') if argument else ''}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    assert file.read_text(encoding="utf-8") == text
+
+
+def test_unknown_sizes_are_named():
+    with pytest.raises(ValueError, match="size '13b' is unknown; there are 1.3b, 2.7b"):
+        load("mplug_video/pretrain", "13b")
+    with pytest.raises(ValueError, match="vision: b16, l14"):
+        load("mplug_video/pretrain", "1.3b,h14")
