@@ -75,7 +75,7 @@ def main() -> int:
     """Run every step, then print the report. Returns the exit code of the first step that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything the demo makes")
-    parser.add_argument("--clips", type=int, default=2000, help="videos to draw")
+    parser.add_argument("--clips", type=int, default=2400, help="videos to draw")
     args = parser.parse_args()
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)

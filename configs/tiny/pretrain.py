@@ -15,11 +15,11 @@ def get_config() -> ConfigDict:
         data=Data(frames=4, image_size=64, max_tokens=32, augment=False, threads=2),
         optim=Optim(lr=2e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
         train=Train(
-            batch_size=32,
-            duration="1500 steps",
-            log_every=10,
-            save_every="500 steps",
-            eval_every="500 steps",
+            batch_size=16,
+            duration="3400 steps",
+            log_every=20,
+            save_every="1000 steps",
+            eval_every="1000 steps",
             frozen_dtype="float32",
         ),
     )
