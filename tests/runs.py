@@ -1,5 +1,6 @@
 """Real runs of `python -m ymplug_jax.main` in subprocesses, on small shards and a model that compiles quickly."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -81,7 +82,8 @@ def losses(workdir: Path) -> dict[int, float]:
 def saved(workdir: Path) -> dict[str, np.ndarray]:
     """Path -> value of every parameter in the newest checkpoint."""
     experiment = config.from_json((workdir / "config.json").read_text(encoding="utf-8"))
-    run = run_lib.prepare(experiment, jax.devices()[:1])
+    one = dataclasses.replace(experiment, mesh=config.Mesh())
+    run = run_lib.prepare(one, jax.devices()[:1])
     return {
         path: np.asarray(leaf)
         for path, leaf in checkpoint.load_params(str(workdir), state.merge(run.state.trainable, run.frozen)).items()

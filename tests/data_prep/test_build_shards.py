@@ -302,9 +302,14 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
 def test_portable_job_service_with_external_workers(tmp_path: Path, root: Path):
     """The protocol that Beam clusters speak: a job service, and a pool that starts the workers."""
     jobs, pool = free_port(), free_port()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the pool starts `python`, by that name
     services = [
         subprocess.Popen(
-            [sys.executable, "-m", module, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", module, *flags],
+            cwd=ROOT,
+            env={**os.environ, "PATH": path},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for module, flags in (
             ("apache_beam.runners.portability.local_job_service_main", ["-p", str(jobs)]),
