@@ -8,7 +8,8 @@ colour, shape and motion, colour and motion stays in training. The clips differ 
 
 The folder becomes a video root with the release's four kinds of CSV beside it:
 `videos/*.mp4`, `pretrain_{train,val}.csv`, `classification_{train,val}.csv`, `retrieval_{train,val}.csv`,
-`captioning_{train,val}.csv`, `titles.txt` (every possible title, for a language model that reads text alone) and
+`captioning_{train,val}.csv`, `texts.txt` (what a language model may read before it sees any video: every title, and how
+one asks for a class or for a match, with every answer) and
 `corpus.json` (settings and counts).
 """
 
@@ -42,7 +43,7 @@ MARGIN = 4  # pixels between a shape and the border, at all times
 VAL_SHARE = 0.1
 MIN_CLIPS = 20
 SETTINGS = "corpus.json"
-VERSION = 4  # raise it when the same settings draw something else
+VERSION = 5  # raise it when the same settings draw something else
 
 COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
     "红色": (220, 25, 30),
@@ -55,8 +56,8 @@ COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
     "黑色": (15, 15, 15),
 }
 SHAPES = ("圆形", "正方形", "三角形", "圆环")
-MOTIONS = ("左右移动", "上下移动", "慢慢变大", "慢慢变小")
-DIRECTIONS = {"左右移动": (1, 0), "上下移动": (0, 1)}  # x to the right, y down
+MOTIONS = ("向上移动", "向下移动", "慢慢变大", "慢慢变小")  # none of them changes in a mirror
+DIRECTIONS = {"向上移动": -1, "向下移动": 1}  # along y, which points down
 # The class of a clip is that of its motion: a classifier has to look at more than one frame.
 LABELS = dict(zip(MOTIONS, ("汽车", "足球", "萌娃日常", "科技"), strict=True))
 assert set(LABELS.values()) <= set(CLASS_NAMES)
@@ -74,6 +75,11 @@ class Clip(NamedTuple):
     @property
     def title(self) -> str:
         return f"{self.colour}的{self.shape}在{self.motion}"
+
+    @property
+    def plain_title(self) -> str:
+        """The title without the motion, which is what the class stands for."""
+        return f"{self.colour}的{self.shape}"
 
     @property
     def references(self) -> list[str]:
@@ -111,9 +117,16 @@ def plan(clips: int, seed: int) -> tuple[list[Clip], list[Clip]]:
     return take("train", clips - val, seen, 0), take("val", val, held_out, 1)
 
 
-def all_titles() -> list[str]:
-    """Every title that the language of this corpus can form: what a language model may know before it sees a video."""
-    return [Clip("", *words, seed=()).title for words in itertools.product(COLOURS, SHAPES, MOTIONS)]
+def all_texts() -> list[str]:
+    """What the language of this corpus can say: a language model may know it before it sees a video, and no more than that.
+
+    Every title with every class of its shape and colour, yes and no to every title: the answers are in the videos alone.
+    """
+    clips = [Clip("", *words, seed=()) for words in itertools.product(COLOURS, SHAPES, MOTIONS)]
+    titles = [clip.title for clip in clips]
+    classes = [f"视频标题：{clip.plain_title} 视频类目：{LABELS[clip.motion]}" for clip in clips]
+    matches = [f"标题：{title} 这个视频与标题匹配吗？{answer}" for title in titles for answer in "是否"]
+    return titles * 3 + classes + matches + list(CLASS_NAMES)  # titles are what the videos are trained through
 
 
 def outline(shape: str) -> np.ndarray:
@@ -156,21 +169,17 @@ def background(rng: np.random.Generator) -> np.ndarray:
 def path_of(motion: str, rng: np.random.Generator) -> np.ndarray:
     """Where the shape is in each frame: f64[FRAMES, 3] of x, y and radius in pixels, wholly inside the picture.
 
-    A moving shape goes at least 32 pixels and back, a growing or shrinking one changes its radius at least 1.8 times, both
-    evenly over the clip, so that any few frames spread over it tell the motion.
+    A moving shape goes at least 32 pixels, a growing or shrinking one changes its radius at least 1.8 times, both evenly
+    over the clip, so that any few frames spread over it tell the motion.
     """
     progress = np.linspace(0, 1, FRAMES)[:, None]  # [FRAMES, 1]
     if motion in DIRECTIONS:
         radius = rng.uniform(20, 26)
         low, high = radius + MARGIN, SIZE - radius - MARGIN
         distance = rng.uniform(32, high - low)
-        direction = np.array(DIRECTIONS[motion])
-        middle = np.where(
-            direction != 0, rng.uniform(low + distance / 2, high - distance / 2, 2), rng.uniform(low, high, 2)
-        )
-        away = rng.choice((-1, 1)) * (0.5 - np.abs(2 * progress - 1))  # there and back, first to either side
-        centres = middle + away * distance * direction  # [FRAMES, 2]
-        return np.concatenate([centres, np.full((FRAMES, 1), radius)], axis=1)
+        middle = rng.uniform(low + distance / 2, high - distance / 2)
+        y = middle + DIRECTIONS[motion] * distance * (progress - 0.5)  # [FRAMES, 1]
+        return np.concatenate([np.full_like(y, rng.uniform(low, high)), y, np.full_like(y, radius)], axis=1)
     small, large = rng.uniform(10, 14), rng.uniform(26, 36)
     centre = rng.uniform(large + MARGIN, SIZE - large - MARGIN, 2)
     radii = small + progress * (large - small)
@@ -204,11 +213,12 @@ def write_clip(clip: Clip, root: Path) -> None:
 
 
 def write_tables(clips: list[Clip], split: str, root: Path) -> None:
-    """The release's four CSVs of one split. Captioning has one caption a row in training, a list of three in validation."""
+    """The release's four CSVs of one split. Captioning has one caption a row in training, a list of three in validation; the
+    titles of classification do not say the motion, which is what the class stands for."""
     captions = [str(clip.references) if split == "val" else clip.title for clip in clips]
     texts = {
         "pretrain": [(clip.title,) for clip in clips],
-        "classification": [(clip.title, LABELS[clip.motion]) for clip in clips],
+        "classification": [(clip.plain_title, LABELS[clip.motion]) for clip in clips],
         "retrieval": [(clip.title,) for clip in clips],
         "captioning": [(caption,) for caption in captions],
     }
@@ -261,7 +271,7 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
                 pass
         write_tables(train, "train", partial)
         write_tables(val, "val", partial)
-        (partial / "titles.txt").write_text("".join(f"{title}\n" for title in all_titles()), encoding="utf-8")
+        (partial / "texts.txt").write_text("".join(f"{text}\n" for text in all_texts()), encoding="utf-8")
         facts = {"settings": settings, "train": len(train), "val": len(val), "frames": FRAMES, "fps": FPS, "size": SIZE}
         (partial / SETTINGS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         partial.rename(out)

@@ -1,4 +1,4 @@
-"""Trains a sentencepiece tokenizer on the texts of one or more CSVs of the release.
+"""Trains a sentencepiece tokenizer on the texts of one or more CSVs of the release, or of text files.
 
     python -m data_prep.train_tokenizer --csv runs/corpus/pretrain_train.csv --out runs/titles.model --vocab 512
 
@@ -65,10 +65,16 @@ def captions_of(value: str) -> list[str]:
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """All texts of one CSV, empty ones left out. Raises ValueError for an unknown header or text that is not UTF-8."""
+    """All texts of one CSV, or the lines of a .txt file; empty ones left out.
+
+    Raises ValueError for an unknown header or text that is not UTF-8.
+    """
     csv.field_size_limit(2**31 - 1)
     with open(path, newline="", encoding="utf-8-sig") as stream:
         try:
+            if path.suffix == ".txt":
+                yield from filter(None, (line.rstrip("\r\n") for line in stream))
+                return
             rows = csv.DictReader(stream)
             kind = kind_of(path, list(rows.fieldnames or ()))
             for row in rows:
@@ -148,7 +154,9 @@ def shares_of(model: bytes, texts: Iterator[str]) -> Shares:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.train_tokenizer", description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, nargs="+", required=True, help="CSVs of the release, of any kind")
+    parser.add_argument(
+        "--csv", type=Path, nargs="+", required=True, help="CSVs of the release, of any kind, or *.txt of lines"
+    )
     parser.add_argument("--out", type=Path, required=True, help="file to write, ending in .model")
     parser.add_argument("--vocab", type=int, default=512, help="pieces at most, 260 fixed ones included (default 512)")
     args = parser.parse_args(argv)

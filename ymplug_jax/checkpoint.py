@@ -10,7 +10,9 @@ ignored and removed at the next start. Restoring always goes into an abstract tr
 shardings, so any mesh and any number of hosts can read what another wrote.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -132,13 +134,22 @@ def _places(workdir: str) -> list[epath.Path]:
     return [place for place in places if place.exists()]
 
 
-def load_params(workdir: str, abstract: Mapping, *, subtree: str = "") -> dict[str, jax.Array]:
+def load_params(
+    workdir: str,
+    abstract: Mapping,
+    *,
+    subtree: str = "",
+    allow_missing: Sequence[str] = (),
+    resize: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = MappingProxyType({}),
+) -> dict[str, jax.Array]:
     """Parameters of a run or a converted checkpoint, flat by path, placed and cast as `abstract` says.
 
     Args:
       workdir: the run's folder (the newest step is taken).
       abstract: nested tree of ShapeDtypeStructs with shardings: the parameters wanted.
       subtree: take only the paths under this name ("llm"); every one of them must be in the checkpoint.
+      allow_missing: path regexes that the checkpoint may lack; they are then not in the result.
+      resize: path -> function (stored value, wanted shape) for tables that may be stored in another size.
 
     Raises:
       CheckpointError: no checkpoint there, or a wanted parameter is missing or has another shape.
@@ -160,12 +171,25 @@ def load_params(workdir: str, abstract: Mapping, *, subtree: str = "") -> dict[s
             f"{workdir}: no checkpoint here (looked for {folder}); give the --workdir of a finished run"
         )
     stored = {place: _stored(place) for place in places}
-    _check(
-        {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}, wanted, folder, extra_allowed=True
-    )
+    there = {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}
+    wanted = {
+        path: leaf
+        for path, leaf in wanted.items()
+        if path in there or not any(re.fullmatch(pattern, path) for pattern in allow_missing)
+    }
+    other = {
+        path for path in wanted if path in resize and path in there and tuple(there[path].shape) != wanted[path].shape
+    }
+    _check(there, {path: leaf for path, leaf in wanted.items() if path not in other}, folder, extra_allowed=True)
+
+    def as_stored(path: str) -> jax.ShapeDtypeStruct:
+        if path not in other:
+            return wanted[path]
+        return jax.ShapeDtypeStruct(tuple(there[path].shape), "float32", sharding=wanted[path].sharding)
+
     loaded: dict[str, jax.Array] = {}
     for place in places:
-        here = {path: leaf for path, leaf in wanted.items() if path in stored[place]}
+        here = {path: as_stored(path) for path in wanted if path in stored[place]}
         if not here:
             continue
         with ocp.PyTreeCheckpointer() as reader:
@@ -174,6 +198,10 @@ def load_params(workdir: str, abstract: Mapping, *, subtree: str = "") -> dict[s
                 tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
             )
             loaded |= state_lib.flatten(reader.restore(place, args=args))
+    for path in other:
+        leaf = wanted[path]
+        make = jax.jit(lambda x, p=path, w=leaf: resize[p](x, w.shape).astype(w.dtype), out_shardings=leaf.sharding)
+        loaded[path] = make(loaded[path])
     return loaded
 
 

@@ -78,6 +78,23 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """What single tasks ask for beyond the rest."""
+
+    prompt: str = ""  # caption: text between the start token and the caption
+    search: str = "beam"  # caption: "beam" (the reference's rule), "beam_by_length", "greedy" or "sample"
+    beams: int = 5
+    prompt_tokens: int = 20  # caption: width of the prompt's row in generation; the reference's rule divides by it
+    new_tokens: int = 100  # caption: at most so many
+    top_k: int = 5  # caption, search "sample": among so many; 0: see top_p
+    top_p: float = 0.0
+    temperature: float = 1.0
+    reference_negatives: bool = False  # match: permute titles as well as videos, as the reference did
+    candidates: str = ""  # match: index.npz of a retrieval run's evaluation, whose best pairs are scored; "": all pairs
+    best: int = 32  # match: pairs of each video and each title that are taken from it
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     task: str  # a file of ymplug_jax/tasks
     model: Any  # fields of the task's model, see ymplug_jax/models; a linen module in a config file, a dict afterwards
@@ -85,6 +102,7 @@ class Experiment:
     optim: Optim = Optim()
     mesh: Mesh = Mesh()
     train: Train = Train()
+    options: Options = Options()
 
 
 def settings_of(value: Any) -> Any:
@@ -109,7 +127,7 @@ def from_config_dict(config: ConfigDict | Mapping) -> Experiment:
       ValueError: a key that no setting has.
     """
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    parts = {"data": Data, "optim": Optim, "mesh": Mesh, "train": Train}
+    parts = {"data": Data, "optim": Optim, "mesh": Mesh, "train": Train, "options": Options}
     for key, cls in parts.items():
         plain[key] = _build(cls, plain.get(key, {}), key)
     return _build(Experiment, plain, "config")

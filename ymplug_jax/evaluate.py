@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ymplug_jax import checkpoint, sharding
+from ymplug_jax import checkpoint, page, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
@@ -19,7 +19,7 @@ from ymplug_jax.data import loader
 from ymplug_jax.data.source import open_split
 from ymplug_jax.run import Run
 from ymplug_jax.state import Params
-from ymplug_jax.tasks.task import Batch
+from ymplug_jax.tasks.task import Batch, Report, Row
 from ymplug_jax.writer import Metrics
 
 LossStep = Callable[[Params, Params, Batch], Metrics]
@@ -34,17 +34,20 @@ def make_loss_step(run: Run) -> LossStep:
     return jax.jit(step, out_shardings=sharding.replicated(run.mesh))
 
 
-def losses(run: Run, step: LossStep, trainable: Params, frozen: Params) -> dict[str, float]:
+def losses(run: Run, step: LossStep, records: Any, trainable: Params, frozen: Params) -> dict[str, float]:
     """Mean of every metric of the task over the head of the evaluation split (`eval_examples` at most), without dropout."""
     total: Metrics = {}
-    for batch in _batches(run, run.experiment.data.eval_split, run.experiment.train.eval_examples, "evaluation"):
+    for batch, _ in _batches(run, records, run.experiment.train.eval_examples, "evaluation"):
         metrics = step(trainable, frozen, batch)
         total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
     return {name: mean.value() for name, mean in jax.device_get(total).items()}
 
 
 def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dict[str, Any]:
-    """Score the run's newest checkpoint on its evaluation split; writes `eval/<split>/{scores.json,predictions.jsonl}`.
+    """Score the run's newest checkpoint on its evaluation split.
+
+    Writes `eval/<split>/`: scores.json, predictions.jsonl (one line an example), report.html (the same for the eye) and,
+    for retrieval, index.npz.
 
     Args:
       experiment: the settings of the run.
@@ -52,65 +55,93 @@ def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dic
       examples: stop after this many; 0: the whole split.
 
     Returns:
-      Scores, with the split, the step and the number of examples they were taken over.
+      Scores, with the split, the step and the number of examples they were taken over; None where nothing was counted.
     """
     run = run_lib.prepare(experiment)
-    abstract = state_lib.merge(run.state.trainable, run.frozen)
-    params = state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
+    params = load(run, workdir)
     trainable, frozen = state_lib.split(params, run.frozen_patterns)
     split = experiment.data.eval_split
+    records = open_split(experiment.data.path, split)
     whole = sharding.replicated(run.mesh)
     predict = run.task.predict and jax.jit(
         lambda t, f, batch: run.task.predict(state_lib.merge(t, f), batch), out_shardings=whole
     )
     loss_step = make_loss_step(run)
     total: Metrics = {}
-    rows: list[dict[str, np.ndarray]] = []
-    for batch in _batches(run, split, examples, f"evaluate {split}"):
+    rows: list[Row] = []
+    for batch, start in _batches(run, records, examples, f"evaluate {split}"):
         metrics = loss_step(trainable, frozen, batch)
         total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
         if predict:
-            rows += _rows(jax.device_get(predict(trainable, frozen, batch)))
-    scores: dict[str, Any] = {name: mean.value() for name, mean in jax.device_get(total).items()}
-    readable: list[dict] = []
+            rows += _rows(jax.device_get(predict(trainable, frozen, batch)), start)
+    report = Report({}, [])
+    if run.task.rescore:
+        with jax.set_mesh(run.mesh):
+            rows = run.task.rescore(params, rows)
     if run.task.score:
-        more, readable = run.task.score(rows)
-        scores |= more
-    step = checkpoint.latest_step(str(workdir))
-    scores = {"split": split, "step": step, "examples": _size(run, split, examples), **scores}
+        report = run.task.score(rows, records)
+    means = {name: mean.value() for name, mean in jax.device_get(total).items()}
+    scores: dict[str, Any] = {
+        "task": experiment.task,
+        "split": split,
+        "step": checkpoint.latest_step(str(workdir)),
+        "examples": len(rows) if predict else _size(records, examples),
+        **{name: value if np.isfinite(value) else None for name, value in means.items()},
+        **report.scores,
+    }
     if jax.process_index() == 0:
-        folder = workdir / "eval" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in readable)
-        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-        for row in readable[:10]:
-            logging.info("%s", "   ".join(f"{key}: {value}" for key, value in row.items()))
+        _write(workdir / "eval" / split, scores, report)
+        page.write(workdir / "eval" / split / "report.html", scores, report.rows, records)
+        for row in report.rows[:10]:
+            logging.info(
+                "%s", "   ".join(f"{key}: {value}" for key, value in row.items() if not isinstance(value, list))
+            )
     return scores
 
 
-def _size(run: Run, split: str, examples: int) -> int:
-    size = len(open_split(run.experiment.data.path, split))
-    return min(size, examples) if examples else size
+def load(run: Run, workdir: Path) -> Params:
+    """All parameters of the run's newest checkpoint, placed as the run wants them."""
+    abstract = state_lib.merge(run.state.trainable, run.frozen)
+    return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
 
 
-def _batches(run: Run, split: str, examples: int, title: str) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is padded with `valid` False. The same number of batches on every host."""
+def _write(folder: Path, scores: dict[str, Any], report: Report) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows)
+    (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    if report.arrays:
+        np.savez(folder / "index.npz", **report.arrays)
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _size(records: Any, examples: int) -> int:
+    return min(len(records), examples) if examples else len(records)
+
+
+def _batches(run: Run, records: Any, examples: int, title: str) -> Iterator[tuple[Batch, int]]:
+    """Every example once, in order, with the place of the batch's first one in the split; the last batch is padded with
+    `valid` False. The same number of batches on every host."""
     data, size = run.experiment.data, run.experiment.train.batch_size
     rows = sharding.local_rows(size, run.mesh)
     stream = loader.batches(
-        open_split(data.path, split), run.task.example, seed=0, batch_size=size, rows=rows, shuffle=False,
-        num_examples=_size(run, split, examples), threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
+        records, run.task.example, seed=0, batch_size=size, rows=rows, shuffle=False,
+        num_examples=_size(records, examples), threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
     )  # fmt: skip
-    steps = -(-_size(run, split, examples) // size)
+    steps = -(-_size(records, examples) // size)
     hidden = jax.process_index() != 0
     with jax.set_mesh(run.mesh):
-        for local in tqdm(
+        bar = tqdm(
             stream, total=steps, desc=title, unit="batch", disable=hidden, file=sys.stderr, leave=False, mininterval=1.0
-        ):
-            yield sharding.put_batch(local, rows, size, run.mesh)
+        )
+        for number, local in enumerate(bar):
+            yield sharding.put_batch(local, rows, size, run.mesh), number * size
+    if stream.skipped:
+        logging.warning("%s: %d corrupt records were left out", title, stream.skipped)
 
 
-def _rows(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+def _rows(batch: dict[str, np.ndarray], start: int) -> list[Row]:
     """The valid rows of a batch of predictions."""
-    return [{key: value[i] for key, value in batch.items() if key != "valid"} for i in np.flatnonzero(batch["valid"])]
+    return [
+        {key: value[i] for key, value in batch.items() if key != "valid"} | {"index": np.int64(start + i)}
+        for i in np.flatnonzero(batch["valid"])
+    ]

@@ -130,7 +130,8 @@ def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
     loaded: dict[str, jax.Array] = {}
     origin: dict[str, str] = {}
     for subtree, folder in checkpoint.sources(train.init_from):
-        part = checkpoint.load_params(folder, abstract, subtree=subtree)
+        task = run.task
+        part = checkpoint.load_params(folder, abstract, subtree=subtree, allow_missing=task.fresh, resize=task.resize)
         loaded |= part
         origin |= dict.fromkeys(part, Path(folder).name)
     flat = state_lib.flatten(abstract)

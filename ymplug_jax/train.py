@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -155,14 +156,15 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     log = _Log(run, writer, checkpoints, start)
 
     loss_step = evaluate.make_loss_step(run)
+    held_out = open_split(data.path, data.eval_split) if data.eval_split else None
 
     def check(step: int) -> None:
-        scores.update(evaluate.losses(run, loss_step, state.trainable, frozen))
+        scores.update(evaluate.losses(run, loss_step, held_out, state.trainable, frozen))
         writer.write(step, {f"eval/{name}": value for name, value in scores.items()})
         log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         log.restart_clock()
 
-    if data.eval_split and start == 0:
+    if held_out is not None and start == 0:
         check(0)
     batches = _on_device(stream, rows, settings.batch_size, run.mesh)
     for step in range(start + 1, run.total_steps + 1):  # `step` counts finished steps
@@ -172,8 +174,8 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
         log.add(step, metrics)
         last, stopping = step == run.total_steps, stop.asked(step)
         if step % settings.log_every == 0 or last or stopping:
-            log.flush(step)
-        if data.eval_split and (step % eval_every == 0 or last):
+            log.flush(step, corrupt=stream.skipped)
+        if held_out is not None and (step % eval_every == 0 or last):
             log.flush(step)
             check(step)
         if step % save_every == 0 or last or stopping:
@@ -247,8 +249,9 @@ class _Log:
         if not self._bar.disable:
             tqdm.write(text, file=sys.stderr)
 
-    def flush(self, step: int) -> None:
-        """Fetch what is pending, write one line.
+    def flush(self, step: int, corrupt: int = 0) -> None:
+        """Fetch what is pending, write one line; `corrupt` records were left out so far (on this host, those read ahead not
+        counted).
 
         Raises:
           TrainingStopped: more than `max_bad_steps` steps in a row were not finite.
@@ -284,11 +287,14 @@ class _Log:
             "samples_per_second": samples / seconds,
             "epoch": step / self._run.steps_per_epoch,
         }
+        if corrupt:
+            values["corrupt_total"] = corrupt
         self._writer.write(step, values)
         self._bar.update(len(fetched))
         self._bar.set_postfix_str(
             f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s"
             + (f", {self._skipped} skipped" if self._skipped else "")
+            + (f", {corrupt} corrupt records" if corrupt else "")
         )
         self._pending.clear()
         self.restart_clock()
@@ -298,7 +304,7 @@ class _Log:
 
 
 def _write_facts(experiment: Experiment, workdir: Path) -> None:
-    """config.json and environment.json; a changed setting of a resumed run is named."""
+    """config.json, environment.json and the tokenizer; a changed setting of a resumed run is named."""
     path = workdir / "config.json"
     text = config.to_json(experiment)
     if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -310,6 +316,9 @@ def _write_facts(experiment: Experiment, workdir: Path) -> None:
         ]
         logging.warning("this folder was written with other settings: %s", "; ".join(changed))
     path.write_text(text, encoding="utf-8")
+    if experiment.data.tokenizer:  # a run answers questions long after its data is gone
+        (workdir / "tokenizer").mkdir(exist_ok=True)
+        shutil.copy(experiment.data.tokenizer, workdir / "tokenizer")
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ymplug_jax")
     facts = {
         "command": sys.argv,

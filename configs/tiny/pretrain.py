@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.mplug_video.pretrain import NO_DECAY
+from configs.mplug_video.recipe import NO_DECAY
 from ymplug_jax.config import Data, Experiment, Optim, Train, to_config_dict
 from ymplug_jax.models import mplug_video
 
@@ -12,14 +12,14 @@ def get_config() -> ConfigDict:
     experiment = Experiment(
         task="pretrain",
         model=mplug_video.sized("tiny", "tiny", queries=8),
-        data=Data(frames=4, image_size=64, max_tokens=32, augment=False, threads=2),
-        optim=Optim(lr=2e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
+        data=Data(frames=4, image_size=64, max_tokens=32, threads=2),
+        optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
         train=Train(
             batch_size=16,
-            duration="3400 steps",
+            duration="2400 steps",
             log_every=20,
-            save_every="1000 steps",
-            eval_every="1000 steps",
+            save_every="1200 steps",
+            eval_every="1200 steps",
             frozen_dtype="float32",
         ),
     )

@@ -20,7 +20,7 @@ def shapes(model: MPLUGVideo) -> dict:
 
 @pytest.fixture(scope="module")
 def like() -> dict:
-    return shapes(sized("tiny", "tiny", queries=4, contrastive_width=8).clone(connector_norm=True))
+    return shapes(sized("tiny", "tiny", queries=4, contrastive_width=8, classes=3).clone(connector_norm=True))
 
 
 def checkpoint(like: dict, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -97,14 +97,16 @@ def test_heads_of_the_language_model_are_interleaved(like: dict) -> None:
 def test_what_does_not_fit_is_listed(like: dict) -> None:
     tensors = checkpoint(like)
     del tensors["visual_encoder.blocks.1.norm1.weight"], tensors["temp"]
-    tensors["cls_head.0.bias"] = np.zeros(3)
+    tensors["text_decoder.extra.bias"] = np.zeros(3)
     tensors["visual_fc.bias"] = np.zeros(7)
     entries = rules.expand(tables.MPLUG_VIDEO, like)
     mismatch = rules.compare(entries, {name: tensor.shape for name, tensor in tensors.items()})
     assert mismatch.missing == ["temp", "visual_encoder.blocks.1.norm1.weight"]
-    assert mismatch.unexpected == ["cls_head.0.bias"]
+    assert mismatch.unexpected == ["text_decoder.extra.bias"]
     assert mismatch.reshaped == ["visual_fc.bias: expected (96,), found (7,)"]
-    with pytest.raises(ValueError, match=r"missing: temp, .*unexpected: cls_head.0.bias; reshaped: visual_fc.bias"):
+    with pytest.raises(
+        ValueError, match=r"missing: temp, .*unexpected: text_decoder.extra.bias; reshaped: visual_fc.bias"
+    ):
         rules.to_tree(tables.MPLUG_VIDEO, tensors, like)
 
 

@@ -13,21 +13,52 @@ from ymplug_jax.models import mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo, sized
 from ymplug_jax.tasks import losses
 
-# Total and trainable parameters: of the reference classes, by language model, vision tower and contrastive width.
-COUNTS = {
-    ("1.3b", "b16", 0): (1_447_656_704, 130_002_176),
-    ("1.3b", "l14", 0): (1_761_620_992, 443_966_464),
-    ("2.7b", "b16", 0): (2_784_363_264, 130_395_904),
-    ("2.7b", "l14", 0): (3_098_458_624, 444_491_264),
-    ("1.3b", "b16", 256): (1_448_378_113, 130_723_585),
-    ("1.3b", "l14", 256): (1_762_407_937, 444_753_409),
-    ("2.7b", "b16", 256): (2_785_215_745, 131_248_385),
-    ("2.7b", "l14", 256): (3_099_376_641, 445_409_281),
+# Total and trainable parameters of the reference classes: (language model, vision tower) by what a task adds.
+SIZES = [("1.3b", "b16"), ("1.3b", "l14"), ("2.7b", "b16"), ("2.7b", "l14")]
+PRETRAIN = [
+    (1_447_656_704, 130_002_176),
+    (1_761_620_992, 443_966_464),
+    (2_784_363_264, 130_395_904),
+    (3_098_458_624, 444_491_264),
+]
+CONTRASTIVE = [
+    (1_448_378_113, 130_723_585),
+    (1_762_407_937, 444_753_409),
+    (2_785_215_745, 131_248_385),
+    (3_099_376_641, 445_409_281),
+]
+CLASSIFY = [
+    (1_451_948_333, 134_293_805),
+    (1_765_913_645, 448_259_117),
+    (2_791_037_741, 137_070_381),
+    (3_105_134_125, 451_166_765),
+]
+CAPTION = [
+    (1_447_665_920, 130_011_392),
+    (1_761_633_280, 443_978_752),
+    (2_784_372_480, 130_405_120),
+    (3_098_470_912, 444_503_552),
+]
+MATCH = [
+    (1_451_857_154, 134_202_626),
+    (1_765_821_442, 448_166_914),
+    (2_790_924_546, 136_957_186),
+    (3_105_019_906, 451_052_546),
+]
+TASKS = {
+    "pretrain": ({}, PRETRAIN),
+    "contrastive": ({"contrastive_width": 256}, CONTRASTIVE),
+    "classify": ({"frames": 8, "classes": 45}, CLASSIFY),
+    "caption": ({"frames": 16}, CAPTION),
+    "match": ({"classes": 2}, MATCH),
 }
+COUNTS = [
+    (*size, fields, counts) for fields, column in TASKS.values() for size, counts in zip(SIZES, column, strict=True)
+]
 
 
 def small(depth: int = 3, **fields: object) -> MPLUGVideo:
-    model = sized("tiny", "tiny", queries=4, contrastive_width=8)
+    model = sized("tiny", "tiny", queries=4, contrastive_width=8, classes=3)
     vision = model.vision.clone(image_size=32, frames=2, width=24, heads=3, depth=depth)
     llm = model.llm.clone(vocab=60, width=32, heads=2, max_positions=24, depth=depth)
     return model.clone(vision=vision, abstractor=model.abstractor.clone(heads=3), llm=llm, **fields)
@@ -57,13 +88,13 @@ def batch(model: MPLUGVideo, rows: int = 2) -> tuple[np.ndarray, np.ndarray, np.
     return video, ids, mask
 
 
-@pytest.mark.parametrize(("llm", "vision", "contrastive_width"), COUNTS)
-def test_parameter_counts(llm: str, vision: str, contrastive_width: int) -> None:
-    leaves = shapes(sized(llm, vision, contrastive_width=contrastive_width))
+@pytest.mark.parametrize(("llm", "vision", "fields", "counts"), COUNTS)
+def test_parameter_counts(llm: str, vision: str, fields: dict, counts: tuple[int, int]) -> None:
+    leaves = shapes(sized(llm, vision, **fields))
     frozen = {path for path in leaves if any(re.fullmatch(pattern, path) for pattern in mplug_video.FROZEN)}
     total = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
     trainable = sum(int(np.prod(leaf.shape)) for path, leaf in leaves.items() if path not in frozen)
-    assert (total, trainable) == COUNTS[llm, vision, contrastive_width]
+    assert (total, trainable) == counts
 
 
 def test_every_leaf_has_one_axis_rule_and_every_rule_a_leaf() -> None:

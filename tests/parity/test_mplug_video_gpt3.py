@@ -5,9 +5,11 @@ from the files, weights come in through the converter's own tables. Images are c
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -22,15 +24,14 @@ from ymplug_jax.config import Optim, from_config_dict
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules
 from ymplug_jax.data import augment, frames, text
-from ymplug_jax.models import layers, mplug_video
+from ymplug_jax.models import decode, layers, mplug_video
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import inputs, losses
+from ymplug_jax.tasks import candidates, caption_metrics, classify, inputs, losses, match, metrics
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
-OTHER_TASKS = {"beam", "caption", "cls", "retrieval", "retrieval_itm"}  # files of tasks that are not here yet
 
 
 @pytest.fixture(autouse=True)
@@ -196,19 +197,30 @@ def check_gradients(file, name: str, grads: dict, like: dict) -> None:
     file.check_all(name, named, GRADIENT)
 
 
-def test_pretrain(read) -> None:
-    file = read("pretrain.npz")
-    visual, text, settings = (file.config[key] for key in ("visual", "text", "model"))
-    model = MPLUGVideo(
+def whole(config: dict, **heads) -> MPLUGVideo:
+    """The model of a task file."""
+    visual, settings = config["visual"], config["model"]
+    return MPLUGVideo(
         vision=timesformer(visual, settings["num_frames"]),
         abstractor=Abstractor(settings["num_learnable_token"], visual["num_heads"], visual["mlp_ratio"]),
-        llm=gpt3(text),
-        contrastive_width=settings["contrastive_embed_dim"],
+        llm=gpt3(config["text"]),
         connector_norm=visual.get("connect_ln", False),
+        **heads,
     )
+
+
+def weights_of(file, model: MPLUGVideo) -> tuple[dict, dict, dict]:
+    """(abstract tree, trainable, frozen language model) of a task file, through the converter's tables."""
     like = jax.eval_shape(lambda key: mplug_video.init(model, key), jax.random.key(0))
     params = rules.to_tree(tables.MPLUG_VIDEO, file.group("param"), like)
-    trainable, llm = {k: v for k, v in params.items() if k != "llm"}, params["llm"]
+    return like, {k: v for k, v in params.items() if k != "llm"}, params["llm"]
+
+
+def test_pretrain(read) -> None:
+    file = read("pretrain.npz")
+    settings = file.config["model"]
+    model = whole(file.config, contrastive_width=settings["contrastive_embed_dim"])
+    like, trainable, llm = weights_of(file, model)
     video, ids, mask = channels_last(file["in/video"]), file["in/text/input_ids"], file["in/text/attention_mask"]
     queries = settings["num_learnable_token"]
 
@@ -256,6 +268,224 @@ def test_pretrain(read) -> None:
     check_gradients(file, "grad/contrastive", grads, like)
     logits = apply(trainable, "logits", out["text_hidden"])
     check_language_pass(file, "out/text_only", out["text_hidden"], logits, 0, ids, mask)
+    file.done()
+
+
+def check_encoded(file, name: str, out: dict) -> None:
+    """What the vision side makes of a video."""
+    file.check(f"{name}/video_tokens", out["tokens"], OUTPUT)
+    file.check(f"{name}/video_cls", out["tokens"][:, 0], OUTPUT)
+    file.check(f"{name}/image_query", out["image_query"], OUTPUT)
+    file.check(f"{name}/query_features", out["prefix"], OUTPUT)
+
+
+def text_of(file, name: str) -> tuple[np.ndarray, ...]:
+    """(ids, mask, prompt lengths or None) below a name."""
+    lengths = f"{name}/prompt_lengths"
+    return file[f"{name}/input_ids"], file[f"{name}/attention_mask"], file[lengths] if lengths in file.arrays else None
+
+
+def check_prompt_pass(file, name: str, hidden, logits, queries: int, ids, mask, lengths) -> None:
+    """`check_language_pass` for texts with a prompt; files leave logits or the loss out here and there."""
+    file.check(f"{name}/last_hidden_state", hidden, OUTPUT)
+    if f"{name}/logits" in file.arrays:
+        file.check(f"{name}/logits", logits, OUTPUT)
+    labels = file[f"{name}/labels"][:, :-1]
+    assert (labels[:, :queries] == 100).all() and (labels[:, queries:] == ids[:, 1:]).all()
+    file.check(f"{name}/token_losses", losses.token_losses(logits[:, :-1], labels), OUTPUT)
+    targets = np.pad(losses.target_mask(mask, lengths), ((0, 0), (queries, 0)))
+    np.testing.assert_array_equal(targets, file[f"{name}/loss_mask"])
+    total, weight = losses.next_token(logits[:, queries:-1], ids, mask, lengths)
+    file.check(f"{name}/loss", total / weight, OUTPUT)
+
+
+def check_sequences(name: str, found: np.ndarray, expected: np.ndarray, prompt: np.ndarray, eos: int) -> None:
+    """Generated ids against the reference's rows: prompt, what was generated, end tokens (or -1 where a row is shorter)."""
+    for row, wanted, length in zip(np.asarray(found), expected, prompt, strict=True):
+        wanted = wanted[wanted >= 0][length:]
+        ours = np.full(max(len(row), len(wanted)), eos)
+        ours[: len(row)] = row
+        assert ours[: len(wanted)].tolist() == wanted.tolist(), name
+
+
+def test_beam(read) -> None:
+    file = read("beam.npz")
+    config, model = file.config, gpt3(file.config["text"])
+    like = shapes_of(model, jnp.zeros((1, 1, model.width)))
+    params = rules.to_tree(rules.under("dist_model.", "", tables.GPT3), file.group("param"), like)
+    prefix, eos = file["in/query_embeds"], config["generate"]["stop_token"]
+    rows = np.repeat(file["in/input_ids"], len(prefix), axis=0)
+    lengths = np.full(len(prefix), int(file["in/prompt_length"]))
+    new = config["generate"]["tokens_to_generate"]
+    width = rows.shape[1] + new
+    for beams in config["generate"]["beam_sizes"]:
+        search = partial(decode.beam, model, new_tokens=width - 1, eos=eos, beams=beams, row_length=width)
+        out = jax.jit(search)(params, prefix, rows, lengths)
+        expected = file[f"out/beam{beams}_sequences"]
+        assert (expected[:, : lengths[0]] == rows[:, : lengths[0]]).all()
+        check_sequences(f"beam{beams}", out.ids, expected, lengths, eos)
+        file.check(f"out/beam{beams}_scores", out.scores, OUTPUT)
+
+    ids, lengths = file["in/batch_greedy/input_ids"], file["in/batch_greedy/prompt_lengths"]
+    expected = file["out/batch_greedy_sequences"]
+    new = expected.shape[1] - int(lengths.min())
+    run = jax.jit(partial(decode.greedy, model, new_tokens=new, eos=-1))  # rows go on beyond their end
+    check_sequences("greedy", run(params, prefix[: len(ids)], ids, lengths).ids, expected, lengths, eos)
+
+    logits = file["in/filter/logits"]
+    for k in config["filter"]["top_k"]:
+        np.testing.assert_array_equal(decode.keep_top_k(logits, k), file[f"out/filter/keep_top_k_{k}"])
+    for p in config["filter"]["top_p"]:
+        np.testing.assert_array_equal(decode.keep_top_p(logits, p), file[f"out/filter/keep_top_p_{p}"])
+    file.done()
+
+
+def test_caption(read) -> None:
+    file = read("caption.npz")
+    config, model = file.config, whole(file.config)
+    like, trainable, llm = weights_of(file, model)
+    video, queries = channels_last(file["in/train/video"]), model.abstractor.queries
+    ids, mask, lengths = text_of(file, "in/train/text")
+
+    def loss(trainable: dict) -> tuple[jax.Array, tuple]:
+        run = model.bind({"params": trainable | {"llm": llm}})
+        out = run.encode_video(video)
+        hidden = run.hidden(out["prefix"], ids)
+        logits = run.logits(hidden)
+        total, weight = losses.next_token(logits[:, queries:-1], ids, mask, lengths)
+        return total / weight, (out, hidden, logits)
+
+    (value, (out, hidden, logits)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    file.check("out/train/loss_caption", value, OUTPUT)
+    check_encoded(file, "out/train", out)
+    check_prompt_pass(file, "out/train/caption", hidden, logits, queries, ids, mask, lengths)
+    check_gradients(file, "grad", grads, like)
+
+    generate = config["generate"]
+    video, (rows, mask, _) = channels_last(file["in/generate/video"]), text_of(file, "in/generate/text")
+    lengths = mask.sum(axis=1) - 1
+    assert (lengths == file["in/generate/prompt_length"]).all()
+    prefix = model.apply({"params": trainable | {"llm": llm}}, video, method="encode_video")["prefix"]
+    eos, width = generate["stop_token"], rows.shape[1] + generate["tokens_to_generate"]
+    for beams in sorted({int(m[1]) for name in file.arrays if (m := re.match(r"out/generate/beam(\d+)_scores", name))}):
+        search = partial(decode.beam, model.llm, new_tokens=width - 1, eos=eos, beams=beams, row_length=width)
+        out = jax.jit(search)(llm, prefix, rows, lengths)
+        check_sequences(f"beam{beams}", out.ids, file[f"out/generate/beam{beams}_sequences"], lengths, eos)
+        file.check(f"out/generate/beam{beams}_scores", out.scores, OUTPUT)
+    expected, stored = file["out/generate/greedy_sequences"], file["out/generate/greedy_lengths"]
+    assert ((expected >= 0).sum(axis=1) == stored).all()
+    run = jax.jit(partial(decode.greedy, model.llm, new_tokens=expected.shape[1], eos=-1))
+    for b in range(len(video)):  # the reference generates these one by one: its rows end with their own end token
+        found = run(llm, prefix[b : b + 1], rows[b : b + 1], lengths[b : b + 1]).ids[0].tolist()
+        found = found[: found.index(eos)] if eos in found else found
+        wanted = expected[b, lengths[b] : stored[b]].tolist()
+        assert (found + [eos] * len(wanted))[: len(wanted)] == wanted
+    file.done()
+
+
+def check_with_head(file, model: MPLUGVideo, rows_of) -> tuple[dict, dict]:
+    """Training of a generative loss and a head: cls and retrieval_itm. `rows_of` gives each text its video."""
+    like, trainable, llm = weights_of(file, model)
+    video, queries = channels_last(file["in/train/video"]), model.abstractor.queries
+    ids, mask, lengths = text_of(file, "in/train/text")
+    plain, plain_mask, _ = text_of(file, "in/train/prompt_text")
+    labels = file["in/train/labels"]
+
+    def loss(trainable: dict) -> tuple[jax.Array, dict]:
+        run = model.bind({"params": trainable | {"llm": llm}})
+        out = run.encode_video(video)
+        prefix = rows_of(out["prefix"])
+        hidden = run.hidden(prefix, ids)
+        logits = run.logits(hidden)
+        total, weight = losses.next_token(logits[:, queries:-1], ids, mask, lengths)
+        cls_hidden = run.hidden(prefix, plain)
+        classes = run.classify(cls_hidden, plain_mask)
+        cls_total, cls_weight = losses.classification(classes, labels, np.ones(len(labels), bool))
+        out |= {"hidden": hidden, "logits": logits, "cls_hidden": cls_hidden, "classes": classes}
+        out |= {"generation": total / weight, "cls": cls_total / cls_weight}
+        return out["generation"] + out["cls"], out
+
+    (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    check_encoded(file, "out/train", out)
+    check_prompt_pass(file, "out/train/caption", out["hidden"], out["logits"], queries, ids, mask, lengths)
+    if "out/train/cls_last_hidden_state" in file.arrays:
+        file.check("out/train/cls_last_hidden_state", out["cls_hidden"], OUTPUT)
+    file.check("out/train/cls_logits", out["classes"], OUTPUT)
+    file.check("out/train/loss_generation", out["generation"], OUTPUT)
+    file.check("out/train/loss_cls", out["cls"], OUTPUT)
+    file.check("out/train/loss_total", value, OUTPUT)
+    check_gradients(file, "grad", grads, like)
+    return trainable, llm
+
+
+def test_cls(read) -> None:
+    file = read("cls.npz")
+    model = whole(file.config, classes=file.config["model"]["num_classes"])
+    trainable, llm = check_with_head(file, model, lambda prefix: prefix)
+    params, queries = trainable | {"llm": llm}, model.abstractor.queries
+    run = model.bind({"params": params})
+    prefix = run.encode_video(channels_last(file["in/eval/video"]))["prefix"]
+    ids, mask, lengths = text_of(file, "in/eval/text")
+    each = len(ids) // len(prefix)
+    hidden = run.hidden(np.repeat(prefix, each, axis=0), ids)  # the long way: every video with every class
+    check_prompt_pass(file, "out/eval/score", hidden, run.logits(hidden), queries, ids, mask, lengths)
+
+    shape = (len(prefix), each, -1)
+    rows, masks, prompts = ids.reshape(shape), mask.reshape(shape), lengths.reshape(shape[:2])
+    width = int((masks.sum(-1) - prompts.min(axis=1, keepdims=True)).max())  # the short way: the prompt once
+    parts = [candidates.split(*parts, width) for parts in zip(rows, masks, prompts, strict=True)]
+    batch = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+    likelihood = jax.jit(partial(candidates.scores, model.llm))(llm, prefix, batch)
+    file.check("out/eval/label_log_likelihood", likelihood, OUTPUT)
+    file.check("out/eval/generation_probs", candidates.probabilities(likelihood), OUTPUT)
+    plain, plain_mask, _ = text_of(file, "in/eval/prompt_text")
+    file.check("out/eval/cls_logits", run.classify(run.hidden(prefix, plain), plain_mask), OUTPUT)
+    file.done()
+
+
+def test_retrieval(read) -> None:
+    file = read("retrieval.npz")
+    model = whole(file.config, contrastive_width=file.config["model"]["contrastive_embed_dim"])
+    like, trainable, llm = weights_of(file, model)
+    video, (ids, mask, _) = channels_last(file["in/video"]), text_of(file, "in/text")
+    clips = file["in/idx"][:, None]
+
+    def loss(trainable: dict) -> tuple[jax.Array, dict]:
+        run = model.bind({"params": trainable | {"llm": llm}})
+        hidden = run.hidden(None, ids)
+        out = {"hidden": hidden, "video": run.embed_video(video), "text": run.embed_text(hidden, mask)}
+        total, weight = losses.retrieval(out["video"], out["text"], run.temperature, clips)
+        return total / weight, out | {"cls": run.vision(video)[:, 0]}
+
+    (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    file.check("out/loss", value, OUTPUT)
+    file.check("out/video_cls", out["cls"], OUTPUT)
+    file.check("out/text_last_hidden_state", out["hidden"], OUTPUT)
+    file.check("out/vision_feats", out["video"], OUTPUT)
+    file.check("out/text_feats", out["text"], OUTPUT)
+    scores = np.asarray(out["video"]) @ np.asarray(out["text"]).T
+    file.check("out/eval_sim_v2t", scores, OUTPUT)
+    file.check("out/sim_i2t", scores / trainable["temperature"], OUTPUT)
+    file.check("out/sim_t2i", scores.T / trainable["temperature"], OUTPUT)
+    check_gradients(file, "grad", grads, like)
+    file.done()
+
+
+def test_retrieval_itm(read) -> None:
+    file = read("retrieval_itm.npz")
+    model = whole(file.config, classes=file.config["model"]["num_classes"])
+    negatives = file["in/train/negative_indices"]
+    trainable, llm = check_with_head(file, model, lambda prefix: jnp.concatenate([prefix, prefix[negatives]]))
+    run = model.bind({"params": trainable | {"llm": llm}})
+    prefix = run.encode_video(channels_last(file["in/eval/video"]))["prefix"]
+    shape = (len(prefix), len(file["in/eval/text/input_ids"]) // len(prefix), -1)
+    ids, mask, lengths = (x.reshape(shape) for x in text_of(file, "in/eval/text"))
+    plain, plain_mask, _ = text_of(file, "in/eval/prompt_text")
+    pairs = {"ids": ids, "mask": mask, "prompt_length": lengths[..., 0]}
+    pairs |= {"plain": plain.reshape(shape), "plain_mask": plain_mask.reshape(shape)}
+    scores = jax.jit(partial(match.pair_scores, model))(trainable | {"llm": llm}, prefix, pairs)
+    file.check("out/eval/generation_log_likelihood", scores["generation"], OUTPUT)
+    file.check("out/eval/cls_prob", scores["head"], OUTPUT)
     file.done()
 
 
@@ -376,6 +606,37 @@ def check_truncation(plain: list[dict], pairs: list[dict], specials: dict[str, i
         assert mask.tolist() == [int(i < case["length"]) for i in range(len(row))], case
 
 
+def check_retrieval(cases: list[dict]) -> None:
+    """The reference calls video to text `txt_*` and text to video `vid_*`."""
+    for case in cases:
+        scores, clip = np.array(case["scores_v2t"]), np.array(case["txt2vid"])
+        right = np.arange(len(scores))[:, None] == clip
+        found = metrics.recalls(metrics.ranks_in(scores, right), metrics.ranks_in(scores.T, right.T))
+        named = {name.replace("v2t_", "txt_").replace("t2v_", "vid_"): value for name, value in found.items()}
+        assert {name: named[name] for name in case["metrics"]} == pytest.approx(case["metrics"])
+
+
+def check_derangements(cases: list[dict]) -> None:
+    """Theirs have no fixed point; ours draw from all of those, equally often."""
+    for case in cases:
+        n = case["n"]
+        assert sorted(case["result"]) == list(range(n)) and all(i != p for i, p in enumerate(case["result"]))
+        draws = jax.jit(jax.vmap(lambda key, n=n: match.derangement(key, n)))(jax.random.split(jax.random.key(0), 4000))
+        assert (np.sort(draws, axis=1) == np.arange(n)).all() and (draws != np.arange(n)).all()
+        each, counts = np.unique(draws, axis=0, return_counts=True)
+        if n <= 5:
+            every = [p for p in itertools.permutations(range(n)) if all(i != j for i, j in enumerate(p))]
+            assert len(each) == len(every) and counts.min() > 0.6 * 4000 / len(every)
+
+
+def check_templates(expected: dict) -> None:
+    length, title = 80, "标" * 100
+    for prompt, name in ((classify.prompt_of, "classification"), (match.prompt_of, "itm")):
+        kept = title[: length - int(expected[f"{name}_title_chars"].removeprefix("max_length - "))]
+        assert prompt(title, length) == expected[f"{name}_prompt"].format(title=kept)
+    assert (match.YES, match.NO) == (expected["itm_yes"], expected["itm_no"])
+
+
 def test_rules(golden) -> None:
     cases = json.loads(golden("rules.json").read_text(encoding="utf-8"))
     check_param_groups(cases["param_groups"])
@@ -384,8 +645,17 @@ def test_rules(golden) -> None:
     for case in cases["pre_caption"]:
         assert text.clean_text(case["text"], case["max_words"]) == case["out"], case
     check_truncation(cases["truncate_plain"], cases["truncate_prompt"], cases["special_ids"])
+    for case in cases["caption_metric_normalise"]:
+        assert " ".join(caption_metrics.normalise(case["text"])) == case["out"], case
+    check_retrieval(cases["retrieval_metrics"])
+    case = cases["top_k_accuracy"]
+    for k in (1, 5):
+        found = metrics.top_k(np.array(case["logits"]), np.array(case["labels"]), k)
+        assert found == pytest.approx(case[f"top{k}"])
+    check_derangements(cases["derangement"])
+    check_templates(cases["templates"])
 
 
 def test_every_fixture_has_a_test(golden_folder: Path) -> None:
     files = {path.stem for path in golden_folder.iterdir() if path.suffix in (".npz", ".json")}
-    assert files - OTHER_TASKS <= {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert files <= {name.removeprefix("test_") for name in globals() if name.startswith("test_")}

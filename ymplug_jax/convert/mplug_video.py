@@ -96,4 +96,6 @@ MPLUG_VIDEO = (
     *_linear("vision_proj", "vision_proj"),
     *_linear("text_proj", "text_proj"),
     Rule("temp", "->", ("temperature",)),
+    *_linear("cls_head.0", "head/hidden"),
+    *_linear("cls_head.2", "head/out"),
 )

@@ -1,36 +1,41 @@
-"""Generation over any language model with `embed`, `prefill`, `extend` and `logits`: fixed shapes, to be run under `jax.jit`.
+"""Generation and scoring with a language model that has `embed`, `prefill`, `branch`, `open_branches` and `logits`.
 
-`start` reads what is given and returns the state of generation, `advance` feeds one token a row; a search is a loop over the two.
+The visual prefix and the prompt are read once; greedy search, sampling, beam search and the scoring of candidates then go
+on from that past in as many branches as they need. Fixed shapes throughout, to be run under `jax.jit`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ymplug_jax.models.gpt3 import Cache
+from ymplug_jax.models.gpt3 import Cache, Past
+
+LOWEST = -1e9  # of a beam that does not exist
 
 
 class State(NamedTuple):
-    """Where each row stands."""
+    """Where each of K branches stands."""
 
-    cache: Cache
-    position: jax.Array  # int32[B]: positions read so far, visual tokens included
-    logits: jax.Array  # f32[B, V]: of the next token
+    past: Past
+    own: Cache
+    logits: jax.Array  # f32[B, K, V]: of the next token
 
 
 class Generated(NamedTuple):
     """What was generated, without the prompt."""
 
-    ids: jax.Array  # int32[B, new_tokens], `eos` from the end of each row on
-    lengths: jax.Array  # int32[B]: tokens before `eos`
+    ids: jax.Array  # int32[B, new_tokens]; what follows the first `eos` of a row means nothing
+    lengths: jax.Array  # int32[B]: tokens before the first `eos`
+    scores: jax.Array | None = None  # f32[B], of a beam search
 
 
-def start(
-    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array, new_tokens: int
-) -> State:
-    """Read the visual prefix and the prompt, with room for `new_tokens` more.
+def read(
+    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, Past]:
+    """Read the visual prefix and the prompt.
 
     Args:
       lm: the language model, unbound.
@@ -38,48 +43,134 @@ def start(
       prefix: f[B, Q, D] or None.
       ids: int32[B, L], padded on the right; begins with the start token.
       lengths: int32[B], how many of `ids` count, at least 1 (no end token among them).
-      new_tokens: how many tokens may follow.
 
-    Raises:
-      ValueError: prefix, prompt and new tokens do not fit the position table.
+    Returns:
+      hidden f[B, Q + L, D] and the past, of length Q + lengths.
     """
     embeds = lm.apply({"params": params}, ids, method="embed")  # [B, L, D]
-    visual = 0
     if prefix is not None:
-        visual = prefix.shape[1]
         embeds = jnp.concatenate([prefix.astype(embeds.dtype), embeds], axis=1)  # [B, Q + L, D]
-    hidden, cache = lm.apply({"params": params}, embeds, embeds.shape[1] + new_tokens, method="prefill")
-    position = visual + lengths.astype(jnp.int32)
-    last = jnp.take_along_axis(hidden, position[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
-    return State(cache, position, lm.apply({"params": params}, last, method="logits"))
+    hidden, cache = lm.apply({"params": params}, embeds, method="prefill")
+    length = embeds.shape[1] - ids.shape[1] + lengths.astype(jnp.int32)
+    return hidden, Past(cache, length, jnp.int32(0))
 
 
-def advance(lm: nn.Module, params: dict, state: State, token: jax.Array) -> State:
-    """Feed one token a row, int32[B]."""
-    embeds = lm.apply({"params": params}, token[:, None], method="embed")  # [B, 1, D]
-    hidden, cache = lm.apply({"params": params}, embeds, state.cache, state.position, method="extend")
-    return State(cache, state.position + 1, lm.apply({"params": params}, hidden[:, 0], method="logits"))
-
-
-def greedy(
+def start(
     lm: nn.Module,
     params: dict,
     prefix: jax.Array | None,
     ids: jax.Array,
     lengths: jax.Array,
-    *,
+    new_tokens: int,
+    branches: int = 1,
+    row_length: int = 0,
+) -> State:
+    """Read (arguments as for `read`) and open `branches` with room for `new_tokens` each, no row beyond `row_length` if given.
+
+    Raises:
+      ValueError: prefix, prompt and new tokens do not fit the position table.
+    """
+    whole = (row_length or ids.shape[1] + new_tokens) + (0 if prefix is None else prefix.shape[1])
+    if whole > lm.max_positions:
+        raise ValueError(f"prefix, prompt and new tokens need {whole} positions, the model has {lm.max_positions}")
+    hidden, past = read(lm, params, prefix, ids, lengths)
+    last = jnp.take_along_axis(hidden, past.length[:, None, None] - 1, axis=1)  # [B, 1, D]
+    logits = lm.apply({"params": params}, last, method="logits")  # [B, 1, V]
+    own = lm.apply({"params": params}, ids.shape[0], branches, new_tokens, method="open_branches")
+    return State(past, own, jnp.broadcast_to(logits, (ids.shape[0], branches, logits.shape[-1])))
+
+
+def advance(lm: nn.Module, params: dict, state: State, token: jax.Array, parents: jax.Array | None = None) -> State:
+    """Feed one token a branch, int32[B, K]; with `parents`, int32[B, K], branch k first becomes a copy of branch parents[k]."""
+    own = state.own
+    if parents is not None:
+        own = jax.tree.map(lambda kept: jax.vmap(lambda row, of: row[of])(kept, parents), own)
+    embeds = lm.apply({"params": params}, token[..., None], method="embed")  # [B, K, 1, D]
+    hidden, own = lm.apply({"params": params}, embeds, state.past, own, method="branch")
+    past = state.past._replace(read=state.past.read + 1)
+    return State(past, own, lm.apply({"params": params}, hidden[:, :, 0], method="logits"))
+
+
+def branch_scores(
+    lm: nn.Module, params: dict, past: Past, ids: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of what each branch says after the past.
+
+    Args:
+      lm: the language model, unbound.
+      params: its parameters.
+      past: from `read`, its length shortened by one: a branch begins with the last token of the prompt.
+      ids: int32[B, K, W], the last prompt token and then the continuation, padded on the right.
+      targets: bool[B, K, W - 1], entry j True where ids[..., j + 1] counts.
+
+    Returns:
+      f32[B, K], summed log-probabilities; hidden f[B, K, W, D].
+    """
+    embeds = lm.apply({"params": params}, ids, method="embed")  # [B, K, W, D]
+    own = lm.apply({"params": params}, *ids.shape, method="open_branches")
+    hidden, _ = lm.apply({"params": params}, embeds, past, own, method="branch")
+
+    def one(branch: tuple[jax.Array, jax.Array]) -> jax.Array:  # a branch at a time: the vocabulary is wide
+        hidden, ids = branch
+        logits = lm.apply({"params": params}, hidden[:, :-1], method="logits")  # [B, W - 1, V]
+        picked = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)  # [B, W - 1]
+
+    logs = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(ids, 1, 0)))  # [K, B, W - 1]
+    return jnp.sum(jnp.where(targets, jnp.moveaxis(logs, 0, 1), 0), axis=-1), hidden
+
+
+def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
+    """bool like `logits`: the k largest of the last axis, with all that equal the k-th."""
+    return logits >= jax.lax.top_k(logits, k)[0][..., -1:]
+
+
+def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
+    """bool like `logits`: the most probable tokens until their sum passes `p`, the one that passes it included."""
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    total = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
+    kept = jnp.concatenate([jnp.ones_like(total[..., :1], bool), total[..., :-1] <= p], axis=-1)
+    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def greedy(
+    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array, *, new_tokens: int, eos: int
+) -> Generated:  # fmt: skip
+    """Most probable token at each step, until every row has met `eos` or `new_tokens` are out. Arguments as for `start`."""
+    return _generate(
+        lm, params, start(lm, params, prefix, ids, lengths, new_tokens), new_tokens, eos, lambda step, x: jnp.argmax(x, -1)
+    )  # fmt: skip
+
+
+def sample(
+    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array, key: jax.Array, *,
+    new_tokens: int, eos: int, top_k: int = 0, top_p: float = 0.0, temperature: float = 1.0,
+) -> Generated:  # fmt: skip
+    """Draws each token; `top_k` > 0 draws among the k most probable, else `top_p` > 0 among those that make up p (0: all)."""
+
+    def pick(step: jax.Array, logits: jax.Array) -> jax.Array:
+        logits = logits / temperature
+        kept = keep_top_k(logits, top_k) if top_k else keep_top_p(logits, top_p) if top_p else True
+        return jax.random.categorical(jax.random.fold_in(key, step), jnp.where(kept, logits, -jnp.inf))
+
+    return _generate(lm, params, start(lm, params, prefix, ids, lengths, new_tokens), new_tokens, eos, pick)
+
+
+def _generate(
+    lm: nn.Module,
+    params: dict,
+    state: State,
     new_tokens: int,
     eos: int,
+    pick: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Generated:
-    """Most probable token at each step, until every row has met `eos` or `new_tokens` are out. Arguments as for `start`."""
-    state = start(lm, params, prefix, ids, lengths, new_tokens)
+    """One branch a row, token by token. Rows that are done go on until all are, as in the reference; readers cut at `eos`."""
 
-    def pick(logits: jax.Array, done: jax.Array) -> jax.Array:
-        return jnp.where(done, eos, jnp.argmax(logits, axis=-1).astype(jnp.int32))  # [B]
+    def choose(step: jax.Array, state: State) -> jax.Array:
+        return pick(step, state.logits).astype(jnp.int32)  # [B, 1]
 
-    none_done = jnp.zeros(ids.shape[0], bool)
-    token = pick(state.logits, none_done)
-    out = jnp.full((ids.shape[0], new_tokens), eos, jnp.int32).at[:, 0].set(token)
+    token = choose(jnp.int32(0), state)
+    out = jnp.full((token.shape[0], new_tokens), eos, jnp.int32).at[:, :1].set(token)
 
     def unfinished(loop: tuple) -> jax.Array:
         step, _, _, done, _ = loop
@@ -88,9 +179,108 @@ def greedy(
     def body(loop: tuple) -> tuple:
         step, state, token, done, out = loop
         state = advance(lm, params, state, token)
-        token = pick(state.logits, done)
-        return step + 1, state, token, done | (token == eos), out.at[:, step].set(token)
+        token = choose(step, state)
+        out = jax.lax.dynamic_update_slice(out, token, (0, step))
+        return step + 1, state, token, done | (token == eos), out
 
     *_, out = jax.lax.while_loop(unfinished, body, (jnp.int32(1), state, token, token == eos, out))
-    ended = jnp.cumsum(out == eos, axis=1) > 0
-    return Generated(out, jnp.sum(~ended, axis=1, dtype=jnp.int32))
+    return Generated(out, _length(out, eos))
+
+
+def _length(ids: jax.Array, eos: int) -> jax.Array:
+    """int32[B]: entries of each row before its first `eos`."""
+    return jnp.sum(jnp.cumsum(ids == eos, axis=1) == 0, axis=1, dtype=jnp.int32)
+
+
+class _Beams(NamedTuple):
+    """A beam search in progress."""
+
+    step: jax.Array  # int32 scalar: tokens chosen so far
+    state: State
+    scores: jax.Array  # f32[B, K]: summed log-probabilities of the open beams
+    rows: jax.Array  # int32[B, K, new_tokens]
+    values: jax.Array  # f32[B, K]: of the finished ones, best first, -inf where there is none yet
+    finished: jax.Array  # int32[B, K, new_tokens]
+    done: jax.Array  # bool[B]
+
+
+def beam(
+    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array, *,
+    new_tokens: int, eos: int, beams: int = 5, row_length: int = 0, length_power: float = 1.0,
+) -> Generated:  # fmt: skip
+    """Beam search, with the stop and ranking rule of the reference or with a length-normalised one.
+
+    Of the 2K best continuations, an end token among the first K finishes its beam; the first K others stay open.
+
+    Args:
+      lm: the language model, unbound; params, prefix, ids and lengths as for `start`.
+      params: its parameters.
+      prefix: f[B, Q, D] or None.
+      ids: int32[B, L].
+      lengths: int32[B].
+      new_tokens: at most so many tokens.
+      eos: the end token.
+      beams: K; the vocabulary has at least 2K tokens.
+      row_length: > 0: the reference's rule (spec section 9). Every hypothesis counts its log-probability divided by this
+        one number (prompt row and new tokens together), a row ends once K are finished and the worst of them is no worse
+        than the best continuation divided by its current length; a row has `row_length` - its prompt's length tokens.
+        0: log-probability divided by the number of tokens, end token included, to the power `length_power`, and a row
+        ends when no open beam can become better than the worst of its K finished ones.
+      length_power: of the second rule; 0 compares plain log-probabilities.
+
+    Returns:
+      The best hypothesis of each row.
+    """
+    state = start(lm, params, prefix, ids, lengths, new_tokens, beams, row_length)
+    rows, b = jnp.full((ids.shape[0], beams, new_tokens), eos, jnp.int32), ids.shape[0]
+    room = jnp.minimum(row_length - lengths, new_tokens) if row_length else jnp.full(b, new_tokens)
+
+    def value(scores: jax.Array, tokens: jax.Array) -> jax.Array:
+        return scores / row_length if row_length else scores / tokens.astype(jnp.float32) ** length_power
+
+    def bound(best: jax.Array, tokens: jax.Array) -> jax.Array:
+        return best / tokens if row_length else best / room.astype(jnp.float32) ** length_power
+
+    def body(loop: _Beams) -> _Beams:
+        vocab = loop.state.logits.shape[-1]
+        total = jax.nn.log_softmax(loop.state.logits) + loop.scores[..., None]  # [B, K, V]
+        scores, flat = jax.lax.top_k(total.reshape(b, -1), 2 * beams)  # [B, 2K]
+        parents, tokens = flat // vocab, (flat % vocab).astype(jnp.int32)
+        stops = tokens == eos
+        written = loop.step + 1
+        of = jnp.take_along_axis(loop.rows, parents[..., None], axis=1)  # [B, 2K, new_tokens]
+
+        ends = stops[:, :beams] & (scores[:, :beams] > LOWEST / 2)
+        ended = jnp.where(ends, value(scores[:, :beams], written), -jnp.inf)  # [B, K]
+        values, finished = _best(loop.values, loop.finished, ended, of[:, :beams], beams)
+        stop = jnp.isfinite(values[:, -1]) & (values[:, -1] >= bound(scores[:, 0], written))
+
+        stay = jnp.argsort(stops, axis=1, stable=True)[:, :beams]  # the first K that go on
+        parents, tokens, scores = (jnp.take_along_axis(x, stay, axis=1) for x in (parents, tokens, scores))
+        rows = jnp.take_along_axis(of, stay[..., None], axis=1)
+        rows = jax.lax.dynamic_update_slice(rows, tokens[..., None], (0, 0, loop.step))
+        full = ~stop & (written >= room)  # out of room: what is open counts as it stands
+        open_values = jnp.where(full[:, None], value(scores, written), -jnp.inf)
+        values, finished = _best(values, finished, open_values, rows, beams)
+
+        done = loop.done
+        kept, kept_rows = (
+            jnp.where(done[:, None], loop.values, values),
+            jnp.where(done[:, None, None], loop.finished, finished),
+        )
+        state = advance(lm, params, loop.state, tokens, parents)
+        return _Beams(written, state, scores, rows, kept, kept_rows, done | stop | full)
+
+    scores = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, LOWEST), (b, beams))
+    loop = _Beams(jnp.int32(0), state, scores, rows, jnp.full((b, beams), -jnp.inf), rows, jnp.zeros(b, bool))
+    loop = jax.lax.while_loop(lambda loop: ~jnp.all(loop.done) & (loop.step < new_tokens), body, loop)
+    return Generated(loop.finished[:, 0], _length(loop.finished[:, 0], eos), loop.values[:, 0])
+
+
+def _best(
+    values: jax.Array, rows: jax.Array, more: jax.Array, more_rows: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The `count` best of two lists f32[B, *] with rows int32[B, *, new_tokens]; the first list wins ties."""
+    values, order = jax.lax.top_k(jnp.concatenate([values, more], axis=1), count)
+    rows = jnp.concatenate([rows, more_rows], axis=1)
+    return values, jnp.take_along_axis(rows, order[..., None], axis=1)

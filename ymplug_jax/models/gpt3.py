@@ -31,14 +31,22 @@ AXES = (
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far; f[B, layers, S, N, H], S fixed. Beams and candidates are picked along axis 0."""
+    """Keys and values of what was read so far: f[..., layers, S, N, H], S fixed; in front B, or B and K branches."""
 
     k: jax.Array
     v: jax.Array
 
 
+class Past(NamedTuple):
+    """What K branches of each row go on from; it is read once and never copied."""
+
+    cache: Cache  # f[B, layers, S, N, H]
+    length: jax.Array  # int32[B]: positions of it that are seen
+    read: jax.Array  # int32 scalar: positions that every branch has read by itself since
+
+
 class Block(nn.Module):
-    """Pre-norm attention and MLP: f[B, L, D] -> f[B, L, D], reading and writing the cache where one is given."""
+    """Pre-norm attention and MLP: f[..., L, D] -> f[..., L, D], filling the cache where one is given."""
 
     heads: int
     depth: int
@@ -48,7 +56,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, start: jax.Array | None, deterministic: bool
+        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, past: Past | None, deterministic: bool
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x, cache = carry
         d, rate = x.shape[-1], 0.0 if deterministic else self.dropout
@@ -56,32 +64,29 @@ class Block(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
 
         attn = layers.Attention(d, self.heads, normal, shrunk, dtype=self.dtype, name="attn")
-        q, k, v = attn.project(layers.norm("attn_norm", self.ln_eps, self.dtype)(x))  # [B, L, N, H]
+        q, k, v = attn.project(layers.norm("attn_norm", self.ln_eps, self.dtype)(x))  # [..., L, N, H]
         if cache is not None:
-            cache = _write(cache, layer, start, k, v)
-        if start is None:
+            cache = _write(cache, layer, 0 if past is None else past.read, k, v)
+        if past is None:
             key = self.make_rng("dropout") if rate > 0 else None
             y = layers.attention(q, k, v, causal=True, dropout=rate, key=key)  # [B, L, N, H]
         else:
-            here = start[:, None] + jnp.arange(x.shape[1])  # [B, L]
-            mask = jnp.arange(cache.k.shape[2]) <= here[:, None, :, None]  # [B, 1, L, S]
-            y = layers.attention(q, cache.k[:, layer], cache.v[:, layer], mask=mask)  # [B, L, N, H]
+            seen = jnp.arange(past.cache.k.shape[2]) < past.length[:, None]  # [B, S]
+            causal = jnp.arange(cache.k.shape[3]) <= past.read + jnp.arange(x.shape[2])[:, None]  # [L, W]
+            shared = (past.cache.k[:, layer], past.cache.v[:, layer])
+            y = layers.branch_attention(q, shared, (cache.k[:, :, layer], cache.v[:, :, layer]), seen, causal)
         x = x + drop(attn.output(y))
 
         mlp = layers.Mlp(4 * d, normal, shrunk, tanh=True, dtype=self.dtype, name="mlp")
         return (x + drop(mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x))), cache), None
 
 
-def _write(cache: Cache, layer: jax.Array, start: jax.Array | None, k: jax.Array, v: jax.Array) -> Cache:
-    """Put k, v f[B, L, N, H] at positions `start` + 0..L-1 of each row (None: at 0), in place where the compiler can."""
+def _write(cache: Cache, layer: jax.Array, at: jax.Array | int, k: jax.Array, v: jax.Array) -> Cache:
+    """Put k, v f[..., L, N, H] at positions `at` + 0..L-1 of a layer, in place where the compiler can."""
+    before = (0,) * (k.ndim - 3)
 
     def one(kept: jax.Array, new: jax.Array) -> jax.Array:
-        if start is None:
-            return jax.lax.dynamic_update_slice(kept, new[:, None], (0, layer, 0, 0, 0))
-        position = start[:, None] + jnp.arange(new.shape[1])  # [B, L]
-        return jax.vmap(lambda row, at, value: row.at[layer, at].set(value))(
-            kept, position, new
-        )  # rows stay on their device
+        return jax.lax.dynamic_update_slice(kept, jnp.expand_dims(new, -4), (*before, layer, at, 0, 0))
 
     return Cache(one(cache.k, k), one(cache.v, v))
 
@@ -114,7 +119,7 @@ class GPT3(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """Word embeddings without positions: int[B, L] -> f[B, L, D]."""
+        """Word embeddings without positions: int[..., L] -> f[..., L, D]."""
         return jnp.take(self.token_embed, ids, axis=0, mode="clip").astype(jnp.dtype(self.dtype))
 
     def __call__(self, embeds: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -125,27 +130,26 @@ class GPT3(nn.Module):
         """
         return self._run(embeds, None, None, deterministic)[0]
 
-    def prefill(self, embeds: jax.Array, length: int) -> tuple[jax.Array, Cache]:
-        """Read a first stretch and open a cache with room for `length` positions: f[B, L, D] -> hidden f[B, L, D], cache.
+    def prefill(self, embeds: jax.Array) -> tuple[jax.Array, Cache]:
+        """Read a first stretch and keep its keys and values: f[B, L, D] -> hidden f[B, L, D], cache f[B, layers, L, N, H]."""
+        return self._run(embeds, self._empty(embeds.shape[:1], embeds.shape[1]), None, True)
 
-        Raises:
-          ValueError: `length` is below L or beyond the position table.
+    def open_branches(self, rows: int, branches: int, length: int) -> Cache:
+        """Empty cache f[rows, branches, layers, length, N, H] for what branches read by themselves."""
+        return self._empty((rows, branches), length)
+
+    def branch(self, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax.Array, Cache]:
+        """Read on, several ways from one past: f[B, K, L, D] -> hidden f[B, K, L, D], `own` with the new positions filled in.
+
+        What the past holds beyond `past.length` is not seen, so rows of different lengths can share a padded prefill. The
+        caller keeps past.read + L within the width of `own` and all of it within the position table.
         """
-        if not embeds.shape[1] <= length <= self.max_positions:
-            raise ValueError(
-                f"cache length {length} must lie between the {embeds.shape[1]} positions read and {self.max_positions}"
-            )
-        shape = (embeds.shape[0], self.depth, length, self.heads, self.width // self.heads)
+        return self._run(embeds, own, past, True)
+
+    def _empty(self, before: tuple[int, ...], length: int) -> Cache:
+        shape = (*before, self.depth, length, self.heads, self.width // self.heads)
         empty = jnp.zeros(shape, jnp.dtype(self.dtype))
-        return self._run(embeds, Cache(empty, empty), None, True)
-
-    def extend(self, embeds: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
-        """Read on after `start` positions of each row: f[B, L, D], cache, int32[B] -> hidden f[B, L, D], cache.
-
-        Whatever the cache holds at `start` and beyond is not seen, so rows of different lengths can share a padded prefill.
-        The caller keeps start + L within the cache; what lies beyond it is not stored.
-        """
-        return self._run(embeds, cache, start, True)
+        return Cache(empty, empty)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f[..., D] -> f32[..., V]. Take the positions that are needed first: the vocabulary is wide."""
@@ -153,17 +157,18 @@ class GPT3(nn.Module):
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def _run(
-        self, embeds: jax.Array, cache: Cache | None, start: jax.Array | None, deterministic: bool
+        self, embeds: jax.Array, cache: Cache | None, past: Past | None, deterministic: bool
     ) -> tuple[jax.Array, Cache | None]:
-        length, dtype = embeds.shape[1], jnp.dtype(self.dtype)
+        length, dtype = embeds.shape[-2], jnp.dtype(self.dtype)
         if length > self.max_positions:
             raise ValueError(
                 f"{length} positions were fed but max_positions is {self.max_positions}; shorten the text or raise it"
             )
-        if start is None:
+        if past is None:
             positions = self.pos_embed[:length]  # [L, D]
         else:
-            positions = jnp.take(self.pos_embed, start[:, None] + jnp.arange(length), axis=0, mode="clip")  # [B, L, D]
+            here = (past.length + past.read)[:, None, None] + jnp.arange(length)  # [B, 1, L]
+            positions = jnp.take(self.pos_embed, here, axis=0, mode="clip")  # [B, 1, L, D]
         x = self.drop(embeds.astype(dtype) + positions.astype(dtype), deterministic=deterministic)
-        (x, cache), _ = self.blocks((x, cache), jnp.arange(self.depth), start, deterministic)
+        (x, cache), _ = self.blocks((x, cache), jnp.arange(self.depth), past, deterministic)
         return self.norm(x), cache

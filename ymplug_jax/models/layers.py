@@ -37,7 +37,7 @@ def attention(
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention; every attention of the package goes through here.
+    """Scaled dot-product attention; every attention but that of branches goes through here.
 
     Args:
       q: f[B, L, N, H].
@@ -60,6 +60,36 @@ def attention(
     if key is not None and dropout > 0:
         weights = jnp.where(jax.random.bernoulli(key, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
     return jnp.einsum("bnls,bsnh->blnh", weights.astype(v.dtype), v)
+
+
+def branch_attention(
+    q: jax.Array,
+    past: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    past_mask: jax.Array,
+    own_mask: jax.Array,
+) -> jax.Array:
+    """Attention of several branches to a past that they share and to what each has read by itself; nothing is copied per branch.
+
+    Args:
+      q: f[B, K, L, N, H], K branches.
+      past: keys and values f[B, S, N, H].
+      own: keys and values f[B, K, W, N, H].
+      past_mask: bool[B, S], True where the past is seen.
+      own_mask: bool[L, W], True where a query sees a key of its own branch.
+
+    Returns:
+      f[B, K, L, N, H]; logits and softmax are float32.
+    """
+    scale, lowest = q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min
+    shared = jnp.einsum("bklnh,bsnh->bknls", q, past[0], preferred_element_type=jnp.float32) * scale
+    shared = jnp.where(past_mask[:, None, None, None], shared, lowest)  # [B, K, N, L, S]
+    mine = jnp.einsum("bklnh,bkwnh->bknlw", q, own[0], preferred_element_type=jnp.float32) * scale
+    mine = jnp.where(own_mask, mine, lowest)  # [B, K, N, L, W]
+    weights = jax.nn.softmax(jnp.concatenate([shared, mine], axis=-1), axis=-1).astype(q.dtype)
+    split = past[0].shape[1]
+    y = jnp.einsum("bknls,bsnh->bklnh", weights[..., :split], past[1])
+    return y + jnp.einsum("bknlw,bkwnh->bklnh", weights[..., split:], own[1])
 
 
 class Attention(nn.Module):

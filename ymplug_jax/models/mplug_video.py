@@ -15,6 +15,11 @@ from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.sharding import constrain
 
 FROZEN = ("llm/.*",)  # path regexes, full match
+# Tables that may have another size in a checkpoint: other resolution, other number of frames.
+RESIZE = {
+    "vision/pos_embed": lambda table, shape: layers.resize_pos_embed(table, shape[0] - 1),
+    "vision/temporal_embed": lambda table, shape: layers.resize_temporal_embed(table, shape[0]),
+}
 
 
 def _under(prefix: str, axes: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
@@ -30,6 +35,10 @@ AXES = (
     ("(vision_proj|text_proj)/kernel", "embed proj"),
     ("(vision_proj|text_proj)/bias", "proj"),
     ("temperature", ""),
+    ("head/hidden/kernel", "embed embed"),
+    ("head/hidden/bias", "embed"),
+    ("head/out/kernel", "embed classes"),
+    ("head/out/bias", "classes"),
 )
 
 
@@ -54,9 +63,23 @@ class Connector(nn.Module):
         return layers.norm("norm", 1e-6, self.dtype)(x) if self.norm else x
 
 
+class Head(nn.Module):
+    """Classifier on a state of the language model: f[..., H] -> f32[..., C]."""
+
+    classes: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init, dtype = layers.torch_linear(x.shape[-1]), jnp.dtype(self.dtype)
+        x = nn.relu(nn.Dense(x.shape[-1], kernel_init=init, bias_init=init, dtype=dtype, name="hidden")(x))
+        out = nn.Dense(self.classes, kernel_init=init, bias_init=init, dtype=dtype, name="out")(x)  # [..., C]
+        return out.astype(jnp.float32)
+
+
 class MPLUGVideo(nn.Module):
-    """The whole model. Parameters: {vision, abstractor, connector, llm} and, with contrastive heads, {vision_proj, text_proj,
-    temperature}. H is the width of the language model, D that of the vision tower, E the contrastive width.
+    """The whole model. Parameters: {vision, abstractor, connector, llm}, with contrastive heads {vision_proj, text_proj,
+    temperature}, with a classifier {head}. H is the width of the language model, D that of the vision tower, E the contrastive width.
     """
 
     vision: TimeSformer = TimeSformer()
@@ -64,6 +87,7 @@ class MPLUGVideo(nn.Module):
     llm: GPT3 = GPT3()
     contrastive_width: int = 0  # E; 0: no contrastive heads
     connector_norm: bool = False  # a norm after the connector
+    classes: int = 0  # C; 0: no classifier head
 
     def setup(self) -> None:
         self.connector = Connector(self.llm.width, self.connector_norm, self.llm.dtype)
@@ -77,6 +101,8 @@ class MPLUGVideo(nn.Module):
 
             self.vision_proj, self.text_proj = head(self.vision.width), head(self.llm.width)
             self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
+        if self.classes:
+            self.head = Head(self.classes, self.llm.dtype)
 
     def encode_video(self, video: jax.Array) -> dict[str, jax.Array]:
         """Normalised video f[B, T, S, S, 3] -> what the other methods take.
@@ -122,13 +148,24 @@ class MPLUGVideo(nn.Module):
         Returns:
           video: f32[B, Q, E]; text: f32[B, E]; temperature: f32 scalar.
         """
-        last = jnp.maximum(mask.astype(jnp.int32).sum(axis=1) - 1, 0)
-        state = jnp.take_along_axis(text_hidden, last[:, None, None], axis=1)[:, 0]  # [B, H]
         return {
             "video": _unit(self.vision_proj(image_query)),
-            "text": _unit(self.text_proj(state)),
+            "text": self.embed_text(text_hidden, mask),
             "temperature": self.temperature.astype(jnp.float32),
         }
+
+    def embed_video(self, video: jax.Array) -> jax.Array:
+        """Unit vector of a video for retrieval, from the cls token alone: f[B, T, S, S, 3] -> f32[B, E]."""
+        tokens = constrain(self.vision(video), "batch", None, None)
+        return _unit(self.vision_proj(tokens[:, 0]))
+
+    def embed_text(self, text_hidden: jax.Array, mask: jax.Array) -> jax.Array:
+        """Unit vector of a text: f[B, L, H] of the text-only pass, int or bool[B, L] -> f32[B, E]."""
+        return _unit(self.text_proj(last_state(text_hidden, mask)))
+
+    def classify(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
+        """Logits of the head on the state at the last text token: f[B, Q + L, H], int or bool[B, L] -> f32[B, C]."""
+        return self.head(last_state(hidden[:, -mask.shape[1] :], mask))
 
     def __call__(self, video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         """Every part once; what `init` traces. Tasks call the methods they need."""
@@ -137,7 +174,15 @@ class MPLUGVideo(nn.Module):
         out["logits"] = self.logits(out["hidden"][:, self.abstractor.queries : -1])  # [B, L - 1, V]
         if self.contrastive_width:
             out["contrastive"] = self.contrastive(out["image_query"], self.hidden(None, ids), mask)
+        if self.classes:
+            out["classes"] = self.classify(out["hidden"], mask)
         return out
+
+
+def last_state(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """State at the last token of each text: f[B, L, H], int or bool[B, L] -> f[B, H]."""
+    last = jnp.maximum(mask.astype(jnp.int32).sum(axis=1) - 1, 0)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -167,7 +212,15 @@ VISIONS = {
 }
 
 
-def sized(llm: str = "1.3b", vision: str = "b16", *, queries: int = 128, contrastive_width: int = 0) -> MPLUGVideo:
+def sized(
+    llm: str = "1.3b",
+    vision: str = "b16",
+    *,
+    queries: int = 128,
+    frames: int = 4,
+    contrastive_width: int = 0,
+    classes: int = 0,
+) -> MPLUGVideo:
     """A model of named sizes: llm one of `LLMS`, vision one of `VISIONS`. Change further fields with `.clone(...)`.
 
     Raises:
@@ -178,4 +231,10 @@ def sized(llm: str = "1.3b", vision: str = "b16", *, queries: int = 128, contras
             f"size {llm!r} x {vision!r} is unknown; language models: {', '.join(LLMS)}; vision: {', '.join(VISIONS)}"
         )
     pool = Abstractor(queries=queries, heads=VISIONS[vision].heads, mlp_ratio=VISIONS[vision].mlp_ratio)
-    return MPLUGVideo(vision=VISIONS[vision], abstractor=pool, llm=LLMS[llm], contrastive_width=contrastive_width)
+    return MPLUGVideo(
+        vision=VISIONS[vision].clone(frames=frames),
+        abstractor=pool,
+        llm=LLMS[llm],
+        contrastive_width=contrastive_width,
+        classes=classes,
+    )

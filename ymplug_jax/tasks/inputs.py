@@ -1,5 +1,7 @@
 """From a record to what a model takes: pieces that the video-text tasks share."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from ymplug_jax.config import Data
 from ymplug_jax.data import augment, frames, text
 from ymplug_jax.data.records import Record
+from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.tasks.task import Example
 
 # Of CLIP's images, RGB, for values in 0..1.
@@ -22,6 +25,35 @@ def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.
     if rng is not None and data.augment:
         return augment.train_transform(clip, data.image_size, rng)
     return augment.eval_transform(clip, data.image_size)
+
+
+def check(data: Data, model: MPLUGVideo, text: int) -> None:
+    """Whether data and model agree, with `text` tokens behind the visual ones.
+
+    Raises:
+      ValueError: they do not, with the setting to change.
+    """
+    if data.frames != model.vision.frames or data.image_size != model.vision.image_size:
+        raise ValueError(
+            f"config.data gives {data.frames} frames of {data.image_size} px, config.model.vision takes "
+            f"{model.vision.frames} of {model.vision.image_size}; make them equal"
+        )
+    queries = model.abstractor.queries
+    if queries + text > model.llm.max_positions:
+        raise ValueError(
+            f"{queries} queries + {text} tokens (config.data.max_tokens or config.options) exceed "
+            f"config.model.llm.max_positions {model.llm.max_positions}"
+        )
+
+
+def video_spec(data: Data) -> jax.ShapeDtypeStruct:
+    """Of one example's video."""
+    return jax.ShapeDtypeStruct((data.frames, data.image_size, data.image_size, 3), jnp.uint8)
+
+
+def row_spec(length: int) -> jax.ShapeDtypeStruct:
+    """Of one example's ids or mask."""
+    return jax.ShapeDtypeStruct((length,), jnp.int32)
 
 
 def normalize(video: jax.Array, dtype: str) -> jax.Array:
@@ -52,6 +84,24 @@ def encode(tokenizer: text.Tokenizer, title: str, length: int) -> Example:
         tokenizer.encode(title), length, bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad
     )
     return {"ids": ids, "mask": mask}
+
+
+def encode_pair(tokenizer: text.Tokenizer, prompt: str, target: str, length: int) -> Example:
+    """{"ids": int32[L], "mask": int32[L], "prompt_length": int32} of beginning, prompt, target, end (spec: pair rule)."""
+    ids, mask, prompt_length = text.encode_pair(
+        tokenizer.encode(prompt),
+        tokenizer.encode(target),
+        length,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        pad=tokenizer.pad,
+    )
+    return {"ids": ids, "mask": mask, "prompt_length": np.int32(prompt_length)}
+
+
+def clip_id(record: Record) -> np.ndarray:
+    """int32[2] that is the same for records of one clip, and for no others but by a chance of 2**-64."""
+    return np.frombuffer(hashlib.blake2b(record.media_id.encode(), digest_size=8).digest(), np.int32)
 
 
 def decode(tokenizer: text.Tokenizer, ids: np.ndarray) -> str:

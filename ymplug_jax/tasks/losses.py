@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from ymplug_jax.writer import Mean
+
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy of each position in float32: f[..., V], int[...] -> f32[...]."""
@@ -66,8 +68,7 @@ def contrastive(
     """
     valid = jnp.ones(video.shape[0], bool) if valid is None else valid
     count = jnp.sum(valid, dtype=jnp.float32)
-    bounded = temperature + jax.lax.stop_gradient(jnp.maximum(temperature, 1e-3) - temperature)  # the gradient passes
-    scores = similarity(video, text) / bounded  # [B, B], video by text
+    scores = similarity(video, text) / bounded(temperature)  # [B, B], video by text
 
     def direction(scores: jax.Array) -> jax.Array:
         logs = jax.nn.log_softmax(jnp.where(valid, scores, jnp.finfo(jnp.float32).min), axis=-1)
@@ -76,3 +77,48 @@ def contrastive(
 
     rows = 0.5 * (direction(scores) + direction(scores.T))
     return jnp.sum(jnp.where(valid, rows, 0)), count
+
+
+def retrieval(
+    video: jax.Array, text: jax.Array, temperature: jax.Array, ids: jax.Array, *, valid: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Video-text contrastive loss with several positives, both directions, over the global batch (spec 8.4).
+
+    Args:
+      video: f32[B, E], unit vectors.
+      text: f32[B, E], unit vectors; row i belongs to video i.
+      temperature: scalar divisor, learned; bounded below by 1e-3 as a guard.
+      ids: int32[B, I], rows that are equal are one clip: all their texts are right for all their videos.
+      valid: bool[B]; rows that are padding are neither queries nor candidates. None: all are valid.
+
+    Returns:
+      (sum over rows of the mean of both directions, number of rows), float32 scalars.
+    """
+    valid = jnp.ones(video.shape[0], bool) if valid is None else valid
+    scores = jnp.einsum("be,ge->bg", video, text, precision="highest") / bounded(temperature)  # [B, B], video by text
+    same = jnp.all(ids[:, None] == ids[None], axis=-1) & valid & valid[:, None]
+    targets = same / jnp.maximum(jnp.sum(same, axis=1, keepdims=True), 1)
+
+    def direction(scores: jax.Array) -> jax.Array:
+        logs = jax.nn.log_softmax(jnp.where(valid, scores, jnp.finfo(jnp.float32).min), axis=-1)
+        return -jnp.sum(jnp.where(same, targets * logs, 0), axis=-1)  # [B]
+
+    rows = 0.5 * (direction(scores) + direction(scores.T))
+    return jnp.sum(jnp.where(valid, rows, 0)), jnp.sum(valid, dtype=jnp.float32)
+
+
+def bounded(temperature: jax.Array) -> jax.Array:
+    """The temperature, at least 1e-3; its gradient passes unchanged."""
+    return temperature + jax.lax.stop_gradient(jnp.maximum(temperature, 1e-3) - temperature)
+
+
+def classification(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of classes: f[B, C], int32[B], bool[B] -> (sum, number of rows); rows with label -1 count for nothing."""
+    valid = valid & (labels >= 0)
+    each = token_losses(logits, jnp.maximum(labels, 0))
+    return jnp.sum(jnp.where(valid, each, 0)), jnp.sum(valid, dtype=jnp.float32)
+
+
+def ratio(mean: Mean) -> jax.Array:
+    """total / weight on the device, 0 where nothing was counted."""
+    return mean.total / jnp.maximum(mean.weight, 1.0)

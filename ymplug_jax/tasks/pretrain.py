@@ -4,6 +4,8 @@ The caption loss is one token mean over the global batch. (The reference average
 short titles weigh more; on one process the two are the same.)
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import inputs, losses
-from ymplug_jax.tasks.task import Batch, Example, Task, build
+from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Mean, Metrics
 
 
@@ -24,15 +26,7 @@ def make(experiment: Experiment) -> Task:
     data = experiment.data
     model: MPLUGVideo = build(MPLUGVideo, experiment.model)
     queries, length = model.abstractor.queries, data.max_tokens
-    if data.frames != model.vision.frames or data.image_size != model.vision.image_size:
-        raise ValueError(
-            f"config.data gives {data.frames} frames of {data.image_size} px, config.model.vision takes "
-            f"{model.vision.frames} of {model.vision.image_size}; make them equal"
-        )
-    if queries + length > model.llm.max_positions:
-        raise ValueError(
-            f"{queries} queries + config.data.max_tokens {length} exceed config.model.llm.max_positions {model.llm.max_positions}"
-        )
+    inputs.check(data, model, length)
     tokenizer = inputs.tokenizer_for(data, model.llm.vocab)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
@@ -49,13 +43,13 @@ def make(experiment: Experiment) -> Task:
         caption = Mean(*losses.next_token(logits, batch["ids"], mask))
         correct = jnp.argmax(logits, axis=-1) == batch["ids"][:, 1:]
         accuracy = Mean(jnp.sum(correct * losses.target_mask(mask), dtype=jnp.float32), caption.weight)
-        total, metrics = _ratio(caption), {"caption_loss": caption, "token_accuracy": accuracy}
+        total, metrics = losses.ratio(caption), {"caption_loss": caption, "token_accuracy": accuracy}
         if model.contrastive_width:
             text_hidden = run.hidden(None, batch["ids"], deterministic=key is None)
             units = run.contrastive(seen["image_query"], text_hidden, mask)
             pair = losses.contrastive(units["video"], units["text"], units["temperature"], valid=batch["valid"])
             metrics["contrastive_loss"] = Mean(*pair)
-            total += _ratio(metrics["contrastive_loss"])
+            total += losses.ratio(metrics["contrastive_loss"])
         metrics["loss"] = Mean(total * caption.weight, caption.weight)
         return total, metrics
 
@@ -68,20 +62,17 @@ def make(experiment: Experiment) -> Task:
         out = decode.greedy(model.llm, params["llm"], prefix, begin, ones, new_tokens=length - 1, eos=eos)
         return {"generated": out.ids, "ids": batch["ids"], "valid": batch["valid"]}
 
-    def score(rows: list[dict[str, np.ndarray]]) -> tuple[dict[str, float], list[dict]]:
+    def score(rows: list[Row], records: Sequence[Record]) -> Report:
         def text(ids: np.ndarray) -> str:
             return inputs.decode(inputs.given(tokenizer), ids)
 
-        pairs = [{"title": text(row["ids"]), "generated": text(row["generated"])} for row in rows]
+        pairs = [
+            {"index": int(row["index"]), "title": text(row["ids"]), "generated": text(row["generated"])} for row in rows
+        ]
         right = sum(pair["title"] == pair["generated"] for pair in pairs)
-        return {"exact_titles": right, "exact_share": right / max(len(pairs), 1)}, pairs
+        return Report({"exact_titles": right, "exact_share": right / max(len(pairs), 1)}, pairs)
 
-    size = data.image_size
-    spec = {
-        "video": jax.ShapeDtypeStruct((data.frames, size, size, 3), jnp.uint8),
-        "ids": jax.ShapeDtypeStruct((length,), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((length,), jnp.int32),
-    }
+    spec = {"video": inputs.video_spec(data), "ids": inputs.row_spec(length), "mask": inputs.row_spec(length)}
     return Task(
         axes=mplug_video.AXES,
         frozen=mplug_video.FROZEN,
@@ -91,8 +82,5 @@ def make(experiment: Experiment) -> Task:
         loss=loss,
         predict=predict,
         score=score,
+        resize=mplug_video.RESIZE,
     )
-
-
-def _ratio(mean: Mean) -> jax.Array:
-    return mean.total / jnp.maximum(mean.weight, 1.0)

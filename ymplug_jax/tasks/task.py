@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,9 +19,22 @@ Batch = dict[str, jax.Array]  # fixed shapes, leading axis B, always has valid: 
 Example = dict[str, np.ndarray]
 
 
+Resize = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (stored value, wanted shape) -> value
+Row = dict[str, np.ndarray]  # one example's predictions, without B; "index" is its place in the split
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an evaluation found."""
+
+    scores: dict[str, Any]  # written to scores.json
+    rows: list[dict]  # readable, one an example, written to predictions.jsonl
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # written to index.npz if there are any
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task on one model: everything that the programs (train, evaluate) need to know about either."""
+    """One task on one model: everything that the programs (train, evaluate, predict) need to know about either."""
 
     axes: AxisRules  # AXES of the model file
     frozen: tuple[str, ...]  # path regexes, full match
@@ -29,13 +42,20 @@ class Task:
     example: Callable[
         [Any, np.random.Generator | None], Example
     ]  # (record, rng or None for evaluation) -> fixed-shape arrays
-    spec: Mapping[str, jax.ShapeDtypeStruct]  # one example, without B and without valid
+    spec: Mapping[str, jax.ShapeDtypeStruct]  # one training example, without B and without valid
     # (params, batch, key or None for evaluation) -> (scalar loss, metrics); metrics["loss"].weight weighs micro-batches
     loss: Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
     predict: Callable[[Params, Batch], dict[str, jax.Array]] | None = None  # arrays with leading axis B
-    score: Callable[[list[dict[str, np.ndarray]]], tuple[dict[str, float], list[dict]]] | None = (
-        None  # rows -> (scores, readable rows)
-    )
+    # Where scoring needs the model once more (all pairs): (params, rows) -> rows, on every host alike.
+    rescore: Callable[[Params, list[Row]], list[Row]] | None = None
+    score: Callable[[list[Row], Sequence[Any]], Report] | None = None  # (rows, records of the split)
+    fresh: tuple[str, ...] = ()  # path regexes that `init_from` may lack: heads that this task adds
+    resize: Mapping[str, Resize] = dataclasses.field(
+        default_factory=dict
+    )  # path -> how a stored table of another size becomes ours
+
+
+HELPERS = ("__init__", "task", "inputs", "losses", "metrics", "caption_metrics", "candidates", "ranking")
 
 
 def get(experiment: Experiment) -> Task:
@@ -44,11 +64,7 @@ def get(experiment: Experiment) -> Task:
     Raises:
       ValueError: no such task file, or a model setting that the model does not have.
     """
-    known = sorted(
-        p.stem
-        for p in Path(__file__).parent.glob("*.py")
-        if p.stem not in ("__init__", "task", "inputs", "losses", "metrics")
-    )
+    known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in HELPERS)
     if experiment.task not in known:
         raise ValueError(f"config.task is {experiment.task!r}; there are {', '.join(known)}")
     return importlib.import_module(f"ymplug_jax.tasks.{experiment.task}").make(experiment)

@@ -1,0 +1,77 @@
+"""Scoring of candidate answers after one prompt: the video and the prompt are read once, each answer is a branch of them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ymplug_jax.data import text
+from ymplug_jax.data.text import Tokenizer
+from ymplug_jax.models import decode
+from ymplug_jax.tasks.task import Example
+
+
+def encode(tokenizer: Tokenizer, prompt: str, answers: Sequence[list[int]], length: int) -> Example:
+    """A prompt with K answers as the arrays that `scores` takes.
+
+    Every pair is truncated by the pair rule by itself, as the reference does; what all K rows then share is the prompt.
+
+    Args:
+      tokenizer: of the language model.
+      prompt: text between the start token and the answer.
+      answers: K answers as ids.
+      length: L, the row length that truncation goes by.
+
+    Returns:
+      {"prompt": int32[L], "shared": int32, "branches": int32[K, W], "targets": bool[K, W - 1]}, W = longest answer + 2.
+    """
+    ids = tokenizer.encode(prompt)
+    special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+    pairs = [text.encode_pair(ids, answer, length, **special) for answer in answers]
+    rows, masks, lengths = (np.stack(part) for part in zip(*pairs, strict=True))
+    return split(rows, masks, lengths, max(len(answer) for answer in answers) + 2)
+
+
+def split(rows: np.ndarray, masks: np.ndarray, prompt_lengths: np.ndarray, width: int) -> Example:
+    """`encode` from rows of prompt and answer: int32[K, L], int32[K, L], int32[K] -> the arrays of `encode` with W = width."""
+    shared = 1 + int(prompt_lengths.min())  # the start token included; prompts are cut from one text
+    ends = masks.sum(axis=1)
+    branches = np.full((len(rows), width), rows[0, 0], np.int32)
+    targets = np.zeros((len(rows), width - 1), bool)
+    for k, (row, end, own) in enumerate(zip(rows, ends, prompt_lengths, strict=True)):
+        part = row[shared - 1 : end]
+        branches[k, : len(part)] = part
+        targets[k, own + 1 - shared : len(part) - 1] = True
+    return {"prompt": rows[0].astype(np.int32), "shared": np.int32(shared), "branches": branches, "targets": targets}
+
+
+def scores(lm: nn.Module, params: dict, prefix: jax.Array | None, batch: dict[str, jax.Array]) -> jax.Array:
+    """Summed log-probability of each answer with its end token.
+
+    Args:
+      lm: the language model, unbound.
+      params: its parameters.
+      prefix: f[B, Q, H] or None.
+      batch: the arrays of `encode`, each with a leading B.
+
+    Returns:
+      f32[B, K].
+    """
+    # Of the prompt only what all answers share; at least the answers' width of the row lies behind it.
+    _, past = decode.read(lm, params, prefix, batch["prompt"], batch["shared"])
+    past = past._replace(length=past.length - 1)  # the last token of the prompt is fed again, by every branch
+    return decode.branch_scores(lm, params, past, batch["branches"], batch["targets"])[0]
+
+
+def probabilities(log_likelihood: jax.Array) -> jax.Array:
+    """Softmax over the candidates: f32[..., K] -> f32[..., K]."""
+    return jax.nn.softmax(log_likelihood, axis=-1)
+
+
+def prefix_past(lm: nn.Module, params: dict, prefix: jax.Array) -> decode.Past:
+    """The past of branches that begin with the start token: f[B, Q, H] alone."""
+    _, cache = lm.apply({"params": params}, prefix, method="prefill")
+    length = jnp.full(prefix.shape[0], prefix.shape[1], jnp.int32)
+    return decode.Past(cache, length, jnp.int32(0))

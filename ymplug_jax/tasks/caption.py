@@ -1,0 +1,113 @@
+"""Video captioning: the frozen decoder is trained to say the caption and then says it by search (spec 8.3, 9, 10)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ymplug_jax.config import Experiment, Options
+from ymplug_jax.data.records import Record
+from ymplug_jax.data.text import clean_caption, clean_text
+from ymplug_jax.models import decode, mplug_video
+from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.state import Params
+from ymplug_jax.tasks import caption_metrics, inputs, losses
+from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
+from ymplug_jax.writer import Mean, Metrics
+
+SEARCHES = ("beam", "beam_by_length", "greedy", "sample")
+
+
+def make(experiment: Experiment) -> Task:
+    """The task for `experiment.model` = fields of MPLUGVideo. In training one of a record's captions is drawn."""
+    data, options = experiment.data, experiment.options
+    model: MPLUGVideo = build(MPLUGVideo, experiment.model)
+    length = data.max_tokens
+    inputs.check(data, model, max(length, options.prompt_tokens + options.new_tokens))
+    if options.search not in SEARCHES:
+        raise ValueError(f"config.options.search is {options.search!r}; there are {', '.join(SEARCHES)}")
+    tokenizer = inputs.tokenizer_for(data, model.llm.vocab)
+
+    def example(record: Record, rng: np.random.Generator | None) -> Example:
+        known, texts = inputs.given(tokenizer), record.captions
+        chosen = texts[0 if rng is None else int(rng.integers(len(texts)))] if texts else ""
+        pair = inputs.encode_pair(known, options.prompt, clean_text(chosen, data.max_words), length)
+        made = {"video": inputs.video_of(record, data, rng), **pair, "labelled": np.bool_(bool(texts))}
+        if rng is None:
+            prompt = inputs.encode(known, options.prompt, options.prompt_tokens)
+            made |= {"prompt": prompt["ids"], "prompt_mask": prompt["mask"]}
+        return made
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
+        mask = batch["mask"] * (batch["valid"] & batch["labelled"])[:, None]  # [B, L]
+        prefix = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))["prefix"]
+        hidden = run.hidden(prefix, batch["ids"], deterministic=key is None)  # [B, Q + L, H]
+        logits = run.logits(hidden[:, model.abstractor.queries : -1])  # [B, L - 1, V]
+        mean = Mean(*losses.next_token(logits, batch["ids"], mask, batch["prompt_length"]))
+        return losses.ratio(mean), {"caption_loss": mean, "loss": mean}
+
+    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        video = inputs.normalize(batch["video"], model.vision.dtype)
+        prefix = model.apply({"params": params}, video, method="encode_video")["prefix"]
+        begin, lengths = batch["prompt"], batch["prompt_mask"].sum(axis=1) - 1  # without the end token
+        ids = generate(model, params["llm"], prefix, begin, lengths, options, inputs.given(tokenizer).eos)
+        return {"generated": ids, "valid": batch["valid"]}
+
+    def score(rows: list[Row], records: Sequence[Record]) -> Report:
+        known, answers, seen = inputs.given(tokenizer), [], set()
+        for row in rows:
+            record = records[int(row["index"])]
+            if record.media_id in seen:  # a clip counts once
+                continue
+            seen.add(record.media_id)
+            text = clean_caption(inputs.decode(known, row["generated"]), options.prompt)
+            answers.append(
+                {"index": int(row["index"]), "id": record.media_id, "caption": text, "references": record.captions}
+            )
+        told = [answer for answer in answers if answer["references"]]
+        scores: dict[str, object] = {"clips": len(answers), "labelled": len(told), "search": options.search}
+        if not told:
+            scores["note"] = "this split has no captions: predictions are written, nothing is scored"
+            return Report(scores, answers)
+        texts = [[reference.lower() for reference in answer["references"]] for answer in told]
+        total, each = caption_metrics.score([answer["caption"] for answer in told], texts)
+        for answer, values in zip(told, each, strict=True):
+            answer |= values
+        return Report(scores | total, answers)
+
+    row = inputs.row_spec(length)
+    spec = {"video": inputs.video_spec(data), "ids": row, "mask": row}
+    spec |= {"prompt_length": jax.ShapeDtypeStruct((), jnp.int32), "labelled": jax.ShapeDtypeStruct((), jnp.bool_)}
+    return Task(
+        axes=mplug_video.AXES,
+        frozen=mplug_video.FROZEN,
+        init=lambda key: mplug_video.init(model, key),
+        example=example,
+        spec=spec,
+        loss=loss,
+        predict=predict,
+        score=score,
+        resize=mplug_video.RESIZE,
+    )
+
+
+def generate(
+    model: MPLUGVideo, lm: Params, prefix: jax.Array, ids: jax.Array, lengths: jax.Array, options: Options, eos: int
+) -> jax.Array:
+    """What the search of the settings says after the prompt: f[B, Q, H], int32[B, P], int32[B] -> int32[B, tokens]."""
+    width = ids.shape[1] + options.new_tokens
+    if options.search in ("beam", "beam_by_length"):
+        reference = options.search == "beam"
+        # The row of the reference begins with the padded prompt and is written over from the prompt's end on.
+        return decode.beam(
+            model.llm, lm, prefix, ids, lengths, beams=options.beams, eos=eos,
+            new_tokens=width - 1 if reference else options.new_tokens, row_length=width if reference else 0,
+        ).ids  # fmt: skip
+    if options.search == "greedy":
+        return decode.greedy(model.llm, lm, prefix, ids, lengths, new_tokens=options.new_tokens, eos=eos).ids
+    return decode.sample(
+        model.llm, lm, prefix, ids, lengths, jax.random.key(0), new_tokens=options.new_tokens, eos=eos,
+        top_k=options.top_k, top_p=options.top_p, temperature=options.temperature,
+    ).ids  # fmt: skip

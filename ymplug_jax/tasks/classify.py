@@ -1,0 +1,131 @@
+"""Video category classification: the frozen decoder names the class after title and video, and a head votes beside it (spec 8.2).
+
+Evaluation scores all 45 class names by their log-probability and by the head, with video and title, with the video alone
+and with the title alone: a title by itself already goes far on this data.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ymplug_jax.config import Experiment
+from ymplug_jax.data.records import Record
+from ymplug_jax.data.schema import CLASS_NAMES
+from ymplug_jax.data.text import clean_text
+from ymplug_jax.models import mplug_video
+from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.state import Params
+from ymplug_jax.tasks import candidates, inputs, losses, metrics
+from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
+from ymplug_jax.writer import Mean, Metrics
+
+MODALITIES = ("both", "video", "title")  # what the model is shown
+
+
+def prompt_of(title: str, length: int) -> str:
+    """What the class name follows, with as much of the title as leaves room for it."""
+    return f"视频标题：{title[: length - 15]} 视频类目："
+
+
+def make(experiment: Experiment) -> Task:
+    """The task for `experiment.model` = fields of MPLUGVideo, with a head of 45 classes."""
+    data = experiment.data
+    model: MPLUGVideo = build(MPLUGVideo, experiment.model)
+    length, classes = data.max_tokens, len(CLASS_NAMES)
+    inputs.check(data, model, length + 16)
+    if model.classes != classes:
+        raise ValueError(f"config.model.classes is {model.classes}; the categories are {classes}")
+    tokenizer = inputs.tokenizer_for(data, model.llm.vocab)
+
+    def asked(title: str) -> Example:
+        """The candidates after a title, and the title by itself for the head."""
+        known = inputs.given(tokenizer)
+        answers = [known.encode(name) for name in CLASS_NAMES]
+        plain = inputs.encode(known, title, length)
+        pair = candidates.encode(known, prompt_of(title, length), answers, length)
+        return pair | {"plain": plain["ids"], "plain_mask": plain["mask"]}
+
+    def example(record: Record, rng: np.random.Generator | None) -> Example:
+        known, title = inputs.given(tokenizer), clean_text(record.title, data.max_words)
+        label = record.label_index
+        pair = inputs.encode_pair(known, prompt_of(title, length), CLASS_NAMES[label] if label >= 0 else "", length)
+        plain = inputs.encode(known, title, length)
+        made = {"video": inputs.video_of(record, data, rng), **pair, "label": np.int32(label)}
+        made |= {"plain": plain["ids"], "plain_mask": plain["mask"]}
+        return made | asked(title) if rng is None else made
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
+        counts = batch["valid"] & (batch["label"] >= 0)
+        mask = batch["mask"] * counts[:, None]  # [B, L]
+        prefix = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))["prefix"]
+        hidden = run.hidden(prefix, batch["ids"], deterministic=key is None)  # [B, Q + L, H]
+        logits = run.logits(hidden[:, model.abstractor.queries : -1])  # [B, L - 1, V]
+        generation = Mean(*losses.next_token(logits, batch["ids"], mask, batch["prompt_length"]))
+        hidden = run.hidden(prefix, batch["plain"], deterministic=key is None)
+        votes = run.classify(hidden, batch["plain_mask"])  # [B, C]
+        head = Mean(*losses.classification(votes, batch["label"], counts))
+        right = jnp.sum((jnp.argmax(votes, axis=-1) == batch["label"]) & counts, dtype=jnp.float32)
+        total = losses.ratio(generation) + losses.ratio(head)
+        return total, {
+            "generation_loss": generation,
+            "head_loss": head,
+            "head_accuracy": Mean(right, head.weight),
+            "loss": Mean(total * head.weight, head.weight),
+        }
+
+    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        run = model.bind({"params": params})
+        prefix = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))["prefix"]
+        b = prefix.shape[0]
+        blank = {key: jnp.broadcast_to(value, (b, *np.shape(value))) for key, value in asked("").items()}
+        shown = {"both": (prefix, batch), "video": (prefix, blank), "title": (None, batch)}
+        likelihood, head = [], []
+        for modality in MODALITIES:
+            seen, texts = shown[modality]
+            likelihood.append(candidates.scores(model.llm, params["llm"], seen, texts))
+            hidden = run.hidden(seen, texts["plain"])
+            head.append(run.classify(hidden, texts["plain_mask"]))
+        out = {"likelihood": jnp.stack(likelihood, axis=1), "head": jnp.stack(head, axis=1)}  # [B, 3, C] each
+        return out | {"label": batch["label"], "valid": batch["valid"]}
+
+    def score(rows: list[Row], records: Sequence[Record]) -> Report:
+        known = [row for row in rows if row["label"] >= 0]
+        scores: dict[str, object] = {"labelled": len(known)}
+        if not known:
+            scores["note"] = "this split has no labels: predictions are written, nothing is scored"
+        for m, modality in enumerate(MODALITIES):
+            for by in ("likelihood", "head") if known else ():
+                votes, labels = np.stack([row[by][m] for row in known]), np.array([row["label"] for row in known])
+                for k in (1, 5):
+                    scores[f"{modality}/{by}_top{k}"] = metrics.top_k(votes, labels, k)
+        return Report(scores, [readable(row, records) for row in rows])
+
+    def readable(row: Row, records: Sequence[Record]) -> dict:
+        record = records[int(row["index"])]
+        answer = {"index": int(row["index"]), "id": record.media_id, "title": record.title}
+        label = int(row["label"])
+        answer["label"] = CLASS_NAMES[label] if label >= 0 else None
+        for m, modality in enumerate(MODALITIES):
+            answer |= {f"{modality}/{by}": CLASS_NAMES[int(row[by][m].argmax())] for by in ("likelihood", "head")}
+        shares = np.asarray(candidates.probabilities(row["likelihood"][0]))
+        best = np.argsort(-shares)[:5]
+        return answer | {"predicted": CLASS_NAMES[best[0]], "top5": {CLASS_NAMES[c]: float(shares[c]) for c in best}}
+
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    row = inputs.row_spec(length)
+    spec = {"video": inputs.video_spec(data), "ids": row, "mask": row, "prompt_length": scalar, "label": scalar}
+    return Task(
+        axes=mplug_video.AXES,
+        frozen=mplug_video.FROZEN,
+        init=lambda key: mplug_video.init(model, key),
+        example=example,
+        spec=spec | {"plain": row, "plain_mask": row},
+        loss=loss,
+        predict=predict,
+        score=score,
+        fresh=("head/.*",),
+        resize=mplug_video.RESIZE,
+    )

@@ -1,0 +1,230 @@
+"""Video-text matching: does this title belong to this video? Answered in words by the frozen decoder and by a head (spec 8.5).
+
+In training every video of the batch stands beside its own title once and beside the titles of others twice. The reference
+permutes videos and titles alike, so that its "negatives" are pairs that match; here only the videos are permuted, and
+`config.options.reference_negatives` restores the reference's rows.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ymplug_jax.config import Experiment, Options
+from ymplug_jax.data.records import Record
+from ymplug_jax.data.text import clean_text
+from ymplug_jax.models import decode, mplug_video
+from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.state import Params
+from ymplug_jax.tasks import candidates, inputs, losses, metrics
+from ymplug_jax.tasks.retrieve import clips_of, text_of
+from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
+from ymplug_jax.writer import Mean, Metrics
+
+YES, NO = "是", "否"
+VIDEOS, TEXTS = 8, 8  # of one step of the evaluation over pairs
+
+
+def prompt_of(title: str, length: int) -> str:
+    """The question, with as much of the title as leaves room for it."""
+    return f"标题：{title[: length - 20]} 这个视频与标题匹配吗？"
+
+
+def derangement(key: jax.Array, n: int) -> jax.Array:
+    """Uniform permutation int32[n] without a fixed point, n >= 2: draws again until there is none."""
+    places = jnp.arange(n)
+
+    def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        key, sub = jax.random.split(carry[0])
+        return key, jax.random.permutation(sub, places)
+
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1] == places), again, (key, places))[1]
+
+
+def pair_scores(
+    model: MPLUGVideo, params: Params, prefix: jax.Array, texts: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Both scores of every video with every text that it comes with; a video's visual tokens are read once.
+
+    Args:
+      model: unbound, with a head of two classes.
+      params: its parameters.
+      prefix: f[B, Q, H].
+      texts: of each video K texts: ids and mask int32[B, K, L] of question and 是, prompt_length int32[B, K], and plain,
+        plain_mask int32[B, K, L] of the raw titles.
+
+    Returns:
+      generation: f32[B, K], log-probability of 是 and the end token; head: f32[B, K], probability of a match.
+    """
+    lm = params["llm"]
+    past = candidates.prefix_past(model.llm, lm, prefix)
+    length = texts["ids"].shape[-1]
+    after = jnp.arange(length - 1) >= texts["prompt_length"][..., None]  # [B, K, L - 1]
+    targets = texts["mask"][..., 1:].astype(bool) & after
+    generation, _ = decode.branch_scores(model.llm, lm, past, texts["ids"], targets)
+    b, k, _ = texts["plain"].shape
+    embeds = model.llm.apply({"params": lm}, texts["plain"], method="embed")  # [B, K, L, H]
+    own = model.llm.apply({"params": lm}, b, k, length, method="open_branches")
+    hidden, _ = model.llm.apply({"params": lm}, embeds, past, own, method="branch")
+    flat = hidden.reshape(b * k, length, -1), texts["plain_mask"].reshape(b * k, length)
+    logits = model.apply({"params": params}, *flat, method="classify").reshape(b, k, -1)  # [B, K, 2]
+    return {"generation": generation, "head": jax.nn.softmax(logits, axis=-1)[..., 1]}
+
+
+def make(experiment: Experiment) -> Task:
+    """The task for `experiment.model` = fields of MPLUGVideo, with a head of two classes."""
+    data, options = experiment.data, experiment.options
+    model: MPLUGVideo = build(MPLUGVideo, experiment.model)
+    length, queries = data.max_tokens, model.abstractor.queries
+    inputs.check(data, model, length)
+    if model.classes != 2:
+        raise ValueError(f"config.model.classes is {model.classes}; matching has two: no and yes")
+    if experiment.train.accumulate > 1 or experiment.train.batch_size < 2:
+        raise ValueError("matching takes its negatives from the batch: config.train.accumulate 1 and batch_size >= 2")
+    tokenizer = inputs.tokenizer_for(data, model.llm.vocab)
+
+    def example(record: Record, rng: np.random.Generator | None) -> Example:
+        known, title = inputs.given(tokenizer), clean_text(text_of(record), data.max_words)
+        rows = [inputs.encode_pair(known, prompt_of(title, length), answer, length) for answer in (NO, YES)]
+        made = {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # [2, L]: row 1 says that they match
+        plain = inputs.encode(known, title, length)
+        made |= {"plain": plain["ids"], "plain_mask": plain["mask"], "clip": inputs.clip_id(record)}
+        return {"video": inputs.video_of(record, data, rng), **made}
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
+        prefix = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))["prefix"]
+        b = prefix.shape[0]
+        draw = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
+        negatives = jnp.concatenate([derangement(k, b) for k in jax.random.split(draw)])  # [2B]
+        videos = jnp.concatenate([jnp.arange(b), negatives])  # [3B]
+        own = jnp.tile(jnp.arange(b), 2)
+        texts = jnp.concatenate([jnp.arange(b), negatives if options.reference_negatives else own])
+        others = jnp.concatenate([jnp.arange(b), own])
+        labels = jnp.all(batch["clip"][videos] == batch["clip"][others], axis=-1).astype(
+            jnp.int32
+        )  # another of the same clip
+        counts = batch["valid"][videos] & batch["valid"][texts]
+        ids, mask, lengths = (batch[name][texts, labels] for name in ("ids", "mask", "prompt_length"))
+        hidden = run.hidden(prefix[videos], ids, deterministic=key is None)  # [3B, Q + L, H]
+        logits = run.logits(hidden[:, queries:-1])  # [3B, L - 1, V]
+        generation = Mean(*losses.next_token(logits, ids, mask * counts[:, None], lengths))
+        hidden = run.hidden(prefix[videos], batch["plain"][texts], deterministic=key is None)
+        votes = run.classify(hidden, batch["plain_mask"][texts])  # [3B, 2]
+        head = Mean(*losses.classification(votes, labels, counts))
+        right = jnp.sum((jnp.argmax(votes, axis=-1) == labels) & counts, dtype=jnp.float32)
+        total = losses.ratio(generation) + losses.ratio(head)
+        return total, {
+            "generation_loss": generation,
+            "head_loss": head,
+            "head_accuracy": Mean(right, head.weight),
+            "loss": Mean(total * head.weight, head.weight),
+        }
+
+    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        video = inputs.normalize(batch["video"], model.vision.dtype)
+        prefix = model.apply({"params": params}, video, method="encode_video")["prefix"]
+        row = {"ids": batch["ids"][:, 1], "mask": batch["mask"][:, 1], "prompt_length": batch["prompt_length"][:, 1]}
+        row |= {name: batch[name] for name in ("plain", "plain_mask", "clip", "valid")}
+        return {"prefix": prefix.astype(jnp.float32), **row}
+
+    def rescore(params: Params, rows: list[Row]) -> list[Row]:
+        return score_pairs(model, params, rows, options)
+
+    row, pair = inputs.row_spec(length), jax.ShapeDtypeStruct((2, length), jnp.int32)
+    spec = {"video": inputs.video_spec(data), "ids": pair, "mask": pair, "prompt_length": inputs.row_spec(2)}
+    return Task(
+        axes=mplug_video.AXES,
+        frozen=mplug_video.FROZEN,
+        init=lambda key: mplug_video.init(model, key),
+        example=example,
+        spec=spec | {"plain": row, "plain_mask": row, "clip": inputs.row_spec(2)},
+        loss=loss,
+        predict=predict,
+        rescore=rescore,
+        score=score,
+        fresh=("head/.*",),
+        resize=mplug_video.RESIZE,
+    )
+
+
+def score_pairs(model: MPLUGVideo, params: Params, rows: list[Row], options: Options) -> list[Row]:
+    """Adds to every row the scores of its video with all titles (or with the best of a retrieval index): generation and
+    head, f32[texts], and `fallback`, f32[texts], the similarity that orders what was not scored."""
+    clip, first = clips_of([row["clip"].tobytes().hex() for row in rows])
+    count = len(rows)
+    wanted, fallback = np.ones((len(first), count), bool), np.zeros((len(first), count), np.float32)
+    if options.candidates:
+        wanted, fallback = _from_index(options, first, count)
+    step = jax.jit(partial(pair_scores, model))
+    names = ("ids", "mask", "prompt_length", "plain", "plain_mask")
+    table = {name: np.stack([row[name] for row in rows]) for name in names}
+    scores = {name: np.full((len(first), count), -np.inf, np.float32) for name in ("generation", "head")}
+    pieces = [
+        (v, texts[i : i + TEXTS])
+        for v, texts in enumerate(np.flatnonzero(line) for line in wanted)
+        for i in range(0, len(texts), TEXTS)
+    ]
+    hidden = jax.process_index() != 0
+    for start in tqdm(range(0, len(pieces), VIDEOS), desc="score pairs", unit="step", disable=hidden, leave=False):
+        part = pieces[start : start + VIDEOS]
+        full = part + [part[-1]] * (VIDEOS - len(part))  # one shape for all steps
+        prefix = np.stack([rows[first[v]]["prefix"] for v, _ in full])
+        which = np.stack([np.pad(texts, (0, TEXTS - len(texts)), mode="edge") for _, texts in full])
+        found = jax.device_get(step(params, prefix, {name: values[which] for name, values in table.items()}))
+        for i, (v, texts) in enumerate(part):
+            for name, matrix in scores.items():
+                matrix[v, texts] = found[name][i, : len(texts)]
+    lines = {name: matrix[clip] for name, matrix in scores.items()} | {"fallback": fallback[clip]}
+    keep = ("index", "clip")
+    return [
+        {key: row[key] for key in keep} | {name: matrix[i] for name, matrix in lines.items()}
+        for i, row in enumerate(rows)
+    ]
+
+
+def _from_index(options: Options, first: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs to score, similarities), bool and f32[videos, texts], from the index of a retrieval run on the same split."""
+    with np.load(options.candidates, allow_pickle=False) as index:
+        videos, texts = index["video"], index["text"]
+    if (len(videos), len(texts)) != (len(first), count):
+        raise ValueError(
+            f"{options.candidates} (config.options.candidates) has {len(videos)} videos and {len(texts)} texts, this split "
+            f"{len(first)} and {count}; evaluate the retrieval run on this very split"
+        )
+    similarity = videos @ texts.T
+    wanted = np.zeros(similarity.shape, bool)
+    best = min(options.best, count)
+    np.put_along_axis(wanted, np.argpartition(-similarity, best - 1, axis=1)[:, :best], True, axis=1)
+    best = min(options.best, len(first))
+    np.put_along_axis(wanted, np.argpartition(-similarity, best - 1, axis=0)[:best], True, axis=0)
+    return wanted, similarity.astype(np.float32)
+
+
+def score(rows: list[Row], records: Sequence[Record]) -> Report:
+    """Recalls of both scores, each in both directions."""
+    found = [records[int(row["index"])] for row in rows]
+    clip, first = clips_of([record.media_id for record in found])
+    right = np.arange(len(first))[:, None] == clip  # [videos, texts]
+    fallback = np.stack([rows[i]["fallback"] for i in first])
+    scores: dict[str, object] = {"videos": len(first), "texts": len(rows)}
+    matrices = {}
+    for name in ("generation", "head"):
+        matrix = np.stack([rows[i][name] for i in first])
+        # What was not scored comes after everything that was, in the order of the retrieval run.
+        matrices[name] = np.where(np.isfinite(matrix), matrix, fallback - 1e6)
+        ranks = metrics.ranks_in(matrices[name], right), metrics.ranks_in(matrices[name].T, right.T)
+        scores |= {f"{name}/{key}": value for key, value in metrics.recalls(*ranks).items()}
+    readable = []
+    for r, (row, record) in enumerate(zip(rows, found, strict=True)):
+        column = matrices["head"][:, r]
+        best = np.argsort(-column)[:10]
+        answer = {"index": int(row["index"]), "id": record.media_id, "text": text_of(record)}
+        answer["t2v_rank"] = int(1 + np.sum(column > column[clip[r]]))
+        answer["retrieved"] = [found[first[v]].media_id for v in best]
+        answer["retrieved_index"] = [int(rows[first[v]]["index"]) for v in best]
+        readable.append(answer)
+    return Report(scores, readable)
