@@ -91,11 +91,12 @@ class Clip(NamedTuple):
         ]
 
 
-def plan(clips: int, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """What to draw: (training clips, validation clips), a tenth of them for validation.
+def plan(clips: int, seed: int) -> tuple[list[Clip], list[Clip], list[Clip]]:
+    """What to draw: (training clips, validation clips, gallery); a tenth of `clips` for validation, the gallery besides.
 
     Eight combinations are held out, one a colour, two a shape and two a motion: few enough that colour and shape do not
-    give the motion away. Validation takes them in turn, training the other 120.
+    give the motion away. Validation takes them in turn, training the other 120. The gallery, which retrieval validates on, has
+    a new clip of every combination, so that no two of its titles are alike.
     """
     if clips < MIN_CLIPS:
         raise ValueError(f"--clips {clips}: at least {MIN_CLIPS} are needed for a training and a validation part")
@@ -114,7 +115,8 @@ def plan(clips: int, seed: int) -> tuple[list[Clip], list[Clip]]:
             for i in range(number)
         ]
 
-    return take("train", clips - val, seen, 0), take("val", val, held_out, 1)
+    gallery = take("gallery", len(seen) + len(held_out), [*held_out, *seen], 2)
+    return take("train", clips - val, seen, 0), take("val", val, held_out, 1), gallery
 
 
 def all_texts() -> list[str]:
@@ -169,14 +171,14 @@ def background(rng: np.random.Generator) -> np.ndarray:
 def path_of(motion: str, rng: np.random.Generator) -> np.ndarray:
     """Where the shape is in each frame: f64[FRAMES, 3] of x, y and radius in pixels, wholly inside the picture.
 
-    A moving shape goes at least 32 pixels, a growing or shrinking one changes its radius at least 1.8 times, both evenly
+    A moving shape goes at least 42 pixels, a growing or shrinking one changes its radius at least 1.8 times, both evenly
     over the clip, so that any few frames spread over it tell the motion.
     """
     progress = np.linspace(0, 1, FRAMES)[:, None]  # [FRAMES, 1]
     if motion in DIRECTIONS:
         radius = rng.uniform(20, 26)
         low, high = radius + MARGIN, SIZE - radius - MARGIN
-        distance = rng.uniform(32, high - low)
+        distance = rng.uniform(42, high - low)
         middle = rng.uniform(low + distance / 2, high - distance / 2)
         y = middle + DIRECTIONS[motion] * distance * (progress - 0.5)  # [FRAMES, 1]
         return np.concatenate([np.full_like(y, rng.uniform(low, high)), y, np.full_like(y, radius)], axis=1)
@@ -212,21 +214,28 @@ def write_clip(clip: Clip, root: Path) -> None:
         container.mux(stream.encode())
 
 
-def write_tables(clips: list[Clip], split: str, root: Path) -> None:
-    """The release's four CSVs of one split. Captioning has one caption a row in training, a list of three in validation; the
-    titles of classification do not say the motion, which is what the class stands for."""
-    captions = [str(clip.references) if split == "val" else clip.title for clip in clips]
-    texts = {
-        "pretrain": [(clip.title,) for clip in clips],
-        "classification": [(clip.plain_title, LABELS[clip.motion]) for clip in clips],
-        "retrieval": [(clip.title,) for clip in clips],
-        "captioning": [(caption,) for caption in captions],
-    }
+def write_tables(clips: list[Clip], split: str, root: Path, gallery: list[Clip] | None = None) -> None:
+    """The release's four CSVs of one split. As there, the benchmarks train on fewer clips than pre-training, here a third.
+
+    Captioning has one caption a row in training, a list of three in validation; the titles of classification do not say the
+    motion, which is what the class stands for.
+    """
     for kind, (file_column, text_columns) in COLUMNS.items():
+        share = len(clips) if kind == "pretrain" or split == "val" else math.ceil(len(clips) / 3)
+        shown = gallery if gallery and kind == "retrieval" else clips[:share]
         with open(root / f"{kind}_{split}.csv", "w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow((file_column, *text_columns))
-            writer.writerows((clip.file, *text) for clip, text in zip(clips, texts[kind], strict=True))
+            writer.writerows((clip.file, *texts_of(clip, kind, split)) for clip in shown)
+
+
+def texts_of(clip: Clip, kind: str, split: str) -> tuple[str, ...]:
+    """The text columns of a clip in one kind of CSV."""
+    if kind == "classification":
+        return clip.plain_title, LABELS[clip.motion]
+    if kind == "captioning" and split == "val":
+        return (str(clip.references),)
+    return (clip.title,)
 
 
 def is_drawn(out: Path, settings: dict[str, int], files: list[str]) -> bool:
@@ -255,9 +264,10 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
 
     Raises ValueError for too few clips, FileExistsError where `out` holds anything but the same corpus.
     """
-    train, val = plan(clips, seed)
+    train, val, gallery = plan(clips, seed)
+    everything = train + val + gallery
     settings = {"version": VERSION, "clips": clips, "seed": seed}
-    if is_drawn(out, settings, [clip.file for clip in train + val]):
+    if is_drawn(out, settings, [clip.file for clip in everything]):
         return False
     partial = out.with_name(f".{out.name}.partial")  # also sweeps what a killed run left
     shutil.rmtree(partial, ignore_errors=True)
@@ -266,13 +276,21 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
         workers = min(os.cpu_count() or 1, math.ceil(clips / 32))
         # Spawned, not forked: the caller may have threads.
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            drawn = pool.map(write_clip, train + val, [partial] * clips, chunksize=8)
-            for _ in tqdm(drawn, total=clips, desc="drawing", unit="clip", file=sys.stderr):
+            drawn = pool.map(write_clip, everything, [partial] * len(everything), chunksize=8)
+            for _ in tqdm(drawn, total=len(everything), desc="drawing", unit="clip", file=sys.stderr):
                 pass
         write_tables(train, "train", partial)
-        write_tables(val, "val", partial)
+        write_tables(val, "val", partial, gallery)
         (partial / "texts.txt").write_text("".join(f"{text}\n" for text in all_texts()), encoding="utf-8")
-        facts = {"settings": settings, "train": len(train), "val": len(val), "frames": FRAMES, "fps": FPS, "size": SIZE}
+        facts = {
+            "settings": settings,
+            "train": len(train),
+            "val": len(val),
+            "gallery": len(gallery),
+            "frames": FRAMES,
+            "fps": FPS,
+            "size": SIZE,
+        }
         (partial / SETTINGS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         partial.rename(out)
     finally:
@@ -291,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
         drawn = draw(out, args.clips, args.seed)
     except (ValueError, FileExistsError) as error:
         parser.exit(2, f"draw_shapes: {error}\n")
-    train, val = plan(args.clips, args.seed)
+    train, val, _ = plan(args.clips, args.seed)
     print(f"{out}: {len(train)} training and {len(val)} validation clips{'' if drawn else ', drawn before'}")
     print(f"titles such as {train[0].title}; the combinations in validation are not in training")
 

@@ -1,8 +1,9 @@
 """The whole path on a laptop: `python -m ymplug_jax.demo --out runs/demo` (what `make demo` runs).
 
-Draws real mp4 files with Chinese titles, trains a tokenizer, builds shards, trains a tiny language model on the titles,
-freezes it, pre-trains a tiny mPLUG-video through it, and reports what it says about clips it has never seen. Every step is
-a command of the README, printed before it runs; a second call goes on where the first one stopped.
+Draws real mp4 files with Chinese titles, trains a tokenizer, builds shards, trains a tiny language model on text alone,
+freezes it, pre-trains a tiny mPLUG-video through it, fine-tunes the three benchmarks, and reports what the models say about
+clips they have never seen. Every step is a command of the README, printed before it runs; a second call goes on where the
+first one stopped.
 """
 
 import argparse
@@ -11,63 +12,112 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from ymplug_jax.writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS = {"classify": "classification", "caption": "captioning", "retrieve": "retrieval"}  # task -> kind of CSV
 
 
-def steps(out: Path, clips: int) -> list[tuple[str, list[str]]]:
-    """(title, command after `python -m`) of every step."""
-    corpus, shards, tokenizer = out / "corpus", out / "shards", out / "titles.model"
+class Step(NamedTuple):
+    """One command after `python -m`."""
 
-    def build(split: str) -> list[str]:
-        csv = corpus / f"pretrain_{split}.csv"
+    title: str
+    command: list[str]
+
+
+def steps(out: Path, clips: int) -> list[Step]:
+    """Everything that the demo does, in order."""
+    corpus, tokenizer = out / "corpus", out / "titles.model"
+
+    def build(kind: str) -> list[Step]:
+        folder = out / "shards" / kind
         return [
-            "data_prep.build_shards",
-            "--config=pretrain",
-            f"--csv={csv}",
-            f"--video_root={corpus}",
-            f"--out={shards}",
+            Step(
+                f"build the {kind} shards ({split})",
+                [
+                    "data_prep.build_shards",
+                    f"--config={kind}",
+                    f"--csv={corpus / f'{kind}_{split}.csv'}",
+                    f"--video_root={corpus}",
+                    f"--out={folder}",
+                ],
+            )
+            for split in ("train", "val")
         ]
 
-    def main(config: str, data: Path, *more: str) -> list[str]:
+    def main(config: str, data: Path, *more: str, workdir: str = "") -> list[str]:
         settings = [f"--config.data.path={data}", f"--config.data.tokenizer={tokenizer}"]
-        return ["ymplug_jax.main", f"--config=configs/tiny/{config}.py", f"--workdir={out / config}", *settings, *more]
+        folder = out / (workdir or config)
+        return ["ymplug_jax.main", f"--config=configs/tiny/{config}.py", f"--workdir={folder}", *settings, *more]
 
-    # Titles of this corpus have at most 8 tokens; the default leaves room for real ones.
-    pretrain = [f"--config.train.init_from=llm={out / 'language'}", "--config.data.max_tokens=8"]
-    return [
-        ("draw the videos", ["data_prep.draw_shapes", f"--out={corpus}", f"--clips={clips}"]),
-        (
-            "train a tokenizer on the titles",
-            ["data_prep.train_tokenizer", f"--csv={corpus / 'pretrain_train.csv'}", f"--out={tokenizer}"],
+    def shards(kind: str) -> Path:
+        return out / "shards" / kind
+
+    # Titles of this corpus are short; the default leaves room for real ones.
+    pretrain = [f"--config.train.init_from=llm={out / 'language'}", "--config.data.max_tokens=12"]
+    plan = [
+        Step("draw the videos", ["data_prep.draw_shapes", f"--out={corpus}", f"--clips={clips}"]),
+        Step(
+            "train a tokenizer on the texts",
+            ["data_prep.train_tokenizer", f"--csv={corpus / 'texts.txt'}", f"--out={tokenizer}"],
         ),
-        ("build the training shards", build("train")),
-        ("build the validation shards", build("val")),
-        ("train a tiny language model on the titles alone", main("language", corpus / "titles.txt")),
-        ("freeze it and pre-train mPLUG-video", main("pretrain", shards, *pretrain)),
-        ("write titles for the validation clips", main("pretrain", shards, *pretrain, "--mode=eval")),
+        *build("pretrain"),
+        Step("train a tiny language model on text alone", main("language", corpus / "texts.txt")),
+        Step("freeze it and pre-train mPLUG-video", main("pretrain", shards("pretrain"), *pretrain)),
+        Step("write titles for the validation clips", main("pretrain", shards("pretrain"), *pretrain, "--mode=eval")),
     ]
+    for task, kind in BENCHMARKS.items():
+        more = [f"--config.train.init_from={out / 'pretrain'}"]
+        plan += build(kind)
+        plan.append(Step(f"fine-tune: {task}", main(task, shards(kind), *more)))
+        plan.append(Step(f"score: {task}", main(task, shards(kind), *more, "--mode=eval")))
+    more = [f"--config.train.init_from=llm={out / 'language'}", "--mode=eval"]
+    plan.append(
+        Step(
+            "for comparison: captions of an untrained model",
+            main("caption", shards("captioning"), *more, workdir="untrained"),
+        )
+    )
+    return plan
+
+
+def scores_of(out: Path, run: str) -> dict:
+    """What the evaluation of a run wrote."""
+    return json.loads((out / run / "eval" / "validation" / "scores.json").read_text(encoding="utf-8"))
 
 
 def report(out: Path) -> str:
     """What was learned, from the files that the steps left."""
     evals = [line for line in read_metrics(out / "pretrain") if "eval/loss" in line]
     folder = out / "pretrain" / "eval" / "validation"
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    scores = scores_of(out, "pretrain")
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     shown = "\n".join(
         f"  {'right' if r['title'] == r['generated'] else 'WRONG'}  {r['title']}  ->  {r['generated']}"
         for r in rows[:12]
     )
+    classes, captions, untrained, pairs = (
+        scores_of(out, run) for run in ("classify", "caption", "untrained", "retrieve")
+    )
+    pages = "\n".join(f"  {out / run / 'eval' / 'validation' / 'report.html'}" for run in ("pretrain", *BENCHMARKS))
     return (
         f"Validation loss {evals[0]['eval/loss']:.3f} before pre-training (step {evals[0]['step']}), "
         f"{evals[-1]['eval/loss']:.3f} after (step {evals[-1]['step']}).\n"
         f"Titles of clips whose shape, colour and motion were never seen together (true -> generated):\n{shown}\n"
         f"{scores['exact_titles']:.0f} of {scores['examples']} validation titles are right to the last character "
-        f"({100 * scores['exact_share']:.0f} %), with a frozen language model.\n"
-        f"Loss curve: {out / 'pretrain' / 'loss.png'}"
+        f"({100 * scores['exact_share']:.0f} %), with a frozen language model.\n\n"
+        f"Classification, {classes['examples']} clips of combinations never seen, 45 classes of which 4 occur "
+        f"(chance 2 %, 25 % for who knows the four):\n"
+        f"  by likelihood, video and title {classes['both/likelihood_top1']:.0f} %, video alone "
+        f"{classes['video/likelihood_top1']:.0f} %, title alone {classes['title/likelihood_top1']:.0f} %; "
+        f"by the head {classes['both/head_top1']:.0f} %\n"
+        f"Captioning, {captions['clips']} clips: CIDEr {captions['cider']:.2f}, BLEU-4 {captions['bleu4']:.2f}, METEOR "
+        f"{captions['meteor']:.2f}, ROUGE-L {captions['rouge_l']:.2f}; untrained: CIDEr {untrained['cider']:.2f}\n"
+        f"Retrieval, {pairs['videos']} clips, a title each (chance R@1 {100 / pairs['videos']:.1f} %): text to video "
+        f"R@1 {pairs['t2v_r1']:.1f} %, R@10 {pairs['t2v_r10']:.1f} %; video to text R@1 {pairs['v2t_r1']:.1f} %\n\n"
+        f"Loss curve: {out / 'pretrain' / 'loss.png'}\nPages to open in a browser:\n{pages}"
     )
 
 

@@ -84,7 +84,7 @@ def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dic
     scores: dict[str, Any] = {
         "task": experiment.task,
         "split": split,
-        "step": checkpoint.latest_step(str(workdir)),
+        "step": checkpoint.latest_step(str(workdir)) or 0,
         "examples": len(rows) if predict else _size(records, examples),
         **{name: value if np.isfinite(value) else None for name, value in means.items()},
         **report.scores,
@@ -100,7 +100,11 @@ def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dic
 
 
 def load(run: Run, workdir: Path) -> Params:
-    """All parameters of the run's newest checkpoint, placed as the run wants them."""
+    """All parameters of the run's newest checkpoint, placed as the run wants them; of a run that has not begun, those that
+    `init_from` gives, to score without training."""
+    if checkpoint.latest_step(str(workdir)) is None and run.experiment.train.init_from:
+        logging.warning("%s: no checkpoint; scoring config.train.init_from as it stands", workdir)
+        return run_lib.fresh_params(run)[0]
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
 

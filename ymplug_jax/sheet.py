@@ -1,7 +1,6 @@
 """Contact sheet: the frames that a model saw of each clip, with its answer below, as one PNG."""
 
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
