@@ -1,6 +1,7 @@
 """An evaluation as one self-contained HTML page: scores, confusion matrix, examples with their frames, retrieval grids."""
 
 import base64
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -123,5 +124,7 @@ def _table(scores: dict[str, Any]) -> dict[str, dict[str, str]]:
     for key, value in scores.items():
         if isinstance(value, float):
             group, _, name = key.rpartition("/")
+            if direction := re.match(r"(v2t|t2v)_", name):  # retrieval: a table for each direction
+                group, name = f"{group} {direction[1]}".strip(), name.removeprefix(direction[0])
             groups.setdefault(group, {})[name] = f"{value:.4g}"
     return groups

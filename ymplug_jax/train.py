@@ -1,5 +1,6 @@
 """The one training loop. It sees a Task, never a particular model; what a run needs is laid out in `run.py`."""
 
+import contextlib
 import json
 import logging
 import platform
@@ -122,10 +123,18 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
       TrainingStopped: too many consecutive non-finite steps.
     """
     run = run_lib.prepare(experiment)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Checkpoints(str(workdir), keep=experiment.train.keep)) as checkpoints:
+        scores = _train(run, workdir, checkpoints)
+    if jax.process_index() == 0 and (picture := draw_curve(workdir)):
+        logging.info("loss curve: %s", picture)
+    return scores
+
+
+def _train(run: Run, workdir: Path, checkpoints: Checkpoints) -> dict[str, float]:
+    experiment = run.experiment
     settings, data = experiment.train, experiment.data
     first = jax.process_index() == 0
-    workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(str(workdir), keep=settings.keep)
     if first:
         _write_facts(experiment, workdir)
     state, frozen, seen, origin = run_lib.initialise(run, checkpoints)
@@ -186,10 +195,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
             break
     log.close()
     stream.close()
-    checkpoints.close()
     writer.close()
-    if first and (picture := draw_curve(workdir)):
-        logging.info("loss curve: %s", picture)
     return scores
 
 

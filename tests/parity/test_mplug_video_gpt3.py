@@ -432,7 +432,7 @@ def test_cls(read) -> None:
 
     shape = (len(prefix), each, -1)
     rows, masks, prompts = ids.reshape(shape), mask.reshape(shape), lengths.reshape(shape[:2])
-    width = int((masks.sum(-1) - prompts.min(axis=1, keepdims=True)).max())  # the short way: the prompt once
+    width = int((masks.sum(-1) - prompts.min(axis=1, keepdims=True)).max()) - 1  # the short way: the prompt once
     parts = [candidates.split(*parts, width) for parts in zip(rows, masks, prompts, strict=True)]
     batch = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
     likelihood = jax.jit(partial(candidates.scores, model.llm))(llm, prefix, batch)

@@ -136,9 +136,9 @@ def test_candidates_whose_prompts_are_cut_differently() -> None:
     for k, answer in enumerate(answers):
         kept = min(9, 12 - 2 - len(answer))
         row = [1, *prompt[:kept], *answer, 2]
-        width = len(row) - int(made["shared"]) + 1
-        assert made["branches"][k, :width].tolist() == row[int(made["shared"]) - 1 :]
-        assert made["branches"][k, 1:][made["targets"][k]].tolist() == [*answer, 2]
+        width = len(row) - int(made["shared"])
+        assert made["branches"][k, :width].tolist() == row[int(made["shared"]) :]
+        assert made["branches"][k][made["targets"][k]].tolist() == [*answer, 2]
 
 
 def test_classification_reports_every_modality(data: Data) -> None:

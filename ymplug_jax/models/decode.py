@@ -92,32 +92,37 @@ def advance(lm: nn.Module, params: dict, state: State, token: jax.Array, parents
 
 
 def branch_scores(
-    lm: nn.Module, params: dict, past: Past, ids: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of what each branch says after the past.
+    lm: nn.Module, params: dict, past: Past, ids: jax.Array, targets: jax.Array, last: jax.Array | None = None
+) -> jax.Array:
+    """Log-probability of what each branch says after the past: f32[B, K], summed over the targets.
 
     Args:
       lm: the language model, unbound.
       params: its parameters.
-      past: from `read`, its length shortened by one: a branch begins with the last token of the prompt.
-      ids: int32[B, K, W], the last prompt token and then the continuation, padded on the right.
-      targets: bool[B, K, W - 1], entry j True where ids[..., j + 1] counts.
-
-    Returns:
-      f32[B, K], summed log-probabilities; hidden f[B, K, W, D].
+      past: from `read`.
+      ids: int32[B, K, W], padded on the right.
+      targets: bool[B, K, W], which of `ids` count.
+      last: f[B, D], hidden state at the end of the past, which predicts the first of `ids`; None: no first one counts.
     """
-    embeds = lm.apply({"params": params}, ids, method="embed")  # [B, K, W, D]
-    own = lm.apply({"params": params}, *ids.shape, method="open_branches")
+    b, k, width = ids.shape
+    embeds = lm.apply(
+        {"params": params}, ids[..., :-1], method="embed"
+    )  # [B, K, W - 1, D]: what is last predicts nothing
+    own = lm.apply({"params": params}, b, k, width - 1, method="open_branches")
     hidden, _ = lm.apply({"params": params}, embeds, past, own, method="branch")
 
     def one(branch: tuple[jax.Array, jax.Array]) -> jax.Array:  # a branch at a time: the vocabulary is wide
         hidden, ids = branch
-        logits = lm.apply({"params": params}, hidden[:, :-1], method="logits")  # [B, W - 1, V]
-        picked = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+        logits = lm.apply({"params": params}, hidden, method="logits")  # [B, W - 1, V]
+        picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)  # [B, W - 1]
 
-    logs = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(ids, 1, 0)))  # [K, B, W - 1]
-    return jnp.sum(jnp.where(targets, jnp.moveaxis(logs, 0, 1), 0), axis=-1), hidden
+    logs = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(ids[..., 1:], 1, 0)))  # [K, B, W - 1]
+    total = jnp.sum(jnp.where(targets[..., 1:], jnp.moveaxis(logs, 0, 1), 0), axis=-1)
+    if last is None:
+        return total
+    first = jax.nn.log_softmax(lm.apply({"params": params}, last, method="logits"))  # [B, V], the same for all branches
+    return total + jnp.where(targets[..., 0], jnp.take_along_axis(first, ids[..., 0], axis=1), 0)
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:

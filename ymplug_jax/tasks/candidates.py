@@ -25,13 +25,13 @@ def encode(tokenizer: Tokenizer, prompt: str, answers: Sequence[list[int]], leng
       length: L, the row length that truncation goes by.
 
     Returns:
-      {"prompt": int32[L], "shared": int32, "branches": int32[K, W], "targets": bool[K, W - 1]}, W = longest answer + 2.
+      {"prompt": int32[L], "shared": int32, "branches": int32[K, W], "targets": bool[K, W]}, W = longest answer + 1.
     """
     ids = tokenizer.encode(prompt)
     special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     pairs = [text.encode_pair(ids, answer, length, **special) for answer in answers]
     rows, masks, lengths = (np.stack(part) for part in zip(*pairs, strict=True))
-    return split(rows, masks, lengths, max(len(answer) for answer in answers) + 2)
+    return split(rows, masks, lengths, max(len(answer) for answer in answers) + 1)
 
 
 def split(rows: np.ndarray, masks: np.ndarray, prompt_lengths: np.ndarray, width: int) -> Example:
@@ -39,11 +39,11 @@ def split(rows: np.ndarray, masks: np.ndarray, prompt_lengths: np.ndarray, width
     shared = 1 + int(prompt_lengths.min())  # the start token included; prompts are cut from one text
     ends = masks.sum(axis=1)
     branches = np.full((len(rows), width), rows[0, 0], np.int32)
-    targets = np.zeros((len(rows), width - 1), bool)
+    targets = np.zeros((len(rows), width), bool)
     for k, (row, end, own) in enumerate(zip(rows, ends, prompt_lengths, strict=True)):
-        part = row[shared - 1 : end]
+        part = row[shared:end]
         branches[k, : len(part)] = part
-        targets[k, own + 1 - shared : len(part) - 1] = True
+        targets[k, own + 1 - shared : len(part)] = True
     return {"prompt": rows[0].astype(np.int32), "shared": np.int32(shared), "branches": branches, "targets": targets}
 
 
@@ -59,10 +59,9 @@ def scores(lm: nn.Module, params: dict, prefix: jax.Array | None, batch: dict[st
     Returns:
       f32[B, K].
     """
-    # Of the prompt only what all answers share; at least the answers' width of the row lies behind it.
-    _, past = decode.read(lm, params, prefix, batch["prompt"], batch["shared"])
-    past = past._replace(length=past.length - 1)  # the last token of the prompt is fed again, by every branch
-    return decode.branch_scores(lm, params, past, batch["branches"], batch["targets"])[0]
+    hidden, past = decode.read(lm, params, prefix, batch["prompt"], batch["shared"])
+    last = jnp.take_along_axis(hidden, past.length[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
+    return decode.branch_scores(lm, params, past, batch["branches"], batch["targets"], last)
 
 
 def probabilities(log_likelihood: jax.Array) -> jax.Array:

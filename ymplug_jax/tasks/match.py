@@ -62,9 +62,8 @@ def pair_scores(
     lm = params["llm"]
     past = candidates.prefix_past(model.llm, lm, prefix)
     length = texts["ids"].shape[-1]
-    after = jnp.arange(length - 1) >= texts["prompt_length"][..., None]  # [B, K, L - 1]
-    targets = texts["mask"][..., 1:].astype(bool) & after
-    generation, _ = decode.branch_scores(model.llm, lm, past, texts["ids"], targets)
+    after = jnp.arange(length) > texts["prompt_length"][..., None]  # [B, K, L]
+    generation = decode.branch_scores(model.llm, lm, past, texts["ids"], texts["mask"].astype(bool) & after)
     b, k, _ = texts["plain"].shape
     embeds = model.llm.apply({"params": lm}, texts["plain"], method="embed")  # [B, K, L, H]
     own = model.llm.apply({"params": lm}, b, k, length, method="open_branches")
