@@ -71,7 +71,10 @@ def test_a_finished_run_is_left_alone(trained: tuple[Path, list[str]]):
         (["--config.train.batch_size=7000"], "batch_size 7000 is larger than the training split"),
         (["--config.train.duration=forever"], "cannot read the duration 'forever'"),
         (["--config.train.init_from=llm=nowhere"], "no checkpoint here"),
-        (["--config.task=dance"], "config.task is 'dance'; there are caption, classify, language, match, pretrain, retrieve"),
+        (
+            ["--config.task=dance"],
+            "config.task is 'dance'; there are caption, classify, language, match, pretrain, retrieve",
+        ),
         (["--config.mesh.fsdp=3"], "does not make 1 devices; change config.mesh"),
     ],
 )

@@ -19,6 +19,7 @@ from ymplug_jax.data import loader
 from ymplug_jax.data.source import open_split
 from ymplug_jax.run import Run
 from ymplug_jax.state import Params
+from ymplug_jax.tasks import metrics as metrics_lib
 from ymplug_jax.tasks.task import Batch, Report, Row
 from ymplug_jax.writer import Metrics
 
@@ -41,6 +42,18 @@ def losses(run: Run, step: LossStep, records: Any, trainable: Params, frozen: Pa
         metrics = step(trainable, frozen, batch)
         total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
     return {name: mean.value() for name, mean in jax.device_get(total).items()}
+
+
+def evaluate_all(runs: list[tuple[Experiment, Path]], workdir: Path, *, examples: int = 0) -> dict[str, Any]:
+    """`evaluate` of one run; of several, mean and standard deviation of every score, written to `workdir`/seeds.json too."""
+    scores = [evaluate(experiment, folder, examples=examples) for experiment, folder in runs]
+    if len(runs) == 1:
+        return scores[0]
+    same = {key: scores[0][key] for key in ("task", "split", "examples")}
+    result = same | {"seeds": [experiment.train.seed for experiment, _ in runs], **metrics_lib.over_seeds(scores)}
+    if jax.process_index() == 0:
+        (workdir / "seeds.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
 
 
 def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dict[str, Any]:

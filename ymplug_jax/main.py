@@ -20,6 +20,11 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, settings.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do.")
 EXAMPLES = flags.DEFINE_integer("examples", 0, "Evaluate only this many examples; 0: the whole split.")
+SEEDS = flags.DEFINE_integer(
+    "seeds",
+    1,
+    "Runs with config.train.seed and the ones after it, in folders seed_N of --workdir; eval: mean and deviation.",
+)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for plain hosts; TPU pods need none.")
 PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
@@ -58,11 +63,12 @@ def main(argv: list[str]) -> int:
         else:
             if not WORKDIR.value:
                 raise ValueError(f"--workdir is missing: the folder of the run that --mode={MODE.value} works in")
-            workdir = Path(WORKDIR.value)
+            runs = run.seeds(experiment, Path(WORKDIR.value), SEEDS.value)
             if MODE.value == "eval":
-                result = evaluate.evaluate(experiment, workdir, examples=EXAMPLES.value)
+                result = evaluate.evaluate_all(runs, Path(WORKDIR.value), examples=EXAMPLES.value)
             else:
-                train.train(experiment, workdir)
+                for one, workdir in runs:
+                    train.train(one, workdir)
                 return 0
     except (ValueError, FileNotFoundError, train.TrainingStopped) as error:
         if not _ours(error):

@@ -23,7 +23,22 @@ from typing import Any
 STORED = 16  # frames that data_prep stores by default, from which a model takes its own
 TIME_LIMIT = 120  # seconds for one file
 BATCH = 8
-SUFFIXES = (".mp4", ".flv", ".mkv", ".avi", ".mov", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".m4v", ".wmv")
+SUFFIXES = (
+    ".mp4",
+    ".flv",
+    ".mkv",
+    ".avi",
+    ".mov",
+    ".webm",
+    ".gif",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".m4v",
+    ".wmv",
+    ".asf",
+    ".3gp",
+)
 TASKS = {"classify": ("classify",), "caption": ("caption", "pretrain"), "retrieve": ("retrieve",)}
 
 

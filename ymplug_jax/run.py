@@ -34,6 +34,26 @@ class Run:
     frozen: Params  # abstract
 
 
+def seeds(experiment: Experiment, workdir: Path, count: int) -> list[tuple[Experiment, Path]]:
+    """(settings, folder) of `count` runs that differ in nothing but the seed; one run keeps `workdir` for itself.
+
+    Raises:
+      ValueError: no run at all.
+    """
+    if count < 1:
+        raise ValueError(f"--seeds {count}: give 1 or more")
+    if count == 1:
+        return [(experiment, workdir)]
+    first = experiment.train.seed
+    return [
+        (
+            dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=seed)),
+            workdir / f"seed_{seed}",
+        )
+        for seed in range(first, first + count)
+    ]
+
+
 def prepare(experiment: Experiment, devices: list | None = None) -> Run:
     """Check the settings against each other and lay the run out.
 
