@@ -159,6 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="file to write, ending in .model")
     parser.add_argument("--vocab", type=int, default=512, help="pieces at most, 260 fixed ones included (default 512)")
+    parser.add_argument(
+        "--texts", type=Path, help="also write the texts there, one a line, e.g. for configs/tiny/language.py"
+    )
     args = parser.parse_args(argv)
     if args.out.suffix != ".model":
         parser.exit(2, f"train_tokenizer: --out {args.out}: the name must end in .model\n")
@@ -171,6 +174,9 @@ def main(argv: list[str] | None = None) -> None:
         partial = args.out.with_name(f".{args.out.name}.partial")
         partial.write_bytes(model)
         partial.replace(args.out)
+        if args.texts:
+            lines = (line for path in args.csv for text in texts_of(path) for line in text.splitlines() if line.strip())
+            args.texts.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except (ValueError, OSError) as error:
         parser.exit(2, f"train_tokenizer: {error}\n")
     size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()

@@ -127,6 +127,8 @@ def test_command_is_quiet_and_writes_the_model(tmp_path: Path):
         table,
         "--out",
         tmp_path / "m/t.model",
+        "--texts",
+        tmp_path / "texts.txt",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "note: the texts support" in done.stdout and "36 decode exactly" in done.stdout
@@ -134,3 +136,6 @@ def test_command_is_quiet_and_writes_the_model(tmp_path: Path):
         line for line in done.stderr.replace("\r", "\n").split("\n") if line.startswith("reading:")
     }
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["t.model"]
+    lines = (tmp_path / "texts.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == TITLES * 2
+    assert list(texts_of(tmp_path / "texts.txt")) == lines

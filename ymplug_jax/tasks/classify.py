@@ -19,7 +19,7 @@ from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import candidates, inputs, losses, metrics
 from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
-from ymplug_jax.writer import Mean, Metrics
+from ymplug_jax.writer import Metrics
 
 MODALITIES = ("both", "video", "title")  # what the model is shown
 
@@ -63,18 +63,10 @@ def make(experiment: Experiment) -> Task:
         prefix = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))["prefix"]
         hidden = run.hidden(prefix, batch["ids"], deterministic=key is None)  # [B, Q + L, H]
         logits = run.logits(hidden[:, model.abstractor.queries : -1])  # [B, L - 1, V]
-        generation = Mean(*losses.next_token(logits, batch["ids"], mask, batch["prompt_length"]))
+        words = losses.next_token(logits, batch["ids"], mask, batch["prompt_length"])
         hidden = run.hidden(prefix, batch["plain"], deterministic=key is None)
         votes = run.classify(hidden, batch["plain_mask"])  # [B, C]
-        head = Mean(*losses.classification(votes, batch["label"], counts))
-        right = jnp.sum((jnp.argmax(votes, axis=-1) == batch["label"]) & counts, dtype=jnp.float32)
-        total = losses.ratio(generation) + losses.ratio(head)
-        return total, {
-            "generation_loss": generation,
-            "head_loss": head,
-            "head_accuracy": Mean(right, head.weight),
-            "loss": Mean(total * head.weight, head.weight),
-        }
+        return losses.words_and_head(words, votes, batch["label"], counts)
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
         run = model.bind({"params": params})

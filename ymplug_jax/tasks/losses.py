@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ymplug_jax.writer import Mean
+from ymplug_jax.writer import Mean, Metrics
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -122,3 +122,25 @@ def classification(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> tu
 def ratio(mean: Mean) -> jax.Array:
     """total / weight on the device, 0 where nothing was counted."""
     return mean.total / jnp.maximum(mean.weight, 1.0)
+
+
+def words_and_head(
+    words: tuple[jax.Array, jax.Array], votes: jax.Array, labels: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """What the decoder says plus what a head votes, each a mean of its own, weight 1 each (spec 8.2, 8.5).
+
+    Args:
+      words: of `next_token`.
+      votes: f[B, C], logits of the head.
+      labels: int32[B].
+      valid: bool[B], rows that count.
+    """
+    generation, head = Mean(*words), Mean(*classification(votes, labels, valid))
+    right = jnp.sum((jnp.argmax(votes, axis=-1) == labels) & valid, dtype=jnp.float32)
+    total = ratio(generation) + ratio(head)
+    return total, {
+        "generation_loss": generation,
+        "head_loss": head,
+        "head_accuracy": Mean(right, head.weight),
+        "loss": Mean(total * head.weight, head.weight),
+    }

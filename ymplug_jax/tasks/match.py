@@ -22,7 +22,7 @@ from ymplug_jax.state import Params
 from ymplug_jax.tasks import candidates, inputs, losses, metrics
 from ymplug_jax.tasks.retrieve import clips_of, text_of
 from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
-from ymplug_jax.writer import Mean, Metrics
+from ymplug_jax.writer import Metrics
 
 YES, NO = "是", "否"
 VIDEOS, TEXTS = 8, 8  # of one step of the evaluation over pairs
@@ -110,18 +110,10 @@ def make(experiment: Experiment) -> Task:
         ids, mask, lengths = (batch[name][texts, labels] for name in ("ids", "mask", "prompt_length"))
         hidden = run.hidden(prefix[videos], ids, deterministic=key is None)  # [3B, Q + L, H]
         logits = run.logits(hidden[:, queries:-1])  # [3B, L - 1, V]
-        generation = Mean(*losses.next_token(logits, ids, mask * counts[:, None], lengths))
+        words = losses.next_token(logits, ids, mask * counts[:, None], lengths)
         hidden = run.hidden(prefix[videos], batch["plain"][texts], deterministic=key is None)
         votes = run.classify(hidden, batch["plain_mask"][texts])  # [3B, 2]
-        head = Mean(*losses.classification(votes, labels, counts))
-        right = jnp.sum((jnp.argmax(votes, axis=-1) == labels) & counts, dtype=jnp.float32)
-        total = losses.ratio(generation) + losses.ratio(head)
-        return total, {
-            "generation_loss": generation,
-            "head_loss": head,
-            "head_accuracy": Mean(right, head.weight),
-            "loss": Mean(total * head.weight, head.weight),
-        }
+        return losses.words_and_head(words, votes, labels, counts)
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
         video = inputs.normalize(batch["video"], model.vision.dtype)
