@@ -10,6 +10,7 @@ import pytest
 
 import shards
 from ymplug_jax import run as run_lib
+from ymplug_jax import sharding
 from ymplug_jax.config import Data, Experiment, Mesh, Optim, Options, Train
 from ymplug_jax.data.records import Records
 from ymplug_jax.models import mplug_video
@@ -262,6 +263,28 @@ def test_retrieval_leaves_the_abstractor_alone(data: Data) -> None:
     assert {"abstractor", "connector", "llm"} == set(run.frozen)
     assert set(run.state.trainable) == {"vision", "vision_proj", "text_proj", "temperature"}
     assert retrieve.FROZEN[: len(mplug_video.FROZEN)] == mplug_video.FROZEN
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_devices_equal_one(name: str, data: Data) -> None:
+    """Negatives and candidates come from the whole global batch, wherever its rows lie; generation does not mind either."""
+    task, params = prepared(name, data)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.05, leaf.shape).astype(np.float32), params)
+    records = [r._replace(captions=[]) if name == "retrieve" else r for r in Records(data.path, "validation")]
+    batch = batch_of(task, records, None, range(8))
+    found = []
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(fsdp=devices // 2 or 1, devices=jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+            whole = jax.device_put(params, sharding.replicated(mesh))
+            loss = jax.jit(task.loss)(whole, placed, None)[0]
+            found.append(jax.device_get((loss, jax.jit(task.predict)(whole, placed))))
+    (one, answers), (eight, others) = found
+    assert eight == pytest.approx(float(one), rel=1e-5)
+    for key, value in answers.items():
+        np.testing.assert_allclose(others[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
 def test_wrong_heads_are_named(data: Data) -> None:
