@@ -1,6 +1,8 @@
 """Contact sheet: the frames that a model saw of each clip, with its answer below, as one PNG."""
 
+import contextlib
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,12 @@ def draw(path: Path, records: list[Any], texts: list[str], frames: int) -> None:
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    known = {font.name for font in font_manager.fontManager.ttflist}
-    chinese = [name for name in FONTS if name in known]
+    chinese = _chinese_fonts(font_manager)
     if not chinese:
         logging.error(
             "no font with Chinese characters is installed (e.g. fonts-noto-cjk); the sheet shows boxes instead"
         )
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
     columns = min(frames, COLUMNS)
     lines = -(-frames // columns)
     heights = [1.5 * lines + 0.28 * (2 + text.count("\n")) for text in texts]
@@ -51,3 +53,15 @@ def draw(path: Path, records: list[Any], texts: list[str], frames: int) -> None:
                 axis.imshow(image)
                 axis.set_title(f"{record.timestamps[chosen[place]] / 1e6:.1f} s", fontsize=8, color="0.4")
     figure.savefig(path, dpi=110)
+
+
+def _chinese_fonts(font_manager: Any) -> list[str]:
+    """Names of the installed fonts that will do, also of those installed since the drawing library listed them."""
+    manager = font_manager.fontManager
+    if not {font.name for font in manager.ttflist} & set(FONTS):
+        listed = {font.fname for font in manager.ttflist}
+        for file in set(font_manager.findSystemFonts()) - listed:
+            with contextlib.suppress(RuntimeError, OSError):  # a broken font file is not our concern
+                manager.addfont(file)
+    known = {font.name for font in manager.ttflist}
+    return [name for name in FONTS if name in known]
