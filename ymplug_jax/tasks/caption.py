@@ -67,7 +67,12 @@ def make(experiment: Experiment) -> Task:
                 {"index": int(row["index"]), "id": record.media_id, "caption": text, "references": record.captions}
             )
         told = [answer for answer in answers if answer["references"]]
-        scores: dict[str, object] = {"clips": len(answers), "labelled": len(told), "search": options.search}
+        scores: dict[str, object] = {
+            "modalities": "video",
+            "clips": len(answers),
+            "labelled": len(told),
+            "search": options.search,
+        }
         if not told:
             scores["note"] = "this split has no captions: predictions are written, nothing is scored"
             return Report(scores, answers)

@@ -85,7 +85,7 @@ def make(experiment: Experiment) -> Task:
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
         known = [row for row in rows if row["label"] >= 0]
-        scores: dict[str, object] = {"labelled": len(known)}
+        scores: dict[str, object] = {"modalities": "both (video and title), video, title", "labelled": len(known)}
         if not known:
             scores["note"] = "this split has no labels: predictions are written, nothing is scored"
         for m, modality in enumerate(MODALITIES):

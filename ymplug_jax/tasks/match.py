@@ -201,7 +201,7 @@ def score(rows: list[Row], records: Sequence[Record]) -> Report:
     clip, first = clips_of([record.media_id for record in found])
     right = np.arange(len(first))[:, None] == clip  # [videos, texts]
     fallback = np.stack([rows[i]["fallback"] for i in first])
-    scores: dict[str, object] = {"videos": len(first), "texts": len(rows)}
+    scores: dict[str, object] = {"modalities": "video, text", "videos": len(first), "texts": len(rows)}
     matrices = {}
     for name in ("generation", "head"):
         matrix = np.stack([rows[i][name] for i in first])

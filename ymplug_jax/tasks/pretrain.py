@@ -70,7 +70,7 @@ def make(experiment: Experiment) -> Task:
             {"index": int(row["index"]), "title": text(row["ids"]), "generated": text(row["generated"])} for row in rows
         ]
         right = sum(pair["title"] == pair["generated"] for pair in pairs)
-        return Report({"exact_titles": right, "exact_share": right / max(len(pairs), 1)}, pairs)
+        return Report({"modalities": "video", "exact_titles": right, "exact_share": right / max(len(pairs), 1)}, pairs)
 
     spec = {"video": inputs.video_spec(data), "ids": inputs.row_spec(length), "mask": inputs.row_spec(length)}
     return Task(

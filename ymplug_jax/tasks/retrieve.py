@@ -104,7 +104,7 @@ def rank_all(rows: list[Row], records: Sequence[Record]) -> Report:
         answer["v2t_rank"] = int(v2t[clip[r]])
         answer["retrieved_texts"] = [text_of(found[t]) for t in best_texts[clip[r]][:5]]
         readable.append(answer)
-    scores = {"videos": len(first), "texts": len(rows), **metrics.recalls(v2t, t2v)}
+    scores = {"modalities": "video, text", "videos": len(first), "texts": len(rows), **metrics.recalls(v2t, t2v)}
     arrays = {
         "video": videos,
         "video_id": np.array(names),
