@@ -24,6 +24,7 @@ from ymplug_jax import state as state_lib
 
 FROZEN = "frozen"
 STEPS = "steps"
+CONVERTED = "converted"  # parameters of another program's checkpoint, in a folder of their own
 
 
 class CheckpointError(ValueError):
@@ -130,8 +131,19 @@ def _places(workdir: str) -> list[epath.Path]:
     """Item folders that together hold all parameters of the newest checkpoint."""
     folder = epath.Path(workdir).absolute() / "checkpoints"
     step = latest_step(workdir)
-    places = [folder / FROZEN, folder / STEPS / str(step) / "trainable"]
+    places = [folder / CONVERTED, folder / FROZEN, folder / STEPS / str(step) / "trainable"]
     return [place for place in places if place.exists()]
+
+
+def stored_params(workdir: str) -> dict[str, Any]:
+    """Path -> metadata (shape, dtype) of every parameter of a run's newest checkpoint or a converted one.
+
+    Raises:
+      CheckpointError: no checkpoint there.
+    """
+    if not (places := _places(workdir)):
+        raise CheckpointError(f"{workdir}: no checkpoint here; give the folder of a run or of a conversion")
+    return {path: leaf for place in places for path, leaf in _stored(place).items()}
 
 
 def load_params(

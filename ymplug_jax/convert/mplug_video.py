@@ -1,6 +1,17 @@
 """Names and layouts of the released GPT-3 mPLUG-video checkpoints and of their parts. The tables serve both directions."""
 
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from ymplug_jax.convert.plan import Plan, UnknownModel, heads_of, layers, need
 from ymplug_jax.convert.rules import Rule, under
+from ymplug_jax.models.abstractor import Abstractor
+from ymplug_jax.models.gpt3 import GPT3 as GPT3Model
+from ymplug_jax.models.mplug_video import MPLUGVideo, init
+from ymplug_jax.models.timesformer import TimeSformer
 
 LINEAR = "out in -> in out"
 SAME = "d -> d"
@@ -99,3 +110,72 @@ MPLUG_VIDEO = (
     *_linear("cls_head.0", "head/hidden"),
     *_linear("cls_head.2", "head/out"),
 )
+
+# Files of a tensor-parallel save hold pieces of these along an axis; all other tensors are the same in each.
+MERGE = {
+    rf".*{name}": axis
+    for name, axis in (
+        (r"embedding\.word_embeddings\.weight", 0),
+        (r"self_attention\.query_key_value\.(weight|bias)", 0),
+        (r"mlp\.dense_h_to_4h\.(weight|bias)", 0),
+        (r"self_attention\.dense\.weight", 1),
+        (r"mlp\.dense_4h_to_h\.weight", 1),
+    )
+}
+LLM_HEADS = {2048: 32, 2560: 32, 5120: 40}  # by width
+VISION_HEADS = {768: 8, 1024: 16}  # the released models run ViT-B/16 with 8 heads
+LLM = "text_decoder.dist_model.language_model"
+TABLE = MPLUG_VIDEO
+
+
+def llm_like(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> dict:
+    """Abstract parameters of the GPT-3 whose names begin with `prefix`."""
+    vocab, width = need(shapes, f"{prefix}.embedding.word_embeddings.weight")
+    if shapes.get(f"{prefix}.encoder.layers.0.mlp.dense_h_to_4h.weight", (4 * width, width))[0] != 4 * width:
+        raise UnknownModel(
+            "this is one of several tensor-parallel pieces; give all mp_rank_*_model_states.pt of the model, in order"
+        )
+    model = GPT3Model(
+        vocab=vocab,
+        width=width,
+        depth=layers(shapes, re.escape(prefix) + r"\.encoder\.layers\.(\d+)\."),
+        heads=heads_of("llm", width, LLM_HEADS, heads),
+        max_positions=need(shapes, f"{prefix}.embedding.position_embeddings.weight")[0],
+    )
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1, width))))["params"]
+
+
+def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
+    """What the tensors are: mPLUG-video of some size, with the heads of its task, with or without its language model."""
+    patch = need(shapes, "visual_encoder.patch_embed.proj.weight")
+    width, queries = need(shapes, "visual_encoder.cls_token")[-1], need(shapes, "learnable_queries")[1]
+    vision = TimeSformer(
+        image_size=round((need(shapes, "visual_encoder.pos_embed")[1] - 1) ** 0.5) * patch[2],
+        patch_size=patch[2],
+        depth=layers(shapes, r"visual_encoder\.blocks\.(\d+)\."),
+        width=width,
+        heads=heads_of("vision", width, VISION_HEADS, heads),
+        mlp_ratio=need(shapes, "visual_encoder.blocks.0.mlp.fc1.weight")[0] / width,
+        frames=need(shapes, "visual_encoder.temporal_embed")[1],
+        clip="visual_encoder.norm_pre.weight" in shapes,
+    )
+    ratio = need(shapes, "attn_pool.mlp.fc1.weight")[0] / width
+    spoken = f"{LLM}.embedding.word_embeddings.weight" in shapes
+    llm_width = need(shapes, "visual_fc.weight")[0]
+    like = jax.eval_shape(
+        lambda: init(
+            MPLUGVideo(
+                vision=vision,
+                abstractor=Abstractor(queries=queries, heads=vision.heads, mlp_ratio=ratio),
+                llm=GPT3Model(vocab=8, width=llm_width, depth=1, heads=1, max_positions=queries + 2),
+                contrastive_width=shapes["vision_proj.weight"][0] if "vision_proj.weight" in shapes else 0,
+                classes=shapes["cls_head.2.weight"][0] if "cls_head.2.weight" in shapes else 0,
+                connector_norm="visual_norm.weight" in shapes,
+            ),
+            jax.random.key(0),
+        )
+    )
+    like = {name: part for name, part in like.items() if name != "llm"}
+    if spoken:
+        like["llm"] = llm_like(shapes, LLM, heads)
+    return Plan(TABLE, like, ())

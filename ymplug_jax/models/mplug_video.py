@@ -15,6 +15,8 @@ from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.sharding import constrain
 
 FROZEN = ("llm/.*",)  # path regexes, full match
+# What an image tower lacks: a pre-training that starts from one leaves it at its start values.
+TEMPORAL = ("vision/temporal_embed", "vision/blocks/temporal_.*")
 # Tables that may have another size in a checkpoint: other resolution, other number of frames.
 RESIZE = {
     "vision/pos_embed": lambda table, shape: layers.resize_pos_embed(table, shape[0] - 1),

@@ -82,5 +82,6 @@ def make(experiment: Experiment) -> Task:
         loss=loss,
         predict=predict,
         score=score,
+        fresh=mplug_video.TEMPORAL,
         resize=mplug_video.RESIZE,
     )
