@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.title:
             clips = [clip._replace(title=title) for clip, title in zip(clips, args.title, strict=True)]
-        answers = [describe(args, row, clip) for row, clip in zip(model.rows(clips), clips, strict=True)]
+        answers = [describe(args, model, row, clip) for row, clip in zip(model.rows(clips), clips, strict=True)]
     for answer in answers:
         print(json.dumps(answer, ensure_ascii=False) if args.json else readable(answer), flush=True)
     if args.sheet and clips:
@@ -175,6 +175,11 @@ class Model:
         self._folder = folder
         self._ready: tuple | None = None
 
+    @property
+    def task(self) -> Any:
+        """The run's task; there once `rows` was asked for an answer."""
+        return self._ready[0]
+
     def rows(self, records: list[Any]) -> Iterator[dict[str, Any]]:
         """Predictions of the task for each record, in order."""
         import jax
@@ -197,14 +202,13 @@ class Model:
             batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
             found = jax.device_get(predict(params, batch))
             for i in range(len(part)):
-                yield {key: value[i] for key, value in found.items()} | {"index": np.int64(start + i), "task": task}
+                yield {key: value[i] for key, value in found.items()} | {"index": np.int64(start + i)}
 
 
-def describe(args: argparse.Namespace, row: dict[str, Any], clip: Any) -> dict[str, Any]:
+def describe(args: argparse.Namespace, model: Model, row: dict[str, Any], clip: Any) -> dict[str, Any]:
     """The answer of classify or caption about one clip."""
-    task = row.pop("task")
     if args.command == "caption":
-        (found,) = task.score([row | {"index": 0}], [clip]).rows
+        (found,) = model.task.score([row | {"index": 0}], [clip]).rows
         return {"video": clip.media_id, "caption": found.get("caption", found.get("generated"))}
     import numpy as np
 

@@ -100,15 +100,19 @@ def test_a_single_piece_is_not_taken_for_the_whole(tmp_path: Path, capsys: pytes
 
 
 class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
     def __reduce__(self):
-        return (Path.write_text, (Path("/tmp/ymplug_jax_evil_ran"), "x"))
+        return (Path.write_text, (self.marker, "x"))
 
 
 def test_nothing_in_a_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    marker = Path("/tmp/ymplug_jax_evil_ran")
-    marker.unlink(missing_ok=True)
-    torch.save({"module": {"a": torch.zeros(1)}, "evil": Evil()}, tmp_path / "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps({"evil": Evil()}))
+    marker = tmp_path / "it ran"
+    torch.save({"module": {"a": torch.zeros(1)}, "evil": Evil(marker)}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps({"evil": Evil(marker)}))
     for name in ("a.pt", "b.pt"):
         convert("gpt3", tmp_path / name, out=tmp_path / "x", code=2)
         (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
