@@ -72,7 +72,7 @@ class Checkpoints:
           CheckpointError: parameter names or shapes differ from `abstract`.
         """
         folder = self.folder / STEPS / str(step) / "trainable"
-        _check(_stored(folder), state_lib.flatten(abstract.trainable), folder)
+        _check(stored_in(folder), state_lib.flatten(abstract.trainable), folder)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -127,12 +127,12 @@ def latest_step(workdir: str) -> int | None:
     return max(steps, default=None)
 
 
-def _places(workdir: str) -> list[epath.Path]:
+def places(workdir: str) -> list[epath.Path]:
     """Item folders that together hold all parameters of the newest checkpoint."""
     folder = epath.Path(workdir).absolute() / "checkpoints"
     step = latest_step(workdir)
-    places = [folder / CONVERTED, folder / FROZEN, folder / STEPS / str(step) / "trainable"]
-    return [place for place in places if place.exists()]
+    possible = [folder / CONVERTED, folder / FROZEN, folder / STEPS / str(step) / "trainable"]
+    return [place for place in possible if place.exists()]
 
 
 def stored_params(workdir: str) -> dict[str, Any]:
@@ -141,9 +141,9 @@ def stored_params(workdir: str) -> dict[str, Any]:
     Raises:
       CheckpointError: no checkpoint there.
     """
-    if not (places := _places(workdir)):
+    if not (found := places(workdir)):
         raise CheckpointError(f"{workdir}: no checkpoint here; give the folder of a run or of a conversion")
-    return {path: leaf for place in places for path, leaf in _stored(place).items()}
+    return {path: leaf for place in found for path, leaf in stored_in(place).items()}
 
 
 def load_params(
@@ -177,12 +177,12 @@ def load_params(
         raise CheckpointError(
             f"config.train.init_from: the model has no subtree {subtree!r}; there are {', '.join(tops)}"
         )
-    places = _places(workdir)
-    if not places:
+    found = places(workdir)
+    if not found:
         raise CheckpointError(
             f"{workdir}: no checkpoint here (looked for {folder}); give the --workdir of a finished run"
         )
-    stored = {place: _stored(place) for place in places}
+    stored = {place: stored_in(place) for place in found}
     there = {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}
     wanted = {
         path: leaf
@@ -200,7 +200,7 @@ def load_params(
         return jax.ShapeDtypeStruct(tuple(there[path].shape), "float32", sharding=wanted[path].sharding)
 
     loaded: dict[str, jax.Array] = {}
-    for place in places:
+    for place in found:
         here = {path: as_stored(path) for path in wanted if path in stored[place]}
         if not here:
             continue
@@ -217,7 +217,7 @@ def load_params(
     return loaded
 
 
-def _stored(folder: epath.Path) -> dict[str, Any]:
+def stored_in(folder: epath.Path) -> dict[str, Any]:
     """Path -> Orbax metadata (shape, dtype) of the leaves in one item folder."""
     with ocp.PyTreeCheckpointer() as reader:
         return state_lib.flatten(reader.metadata(folder).item_metadata.tree)

@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch", reason="the extra `convert` is not installe
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from ymplug_jax import checkpoint, state  # noqa: E402
-from ymplug_jax.convert import __main__ as command  # noqa: E402
+from ymplug_jax.convert import __main__ as command
+from ymplug_jax.convert import to_orbax  # noqa: E402
 from ymplug_jax.convert import mplug_video as tables  # noqa: E402
 from ymplug_jax.convert import rules  # noqa: E402
 
@@ -150,7 +151,7 @@ def test_missing_and_unexpected_tensors_are_listed_and_can_be_allowed(
 
 def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(tensors("pretrain.npz"), tmp_path / "x.pt")
-    real, count, killed_at = command.Store.write, 0, 0
+    real, count, killed_at = to_orbax.Store.write, 0, 0
 
     def counting(*args) -> None:
         nonlocal count
@@ -159,7 +160,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(command.Store, "write", counting)
+    monkeypatch.setattr(to_orbax.Store, "write", counting)
     convert("mplug_video", tmp_path / "x.pt", out=tmp_path / "whole", more=HEADS)
     everything, count, killed_at = count, 0, 40
     with pytest.raises(KeyboardInterrupt):

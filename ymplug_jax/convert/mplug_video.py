@@ -6,29 +6,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from ymplug_jax.convert.plan import Plan, UnknownModel, heads_of, layers, need
-from ymplug_jax.convert.rules import Rule, under
+from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, heads_of, layers, need
+from ymplug_jax.convert.rules import SAME, Rule, heads_out, linear, norm, under
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3 as GPT3Model
-from ymplug_jax.models.mplug_video import MPLUGVideo, init
+from ymplug_jax.models.mplug_video import FROZEN, RESIZE, MPLUGVideo, init
 from ymplug_jax.models.timesformer import TimeSformer
-
-LINEAR = "out in -> in out"
-SAME = "d -> d"
-
-
-def _linear(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", LINEAR, (f"{target}/kernel",)), Rule(f"{source}.bias", SAME, (f"{target}/bias",))
-
-
-def _norm(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", SAME, (f"{target}/scale",)), Rule(f"{source}.bias", SAME, (f"{target}/bias",))
-
-
-def _heads_out(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", "d (n h) -> n h d", (f"{target}/kernel",)), Rule(
-        f"{source}.bias", SAME, (f"{target}/bias",)
-    )
 
 
 def _timesformer_attn(source: str, target: str) -> tuple[Rule, ...]:
@@ -36,7 +19,7 @@ def _timesformer_attn(source: str, target: str) -> tuple[Rule, ...]:
         Rule(f"{source}.qkv.weight", "(part n h) d -> d n h", tuple(f"{target}/{p}/kernel" for p in "qkv")),
         Rule(f"{source}.q_bias", "(n h) -> n h", (f"{target}/q/bias",)),
         Rule(f"{source}.v_bias", "(n h) -> n h", (f"{target}/v/bias",)),
-        *_heads_out(f"{source}.proj", f"{target}/o"),
+        *heads_out(f"{source}.proj", f"{target}/o"),
     )
 
 
@@ -47,30 +30,30 @@ TIMESFORMER = (
     Rule("temporal_embed", "1 t d -> t d", ("temporal_embed",)),
     Rule("patch_embed.proj.weight", "d rgb y x -> y x rgb d", ("patch/kernel",)),
     Rule("patch_embed.proj.bias", SAME, ("patch/bias",)),
-    *_norm("norm_pre", "norm_pre"),
-    *_norm("blocks.{}.temporal_ln", "blocks/temporal_norm"),
+    *norm("norm_pre", "norm_pre"),
+    *norm("blocks.{}.temporal_ln", "blocks/temporal_norm"),
     *_timesformer_attn("blocks.{}.temporal_attn", "blocks/temporal_attn"),
-    *_linear("blocks.{}.temporal_fc", "blocks/temporal_fc"),
-    *_norm("blocks.{}.norm1", "blocks/attn_norm"),
+    *linear("blocks.{}.temporal_fc", "blocks/temporal_fc"),
+    *norm("blocks.{}.norm1", "blocks/attn_norm"),
     *_timesformer_attn("blocks.{}.attn", "blocks/attn"),
-    *_norm("blocks.{}.norm2", "blocks/mlp_norm"),
-    *_linear("blocks.{}.mlp.fc1", "blocks/mlp/up"),
-    *_linear("blocks.{}.mlp.fc2", "blocks/mlp/down"),
-    *_norm("norm", "norm"),
+    *norm("blocks.{}.norm2", "blocks/mlp_norm"),
+    *linear("blocks.{}.mlp.fc1", "blocks/mlp/up"),
+    *linear("blocks.{}.mlp.fc2", "blocks/mlp/down"),
+    *norm("norm", "norm"),
 )
 
 # The abstractor without its queries, which the checkpoints keep at the top.
 ABSTRACTOR = (
-    *_norm("norm1", "query_norm"),
-    *_norm("normk", "context_norm"),
-    *_norm("norm2", "mlp_norm"),
+    *norm("norm1", "query_norm"),
+    *norm("normk", "context_norm"),
+    *norm("norm2", "mlp_norm"),
     Rule("attn.in_proj_weight", "(part n h) d -> d n h", tuple(f"attn/{p}/kernel" for p in "qkv")),
     Rule("attn.in_proj_bias", "(part n h) -> n h", tuple(f"attn/{p}/bias" for p in "qkv")),
     Rule("attn.bias_k", "1 1 (n h) -> n h", ("extra_key",)),
     Rule("attn.bias_v", "1 1 (n h) -> n h", ("extra_value",)),
-    *_heads_out("attn.out_proj", "attn/o"),
-    *_linear("mlp.fc1", "mlp/up"),
-    *_linear("mlp.fc2", "mlp/down"),
+    *heads_out("attn.out_proj", "attn/o"),
+    *linear("mlp.fc1", "mlp/up"),
+    *linear("mlp.fc2", "mlp/down"),
 )
 QUERIES = "1 q d -> q d"
 
@@ -79,8 +62,8 @@ _LAYER = "language_model.encoder.layers.{}"
 GPT3 = (
     Rule("language_model.embedding.word_embeddings.weight", "v d -> v d", ("token_embed",)),
     Rule("language_model.embedding.position_embeddings.weight", "p d -> p d", ("pos_embed",)),
-    *_norm(f"{_LAYER}.input_layernorm", "blocks/attn_norm"),
-    *_norm(f"{_LAYER}.post_attention_layernorm", "blocks/mlp_norm"),
+    *norm(f"{_LAYER}.input_layernorm", "blocks/attn_norm"),
+    *norm(f"{_LAYER}.post_attention_layernorm", "blocks/mlp_norm"),
     Rule(
         f"{_LAYER}.self_attention.query_key_value.weight",
         "(n part h) d -> d n h",
@@ -91,24 +74,24 @@ GPT3 = (
         "(n part h) -> n h",
         tuple(f"blocks/attn/{p}/bias" for p in "qkv"),
     ),
-    *_heads_out(f"{_LAYER}.self_attention.dense", "blocks/attn/o"),
-    *_linear(f"{_LAYER}.mlp.dense_h_to_4h", "blocks/mlp/up"),
-    *_linear(f"{_LAYER}.mlp.dense_4h_to_h", "blocks/mlp/down"),
-    *_norm("language_model.encoder.final_layernorm", "norm"),
+    *heads_out(f"{_LAYER}.self_attention.dense", "blocks/attn/o"),
+    *linear(f"{_LAYER}.mlp.dense_h_to_4h", "blocks/mlp/up"),
+    *linear(f"{_LAYER}.mlp.dense_4h_to_h", "blocks/mlp/down"),
+    *norm("language_model.encoder.final_layernorm", "norm"),
 )
 
 MPLUG_VIDEO = (
     Rule("learnable_queries", QUERIES, ("abstractor/queries",)),
     *under("visual_encoder.", "vision/", TIMESFORMER),
     *under("attn_pool.", "abstractor/", ABSTRACTOR),
-    *_linear("visual_fc", "connector/proj"),
-    *_norm("visual_norm", "connector/norm"),
+    *linear("visual_fc", "connector/proj"),
+    *norm("visual_norm", "connector/norm"),
     *under("text_decoder.dist_model.", "llm/", GPT3),
-    *_linear("vision_proj", "vision_proj"),
-    *_linear("text_proj", "text_proj"),
+    *linear("vision_proj", "vision_proj"),
+    *linear("text_proj", "text_proj"),
     Rule("temp", "->", ("temperature",)),
-    *_linear("cls_head.0", "head/hidden"),
-    *_linear("cls_head.2", "head/out"),
+    *linear("cls_head.0", "head/hidden"),
+    *linear("cls_head.2", "head/out"),
 )
 
 # Files of a tensor-parallel save hold pieces of these along an axis; all other tensors are the same in each.
@@ -125,57 +108,70 @@ MERGE = {
 LLM_HEADS = {2048: 32, 2560: 32, 5120: 40}  # by width
 VISION_HEADS = {768: 8, 1024: 16}  # the released models run ViT-B/16 with 8 heads
 LLM = "text_decoder.dist_model.language_model"
-TABLE = MPLUG_VIDEO
+LAYOUTS = {"youku": Layout(MPLUG_VIDEO)}
+__all__ = ["FROZEN", "RESIZE", "LAYOUTS", "MERGE", "plan"]
 
 
-def llm_like(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> dict:
-    """Abstract parameters of the GPT-3 whose names begin with `prefix`."""
+def llm_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> GPT3Model:
+    """The GPT-3 whose tensors' names begin with `prefix`.
+
+    Raises:
+      UnknownModel: there is none, or this is a tensor-parallel piece of one.
+    """
     vocab, width = need(shapes, f"{prefix}.embedding.word_embeddings.weight")
     if shapes.get(f"{prefix}.encoder.layers.0.mlp.dense_h_to_4h.weight", (4 * width, width))[0] != 4 * width:
         raise UnknownModel(
             "this is one of several tensor-parallel pieces; give all mp_rank_*_model_states.pt of the model, in order"
         )
-    model = GPT3Model(
+    return GPT3Model(
         vocab=vocab,
         width=width,
         depth=layers(shapes, re.escape(prefix) + r"\.encoder\.layers\.(\d+)\."),
         heads=heads_of("llm", width, LLM_HEADS, heads),
         max_positions=need(shapes, f"{prefix}.embedding.position_embeddings.weight")[0],
     )
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1, width))))["params"]
+
+
+def llm_like(model: GPT3Model) -> dict:
+    """Abstract parameters of a GPT-3."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1, model.width))))["params"]
+
+
+def timesformer_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> TimeSformer:
+    """The TimeSformer whose tensors' names begin with `prefix`.
+
+    Raises:
+      UnknownModel: there is none.
+    """
+    patch, width = need(shapes, f"{prefix}patch_embed.proj.weight"), need(shapes, f"{prefix}cls_token")[-1]
+    return TimeSformer(
+        image_size=round((need(shapes, f"{prefix}pos_embed")[1] - 1) ** 0.5) * patch[2],
+        patch_size=patch[2],
+        depth=layers(shapes, re.escape(prefix) + r"blocks\.(\d+)\."),
+        width=width,
+        heads=heads_of("vision", width, VISION_HEADS, heads),
+        mlp_ratio=need(shapes, f"{prefix}blocks.0.mlp.fc1.weight")[0] / width,
+        frames=shapes.get(f"{prefix}temporal_embed", (1, 1))[1],
+        clip=f"{prefix}norm_pre.weight" in shapes,
+    )
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
     """What the tensors are: mPLUG-video of some size, with the heads of its task, with or without its language model."""
-    patch = need(shapes, "visual_encoder.patch_embed.proj.weight")
-    width, queries = need(shapes, "visual_encoder.cls_token")[-1], need(shapes, "learnable_queries")[1]
-    vision = TimeSformer(
-        image_size=round((need(shapes, "visual_encoder.pos_embed")[1] - 1) ** 0.5) * patch[2],
-        patch_size=patch[2],
-        depth=layers(shapes, r"visual_encoder\.blocks\.(\d+)\."),
-        width=width,
-        heads=heads_of("vision", width, VISION_HEADS, heads),
-        mlp_ratio=need(shapes, "visual_encoder.blocks.0.mlp.fc1.weight")[0] / width,
-        frames=need(shapes, "visual_encoder.temporal_embed")[1],
-        clip="visual_encoder.norm_pre.weight" in shapes,
-    )
-    ratio = need(shapes, "attn_pool.mlp.fc1.weight")[0] / width
+    vision = timesformer_of(shapes, "visual_encoder.", heads)
+    need(shapes, "visual_encoder.temporal_embed")
+    queries, llm_width = need(shapes, "learnable_queries")[1], need(shapes, "visual_fc.weight")[0]
     spoken = f"{LLM}.embedding.word_embeddings.weight" in shapes
-    llm_width = need(shapes, "visual_fc.weight")[0]
-    like = jax.eval_shape(
-        lambda: init(
-            MPLUGVideo(
-                vision=vision,
-                abstractor=Abstractor(queries=queries, heads=vision.heads, mlp_ratio=ratio),
-                llm=GPT3Model(vocab=8, width=llm_width, depth=1, heads=1, max_positions=queries + 2),
-                contrastive_width=shapes["vision_proj.weight"][0] if "vision_proj.weight" in shapes else 0,
-                classes=shapes["cls_head.2.weight"][0] if "cls_head.2.weight" in shapes else 0,
-                connector_norm="visual_norm.weight" in shapes,
-            ),
-            jax.random.key(0),
-        )
+    absent = GPT3Model(vocab=8, width=llm_width, depth=1, heads=1, max_positions=queries + 2)
+    model = MPLUGVideo(
+        vision=vision,
+        abstractor=Abstractor(
+            queries=queries, heads=vision.heads, mlp_ratio=need(shapes, "attn_pool.mlp.fc1.weight")[0] / vision.width
+        ),
+        llm=llm_of(shapes, LLM, heads) if spoken else absent,
+        contrastive_width=shapes["vision_proj.weight"][0] if "vision_proj.weight" in shapes else 0,
+        classes=shapes["cls_head.2.weight"][0] if "cls_head.2.weight" in shapes else 0,
+        connector_norm="visual_norm.weight" in shapes,
     )
-    like = {name: part for name, part in like.items() if name != "llm"}
-    if spoken:
-        like["llm"] = llm_like(shapes, LLM, heads)
-    return Plan(TABLE, like, ())
+    like = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    return Plan("youku", {name: part for name, part in like.items() if spoken or name != "llm"}, model)

@@ -1,22 +1,52 @@
-"""What a source turned out to be: the rules to read it by, and the parameters that come of it."""
+"""What a map file gives: the layouts of its model, and what a source turned out to be."""
 
+import importlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
+from flax import linen as nn
+
 from ymplug_jax.convert.rules import Rule
+
+_BESIDE = ("__init__", "__main__", "check", "lora", "oracles", "plan", "rules", "store", "to_orbax", "to_torch")
+_BESIDE += ("torch_file", "torch_script")
+MODELS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _BESIDE)
+
+
+class Layout(NamedTuple):
+    """How one code base names a model's tensors."""
+
+    rules: tuple[Rule, ...]
+    drop: tuple[str, ...] = ()  # regexes of names that are known and not wanted
+    tied: tuple[tuple[str, str], ...] = ()  # (copy, original): equal where both are there, stored once
+    zeros: tuple[tuple[str, str], ...] = ()  # (name, other): not stored, written back as zeros of the other's shape
 
 
 class Plan(NamedTuple):
     """A model recognised by its tensors."""
 
-    rules: tuple[Rule, ...]
+    layout: str  # one of LAYOUTS
     like: Mapping[str, Any]  # nested ShapeDtypeStructs
-    drop: tuple[str, ...]  # regexes of names that are known and not wanted
+    model: nn.Module | tuple[nn.Module, ...]  # the modules that have these parameters
 
 
 class UnknownModel(ValueError):
     """Tensors that are not those of the model that was named."""
+
+
+def map_of(model: str) -> ModuleType:
+    """The map file of a model: LAYOUTS (name -> Layout), plan(shapes, heads) -> Plan, and where they apply RENAME and MERGE
+    (see `Source`), RESIZE (path -> function, see `load_params`) and FROZEN (path regexes).
+    """
+    return importlib.import_module(f"ymplug_jax.convert.{model}")
+
+
+def extra(module: ModuleType, name: str, empty: Any = MappingProxyType({})) -> Any:
+    """An optional constant of a map file."""
+    return getattr(module, name, empty)
 
 
 def layers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
@@ -41,10 +71,12 @@ def heads_of(kind: str, width: int, known: Mapping[int, int], heads: Mapping[str
     """Attention heads, which no shape tells: those of the known widths, or given.
 
     Raises:
-      UnknownModel: neither.
+      UnknownModel: neither, or the width is no multiple of them.
     """
     count = heads.get(kind) or known.get(width)
     if not count:
         sizes = ", ".join(map(str, known))
         raise UnknownModel(f"{kind} of width {width}: heads unknown (known widths: {sizes}); give --heads {kind}=N")
+    if width % count:
+        raise UnknownModel(f"{kind} of width {width} cannot have {count} heads; give --heads {kind}=N")
     return count

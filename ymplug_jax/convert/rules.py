@@ -19,7 +19,8 @@ class Rule(NamedTuple):
 
     source: str  # name in the checkpoint; "{}" stands for the layer, whose index is the first axis of the target
     layout: str  # "axes of the source -> axes of a target"; "(a b)" merges axes, "1" is an axis of size one
-    targets: tuple[str, ...]  # paths in the tree; several share the axis "part" of the source
+    targets: tuple[str | None, ...]  # paths in the tree; several share the axis "part"; None: a part without a place
+    after: str = ""  # path of the stack that holds the first layers, where one source's layers go to two stacks
 
 
 class Entry(NamedTuple):
@@ -47,9 +48,47 @@ class Mismatch(NamedTuple):
     reshaped: list[str]  # "name: expected shape, found shape"
 
 
+LINEAR = "out in -> in out"
+SAME = "d -> d"
+
+
+def linear(source: str, target: str) -> tuple[Rule, ...]:
+    """A linear layer: weight and bias -> kernel and bias."""
+    return Rule(f"{source}.weight", LINEAR, (f"{target}/kernel",)), Rule(f"{source}.bias", SAME, (f"{target}/bias",))
+
+
+def norm(source: str, target: str) -> tuple[Rule, ...]:
+    """A norm: weight and bias -> scale and bias."""
+    return Rule(f"{source}.weight", SAME, (f"{target}/scale",)), Rule(f"{source}.bias", SAME, (f"{target}/bias",))
+
+
+def heads_in(source: str, target: str) -> tuple[Rule, ...]:
+    """A linear layer into attention heads."""
+    return (
+        Rule(f"{source}.weight", "(n h) d -> d n h", (f"{target}/kernel",)),
+        Rule(f"{source}.bias", "(n h) -> n h", (f"{target}/bias",)),
+    )
+
+
+def heads_out(source: str, target: str) -> tuple[Rule, ...]:
+    """The linear layer behind attention heads."""
+    return (
+        Rule(f"{source}.weight", "d (n h) -> n h d", (f"{target}/kernel",)),
+        Rule(f"{source}.bias", SAME, (f"{target}/bias",)),
+    )
+
+
 def under(source: str, target: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """The rules of a part, seen from the whole: prefixes put before source names and target paths."""
-    return tuple(Rule(source + r.source, r.layout, tuple(target + t for t in r.targets)) for r in rules)
+    return tuple(
+        Rule(
+            source + r.source,
+            r.layout,
+            tuple(t and target + t for t in r.targets),
+            r.after and target + r.after,
+        )
+        for r in rules
+    )
 
 
 def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
@@ -69,7 +108,8 @@ def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
         present = [path for path in rule.targets if path in shapes]
         if not present:
             continue
-        if len(present) < len(rule.targets) or len({shapes[path] for path in present}) > 1:
+        placed = [path for path in rule.targets if path]
+        if len(present) < len(placed) or len({shapes[path] for path in present}) > 1:
             raise ValueError(f"{rule.source}: its targets {rule.targets} do not all exist in one shape: {shapes}")
         if twice := made.intersection(present):
             raise ValueError(f"parameter {min(twice)!r} is made by two rules; the second is {rule.source!r}")
@@ -78,6 +118,7 @@ def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
         layers: Sequence[int | None] = [None]
         if "{}" in rule.source:
             layers, shape = range(shape[0]), shape[1:]
+        first = _depth(shapes, rule.after) if rule.after else 0
         source, target = _parse(rule.layout)
         if len(target) != len(shape):
             raise ValueError(
@@ -86,7 +127,8 @@ def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
         sizes = dict(zip(target, shape, strict=True)) | {"part": len(rule.targets), "1": 1}
         merged = tuple(math.prod(sizes[word] for word in group) for group in source)
         for layer in layers:
-            entries[rule.source.format(layer)] = Entry(rule, layer, merged, sizes)
+            name = rule.source if layer is None else rule.source.format(first + layer)
+            entries[name] = Entry(rule, layer, merged, sizes)
     if bare := sorted(set(shapes) - made):
         raise ValueError(f"no rule makes the parameter {bare[0]!r} ({len(bare)} such parameters)")
     return entries
@@ -107,14 +149,17 @@ def pieces(entry: Entry, tensor: np.ndarray) -> Iterator[Piece]:
     order, flat = _order(entry)
     values = tensor.reshape(flat).transpose(order).reshape(len(entry.rule.targets), *_target_shape(entry))
     for path, value in zip(entry.rule.targets, values, strict=True):
-        yield Piece(path, entry.layer, value)
+        if path:
+            yield Piece(path, entry.layer, value)
 
 
 def tensor_of(entry: Entry, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-    """One source tensor out of a flat tree: the inverse of `pieces`."""
-    values = [np.asarray(leaves[path]) for path in entry.rule.targets]
+    """One source tensor out of a flat tree: the inverse of `pieces`. Parts without a place become zeros."""
+    found = {path: np.asarray(leaves[path]) for path in entry.rule.targets if path}
     if entry.layer is not None:
-        values = [value[entry.layer] for value in values]
+        found = {path: value[entry.layer] for path, value in found.items()}
+    zeros = np.zeros_like(next(iter(found.values())))
+    values = [found.get(path, zeros) for path in entry.rule.targets]
     order, flat = _order(entry)
     moved = np.stack(values).reshape([flat[axis] for axis in order])
     return moved.transpose(np.argsort(order)).reshape(entry.shape)
@@ -148,6 +193,11 @@ def to_torch(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, np.nda
     """Parameter tree (or a tree of that shape, such as gradients) -> tensors by their names in the checkpoint."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
     return {name: tensor_of(entry, leaves) for name, entry in expand(rules, tree).items()}
+
+
+def _depth(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
+    """Layers of the stack at a path."""
+    return next((shape[0] for path, shape in shapes.items() if path.startswith(f"{stack}/")), 0)
 
 
 def _parse(layout: str) -> tuple[list[list[str]], list[str]]:

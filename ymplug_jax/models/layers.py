@@ -34,6 +34,7 @@ def attention(
     *,
     causal: bool = False,
     mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -44,7 +45,8 @@ def attention(
       k: f[B, S, N, H].
       v: f[B, S, N, H].
       causal: query i sees keys 0..i (needs L == S).
-      mask: bool, broadcastable to [B, N, L, S]; True where a query sees a key.
+      mask: bool, broadcastable to [B, N, L, S]; True where a query sees a key. A query that sees none sees all alike.
+      bias: f32, broadcastable to [B, N, L, S]; added to the logits.
       dropout: rate on the probabilities; applied only if `key` is given.
       key: randomness of the dropout.
 
@@ -52,8 +54,11 @@ def attention(
       f[B, L, N, H] in the type of `v`; logits and softmax are float32.
     """
     logits = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias
     if causal:
-        mask = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
+        past = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
+        mask = past if mask is None else mask & past
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)

@@ -1,0 +1,190 @@
+"""`--check`: the source in PyTorch and the checkpoint in JAX on the same random inputs, module by module, in float32."""
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax.traverse_util import unflatten_dict
+
+from ymplug_jax import checkpoint, state
+from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
+from ymplug_jax.convert.torch_file import SourceError
+from ymplug_jax.models.bert import MaskedHead
+
+TOLERANCE = 1e-3  # of the largest value of a module's output
+CAST = 0.1  # where parameters were stored in another type than the source's
+
+try:
+    from ymplug_jax.convert import oracles
+except ImportError as error:
+    raise SourceError("--check needs transformers beside torch: pip install transformers") from error
+
+
+def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
+    """Print the largest relative difference of every module; whether all are small enough.
+
+    Raises:
+      SourceError: a conversion that resized a table, or lacks parameters.
+    """
+    if wish.image_size or wish.frames or wish.allow_missing:
+        raise SourceError("--check compares whole models: convert without --image_size, --frames and --allow_missing")
+    opened = open_source(model, files, wish)
+    merged = open_source(model, files, wish._replace(keep_adapter=False))
+
+    def read(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.array(merged.source.read(name), np.float32))
+
+    rng = np.random.default_rng(0)
+    theirs, ours = {
+        "bloom": _bloom,
+        "gpt3": _gpt3,
+        "bert": _bert,
+        "clip": _image_tower,
+        "vit": _image_tower,
+        "mplug_video": _mplug_video,
+    }[model](opened, read, rng)
+    expected = theirs()
+    gc.collect()
+    found = ours(_params(out, opened.plan.like))
+    tolerance, worst = CAST if wish.dtype else TOLERANCE, 0.0
+    for name, value in expected.items():
+        if found[name].shape != value.shape:
+            raise AssertionError(f"{name}: {found[name].shape} against {value.shape}")
+        difference = float(np.abs(found[name] - value).max() / max(np.abs(value).max(), 1e-30))
+        worst = max(worst, difference)
+        print(f"{difference:.1e}  {name}" + ("" if difference <= tolerance else "  DIFFERS"), file=sys.stderr)
+    print(f"check: {len(expected)} modules against PyTorch, largest relative difference {worst:.1e}")
+    return worst <= tolerance
+
+
+def _params(out: Path, like: Any) -> dict:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place), like)
+    return state.unflatten(checkpoint.load_params(str(out), abstract))
+
+
+Sides = tuple[Callable[[], dict[str, np.ndarray]], Callable[[dict], dict[str, np.ndarray]]]
+
+
+def _applied(module: Any, params: dict, *args: Any) -> tuple[np.ndarray, dict]:
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(
+            lambda p, *a: module.apply({"params": p}, *a, capture_intermediates=True, mutable="intermediates")
+        )
+        out, kept = run(params, *args)
+    return np.asarray(out), kept["intermediates"]
+
+
+def _blocks(kept: dict, last: str, before: str = "") -> dict[str, np.ndarray]:
+    """States after the blocks of a scanned stack, without the last one if `last` (a norm) follows it at once."""
+    states = np.asarray(jax.tree.leaves(kept["blocks"]["__call__"])[0])
+    return {f"{before}block {i}": states[i] for i in range(len(states) - bool(last))}
+
+
+def _ids(rng: np.random.Generator, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = rng.integers(1, vocab, (2, 9))
+    mask = np.ones_like(ids)
+    mask[1, 6:] = 0
+    return ids, mask
+
+
+def _bloom(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    model = opened.plan.model
+    if opened.adapter:
+        model = model.clone(lora_scale=opened.adapter.scale)
+    ids, mask = _ids(rng, model.vocab)
+
+    def ours(params: dict) -> dict[str, np.ndarray]:
+        embeds = model.apply({"params": params["llm"]}, ids, method="embed")
+        hidden, kept = _applied(model, params["llm"], embeds, mask)
+        logits = model.apply({"params": params["llm"]}, hidden, method="logits")
+        return {"embeddings": np.asarray(embeds), **_blocks(kept, "norm"), "norm": hidden, "logits": np.asarray(logits)}
+
+    return lambda: oracles.bloom(read, model, ids, mask), ours
+
+
+def _gpt3_ours(model: Any, params: dict, embeds: np.ndarray) -> dict[str, np.ndarray]:
+    hidden, kept = _applied(model, params, embeds)
+    first = embeds + np.asarray(params["pos_embed"])[: embeds.shape[1]]
+    logits = model.apply({"params": params}, hidden, method="logits")
+    return {"embeddings": first, **_blocks(kept, "norm"), "norm": hidden, "logits": np.asarray(logits)}
+
+
+def _gpt3(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    model = opened.plan.model
+    embeds = rng.normal(scale=0.05, size=(2, 9, model.width)).astype(np.float32)
+    return lambda: oracles.gpt3(read, model, embeds), lambda params: _gpt3_ours(model, params["llm"], embeds)
+
+
+def _bert(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    text, fusion = opened.plan.model
+    if "mlm" not in opened.plan.like:
+        raise SourceError("--check compares BERT with its head of masked words, which this source lacks")
+    ids, mask = _ids(rng, text.vocab)
+
+    def ours(params: dict) -> dict[str, np.ndarray]:
+        embeddings = text.apply({"params": params["text"]}, ids, method="embed")
+        states, kept = _applied(text, params["text"], ids, mask)
+        found = _blocks(kept, "")
+        last, kept = _applied(fusion, params["fusion"], states, mask)
+        found |= {f"block {text.depth + i}": state for i, state in enumerate(_blocks(kept, "").values())}
+        logits = MaskedHead().apply({"params": params["mlm"]}, last, params["text"]["token_embed"])
+        return {"embeddings": np.asarray(embeddings), **found, "logits": np.asarray(logits)}
+
+    return lambda: oracles.bert(read, text, ids, mask, text.depth + fusion.depth), ours
+
+
+def _image_tower(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    """One frame: attention over time starts with a projection of zeros and adds nothing."""
+    model = opened.plan.model
+    video = rng.normal(size=(1, 1, model.image_size, model.image_size, 3)).astype(np.float32)
+
+    def ours(params: dict) -> dict[str, np.ndarray]:
+        fresh = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros_like(video))["params"])()
+        flat = state.flatten(fresh) | state.flatten(params["vision"])
+        norm, kept = _applied(model, unflatten_dict({tuple(p.split("/")): leaf for p, leaf in flat.items()}), video)
+        x, cls = kept["blocks"]["__call__"][0][0]
+        blocks = np.concatenate([np.asarray(cls)[:, :, None], np.asarray(x)[:, :, 0]], axis=2)  # [layers, B, 1 + P, D]
+        return {f"block {i}": block for i, block in enumerate(blocks)} | {"norm": norm}
+
+    def theirs() -> dict[str, np.ndarray]:
+        found = oracles.image_tower(read, model, video, opened.plan.layout)
+        del found["embeddings"]
+        return found
+
+    return theirs, ours
+
+
+def _mplug_video(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    model, vision = opened.plan.model, opened.plan.model.vision
+    video = rng.normal(size=(1, vision.frames, vision.image_size, vision.image_size, 3)).astype(np.float32)
+    spoken = "llm" in opened.plan.like
+
+    def theirs() -> dict[str, np.ndarray]:
+        found = oracles.timesformer(read, vision, video, "visual_encoder.")
+        found |= oracles.pool(read, model.abstractor.heads, found["vision norm"])
+        if spoken:
+            llm = oracles.gpt3(read, model.llm, found["connector"], "text_decoder.dist_model.language_model")
+            found |= {f"llm {name}": value for name, value in llm.items()}
+        return found
+
+    def ours(params: dict) -> dict[str, np.ndarray]:
+        tokens, kept = _applied(vision, params["vision"], video)
+        x, cls = (np.asarray(part) for part in kept["blocks"]["__call__"][0][0])
+        both = np.concatenate([cls[:, :, None], x.reshape(*cls.shape[:2], -1, cls.shape[-1])], axis=2)
+        found = {f"vision block {i}": block for i, block in enumerate(both)} | {"vision norm": tokens}
+        pooled, _ = _applied(model.abstractor, params["abstractor"], tokens)
+        weights = params["connector"]["proj"]
+        found |= {"abstractor": pooled, "connector": np.asarray(pooled @ weights["kernel"] + weights["bias"])}
+        if spoken:
+            llm = _gpt3_ours(model.llm, params["llm"], found["connector"])
+            found |= {f"llm {name}": value for name, value in llm.items()}
+        return found
+
+    return theirs, ours

@@ -1,0 +1,77 @@
+"""Adapters in the PEFT layout: a folder with adapter_config.json and adapter_model.safetensors (or .bin)."""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ymplug_jax.convert.torch_file import Source, SourceError
+
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class Adapter(NamedTuple):
+    """A low-rank change of some weights: W + scale * B @ A."""
+
+    source: Source
+    scale: float
+    pairs: dict[str, tuple[str, str]]  # weight -> names of A [R, in] and B [out, R]
+    config: dict[str, Any]
+
+
+def read(folder: Path, rename: Sequence[tuple[str, str]]) -> Adapter:
+    """Open an adapter; nothing but its settings, names and shapes is read.
+
+    Raises:
+      SourceError: no adapter there, or one that does more than add low-rank products.
+    """
+    settings = folder / "adapter_config.json"
+    if not settings.is_file():
+        raise SourceError(f"{folder}: no adapter_config.json; give the folder that PEFT wrote")
+    config = json.loads(settings.read_text(encoding="utf-8"))
+    kind = str(config.get("peft_type", "LORA"))
+    odd = [
+        key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(key)
+    ]
+    if kind.upper() != "LORA" or config.get("bias", "none") != "none" or odd or config.get("modules_to_save"):
+        what = (
+            ", ".join(odd)
+            or f"peft_type {kind}, bias {config.get('bias')}, modules_to_save {config.get('modules_to_save')}"
+        )
+        raise SourceError(f"{settings}: only plain LoRA is read, not {what}; merge it with PEFT first")
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    if not files:
+        raise SourceError(f"{folder}: no {' or '.join(FILES)}")
+    source = Source(files[:1], rename=rename)
+    pairs = {}
+    for name in source.shapes():
+        if match := re.fullmatch(r"(.*)\.lora_A(\.weight)", name):
+            pairs[match[1] + match[2]] = (name, f"{match[1]}.lora_B.weight")
+    others = set(source.shapes()) - {name for pair in pairs.values() for name in pair}
+    if not pairs or others:
+        raise SourceError(f"{files[0]}: no pairs of lora_A and lora_B only; also {', '.join(sorted(others)[:4])}")
+    return Adapter(source, config["lora_alpha"] / config["r"], pairs, config)
+
+
+def merge(source: Source, adapter: Adapter) -> None:
+    """Let `source` give its weights with the adapter added, in float32; the sum keeps the weight's type.
+
+    Raises:
+      SourceError: an adapter of a weight that is not there or has another shape.
+    """
+    shapes, parts = source.shapes(), adapter.source.shapes()
+    for name, (a, b) in adapter.pairs.items():
+        wanted = (parts[b][0], parts[a][1])
+        if shapes.get(name) != wanted:
+            raise SourceError(f"the adapter changes {name} of shape {wanted}, but the model has {shapes.get(name)}")
+    source.change({name: partial(_add, adapter, name) for name in adapter.pairs})
+
+
+def _add(adapter: Adapter, name: str, weight: np.ndarray) -> np.ndarray:
+    a, b = (torch.from_numpy(adapter.source.read(part).astype(np.float32)) for part in adapter.pairs[name])
+    return (weight.astype(np.float32) + (b @ a).numpy() * np.float32(adapter.scale)).astype(weight.dtype)

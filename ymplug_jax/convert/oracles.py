@@ -1,0 +1,253 @@
+"""What PyTorch computes from a source: Hugging Face classes where there are some, plain torch where there are none.
+
+Each function takes the source's tensors under their own names and random inputs, and returns the state after every module by
+name. Nothing of it is shared with the tables or the models that are checked against it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+Read = Callable[[str], torch.Tensor]  # float32 tensor of a name
+Outputs = dict[str, np.ndarray]
+
+
+def _filled(model: torch.nn.Module, read: Callable[[str], torch.Tensor]) -> torch.nn.Module:
+    """The model with its parameters replaced one by one."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        value = read(name)
+        if value.shape != parameter.shape:
+            raise AssertionError(f"{name}: {tuple(value.shape)} for {tuple(parameter.shape)}")
+        parameter.data = value
+    return model.eval()
+
+
+def _states(states: tuple[torch.Tensor, ...], last: str) -> Outputs:
+    names = ["embeddings", *(f"block {i}" for i in range(len(states) - 2)), last]
+    return {name: state.numpy() for name, state in zip(names, states, strict=True)}
+
+
+@torch.inference_mode()
+def bloom(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray) -> Outputs:
+    """BloomForCausalLM."""
+    config = transformers.BloomConfig(
+        vocab_size=sizes.vocab,
+        hidden_size=sizes.width,
+        n_layer=sizes.depth,
+        n_head=sizes.heads,
+        attn_implementation="eager",
+    )
+    model = _filled(transformers.BloomForCausalLM(config), read)
+    out = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True)
+    return _states(out.hidden_states, "norm") | {"logits": out.logits.numpy()}
+
+
+@torch.inference_mode()
+def gpt3(read: Read, sizes: Any, embeds: np.ndarray, prefix: str = "language_model") -> Outputs:
+    """GPT2Model, whose mathematics is Megatron's; Megatron keeps q, k and v of a head together."""
+    config = transformers.GPT2Config(
+        vocab_size=1,
+        n_positions=sizes.max_positions,
+        n_embd=sizes.width,
+        n_layer=sizes.depth,
+        n_head=sizes.heads,
+        attn_implementation="eager",
+    )
+
+    def fused(name: str) -> torch.Tensor:
+        value = read(name)
+        heads = value.reshape(sizes.heads, 3, sizes.width // sizes.heads, -1)
+        return heads.transpose(0, 1).reshape(3 * sizes.width, -1).squeeze(-1)
+
+    def weight(name: str) -> torch.Tensor:
+        if name == "wte.weight":
+            return torch.zeros(1, sizes.width)
+        if name == "wpe.weight":
+            return read(f"{prefix}.embedding.position_embeddings.weight")
+        if name.startswith("ln_f."):
+            return read(f"{prefix}.encoder.final_layernorm.{name.removeprefix('ln_f.')}")
+        _, layer, *parts, kind = name.split(".")
+        there = {
+            "ln_1": "input_layernorm",
+            "ln_2": "post_attention_layernorm",
+            "attn.c_attn": "self_attention.query_key_value",
+            "attn.c_proj": "self_attention.dense",
+            "mlp.c_fc": "mlp.dense_h_to_4h",
+            "mlp.c_proj": "mlp.dense_4h_to_h",
+        }[".".join(parts)]
+        source = f"{prefix}.encoder.layers.{layer}.{there}.{kind}"
+        value = fused(source) if there.endswith("query_key_value") else read(source)
+        return value.T.contiguous() if value.ndim == 2 else value
+
+    model = _filled(transformers.GPT2Model(config), weight)
+    hidden = model(inputs_embeds=torch.from_numpy(embeds), output_hidden_states=True).hidden_states
+    table = read(f"{prefix}.embedding.word_embeddings.weight")
+    return _states(hidden, "norm") | {"logits": (hidden[-1] @ table.T).numpy()}
+
+
+@torch.inference_mode()
+def bert(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray, depth: int) -> Outputs:
+    """BertForMaskedLM; `sizes` is the text encoder."""
+    config = transformers.BertConfig(
+        vocab_size=sizes.vocab,
+        hidden_size=sizes.width,
+        num_hidden_layers=depth,
+        num_attention_heads=sizes.heads,
+        intermediate_size=sizes.hidden,
+        max_position_embeddings=sizes.max_positions,
+        type_vocab_size=sizes.types,
+        attn_implementation="eager",
+    )
+    model = _filled(transformers.BertForMaskedLM(config), read)
+    out = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True)
+    names = ["embeddings", *(f"block {i}" for i in range(depth))]
+    states = {name: state.numpy() for name, state in zip(names, out.hidden_states, strict=True)}
+    return states | {"logits": out.logits.numpy()}
+
+
+@torch.inference_mode()
+def image_tower(read: Read, sizes: Any, video: np.ndarray, layout: str) -> Outputs:
+    """CLIPVisionModel for CLIP in any layout, ViTModel for a plain ViT, with the encoder's GELU, heads and eps; video
+    [B, 1, S, S, 3]."""
+    common: dict[str, Any] = {
+        "hidden_size": sizes.width,
+        "intermediate_size": int(sizes.width * sizes.mlp_ratio),
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch_size,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "attn_implementation": "eager",
+    }
+    pixels = torch.from_numpy(video[:, 0].transpose(0, 3, 1, 2).copy())
+    clip = {"hugging_face": lambda name: read(f"vision_model.{name}"), "openai": _openai(read), "timm": _timm(read)}[
+        layout
+    ]
+    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**common))
+    tower = getattr(model, "vision_model", model)
+    if not sizes.clip:  # a bias at the patches and no norm before the blocks
+        tower.pre_layrnorm = torch.nn.Identity()
+        conv = tower.embeddings.patch_embedding
+        tower.embeddings.patch_embedding = torch.nn.Conv2d(3, sizes.width, conv.kernel_size, conv.stride)
+    _filled(tower, clip)
+    states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+    names = ["embeddings", *(f"block {i}" for i in range(sizes.depth))]
+    outputs = {name: state.numpy() for name, state in zip(names, states, strict=True)}
+    return outputs | {"norm": tower.post_layernorm(states[-1]).numpy()}
+
+
+_PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+def _openai(read: Read) -> Read:
+    """Names of CLIPVisionModel out of OpenAI's."""
+
+    def one(name: str) -> torch.Tensor:
+        whole = {
+            "embeddings.class_embedding": "visual.class_embedding",
+            "embeddings.patch_embedding.weight": "visual.conv1.weight",
+            "embeddings.position_embedding.weight": "visual.positional_embedding",
+        }
+        if name in whole:
+            return read(whole[name])
+        name = name.replace("pre_layrnorm", "ln_pre").replace("post_layernorm", "ln_post")
+        name = name.replace("encoder.layers.", "transformer.resblocks.").replace("self_attn.", "attn.")
+        name = name.replace("layer_norm", "ln_").replace("mlp.fc1", "mlp.c_fc").replace("mlp.fc2", "mlp.c_proj")
+        for i, part in enumerate(_PARTS):
+            if f"attn.{part}." in name:
+                return read("visual." + name.replace(f"{part}.", "in_proj_")).chunk(3)[i]
+        return read(f"visual.{name}")
+
+    return one
+
+
+def _timm(read: Read) -> Read:
+    """Names of CLIPVisionModel out of timm's."""
+
+    def one(name: str) -> torch.Tensor:
+        if name == "embeddings.class_embedding":
+            return read("cls_token")[0, 0]
+        if name == "embeddings.position_embedding.weight":
+            return read("pos_embed")[0]
+        name = name.replace("embeddings.patch_embedding", "patch_embed.proj").replace("self_attn.", "attn.")
+        name = name.replace("pre_layrnorm", "norm_pre").replace("post_layernorm", "norm").replace("out_proj", "proj")
+        name = name.replace("encoder.layers.", "blocks.").replace("layer_norm", "norm")
+        for i, part in enumerate(_PARTS):
+            if f"attn.{part}." in name:
+                return read(name.replace(part, "qkv")).chunk(3)[i]
+        return read(name)
+
+    return one
+
+
+@torch.inference_mode()
+def timesformer(read: Read, sizes: Any, video: np.ndarray, prefix: str) -> Outputs:
+    """Divided space-time attention in plain torch; video [B, T, S, S, 3]."""
+    b, t, d, heads = *video.shape[:2], sizes.width, sizes.heads
+
+    def get(name: str) -> torch.Tensor:
+        return read(prefix + name)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, (d,), get(f"{name}.weight"), get(f"{name}.bias"), 1e-6)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
+
+    def attend(x: torch.Tensor, name: str) -> torch.Tensor:
+        bias = torch.cat([get(f"{name}.q_bias"), torch.zeros(d), get(f"{name}.v_bias")])
+        q, k, v = F.linear(x, get(f"{name}.qkv.weight"), bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return linear(y, f"{name}.proj")
+
+    pixels = torch.from_numpy(video.transpose(0, 1, 4, 2, 3).copy()).flatten(0, 1)
+    bias = None if sizes.clip else get("patch_embed.proj.bias")
+    x = F.conv2d(pixels, get("patch_embed.proj.weight"), bias, stride=sizes.patch_size)
+    x = x.flatten(2).transpose(1, 2).unflatten(0, (b, t))  # [B, T, P, D]
+    table = get("pos_embed")[0]
+    x = x + table[1:] + get("temporal_embed")[0][:, None]
+    cls = (get("cls_token")[0, 0] + table[0]).expand(b, d)
+    if sizes.clip:
+        x, cls = norm(x, "norm_pre"), norm(cls, "norm_pre")
+    outputs = {}
+    p = x.shape[2]
+    for i in range(sizes.depth):
+        block = f"blocks.{i}"
+        over_time = norm(x, f"{block}.temporal_ln").transpose(1, 2).reshape(b * p, t, d)
+        y = linear(attend(over_time, f"{block}.temporal_attn"), f"{block}.temporal_fc")
+        x = x + y.unflatten(0, (b, p)).transpose(1, 2)
+        frames = torch.cat([cls[:, None, None].expand(b, t, 1, d), x], 2).flatten(0, 1)
+        y = attend(norm(frames, f"{block}.norm1"), f"{block}.attn").unflatten(0, (b, t))
+        x, cls = x + y[:, :, 1:], cls + y[:, :, 0].mean(1)
+        both = torch.cat([cls[:, None], x.flatten(1, 2)], 1)
+        both = both + linear(F.gelu(linear(norm(both, f"{block}.norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+        cls, x = both[:, 0], both[:, 1:].unflatten(1, (t, p))
+        outputs[f"vision block {i}"] = both.numpy()
+    return outputs | {"vision norm": norm(both, "norm").numpy()}
+
+
+@torch.inference_mode()
+def pool(read: Read, heads: int, tokens: np.ndarray) -> Outputs:
+    """The abstractor and the connector of mPLUG-video, by torch's own attention module; tokens [B, S, D]."""
+    d = tokens.shape[-1]
+    attention = torch.nn.MultiheadAttention(d, heads, add_bias_kv=True, batch_first=True)
+    _filled(attention, lambda name: read(f"attn_pool.attn.{name}"))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, (x.shape[-1],), read(f"{name}.weight"), read(f"{name}.bias"), 1e-6)
+
+    queries = norm(read("learnable_queries").expand(len(tokens), -1, -1), "attn_pool.norm1")
+    context = norm(torch.from_numpy(tokens), "attn_pool.normk")
+    x = queries + attention(queries, context, context, need_weights=False)[0]
+    hidden = F.gelu(
+        F.linear(norm(x, "attn_pool.norm2"), read("attn_pool.mlp.fc1.weight"), read("attn_pool.mlp.fc1.bias"))
+    )
+    x = x + F.linear(hidden, read("attn_pool.mlp.fc2.weight"), read("attn_pool.mlp.fc2.bias"))
+    prefix = F.linear(x, read("visual_fc.weight"), read("visual_fc.bias"))
+    return {"abstractor": x.numpy(), "connector": prefix.numpy()}

@@ -1,0 +1,275 @@
+"""One direction: PyTorch tensors into an Orbax checkpoint, one at a time."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from tqdm import tqdm
+
+import ymplug_jax
+from ymplug_jax.convert import lora, rules
+from ymplug_jax.convert.plan import MODELS, Layout, Plan, UnknownModel, extra, map_of
+from ymplug_jax.convert.store import Store
+from ymplug_jax.convert.torch_file import Source, SourceError
+
+
+class Wish(NamedTuple):
+    """What the command line asks for beyond the model and its files."""
+
+    heads: Mapping[str, int] = {}
+    dtype: Mapping[str, str] = {}  # subtree or "frozen" -> type
+    image_size: int | None = None  # pixels
+    frames: int | None = None
+    adapter: Path | None = None
+    keep_adapter: bool = False
+    allow_missing: Sequence[str] = ()
+    allow_unexpected: Sequence[str] = ()
+
+
+class Opened(NamedTuple):
+    """A source and what it turned out to be."""
+
+    source: Source
+    adapter: lora.Adapter | None
+    plan: Plan
+    layout: Layout
+    entries: dict[str, rules.Entry]
+
+
+def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
+    """Read names and shapes, and find the model and its layout.
+
+    Raises:
+      SourceError, UnknownModel: files that cannot be used, or another model; the message names the likely one.
+    """
+    module = map_of(model)
+    rename = extra(module, "RENAME", ())
+    source = Source(files, extra(module, "MERGE"), rename)
+    adapter = lora.read(wish.adapter, rename) if wish.adapter else None
+    if adapter and wish.keep_adapter:
+        source.join(adapter.source)
+    elif adapter:
+        lora.merge(source, adapter)
+    try:
+        plan: Plan = module.plan(source.shapes(), wish.heads)
+    except UnknownModel as error:
+        likely = [other for other in MODELS if other != model and _fits(other, files)]
+        raise UnknownModel(f"{files[0]}: {error}" + (f"; try --model {likely[0]}" if likely else "")) from None
+    layout: Layout = module.LAYOUTS[plan.layout]
+    return Opened(source, adapter, plan, layout, rules.expand(layout.rules, plan.like))
+
+
+def _fits(model: str, files: list[Path]) -> bool:
+    module = map_of(model)
+    try:
+        shapes = Source(files, extra(module, "MERGE"), extra(module, "RENAME", ())).shapes()
+        plan = module.plan(shapes, {"llm": 1, "vision": 1, "text": 1})
+        return len(rules.expand(module.LAYOUTS[plan.layout].rules, plan.like).keys() & shapes.keys()) > len(shapes) // 4
+    except (SourceError, UnknownModel, ValueError):
+        return False
+
+
+def to_orbax(model: str, files: list[Path], out: Path, wish: Wish = Wish()) -> Path:
+    """Convert one model, tensor by tensor; returns the checkpoint's folder. conversion.json beside it records what was done.
+
+    Raises:
+      SourceError, UnknownModel, FileExistsError: see there; also tensors that are missing, unexpected or of another shape.
+    """
+    module, opened = map_of(model), open_source(model, files, wish)
+    source, entries, layout = opened.source, opened.entries, opened.layout
+    table = compared(opened, wish)
+    print(table.text, file=sys.stderr)
+    if table.bad:
+        raise SourceError(
+            f"{files[0]} does not fit model {model}: {table.bad}. See --allow_missing, --allow_unexpected"
+        )
+    for copy, original in table.tied:
+        if not np.array_equal(_bits(source.read(copy)), _bits(source.read(original))):
+            raise SourceError(
+                f"{files[0]}: {copy} should be the same tensor as {original} but is not; it is another model"
+            )
+    whole = {path: tuple(leaf.shape) for path, leaf in flatten_dict(opened.plan.like, sep="/").items()}
+    resized = dict(_resized(module, opened.plan, wish))
+    whole |= {path: shape for path, (shape, _) in resized.items()}
+    casts = _casts(module, whole, wish.dtype)
+    identity = {
+        "model": model,
+        "converter": ymplug_jax.__version__,
+        "files": source.identity(),
+        "asked": {name: str(value) for name, value in wish._asdict().items()},
+    }
+    store = Store(out, identity)
+    total = sum(_bytes(source, name) for name in table.taken)
+    written: set[str] = set()
+    with (
+        ThreadPoolExecutor(1) as beside,
+        tqdm(total=total, unit="B", unit_scale=True, desc="convert", file=sys.stderr) as bar,
+    ):
+        digests = beside.submit(_digests, opened)
+        for name in table.taken:
+            if name not in store.done:
+                for path, layer, value in rules.pieces(entries[name], source.read(name)):
+                    if path in resized:
+                        value = np.asarray(resized[path][1](jnp.asarray(value), whole[path])).astype(value.dtype)
+                    value = _dense(value).astype(casts.get(path, value.dtype), copy=False)
+                    store.write(path, layer, value, whole[path])
+                store.wrote(name)
+            written.update(path for path in entries[name].rule.targets if path)
+            bar.update(_bytes(source, name))
+        facts = {
+            "model": model,
+            "layout": opened.plan.layout,
+            "converter": ymplug_jax.__version__,
+            "sources": digests.result(),
+            "heads": dict(wish.heads),
+            "sizes": _sizes(opened.plan),
+            "tied": table.tied,
+            "dropped": table.dropped,
+            "left_out": table.unexpected,
+            "missing": table.missing,
+            "resized": {path: list(shape) for path, (shape, _) in resized.items()},
+            "dtype": dict(wish.dtype),
+            "adapter": opened.adapter.config | {"kept": wish.keep_adapter} if opened.adapter else None,
+        }
+    return store.finish(sorted(written), facts)
+
+
+class Table(NamedTuple):
+    """How the source fits the model."""
+
+    taken: list[str]
+    tied: list[tuple[str, str]]
+    dropped: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    bad: str  # what is not allowed, in words; "" if all is well
+    text: str  # for people
+
+
+def compared(opened: Opened, wish: Wish) -> Table:
+    """Every tensor of the source and of the model: matched, tied, known and dropped, missing, unexpected or of another shape."""
+    shapes, entries, layout = opened.source.shapes(), opened.entries, opened.layout
+    tied = [(copy, original) for copy, original in layout.tied if copy in shapes and original in shapes]
+    copies = {copy for copy, _ in tied}
+    drop = [*layout.drop, *(re.escape(name).replace(r"\{\}", r"\d+") for name, _ in layout.zeros)]
+    dropped = [name for name in shapes if name not in entries and name not in copies and _any(name, drop)]
+    known = copies | set(dropped)
+    mismatch = rules.compare(entries, {name: shape for name, shape in shapes.items() if name not in known})
+    wrong = {
+        "missing": [name for name in mismatch.missing if not _any(name, wish.allow_missing)],
+        "unexpected": [name for name in mismatch.unexpected if not _any(name, wish.allow_unexpected)],
+        "other shape": mismatch.reshaped,
+    }
+    taken = [name for name in entries if name in shapes]
+    rows: dict[str, list[int]] = {}
+    for name in taken:
+        top = next(path for path in entries[name].rule.targets if path).split("/")[0]
+        count = rows.setdefault(top, [0, 0])
+        count[0] += 1
+        count[1] += int(np.prod(shapes[name]))
+    lines = [f"{'subtree':<14}{'tensors':>8}{'parameters':>16}"]
+    lines += [f"{top:<14}{count:>8}{size:>16,}" for top, (count, size) in rows.items()]
+    lines += [f"{'matched':<14}{len(taken):>8}{sum(size for _, size in rows.values()):>16,}"]
+    listed = {
+        "tied": [f"{copy} = {original}" for copy, original in tied],
+        "dropped": dropped,
+        "missing": mismatch.missing,
+        "unexpected": mismatch.unexpected,
+        "other shape": mismatch.reshaped,
+    }
+    lines += [f"{kind:<14}{len(names):>8}  {_some(names)}".rstrip() for kind, names in listed.items()]
+    bad = "; ".join(f"{kind}: {_some(names)}" for kind, names in wrong.items() if names)
+    return Table(taken, tied, dropped, mismatch.missing, mismatch.unexpected, bad, "\n".join(lines))
+
+
+def _digests(opened: Opened) -> dict[str, str]:
+    merged = opened.adapter.source.digests() if opened.adapter else {}
+    return opened.source.digests() | merged
+
+
+def _bytes(source: Source, name: str) -> int:
+    return int(np.prod(source.shape(name))) * np.dtype(source.dtype(name)).itemsize
+
+
+def _bits(value: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+
+def _dense(value: np.ndarray) -> np.ndarray:
+    """In memory row by row: torch turns matrices round faster than numpy."""
+    bits = {2: np.int16, 4: np.int32}[value.itemsize]
+    if value.flags.c_contiguous:
+        return value
+    return torch.from_numpy(value.view(bits)).contiguous().numpy().view(value.dtype)
+
+
+def _sizes(plan: Plan) -> dict[str, Any]:
+    """The settings of the model's modules: {"Bloom": {"vocab": ...}}."""
+    modules = plan.model if isinstance(plan.model, tuple) else (plan.model,)
+
+    def settings(module: nn.Module) -> dict[str, Any]:
+        kinds = (int, float, str, nn.Module)
+        found = {
+            f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ("parent", "name")
+        }
+        return {
+            name: settings(value) if isinstance(value, nn.Module) else value
+            for name, value in found.items()
+            if isinstance(value, kinds)
+        }
+
+    return {type(module).__name__: settings(module) for module in modules}
+
+
+Resize = Callable[[Any, tuple[int, ...]], Any]
+
+
+def _resized(module: ModuleType, plan: Plan, wish: Wish) -> Iterator[tuple[str, tuple[tuple[int, ...], Resize]]]:
+    """(path, (new shape, function)) of the tables of positions and times that are to have another size."""
+    rows = {}
+    if wish.image_size:
+        patch = plan.like["vision"]["patch"]["kernel"].shape[0] if "vision" in plan.like else 0
+        if not patch or wish.image_size % patch:
+            raise SourceError(f"--image_size {wish.image_size}: not a multiple of the patch size {patch}")
+        rows["vision/pos_embed"] = 1 + (wish.image_size // patch) ** 2
+    if wish.frames:
+        rows["vision/temporal_embed"] = wish.frames
+    flat = flatten_dict(plan.like, sep="/")
+    for path, count in rows.items():
+        if path not in flat or path not in extra(module, "RESIZE"):
+            raise SourceError(f"this model has no {path} to resize")
+        if flat[path].shape[0] != count:
+            yield path, ((count, *flat[path].shape[1:]), module.RESIZE[path])
+
+
+def _casts(module: ModuleType, shapes: Mapping[str, Any], wanted: Mapping[str, str]) -> dict[str, Any]:
+    """Path -> type of the parameters whose type is to change; a later subtree overrides an earlier one."""
+    casts = {}
+    for subtree, dtype in wanted.items():
+        if subtree == "frozen":
+            found = [path for path in shapes if _any(path, extra(module, "FROZEN", ()))]
+        else:
+            found = [path for path in shapes if path == subtree or path.startswith(subtree + "/")]
+        if not found:
+            tops = ", ".join(sorted({path.split("/")[0] for path in shapes}))
+            raise SourceError(f"--dtype {subtree}: the model has no such subtree; there are {tops}")
+        casts |= dict.fromkeys(found, jnp.dtype(dtype))
+    return casts
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
