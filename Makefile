@@ -6,22 +6,25 @@ DEMO ?= runs/demo
 
 .PHONY: demo test lint clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/python -m ymplug_jax.demo --out $(DEMO)
 
-test: $(VENV)/.installed
+test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+# The tests compare conversions with PyTorch; the demo needs neither it nor the tools of development.
+$(VENV)/.demo: EXTRAS = prep
+$(VENV)/.test: EXTRAS = prep,convert,dev
+$(VENV)/.demo $(VENV)/.test: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[prep,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:

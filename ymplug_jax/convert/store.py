@@ -47,11 +47,14 @@ class Store:
             journal.write_text(json.dumps(identity) + "\n", encoding="utf-8")
         self._journal = journal.open("a", encoding="utf-8")
         self._arrays: dict[str, Any] = {}
+        self._pending: list[Any] = []
+        self._unfinished: list[Any] = []
+        self._last = ""
         # Written to the disk once, at the end; nothing is kept in memory.
         self._context = tensorstore.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
 
     def write(self, path: str, layer: int | None, value: np.ndarray, shape: tuple[int, ...]) -> None:
-        """One parameter, or one layer of it; `shape` is that of the whole."""
+        """One parameter, or one layer of it; `shape` is that of the whole. Writing goes on when this returns; `wrote` waits."""
         if path not in self._arrays:
             chunks = list(shape) if layer is None else [1, *shape[1:]]
             if layer is None and value.nbytes > CHUNK:
@@ -70,7 +73,7 @@ class Store:
         array = self._arrays[path]
         step = array.chunk_layout.write_chunk.shape[0] if layer is None and shape else 1
         if layer is not None:
-            array[layer].write(value).result()
+            self._pending.append(array[layer].write(value))
         elif not shape:
             array.write(value).result()
         else:
@@ -78,12 +81,22 @@ class Store:
                 array[i : i + step].write(value[i : i + step]).result()
 
     def wrote(self, name: str) -> None:
-        """All parts of a source tensor are on disk."""
-        self._journal.write(name + "\n")
+        """All parts of a source tensor are handed over; those of the one before are on disk."""
+        self._settle()
+        self._unfinished, self._pending = [*self._pending], []
+        self._last = name
+
+    def _settle(self) -> None:
+        """Wait for the tensor that is being written and note it."""
+        for future in self._unfinished:
+            future.result()
+        if self._last:
+            self._journal.write(self._last + "\n")
         self._journal.flush()
 
     def finish(self, paths: list[str], facts: Mapping[str, Any]) -> Path:
         """Add what Orbax needs, the record of the conversion, and make the folder the checkpoint."""
+        self.wrote("")
         self._journal.close()
         self._arrays.clear()
         skeleton = self._folder.with_name("converted.skeleton")

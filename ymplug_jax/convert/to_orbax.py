@@ -79,14 +79,14 @@ def _fits(model: str, files: list[Path]) -> bool:
         return False
 
 
-def to_orbax(model: str, files: list[Path], out: Path, wish: Wish = Wish()) -> Path:
+def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
     """Convert one model, tensor by tensor; returns the checkpoint's folder. conversion.json beside it records what was done.
 
     Raises:
       SourceError, UnknownModel, FileExistsError: see there; also tensors that are missing, unexpected or of another shape.
     """
     module, opened = map_of(model), open_source(model, files, wish)
-    source, entries, layout = opened.source, opened.entries, opened.layout
+    source, entries = opened.source, opened.entries
     table = compared(opened, wish)
     print(table.text, file=sys.stderr)
     if table.bad:
@@ -206,11 +206,12 @@ def _bits(value: np.ndarray) -> np.ndarray:
 
 
 def _dense(value: np.ndarray) -> np.ndarray:
-    """In memory row by row: torch turns matrices round faster than numpy."""
-    bits = {2: np.int16, 4: np.int32}[value.itemsize]
+    """In memory row by row, in two fast steps: gathered in the order it has, then turned round by torch."""
     if value.flags.c_contiguous:
         return value
-    return torch.from_numpy(value.view(bits)).contiguous().numpy().view(value.dtype)
+    order = np.argsort([-step for step in value.strides], kind="stable")
+    gathered = np.ascontiguousarray(value.transpose(order).view({2: np.int16, 4: np.int32}[value.itemsize]))
+    return torch.from_numpy(gathered).permute(*np.argsort(order).tolist()).contiguous().numpy().view(value.dtype)
 
 
 def _sizes(plan: Plan) -> dict[str, Any]:

@@ -94,8 +94,18 @@ class Source:
         return {name: self.shape(name) for name in self._where}
 
     def dtype(self, name: str) -> str:
-        """Type of a tensor, e.g. "bfloat16"."""
-        return self._where[name][0].dtype
+        """Type of a tensor: "float32", "float16" or "bfloat16".
+
+        Raises:
+          SourceError: it is another.
+        """
+        stored = self._where[name][0]
+        if stored.dtype not in FLOATS:
+            raise SourceError(
+                f"{stored.file}: {name} is {stored.dtype}; only {', '.join(FLOATS)} are converted, so save the model in one "
+                "of them (a quantised model must be unpacked first)"
+            )
+        return stored.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
@@ -114,9 +124,9 @@ class Source:
         """One tensor; bfloat16 as ml_dtypes.bfloat16.
 
         Raises:
-          SourceError: no floating-point numbers of up to 32 bits, values that are not finite, or bytes that are not those
-            that were written.
+          SourceError: another type than `dtype` knows, values that are not finite, or bytes that are not those that were written.
         """
+        self.dtype(name)
         where, axis = self._where[name], self._axis(name)
         parts = [_read(name, stored) for stored in (where if axis is not None else where[:1])]
         value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
@@ -244,11 +254,6 @@ def _unnested(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
 
 
 def _read(name: str, stored: Stored) -> np.ndarray:
-    if stored.dtype not in FLOATS:
-        raise SourceError(
-            f"{stored.file}: {name} is {stored.dtype}; only {', '.join(FLOATS)} are converted, so save the model in one of "
-            "them (a quantised model must be unpacked first)"
-        )
     if stored.array is not None:
         value = stored.array
     else:

@@ -1,0 +1,229 @@
+"""Every kind of source there and back: forward passes agree with PyTorch, tensors come back bit by bit."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import torch_sources
+from ymplug_jax import checkpoint
+from ymplug_jax.convert import __main__ as command
+from ymplug_jax.convert.plan import extra, map_of
+from ymplug_jax.convert.torch_file import Source
+
+BLOOM = {"width": 64, "depth": 3, "heads": 4, "vocab": 97}
+IMAGE = {"width": 64, "depth": 2, "heads": 4, "patch": 16, "image": 64}
+MEGATRON = {"width": 96, "depth": 3, "vocab": 101, "positions": 40}
+HEADS = ["--heads", "llm=4", "vision=4", "text=4"]
+SOURCES = {
+    "bloom": ("bloom", "bloom", BLOOM, "float32"),
+    "bloom in half precision": ("bloom", "bloom", BLOOM, "float16"),
+    "bloom in shards": ("bloom", "bloom", BLOOM | {"shard": "100KB"}, "bfloat16"),
+    "bert": ("bert", "bert", {"width": 64, "depth": 4, "heads": 4, "vocab": 97}, "float32"),
+    "clip": ("clip", "clip", IMAGE, "float32"),
+    "openai archive": ("clip", "openai", IMAGE, "float16"),
+    "openai state dict": ("clip", "openai", IMAGE | {"archive": False}, "float32"),
+    "timm": ("vit", "timm", IMAGE, "float32"),
+    "timm in the form of clip": ("vit", "timm", IMAGE | {"clip": True}, "float32"),
+    "gpt3": ("gpt3", "megatron", MEGATRON, "bfloat16"),
+    "gpt3 in two pieces": ("gpt3", "megatron", MEGATRON | {"pieces": 2}, "float32"),
+}
+
+
+def run(*argv: object, code: int = 0) -> None:
+    assert command.main([str(arg) for arg in argv]) == code
+
+
+def make(name: str, folder: Path) -> tuple[str, list[Path]]:
+    model, writer, sizes, dtype = SOURCES[name]
+    return model, getattr(torch_sources, writer)(folder, dtype=getattr(torch, dtype), **sizes)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_there_agrees_and_back_is_equal(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, files = make(name, tmp_path / "source")
+    run("--model", model, "--source", *files, "--out", tmp_path / "out", "--check", *HEADS)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("check: ") and float(line.split()[-1]) < 1e-5, line
+
+    run("--model", model, "--source", tmp_path / "out", "--out", tmp_path / "back", "--to", "torch")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    module, facts = map_of(model), json.loads((tmp_path / "out" / "conversion.json").read_text())
+    source = Source(files, extra(module, "MERGE"), extra(module, "RENAME", ()))
+    zeros = {n for n in back if n.endswith("k_proj.bias")}  # key biases, which the encoder does not have
+    assert set(back) - zeros == set(source.shapes()) - set(facts["dropped"])
+    for tensor, value in back.items():
+        mine, theirs = value.numpy() if value.dtype != torch.bfloat16 else value.view(torch.uint16).numpy(), None
+        if tensor not in zeros:
+            theirs = source.read(tensor)
+            theirs = theirs.view(np.uint16) if theirs.dtype.name == "bfloat16" else np.array(theirs)
+        if tensor in zeros:
+            assert not mine.any()
+        elif tensor.endswith((".attn.in_proj_bias", ".attn.qkv.bias")):  # its middle third is the key bias
+            third = len(mine) // 3
+            theirs[third : 2 * third] = 0
+        assert tensor in zeros or (mine.dtype == theirs.dtype and mine.tobytes() == theirs.tobytes()), tensor
+
+
+def test_the_classes_of_hugging_face_load_what_comes_back(tmp_path: Path) -> None:
+    import transformers
+
+    for name, cls in (("bloom", transformers.BloomForCausalLM), ("clip", transformers.CLIPVisionModel)):
+        model, files = make(name, tmp_path / name)
+        run("--model", model, "--source", *files, "--out", tmp_path / f"{name}-out", *HEADS)
+        back = tmp_path / f"{name}-back"
+        run("--model", model, "--source", tmp_path / f"{name}-out", "--out", back, "--to", "torch")
+        (back / "config.json").write_bytes((tmp_path / name / "config.json").read_bytes())
+        loaded, info = cls.from_pretrained(back, output_loading_info=True)
+        assert not [n for n in info["missing_keys"] if n != "lm_head.weight"] and not info["unexpected_keys"], info
+        original = cls.from_pretrained(tmp_path / name)
+        for key, value in original.state_dict().items():
+            if not key.endswith("k_proj.bias"):
+                assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_a_check_finds_a_wrong_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from ymplug_jax.convert import bloom
+    from ymplug_jax.convert.plan import Layout
+
+    wrong = [
+        rule._replace(layout=rule.layout.replace("(n part h)", "(part n h)"))
+        for rule in bloom.LAYOUTS["hugging_face"].rules
+    ]
+    monkeypatch.setattr(bloom, "LAYOUTS", {"hugging_face": Layout(tuple(wrong), tied=bloom.TIED)})
+    model, files = make("bloom", tmp_path / "source")
+    run("--model", model, "--source", *files, "--out", tmp_path / "out", "--check", *HEADS, code=1)
+    assert "block 0  DIFFERS" in capsys.readouterr().err
+
+
+def test_adapters_are_added_or_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, files = make("bloom", tmp_path / "source")
+    adapter = torch_sources.adapter(tmp_path / "lora", width=64, depth=3, rank=4, alpha=16)
+    plain = load_file(files[0])
+    for folder, more in (("merged", ()), ("kept", ("--keep_lora",))):
+        argv = ("--model", model, "--source", *files, "--lora", adapter, *more, *HEADS)
+        run(*argv, "--out", tmp_path / folder, "--check")
+        assert float(capsys.readouterr().out.split()[-1]) < 1e-5
+        run("--model", model, "--source", tmp_path / folder, "--out", tmp_path / f"{folder}-back", "--to", "torch")
+    back = load_file(tmp_path / "kept-back" / "adapter_model.safetensors")
+    stored = {
+        n.removeprefix("base_model.model."): v for n, v in load_file(adapter / "adapter_model.safetensors").items()
+    }
+    assert back.keys() == stored.keys() and all(torch.equal(back[n], v) for n, v in stored.items())
+    kept, merged = (load_file(tmp_path / f"{name}-back" / "model.safetensors") for name in ("kept", "merged"))
+    assert all(torch.equal(kept[name], plain[name]) for name in kept)
+    changed = [name for name in merged if not torch.equal(merged[name], plain[name])]
+    assert sorted(changed) == [f"transformer.h.{i}.self_attention.query_key_value.weight" for i in range(3)]
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16, "use_dora": True})
+    )
+    run(*argv, "--out", tmp_path / "dora", code=2)
+    assert "use_dora" in capsys.readouterr().err
+
+
+def test_types_by_subtree(tmp_path: Path) -> None:
+    model, files = make("bloom", tmp_path / "source")
+    adapter = torch_sources.adapter(tmp_path / "lora", width=64, depth=3, rank=4, alpha=16)
+    argv = ("--model", model, "--source", *files, "--lora", adapter, "--keep_lora", *HEADS)
+    run(*argv, "--out", tmp_path / "out", "--dtype", "frozen=bfloat16")
+    stored = checkpoint.stored_params(str(tmp_path / "out"))
+    assert {path.split("/")[2]: str(leaf.dtype) for path, leaf in stored.items() if path.startswith("llm/blocks")} == {
+        "attn": "bfloat16",
+        "attn_norm": "bfloat16",
+        "mlp": "bfloat16",
+        "mlp_norm": "bfloat16",
+        "lora": "float32",
+    }
+    run(*argv, "--out", tmp_path / "other", "--dtype", "nothing=bfloat16", code=2)
+    run(*argv, "--out", tmp_path / "other", "--dtype", "llm=int7", code=2)
+
+
+def test_tables_are_resized(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, files = make("clip", tmp_path / "source")
+    run("--model", model, "--source", *files, "--out", tmp_path / "out", "--image_size", 96, *HEADS)
+    assert checkpoint.stored_params(str(tmp_path / "out"))["vision/pos_embed"].shape == (37, 64)
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["resized"] == {"vision/pos_embed": [37, 64]}
+    run("--model", model, "--source", *files, "--out", tmp_path / "no", "--frames", 8, *HEADS, code=2)
+    assert "no vision/temporal_embed to resize" in capsys.readouterr().err
+
+
+def test_copies_of_tied_tensors_must_be_equal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, (file,) = make("bert", tmp_path / "source")
+    tensors = torch.load(file, weights_only=True)
+    tensors["cls.predictions.decoder.weight"] = tensors["cls.predictions.decoder.weight"] + 1
+    torch.save(tensors, file)
+    run("--model", model, "--source", file, "--out", tmp_path / "out", *HEADS, code=2)
+    assert "cls.predictions.decoder.weight should be the same tensor as" in capsys.readouterr().err
+
+
+def test_other_models_and_damaged_values_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    _, bloom = make("bloom", tmp_path / "bloom")
+    _, clip = make("openai archive", tmp_path / "clip")
+    run("--model", "bert", "--source", *bloom, "--out", tmp_path / "out", *HEADS, code=2)
+    assert "try --model bloom" in capsys.readouterr().err
+    run("--model", "bloom", "--source", *clip, "--out", tmp_path / "out", *HEADS, code=2)
+    assert "try --model clip" in capsys.readouterr().err
+
+    tensors = load_file(bloom[0])
+    for name, value, message in (
+        ("double", tensors["transformer.ln_f.weight"].double(), "is float64"),
+        ("quantised", tensors["transformer.ln_f.weight"].to(torch.int8), "is I8"),
+        ("nan", torch.full((64,), float("nan")), "no finite numbers"),
+        ("short", torch.ones(63), "transformer.ln_f.weight: expected (64,), found (63,)"),
+    ):
+        file = tmp_path / f"{name}.safetensors"
+        save_file(tensors | {"transformer.ln_f.weight": value}, file)
+        run("--model", "bloom", "--source", file, "--out", tmp_path / name, *HEADS, code=2)
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / name / "checkpoints" / "converted").exists()
+
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../bloom/model.safetensors"}}))
+    run("--model", "bloom", "--source", index, "--out", tmp_path / "out", *HEADS, code=2)
+    assert "outside its folder" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, (file,) = make("gpt3", tmp_path / "source")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    run("--model", model, "--source", file, "--out", tmp_path / "out", *HEADS, code=2)
+    assert "the checksum of" in capsys.readouterr().err
+
+
+def test_an_archive_that_asks_for_more_than_tensors_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import zipfile
+
+    _, (file,) = make("openai archive", tmp_path / "source")
+    marker = tmp_path / "it ran"
+    evil = f"cbuiltins\nexec\n(Vopen({str(marker)!r}, 'w')\ntR.".encode()
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "evil.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, evil if name.endswith("/data.pkl") else old.read(name))
+    run("--model", "clip", "--source", tmp_path / "evil.pt", "--out", tmp_path / "out", *HEADS, code=2)
+    assert "it asks for builtins.exec" in capsys.readouterr().err and not marker.exists()
+
+
+def test_the_release_of_mplug_video_agrees(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "mplug_video_gpt3" / "pretrain.npz"
+    with np.load(golden) as arrays:
+        tensors = {k.removeprefix("param/"): torch.from_numpy(arrays[k]) for k in arrays if k.startswith("param/")}
+    file = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": tensors}, file)
+    argv = ("--model", "mplug_video", "--source", file, *HEADS)
+    run(*argv, "--out", tmp_path / "out", "--check")
+    assert float(capsys.readouterr().out.split()[-1]) < 1e-5
+    run(*argv, "--out", tmp_path / "longer", "--frames", 8)
+    stored = checkpoint.stored_params(str(tmp_path / "longer"))["vision/temporal_embed"]
+    assert stored.shape[0] == 8
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {"vision": {"temporal_embed": jax.ShapeDtypeStruct(stored.shape, np.float32, sharding=place)}}
+    value = checkpoint.load_params(str(tmp_path / "longer"), like)["vision/temporal_embed"]
+    np.testing.assert_allclose(value[0], tensors["visual_encoder.temporal_embed"][0, 0].numpy(), rtol=1e-6)
