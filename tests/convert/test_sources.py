@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import torch_sources
 from ymplug_jax import checkpoint
 from ymplug_jax.convert import __main__ as command
+from ymplug_jax.convert import rules
 from ymplug_jax.convert.plan import extra, map_of
 from ymplug_jax.convert.torch_file import Source
 
@@ -67,6 +68,85 @@ def test_there_agrees_and_back_is_equal(name: str, tmp_path: Path, capsys: pytes
             third = len(mine) // 3
             theirs[third : 2 * third] = 0
         assert tensor in zeros or (mine.dtype == theirs.dtype and mine.tobytes() == theirs.tobytes()), tensor
+
+
+def test_shards_of_torch_save_with_the_names_of_the_bare_model(tmp_path: Path) -> None:
+    _, files = make("bloom", tmp_path / "source")
+    tensors = {name.removeprefix("transformer."): value for name, value in load_file(files[0]).items()}
+    names = sorted(tensors)
+    where = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        torch.save({name: tensors[name] for name in names if where[name] == file}, tmp_path / file)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    run("--model", "bloom", "--source", index, "--out", tmp_path / "out", *HEADS)
+    run("--model", "bloom", "--source", tmp_path / "out", "--out", tmp_path / "back", "--to", "torch")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert len(back) == len(tensors) and all(torch.equal(back[f"transformer.{n}"], v) for n, v in tensors.items())
+    (tmp_path / where[names[0]]).unlink()
+    run("--model", "bloom", "--source", index, "--out", tmp_path / "other", *HEADS, code=2)
+
+
+def test_eight_pieces_in_megatrons_own_folders(tmp_path: Path) -> None:
+    """model/mp_rank_XX/model_optim_rng.pt: nested dicts, the settings of the run and its optimizer beside them."""
+    import argparse
+
+    def nested(tensors: dict) -> dict:
+        tree: dict = {}
+        for name, value in tensors.items():
+            top, kind, rest = name.split(".", 2)
+            tree.setdefault(top, {}).setdefault(kind, {})[rest] = value
+        return {"model": tree, "args": argparse.Namespace(rank=0), "optimizer": {"m": torch.ones(3)}, "iteration": 7}
+
+    sizes = MEGATRON | {"vocab": 104}
+    whole = torch_sources.megatron(tmp_path / "one", dtype=torch.float16, **sizes)
+    files = []
+    pieces = torch_sources.megatron(tmp_path / "eight", dtype=torch.float16, pieces=8, wrap=nested, **sizes)
+    for i, file in enumerate(pieces):
+        folder = tmp_path / "model" / f"mp_rank_{i:02d}"
+        folder.mkdir(parents=True)
+        files.append(file.rename(folder / "model_optim_rng.pt"))
+    for out, sources in (("a", whole), ("b", files)):
+        run("--model", "gpt3", "--source", *sources, "--out", tmp_path / out, *HEADS)
+        run("--model", "gpt3", "--source", tmp_path / out, "--out", tmp_path / f"{out}-back", "--to", "torch")
+    one, eight = (load_file(tmp_path / f"{out}-back" / "model.safetensors") for out in "ab")
+    assert one.keys() == eight.keys() and all(torch.equal(one[name], eight[name]) for name in one)
+    assert len(json.loads((tmp_path / "b" / "conversion.json").read_text())["sources"]) == 8
+    run("--model", "gpt3", "--source", *files[:7], "--out", tmp_path / "c", *HEADS, code=2)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [((2048, 24), 1_317_654_528), ((2560, 32), 2_653_967_360), ((5120, 40), 12_858_214_400)],
+    ids=["1.3b", "2.7b", "13b"],
+)
+def test_released_sizes_of_gpt3_are_known(size: tuple[int, int], parameters: int) -> None:
+    width, depth = size
+    shapes = torch_sources.megatron_names(width, depth, 51200, 2048)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
+    module = map_of("gpt3")
+    plan = module.plan(shapes, {})
+    assert rules.expand(module.LAYOUTS[plan.layout].rules, plan.like).keys() == shapes.keys()
+
+
+def test_a_conversion_loads_on_any_mesh(tmp_path: Path) -> None:
+    model, files = make("bloom", tmp_path / "source")
+    run("--model", model, "--source", *files, "--out", tmp_path / "out", *HEADS)
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"))
+    stored = checkpoint.stored_params(str(tmp_path / "out"))
+
+    def place(path: str, leaf) -> jax.ShapeDtypeStruct:
+        axes = [None] * len(leaf.shape)
+        if path.endswith("attn/q/kernel"):  # [layers, D, N, H]
+            axes[1:3] = "fsdp", "tensor"
+        spec = jax.sharding.PartitionSpec(*axes)
+        return jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    like = rules.unflatten_dict({path: place(path, leaf) for path, leaf in stored.items()}, sep="/")
+    kernel = checkpoint.load_params(str(tmp_path / "out"), like)["llm/blocks/attn/q/kernel"]
+    assert len(kernel.addressable_shards) == 8 and kernel.addressable_shards[0].data.shape == (3, 32, 1, 16)
+    fused = load_file(files[0])["transformer.h.2.self_attention.query_key_value.weight"].numpy()
+    np.testing.assert_array_equal(kernel[2], fused.reshape(4, 3, 16, 64)[:, 0].transpose(2, 0, 1))
 
 
 def test_the_classes_of_hugging_face_load_what_comes_back(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,12 +245,21 @@ def _unnested(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, dict):
         raise SourceError(f"{file}: holds a {type(loaded).__name__}, no state dict")
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    tensors = dict(_flat(loaded))
     if not tensors:
         raise SourceError(f"{file}: holds no tensors; its keys are {', '.join(map(str, list(loaded)[:5]))}")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of nested dicts, as Megatron stores them; what else a training program keeps is passed over."""
+    for name, value in tree.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, dict) and name != "optimizer":
+            yield from _flat(value, f"{prefix}{name}.")
 
 
 def _read(name: str, stored: Stored) -> np.ndarray:
