@@ -13,24 +13,13 @@ STD = 0.02
 HIDDEN = -10000.0  # added to the logits of keys that are not to be seen; finite, as released models were trained
 
 # Axis words by path below the text encoder, the fusion encoder and the head of masked words.
-_BLOCKS = (
-    ("blocks/(attn_norm|mlp_norm)/(scale|bias)", "layers embed"),
-    ("blocks/attn/[qkv]/kernel", "layers embed heads head_dim"),
-    ("blocks/attn/[qkv]/bias", "layers heads head_dim"),
-    ("blocks/attn/o/kernel", "layers heads head_dim embed"),
-    ("blocks/attn/o/bias", "layers embed"),
-    ("blocks/mlp/up/kernel", "layers embed mlp"),
-    ("blocks/mlp/up/bias", "layers mlp"),
-    ("blocks/mlp/down/kernel", "layers mlp embed"),
-    ("blocks/mlp/down/bias", "layers embed"),
-)
 TEXT_AXES = (
     ("token_embed", "vocab embed"),
     ("(pos_embed|type_embed)", "pos embed"),
     ("embed_norm/(scale|bias)", "embed"),
-    *_BLOCKS,
+    *layers.BLOCK_AXES,
 )
-FUSION_AXES = _BLOCKS
+FUSION_AXES = layers.BLOCK_AXES
 HEAD_AXES = (
     ("hidden/kernel", "embed embed"),
     ("(hidden/bias|norm/scale|norm/bias)", "embed"),

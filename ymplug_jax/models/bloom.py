@@ -17,17 +17,9 @@ STD = 0.02
 AXES = (
     ("token_embed", "vocab embed"),
     ("(embed_norm|norm)/(scale|bias)", "embed"),
-    ("blocks/(attn_norm|mlp_norm)/(scale|bias)", "layers embed"),
-    ("blocks/attn/[qkv]/kernel", "layers embed heads head_dim"),
-    ("blocks/attn/[qkv]/bias", "layers heads head_dim"),
-    ("blocks/attn/o/kernel", "layers heads head_dim embed"),
-    ("blocks/attn/o/bias", "layers embed"),
+    *layers.BLOCK_AXES,
     ("blocks/lora/a", "layers embed rank"),
     ("blocks/lora/[qkv]", "layers rank heads head_dim"),
-    ("blocks/mlp/up/kernel", "layers embed mlp"),
-    ("blocks/mlp/up/bias", "layers mlp"),
-    ("blocks/mlp/down/kernel", "layers mlp embed"),
-    ("blocks/mlp/down/bias", "layers embed"),
 )
 
 

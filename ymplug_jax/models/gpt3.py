@@ -18,15 +18,7 @@ AXES = (
     ("token_embed", "vocab embed"),
     ("pos_embed", "pos embed"),
     ("norm/(scale|bias)", "embed"),
-    ("blocks/(attn_norm|mlp_norm)/(scale|bias)", "layers embed"),
-    ("blocks/attn/[qkv]/kernel", "layers embed heads head_dim"),
-    ("blocks/attn/[qkv]/bias", "layers heads head_dim"),
-    ("blocks/attn/o/kernel", "layers heads head_dim embed"),
-    ("blocks/attn/o/bias", "layers embed"),
-    ("blocks/mlp/up/kernel", "layers embed mlp"),
-    ("blocks/mlp/up/bias", "layers mlp"),
-    ("blocks/mlp/down/kernel", "layers mlp embed"),
-    ("blocks/mlp/down/bias", "layers embed"),
+    *layers.BLOCK_AXES,
 )
 
 

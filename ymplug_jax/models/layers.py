@@ -16,6 +16,19 @@ Initializer = Callable[..., jax.Array]
 # What the backward pass may keep of a block instead of computing it again.
 REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
+# Axis words of a stack of transformer blocks, by path below the tower.
+BLOCK_AXES = (
+    ("blocks/(attn_norm|mlp_norm)/(scale|bias)", "layers embed"),
+    ("blocks/attn/[qkv]/kernel", "layers embed heads head_dim"),
+    ("blocks/attn/[qkv]/bias", "layers heads head_dim"),
+    ("blocks/attn/o/kernel", "layers heads head_dim embed"),
+    ("blocks/attn/o/bias", "layers embed"),
+    ("blocks/mlp/up/kernel", "layers embed mlp"),
+    ("blocks/mlp/up/bias", "layers mlp"),
+    ("blocks/mlp/down/kernel", "layers mlp embed"),
+    ("blocks/mlp/down/bias", "layers embed"),
+)
+
 
 def uniform(bound: float) -> Initializer:
     """Initialiser U(-bound, bound)."""
