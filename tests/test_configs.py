@@ -16,7 +16,9 @@ from ymplug_jax import state as state_lib
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "params"
-FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.stem != "recipe")  # shared by the runs of a model
+FILES = sorted(
+    p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("recipe", "slices")
+)  # shared by the runs of a model
 # file and argument -> mesh of the table
 VARIANTS = {
     ("mplug_video/pretrain", "1.3b"): {"fsdp": 8},

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ymplug_jax"
 FLOORS = {
     5: ["main", "demo"],
-    4: ["train", "evaluate", "plan", "run", "predict", "page", "sheet"],
+    4: ["train", "evaluate", "plan", "run", "predict", "page", "sheet", "aot", "chips", "flops", "hlo"],
     3: ["tasks"],
     2: ["models", "data"],
     1: ["config", "sharding", "state", "optim", "checkpoint", "writer"],

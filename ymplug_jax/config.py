@@ -74,6 +74,9 @@ class Train:
     max_bad_steps: int = 20  # consecutive steps with a non-finite loss or gradient before the run stops
     init_from: str = ""  # "DIR" (every parameter) or "llm=DIR,vision=DIR" (named subtrees)
     frozen: tuple[str, ...] | None = None  # path regexes; None: what the task freezes by itself
+    keep_logits: bool = (
+        False  # keep the logits for the backward pass instead of computing them again: faster, more memory
+    )
     frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
 
 

@@ -1,4 +1,4 @@
-"""Entry point: `python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR --mode train|eval|plan`.
+"""Entry point: `python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR --mode train|eval|plan|compile`.
 
 For all modes but train the last line on stdout is one JSON object; everything else goes to stderr. On a pod the same
 command runs on every host.
@@ -6,6 +6,7 @@ command runs on every host.
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,13 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="configs/<model>/<task>.py[:size]; settings follow as --config.data.path=..."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, settings.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "compile"], "What to do.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "v5e:4x4", "With --mode=compile: the TPU slice, e.g. v5e:4x8, v5p:4x4x4, v6e:8x8."
+)
+SLICES = flags.DEFINE_integer(
+    "slices", 1, "With --mode=compile: so many of them; data runs over the network between them."
+)
 EXAMPLES = flags.DEFINE_integer("examples", 0, "Evaluate only this many examples; 0: the whole split.")
 SEEDS = flags.DEFINE_integer(
     "seeds",
@@ -40,10 +47,14 @@ def main(argv: list[str]) -> int:
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of metadata that a part of a checkpoint never has
     for noisy in ("jax", "orbax", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if MODE.value == "compile":
+        # The compiler is asked, no chip: JAX must not look for one.
+        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor is the library held by one process
     # After the flags: a wrong flag is answered at once, and importing this module stays quick.
     import jax
 
-    from ymplug_jax import config, evaluate, plan, run, train
+    from ymplug_jax import aot, config, evaluate, plan, run, train
 
     if COORDINATOR.value:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -60,6 +71,9 @@ def main(argv: list[str]) -> int:
             facts = plan.estimate(ready, train.compile_step(ready))
             logging.info("%s", plan.render_estimate(facts))
             result = facts
+        elif MODE.value == "compile":
+            result = aot.compile_for(experiment, TOPOLOGY.value, SLICES.value)
+            logging.info("%s", aot.render(result))
         else:
             if not WORKDIR.value:
                 raise ValueError(f"--workdir is missing: the folder of the run that --mode={MODE.value} works in")
@@ -77,7 +91,7 @@ def main(argv: list[str]) -> int:
         return 2
     if jax.process_index() == 0:
         print(json.dumps(result, ensure_ascii=False), flush=True)
-    return 0
+    return 3 if MODE.value == "compile" and not result["fits"] else 0
 
 
 def _ours(error: BaseException) -> bool:
@@ -93,8 +107,6 @@ def _ours(error: BaseException) -> bool:
 
 def _on_tpu_pod() -> bool:
     """Whether this host is one of several of a TPU slice (the platform then knows the addresses)."""
-    import os
-
     return len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
 
 

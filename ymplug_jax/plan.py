@@ -24,7 +24,7 @@ def table(run: Run, origin: Mapping[str, str] | None = None) -> str:
     head = ("subtree", "", "dtype", "sharding", "origin", "tensors", "parameters")
     body = [(*key, f"{tensors}", f"{size:,}") for key, (tensors, size) in sorted(rows.items())]
     trained, frozen = state_lib.count(run.state.trainable), state_lib.count(run.frozen)
-    text = _columns([head, *body], right=2)
+    text = columns([head, *body], right=2)
     share = 100 * trained / (trained + frozen)
     return f"{text}\ntrained {trained:,} ({share:.1f} %), frozen {frozen:,}, together {trained + frozen:,}"
 
@@ -85,13 +85,13 @@ def render_estimate(facts: Mapping[str, Any]) -> str:
             f"{facts['examples']:,} examples, {facts['steps_per_epoch']:,} steps an epoch at batch {facts['batch_size']}",
         ),
         ("run", f"{facts['steps']:,} steps, {facts['samples']:,} samples"),
-        ("memory a device", ", ".join(f"{name.replace('_', ' ')} {_human(size)}" for name, size in memory.items())),
-        ("checkpoint", f"{_human(disk['each_step'])} each, and {_human(disk['frozen_once'])} once for the frozen part"),
+        ("memory a device", ", ".join(f"{name.replace('_', ' ')} {human(size)}" for name, size in memory.items())),
+        ("checkpoint", f"{human(disk['each_step'])} each, and {human(disk['frozen_once'])} once for the frozen part"),
     ]
-    return _columns(lines)
+    return columns(lines)
 
 
-def _human(size: float) -> str:
+def human(size: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -99,7 +99,7 @@ def _human(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
-def _columns(rows: list[tuple], right: int = 0) -> str:
+def columns(rows: list[tuple], right: int = 0) -> str:
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     count = len(widths)
 

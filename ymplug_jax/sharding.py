@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AxisRules = Sequence[tuple[str, str]]
@@ -34,7 +35,17 @@ def make_mesh(
         raise ValueError(
             f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not make {count} devices; change config.mesh"
         )
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    kinds = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices or jax.devices()})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=kinds, devices=devices)
+    if data % slices:
+        raise ValueError(
+            f"mesh: data={data} is no multiple of the {slices} slices; only data runs over the network between them"
+        )
+    inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(inside, across, list(devices or jax.devices()))
+    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
 def axis_words(path: str, axes: AxisRules) -> tuple[str, ...]:

@@ -106,14 +106,19 @@ def _accumulated(
     return loss / weight, metrics, jax.tree.map(lambda g: g / weight, grads)
 
 
-def compile_step(run: Run) -> jax.stages.Compiled:
-    """The training step compiled for the run's mesh from abstract arguments: nothing is allocated."""
+def lower_step(run: Run) -> jax.stages.Lowered:
+    """The training step as a program for the run's mesh, from abstract arguments: nothing is allocated."""
     step = make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(run.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(run.mesh)))
     with jax.set_mesh(run.mesh):
-        return jitted.lower(run.state, run.frozen, run_lib.abstract_batch(run), key).compile()
+        return jitted.lower(run.state, run.frozen, run_lib.abstract_batch(run), key)
+
+
+def compile_step(run: Run) -> jax.stages.Compiled:
+    """The training step compiled for the run's mesh: nothing is allocated."""
+    return lower_step(run).compile()
 
 
 def train(experiment: Experiment, workdir: Path) -> dict[str, float]:

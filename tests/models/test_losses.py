@@ -101,3 +101,41 @@ def test_masked_positions_give_no_gradient_even_if_infinite() -> None:
     logits = jnp.zeros((1, 2, 4)).at[0, 1].set(jnp.inf)
     total, _ = losses.next_token(logits, ids, mask)
     assert total == pytest.approx(np.log(4), rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 17, 40])
+def test_next_token_in_parts_equals_the_whole(length: int) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(50, 8)).astype(np.float32)
+    hidden = rng.normal(size=(3, length - 1, 8)).astype(np.float32)
+    ids = rng.integers(0, 50, (3, length))
+    mask = (np.arange(length) < np.array([length, length - 2, 0])[:, None]).astype(np.int32)
+    prompt = np.array([1, 0, 2])
+
+    def whole(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        return losses.next_token(hidden @ table.T, ids, mask, prompt)[0]
+
+    def parts(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        return losses.next_token_of(lambda h: h @ table.T, hidden, ids, mask, prompt, positions=7)[0]
+
+    for one, other in zip(
+        jax.value_and_grad(whole, (0, 1))(hidden, table), jax.value_and_grad(parts, (0, 1))(hidden, table), strict=True
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), one, other)
+    _, count, right = losses.next_token_of(lambda h: h @ table.T, hidden, ids, mask, prompt)
+    kept = losses.target_mask(mask, prompt)
+    assert count == kept.sum()
+    assert right == ((hidden @ table.T).argmax(-1) == ids[:, 1:])[np.asarray(kept)].sum()
+
+
+def test_logits_of_a_whole_row_never_exist() -> None:
+    """Peak memory of the loss and its gradient, as compiled, grows with the positions of a part, not with the row."""
+    hidden, table = jnp.zeros((4, 128, 64)), jnp.zeros((8192, 64))
+    ids = mask = jnp.ones((4, 129), jnp.int32)
+
+    def temporaries(loss) -> int:
+        return jax.jit(jax.grad(loss)).lower(hidden).compile().memory_analysis().temp_size_in_bytes
+
+    whole = temporaries(lambda h: losses.next_token(h @ table.T, ids, mask)[0])
+    parts = temporaries(lambda h: losses.next_token_of(lambda part: part @ table.T, h, ids, mask)[0])
+    assert whole > 4 * 128 * 8192 * 4 > 2 * parts

@@ -1,6 +1,7 @@
 """Video captioning: the frozen decoder is trained to say the caption and then says it by search (spec 8.3, 9, 10)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,11 @@ def make(experiment: Experiment) -> Task:
         mask = batch["mask"] * (batch["valid"] & batch["labelled"])[:, None]  # [B, L]
         prefix = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))["prefix"]
         hidden = run.hidden(prefix, batch["ids"], deterministic=key is None)  # [B, Q + L, H]
-        logits = run.logits(hidden[:, model.abstractor.queries : -1])  # [B, L - 1, V]
-        mean = Mean(*losses.next_token(logits, batch["ids"], mask, batch["prompt_length"]))
+        keep = experiment.train.keep_logits
+        text, logits_of = hidden[:, model.abstractor.queries : -1], partial(inputs.logits_of, model, params)
+        mean = Mean(
+            *losses.next_token_of(logits_of, text, batch["ids"], mask, batch["prompt_length"], keep_logits=keep)[:2]
+        )
         return losses.ratio(mean), {"caption_loss": mean, "loss": mean}
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:

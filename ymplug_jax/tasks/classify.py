@@ -5,6 +5,7 @@ and with the title alone: a title by itself already goes far on this data.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,9 @@ def make(experiment: Experiment) -> Task:
         mask = batch["mask"] * counts[:, None]  # [B, L]
         prefix = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))["prefix"]
         hidden = run.hidden(prefix, batch["ids"], deterministic=key is None)  # [B, Q + L, H]
-        logits = run.logits(hidden[:, model.abstractor.queries : -1])  # [B, L - 1, V]
-        words = losses.next_token(logits, batch["ids"], mask, batch["prompt_length"])
+        keep = experiment.train.keep_logits
+        text, logits_of = hidden[:, model.abstractor.queries : -1], partial(inputs.logits_of, model, params)
+        words = losses.next_token_of(logits_of, text, batch["ids"], mask, batch["prompt_length"], keep_logits=keep)[:2]
         hidden = run.hidden(prefix, batch["plain"], deterministic=key is None)
         votes = run.classify(hidden, batch["plain_mask"])  # [B, C]
         return losses.words_and_head(words, votes, batch["label"], counts)

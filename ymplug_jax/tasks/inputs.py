@@ -10,6 +10,7 @@ from ymplug_jax.config import Data
 from ymplug_jax.data import augment, frames, text
 from ymplug_jax.data.records import Record
 from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.state import Params
 from ymplug_jax.tasks.task import Example
 
 # Of CLIP's images, RGB, for values in 0..1.
@@ -122,3 +123,8 @@ def given(tokenizer: text.Tokenizer | None) -> text.Tokenizer:
             "config.data.tokenizer is empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt"
         )
     return tokenizer
+
+
+def logits_of(model: MPLUGVideo, params: Params, hidden: jax.Array) -> jax.Array:
+    """f[..., H] -> f32[..., V], as a pure function."""
+    return model.apply({"params": params}, hidden, method="logits")

@@ -1,5 +1,7 @@
 """Losses as pure functions. Each returns a sum and a weight: add both over rows, hosts and micro-batches, then divide once."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -42,6 +44,52 @@ def next_token(
     targets = target_mask(mask, prompt_lengths)
     losses = token_losses(logits, ids[:, 1:])  # [B, L - 1]
     return jnp.sum(jnp.where(targets, losses, 0)), jnp.sum(targets, dtype=jnp.float32)
+
+
+def next_token_of(
+    logits_of: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    ids: jax.Array,
+    mask: jax.Array,
+    prompt_lengths: jax.Array | None = None,
+    *,
+    keep_logits: bool = False,
+    positions: int = 16,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`next_token` from hidden states, a few positions at a time: logits of the whole row never exist, in either direction.
+
+    Args:
+      logits_of: f[..., D] -> f[..., V].
+      hidden: f[B, L - 1, D] at the positions of tokens 0..L-2.
+      ids: int[B, L], the start token first.
+      mask: int or bool[B, L], 1 up to and including the end token.
+      prompt_lengths: int[B], tokens after the start token that are given, not predicted; None: none are.
+      keep_logits: keep them for the backward pass; otherwise they are computed once more there.
+      positions: of each row that meet the vocabulary at once, at most.
+
+    Returns:
+      (sum of the cross-entropies, number of targets, number of targets that are the likeliest token), float32 scalars.
+    """
+    targets = target_mask(mask, prompt_lengths)
+    length = hidden.shape[1]
+    parts = -(-length // positions)
+    width = -(-length // parts)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, parts * width - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], parts, width, *x.shape[2:]), 1, 0)  # [parts, B, width, ...]
+
+    def add(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        states, labels, kept = part
+        logits = logits_of(states)  # [B, width, V]
+        right = (jnp.argmax(logits, axis=-1) == labels) & kept
+        loss = jnp.sum(jnp.where(kept, token_losses(logits, labels), 0))
+        return (sums[0] + loss, sums[1] + jnp.sum(right, dtype=jnp.float32)), None
+
+    zero = jnp.float32(0)
+    step = add if keep_logits else jax.checkpoint(add)
+    (loss, right), _ = jax.lax.scan(step, (zero, zero), (cut(hidden), cut(ids[:, 1:]), cut(targets)))
+    return loss, jnp.sum(targets, dtype=jnp.float32), right
 
 
 def similarity(video: jax.Array, text: jax.Array) -> jax.Array:

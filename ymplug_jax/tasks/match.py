@@ -109,8 +109,11 @@ def make(experiment: Experiment) -> Task:
         counts = batch["valid"][videos] & batch["valid"][texts]
         ids, mask, lengths = (batch[name][texts, labels] for name in ("ids", "mask", "prompt_length"))
         hidden = run.hidden(prefix[videos], ids, deterministic=key is None)  # [3B, Q + L, H]
-        logits = run.logits(hidden[:, queries:-1])  # [3B, L - 1, V]
-        words = losses.next_token(logits, ids, mask * counts[:, None], lengths)
+        keep = experiment.train.keep_logits
+        logits_of = partial(inputs.logits_of, model, params)
+        words = losses.next_token_of(
+            logits_of, hidden[:, queries:-1], ids, mask * counts[:, None], lengths, keep_logits=keep
+        )[:2]
         hidden = run.hidden(prefix[videos], batch["plain"][texts], deterministic=key is None)
         votes = run.classify(hidden, batch["plain_mask"][texts])  # [3B, 2]
         return losses.words_and_head(words, votes, labels, counts)

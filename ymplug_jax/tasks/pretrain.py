@@ -5,6 +5,7 @@ short titles weigh more; on one process the two are the same.)
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,13 @@ def make(experiment: Experiment) -> Task:
         mask = batch["mask"] * batch["valid"][:, None]  # [B, L]
         seen = run.encode_video(video)
         hidden = run.hidden(seen["prefix"], batch["ids"], deterministic=key is None)  # [B, Q + L, H]
-        logits = run.logits(hidden[:, queries:-1])  # [B, L - 1, V]: only text is predicted
-        caption = Mean(*losses.next_token(logits, batch["ids"], mask))
-        correct = jnp.argmax(logits, axis=-1) == batch["ids"][:, 1:]
-        accuracy = Mean(jnp.sum(correct * losses.target_mask(mask), dtype=jnp.float32), caption.weight)
-        total, metrics = losses.ratio(caption), {"caption_loss": caption, "token_accuracy": accuracy}
+        keep = experiment.train.keep_logits
+        logits_of = partial(inputs.logits_of, model, params)
+        words, count, right = losses.next_token_of(
+            logits_of, hidden[:, queries:-1], batch["ids"], mask, keep_logits=keep
+        )  # only text
+        caption = Mean(words, count)
+        total, metrics = losses.ratio(caption), {"caption_loss": caption, "token_accuracy": Mean(right, count)}
         if model.contrastive_width:
             text_hidden = run.hidden(None, batch["ids"], deterministic=key is None)
             units = run.contrastive(seen["image_query"], text_hidden, mask)

@@ -1,0 +1,45 @@
+"""Settings by TPU slice: how a run is laid out over the chips, tuned with `--mode compile`.
+
+The frozen decoder in bf16 (2.6 or 5.3 GB) fits on every chip, so all chips are replicas: the only thing they send is the
+gradient of the trained parameters. The batch grows with the slice; the rates of the recipe are for 384 and 256 examples.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from ymplug_jax.config import Experiment
+
+
+class Layout(NamedTuple):
+    """One slice: examples a step on each chip, and what the backward pass recomputes of the decoder and of the vision tower."""
+
+    topology: str
+    chips: int
+    batch: dict[str, int]  # size -> examples a chip
+    llm_remat: dict[str, str]
+    vision_remat: str
+
+
+SLICES = {
+    "v5e-16": Layout("v5e:4x4", 16, {"1.3b": 32, "2.7b": 16}, {"1.3b": "dots", "2.7b": "dots"}, "full"),
+    "v5e-64": Layout("v5e:8x8", 64, {"1.3b": 32, "2.7b": 16}, {"1.3b": "dots", "2.7b": "dots"}, "full"),
+    "v5p-64": Layout("v5p:4x4x4", 64, {"1.3b": 32, "2.7b": 32}, {"1.3b": "dots", "2.7b": "dots"}, "dots"),
+    "v5p-256": Layout("v5p:4x8x8", 256, {"1.3b": 32, "2.7b": 32}, {"1.3b": "dots", "2.7b": "dots"}, "dots"),
+    "v6e-64": Layout("v6e:8x8", 64, {"1.3b": 32, "2.7b": 32}, {"1.3b": "dots", "2.7b": "dots"}, "full"),
+}
+
+
+def on(experiment: Experiment, size: str, name: str) -> Experiment:
+    """The experiment laid out for a slice: chips counted as devices, e.g. "v5p-256" is a slice of 256 chips.
+
+    Raises:
+      ValueError: an unknown slice.
+    """
+    if name not in SLICES:
+        raise ValueError(f"slice {name!r} is unknown; there are {', '.join(SLICES)}")
+    layout, model = SLICES[name], experiment.model
+    model = model.clone(
+        vision=model.vision.clone(remat=layout.vision_remat), llm=model.llm.clone(remat=layout.llm_remat[size])
+    )
+    train = dataclasses.replace(experiment.train, batch_size=layout.chips * layout.batch[size])
+    return dataclasses.replace(experiment, model=model, train=train)

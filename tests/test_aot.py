@@ -1,0 +1,129 @@
+"""The account of a compiled step: FLOPs by hand, traffic of small programs, and the same program as training's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests import tiny
+from ymplug_jax import aot, chips, flops, hlo, run, sharding
+
+
+def test_flops_of_loops_and_recomputation() -> None:
+    x, w = jnp.zeros((8, 16)), jnp.zeros((5, 16, 16))
+    one = 2 * 8 * 16 * 16
+
+    def loss(x: jax.Array, remat: bool) -> jax.Array:
+        body = lambda c, k: (jnp.tanh(c @ k), None)  # noqa: E731
+        return jax.lax.scan(jax.checkpoint(body) if remat else body, x, w)[0].sum()
+
+    assert flops.count(lambda x: loss(x, False), x) == 5 * one
+    assert flops.count(jax.grad(lambda x: loss(x, False)), x) == 2 * 5 * one  # no gradient of the weights
+    assert flops.count(jax.grad(lambda x: loss(x, True)), x) == 3 * 5 * one
+
+
+@pytest.mark.parametrize(("axis", "size"), [("data", 2), ("fsdp", 4)])
+def test_collectives_by_axis_and_loop(axis: str, size: int) -> None:
+    mesh = sharding.make_mesh(2, 4, 1)
+    place = NamedSharding(mesh, PartitionSpec(axis))
+
+    @jax.jit
+    def step(x: jax.Array) -> jax.Array:
+        def body(c: jax.Array, _: None) -> tuple[jax.Array, None]:
+            total = jax.lax.with_sharding_constraint(jnp.sum(jnp.sin(c), axis=0), NamedSharding(mesh, PartitionSpec()))
+            return jax.lax.with_sharding_constraint(c * total, place), None
+
+        return jax.lax.scan(body, x, None, length=3)[0]
+
+    text = step.lower(jax.ShapeDtypeStruct((8, 1024), jnp.float32, sharding=place)).compile().as_text()
+    found = hlo.traffic(text, mesh.shape)
+    assert found.collectives == {"all-reduce": {axis: 3 * 4096.0}}
+
+
+def test_groups_are_read_in_every_form() -> None:
+    mesh = {"data": 2, "fsdp": 4, "tensor": 2}
+    for text, expected in (
+        ("replica_groups={{0,2,4,6},{1,3,5,7},{8,10,12,14},{9,11,13,15}}", (4, "fsdp")),
+        ("replica_groups=[8,2]<=[16]", (2, "tensor")),
+        ("replica_groups=[8,2]<=[2,8]T(1,0)", (2, "data")),
+        ("replica_groups=[1,16]<=[16]", (16, "data,fsdp,tensor")),
+        ("replica_groups=mesh['a'=2,'b'=4,'c'=2] {'a','b'}", (8, "data,fsdp")),
+        ("replica_groups=mesh['a'=4,'b'=2,'c'=2], device_ids=([4,2,2]T(2,0,1)) {'a'}", (4, "data,tensor")),
+        ("source_target_pairs={{0,8},{8,0}}", (2, "data")),
+    ):
+        assert hlo._group(text, mesh) == expected, text
+
+
+def test_bytes_leaving_a_chip() -> None:
+    assert chips.leaving("all-reduce", 8.0, 4) == (12.0, 0.0)
+    assert chips.leaving("all-gather", 8.0, 4) == (6.0, 0.0)
+    assert chips.leaving("reduce-scatter", 2.0, 4) == (6.0, 0.0)
+    links, network = chips.leaving("all-reduce", 8.0, 8, slices=2)
+    assert (links, network) == (12.0, 2.0)  # reduced within a slice of four first, then a quarter crosses
+
+
+def test_model_flops_of_pretraining_are_those_of_the_formula() -> None:
+    """Frozen decoder: two passes over it (forward, gradient of its input); trained vision: three."""
+    ready = run.prepare(tiny.experiment(), jax.devices()[:1])
+    assert aot.model_flops(ready) <= aot.program_flops(ready)
+    model, data = ready.experiment.model, ready.experiment.data
+    batch, length = ready.experiment.train.batch_size, data.max_tokens
+    row, llm, tower = model.abstractor.queries + length, model.llm, model.vision
+    dense = 12 * llm.width**2 * llm.depth * batch * row
+    attention = 2 * llm.depth * batch * row * row * llm.width
+    head = batch * (length - 1) * llm.width * llm.vocab
+    decoder = 2 * 2 * (dense + head) + 3 * 2 * attention  # attention has no frozen side
+    vision = aot.model_flops(ready) - decoder
+    patches = data.frames * (data.image_size // tower.patch_size) ** 2
+    wanted = 3 * 2 * batch * patches * tower.depth * tower.width**2 * (4 + 4 + 1 + 8)
+    assert 1.0 < vision / wanted < 2.0  # attention, cls, abstractor and connector come on top
+
+
+def _compile(*more: str) -> subprocess.CompletedProcess:
+    config = Path(__file__).parents[1] / "configs" / "tiny" / "pretrain.py"
+    command = [sys.executable, "-m", "ymplug_jax.main", "--config", str(config), "--mode", "compile"]
+    settings = ["--config.data.examples=64", "--config.train.frozen_dtype=bfloat16"]
+    return subprocess.run([*command, *settings, *more], capture_output=True, text=True)
+
+
+def test_compile_mode_on_a_slice() -> None:
+    done = _compile("--topology", "v5e:2x4", "--config.mesh.fsdp=2")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["devices"] == 8 and facts["fits"] and facts["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert facts["hbm_bytes_per_device"] == sum(facts["hbm"].values())
+    assert any("data" in axes for kind in facts["collectives"].values() for axes in kind)
+    assert 0 < facts["predicted_mfu"] < 1
+    assert "predicted MFU" in done.stderr
+    two = json.loads(_compile("--topology", "v5e:2x2", "--slices", "2").stdout.splitlines()[-1])
+    assert two["devices"] == 8 and two["seconds"]["network"] > 0
+    assert _compile("--topology", "v9:1x1").returncode == 2
+
+
+def test_compile_mode_says_what_does_not_fit() -> None:
+    done = _compile("--topology", "v5e:2x2", "--config.train.batch_size=16384", "--config.data.examples=99999")
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 3 and not facts["fits"] and "remat" in facts["advice"]
+
+
+def test_the_same_program_as_training() -> None:
+    """What is compiled for a slice is, line by line, what training lowers for as many devices of this machine."""
+    script = """
+import os
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+import jax
+from tests import tiny
+from ymplug_jax import aot, run, train
+texts = [train.lower_step(run.prepare(tiny.experiment(), devices)).as_text() for devices in (jax.devices(), aot._devices("v5e:2x4", 1))]
+assert texts[0] == texts[1] and len(texts[0]) > 10000
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    import os
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | flags)
+    assert done.returncode == 0, done.stderr[-2000:]

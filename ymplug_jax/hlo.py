@@ -1,0 +1,222 @@
+"""What a compiled program moves: bytes of each kind of collective by mesh axis, and memory traffic, loops counted as often as
+they run. Read from the text of XLA's optimised module.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "iota",
+    "domain",
+)
+
+
+class Op(NamedTuple):
+    """One instruction."""
+
+    name: str
+    kind: str
+    type: str  # with layouts
+    operands: tuple[str, ...]
+    text: str  # the whole line
+
+
+class Traffic(NamedTuple):
+    """Of one device in one run of the program."""
+
+    collectives: dict[str, dict[str, float]]  # kind -> mesh axes ("data", "data,fsdp") -> bytes of the results
+    product_bytes: float  # HBM traffic of instructions with a matrix product
+    other_bytes: float
+
+
+def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
+    """Read the optimised module `text`, compiled for the axes and sizes of `mesh`, in their order."""
+    computations, entry = _parse(text)
+    collectives: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    moved = [0.0, 0.0]
+
+    def walk(name: str, times: float) -> None:
+        ops = computations[name]
+        table = {op.name: op for op in ops}
+        for op in ops:
+            kind = op.kind.removesuffix("-start")
+            if op.kind == "while":
+                body, condition = _called(op, "body"), _called(op, "condition")
+                walk(body, times * _trips(op, computations[condition]))
+            elif op.kind in ("call", "async-start") and (inner := _called(op, "to_apply") or _called(op, "calls")):
+                walk(inner, times)
+            elif op.kind == "conditional":
+                branches = re.findall(r"%([\w.\-]+)", op.text[op.text.find("branch_computations") :].split("}")[0])
+                for branch in branches[:1]:
+                    walk(branch, times)
+            elif kind in COLLECTIVES and not op.kind.endswith("-done"):
+                _collective(op, kind, times, mesh, collectives)
+            elif op.kind not in _FREE and not op.kind.endswith(("-done", "-update")):
+                inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
+                product = any(part.kind in ("convolution", "dot") for part in (*inner, op))
+                moved[0 if product else 1] += times * _bytes(op, table, inner, computations)
+
+    walk(entry, 1)
+    return Traffic({kind: dict(axes) for kind, axes in collectives.items()}, *moved)
+
+
+def _parse(text: str) -> tuple[dict[str, list[Op]], str]:
+    computations: dict[str, list[Op]] = {}
+    entry, ops = "", None
+    for line in text.splitlines():
+        if ops is None:
+            if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+                ops = computations.setdefault(match[2], [])
+                entry = match[2] if match[1] else entry
+        elif line.startswith("}"):
+            ops = None
+        elif match := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)", line):
+            name, shape, kind, rest = match.groups()
+            arguments = rest.split("), ")[0] if "), " in rest else rest
+            ops.append(Op(name, kind, shape, tuple(re.findall(r"%([\w.\-]+)", arguments)), line))
+    return computations, entry
+
+
+def _called(op: Op, key: str) -> str:
+    match = re.search(rf"\b{key}=%?([\w.\-]+)", op.text)
+    return match[1] if match else ""
+
+
+def _trips(op: Op, condition: list[Op]) -> int:
+    """Length of a counted loop: known to XLA, or the constant that its counter is compared with."""
+    if match := re.search(r"known_trip_count[^0-9]*(\d+)", op.text):
+        return int(match[1])
+    bounds = [int(m[1]) for part in condition if (m := re.search(r"= s32\[\]\S* constant\((\d+)\)", part.text))]
+    return max(bounds, default=1)
+
+
+def _size(shape: str, hbm_only: bool = False) -> float:
+    """Bytes of a type, tuples summed; `hbm_only` leaves out what lives in the chip's own memory."""
+    total = 0.0
+    for dtype, dims, layout in _SHAPE.findall(shape):
+        if hbm_only and re.search(r"S\([1-9]\)", layout):
+            continue
+        digits = re.search(r"\d+", dtype)
+        width = _SIZES.get(
+            dtype, int(digits[0]) / 8 if digits and dtype[0] in "su" else 1 if dtype.startswith("f8") else 0
+        )
+        total += width * math.prod(int(size) for size in dims.split(",") if size)
+    return total
+
+
+def _bytes(op: Op, table: Mapping[str, Op], inner: Sequence[Op], computations: Mapping[str, list[Op]]) -> float:
+    """HBM traffic of one instruction: what it reads and what it writes; a slice of something counts as the slice."""
+    if op.kind in ("copy-start", "slice-start"):
+        places = _SHAPE.findall(op.type)
+        sides = 1 + (not re.search(r"S\([1-9]\)", places[0][2]) and not re.search(r"S\([1-9]\)", places[1][2]))
+        return sides * min(_size(f"{dtype}[{dims}]") for dtype, dims, _ in places[:2])
+    reads = [table[name].type if name in table else "" for name in op.operands]
+    if op.kind in ("dynamic-slice", "slice", "gather"):
+        return 2 * _size(op.type, hbm_only=True)
+    if op.kind == "dynamic-update-slice":
+        return 2 * _size(reads[1], hbm_only=True)
+    if not inner:
+        return _size(op.type, hbm_only=True) + sum(_size(shape, hbm_only=True) for shape in reads)
+    by_name = {part.name: part for part in inner}
+    total, written = 0.0, _size(op.type, hbm_only=True)
+    for part in inner:
+        if part.kind == "dynamic-update-slice" and _size(part.type) >= 0.5 * _size(op.type) / max(
+            op.type.count("["), 1
+        ):
+            whole = _size(part.type)
+            if written >= whole:  # written in place
+                written += _size(by_name[part.operands[1]].type) - whole if part.operands[1] in by_name else -whole
+        if part.kind == "parameter":
+            shape = reads[int(re.search(r"parameter\((\d+)\)", part.text)[1])]
+            total += min(_size(shape, hbm_only=True), _read(part.name, inner, computations))
+    return total + max(written, 0.0)
+
+
+def _read(name: str, ops: Sequence[Op], computations: Mapping[str, list[Op]]) -> float:
+    """Bytes that a fusion reads of a parameter: its slices, where nothing else is taken of it."""
+    total = 0.0
+    for user in ops:
+        for position, operand in enumerate(user.operands):
+            if operand != name:
+                continue
+            if user.kind in ("bitcast", "reshape"):
+                total += _read(user.name, ops, computations)
+            elif user.kind in ("dynamic-slice", "slice"):
+                total += _size(user.type)
+            elif user.kind == "fusion":
+                inner = computations[_called(user, "calls")]
+                total += sum(_read(p.name, inner, computations) for p in inner if f"parameter({position})" in p.text)
+            elif not (user.kind == "dynamic-update-slice" and position == 0):
+                return math.inf
+    return total
+
+
+def _collective(
+    op: Op, kind: str, times: float, mesh: Mapping[str, int], collectives: dict[str, dict[str, float]]
+) -> None:
+    shape = op.type
+    if op.kind.endswith("-start") and shape.startswith("(("):
+        shape = shape.split("), ", 1)[-1]  # ((operands), (results), ...)
+    group, axes = _group(op.text, mesh)
+    if group > 1:
+        collectives[kind][axes] += times * _size(shape)
+
+
+def _group(text: str, mesh: Mapping[str, int]) -> tuple[int, str]:
+    """(devices in a group, mesh axes along which its members differ)."""
+    sizes, total = list(mesh.values()), math.prod(mesh.values())
+    mesh_form = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+    if match := re.search(mesh_form, text):
+        lengths = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        strides, step = {}, 1
+        for name in reversed(lengths):
+            strides[name], step = step, step * lengths[name]
+        members = [0]
+        for name in re.findall(r"'(\w+)'", match[4]):
+            members = [m + strides[name] * i for m in members for i in range(lengths[name])]
+        if match[2]:
+            order = _iota(match[2], match[3])
+            members = [order[m] for m in members]
+    elif match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        members = _iota(match[2], match[3])[: int(match[1].split(",")[-1])]
+    elif match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        members = [int(n) for n in match[1].split(",")]
+    elif match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        members = [int(match[1]), int(match[2])]
+    else:
+        members = list(range(total))
+    places = [_place(member % total, sizes) for member in members]
+    names = [axis for i, axis in enumerate(mesh) if len({place[i] for place in places}) > 1]
+    return len(members), ",".join(names) or "none"
+
+
+def _iota(shape: str, permutation: str | None) -> list[int]:
+    """Numbers 0.. of a shape "2,8", transposed by "1,0" if given, row by row."""
+    dims = [int(n) for n in shape.split(",")]
+    order = [int(n) for n in permutation.split(",")] if permutation else range(len(dims))
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    numbers = [0]
+    for axis in order:
+        numbers = [n + strides[axis] * i for n in numbers for i in range(dims[axis])]
+    return numbers
+
+
+def _place(number: int, sizes: list[int]) -> tuple[int, ...]:
+    place = []
+    for size in reversed(sizes):
+        place.append(number % size)
+        number //= size
+    return tuple(reversed(place))
