@@ -115,7 +115,7 @@ def _devices(topology: str, slices: int) -> list[jax.Device]:
         more["chip_config_name"] = "megacore"  # one device a chip, as programs see it
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"--topology {topology}: {reason}; write e.g. v5e:4x8, v5p:4x4x4 (and install the extra: pip install -e '.[tpu]')"

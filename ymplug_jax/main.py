@@ -35,6 +35,8 @@ SEEDS = flags.DEFINE_integer(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for plain hosts; TPU pods need none.")
 PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
+START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds until every process must have come, with several.")
+HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds of silence after which a process counts as dead.")
 
 
 def main(argv: list[str]) -> int:
@@ -56,11 +58,20 @@ def main(argv: list[str]) -> int:
 
     from ymplug_jax import aot, config, evaluate, plan, run, train
 
-    if COORDINATOR.value:
+    if COORDINATOR.value or _on_cluster():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
-    elif _on_tpu_pod():
-        jax.distributed.initialize()
+        logging.info(
+            "waiting for all %s processes, at most %d s; if one does not come, JAX ends this one",
+            PROCESSES.value or "",
+            START_TIMEOUT.value,
+        )
+        jax.distributed.initialize(
+            COORDINATOR.value,
+            PROCESSES.value,
+            PROCESS_ID.value,
+            initialization_timeout=START_TIMEOUT.value,
+            heartbeat_timeout_seconds=HEARTBEAT.value,
+        )
     if jax.process_index() != 0:
         logging.getLogger().setLevel(logging.WARNING)
     try:
@@ -89,6 +100,14 @@ def main(argv: list[str]) -> int:
             raise
         logging.error("error: %s", error)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        logging.error("error: a transfer between processes failed, so one of them is gone: %s", reason)
+        logging.error("the same command on all hosts goes on from the newest checkpoint in %s", WORKDIR.value)
+        sys.stderr.flush()
+        os._exit(4)  # an orderly end would wait for the one that is gone
     if jax.process_index() == 0:
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return 3 if MODE.value == "compile" and not result["fits"] else 0
@@ -105,9 +124,10 @@ def _ours(error: BaseException) -> bool:
     )
 
 
-def _on_tpu_pod() -> bool:
-    """Whether this host is one of several of a TPU slice (the platform then knows the addresses)."""
-    return len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+def _on_cluster() -> bool:
+    """Whether this is one of several processes that the platform knows the addresses of: a TPU slice, or tasks of SLURM."""
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return len(hosts) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 if __name__ == "__main__":
