@@ -8,10 +8,9 @@ arithmetic the reference used (OpenCV 5 differs by up to 5 grey levels).
 import math
 from collections.abc import Callable, Iterator
 
-import cv2
 import numpy as np
 
-cv2.setNumThreads(0)  # the loader's own threads are the parallelism
+from ymplug_jax.data.frames import opencv
 
 LEVEL = 5  # of 10
 FILL = (128, 128, 128)
@@ -43,7 +42,7 @@ def train_transform(
     out = np.empty((len(clip), size, size, 3), np.uint8)
     for t, values in enumerate(crop_resize(clip, crop, size)):
         frame = to_uint8(values, wrap=wrap_uint8)
-        frame = cv2.flip(frame, 1) if flip else frame
+        frame = opencv().flip(frame, 1) if flip else frame
         for name, level in operations:
             frame = operate(frame, name, level)
         out[t] = frame
@@ -60,9 +59,9 @@ def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> Clip:
     out = np.empty((len(clip), size, size, 3), np.uint8)
     for t, frame in enumerate(clip):
         if bilinear:
-            out[t] = cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR)
+            out[t] = opencv().resize(frame, (size, size), interpolation=opencv().INTER_LINEAR)
         else:
-            out[t] = cv2.remap(frame, grid, None, cv2.INTER_NEAREST)
+            out[t] = opencv().remap(frame, grid, None, opencv().INTER_NEAREST)
     return out
 
 
@@ -102,7 +101,7 @@ def crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
     out = np.empty((size, size, 3), np.float32)
     for frame in clip:
         np.copyto(part, frame[top : top + height, left : left + width])
-        cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
+        opencv().resize(part, (size, size), dst=out, interpolation=opencv().INTER_CUBIC)
         yield np.trunc(out, out=out)
 
 
@@ -125,20 +124,20 @@ def _contrast(frame: Frame, level: float) -> Frame:
         return frame
     # Luma with the weights of blue and red exchanged: the reference takes RGB frames for BGR.
     mean = float(frame.mean((0, 1)) @ (0.114, 0.587, 0.299))
-    return cv2.LUT(frame, to_uint8((np.arange(256) - mean) * factor + mean))
+    return opencv().LUT(frame, to_uint8((np.arange(256) - mean) * factor + mean))
 
 
 def _brightness(frame: Frame, level: float) -> Frame:
     if (factor := _factor(level)) == 1.0:
         return frame
-    return cv2.LUT(frame, to_uint8(np.arange(256) * factor))
+    return opencv().LUT(frame, to_uint8(np.arange(256) * factor))
 
 
 def _sharpness(frame: Frame, level: float) -> Frame:
     if (factor := _factor(level)) == 1.0:
         return frame
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
-    smooth = cv2.filter2D(frame, -1, kernel).astype(np.float32)
+    smooth = opencv().filter2D(frame, -1, kernel).astype(np.float32)
     out = to_uint8(smooth + factor * (frame - smooth))
     out[[0, -1]], out[:, [0, -1]] = frame[[0, -1]], frame[:, [0, -1]]  # the border is left as it was
     return out
@@ -147,13 +146,15 @@ def _sharpness(frame: Frame, level: float) -> Frame:
 def _warp(frame: Frame, matrix: list[list[float]] | np.ndarray) -> Frame:
     """`matrix` [2, 3] maps the source to the destination, (x, y, 1) -> (x, y); bilinear, grey outside."""
     height, width = frame.shape[:2]
-    return cv2.warpAffine(frame, np.float32(matrix), (width, height), borderValue=FILL, flags=cv2.INTER_LINEAR)
+    return opencv().warpAffine(
+        frame, np.float32(matrix), (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR
+    )
 
 
 def _rotate(frame: Frame, level: float) -> Frame:
     height, width = frame.shape[:2]
-    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1)  # degrees, counter-clockwise
-    return cv2.warpAffine(frame, matrix, (width, height), borderValue=FILL, flags=cv2.INTER_LINEAR)
+    matrix = opencv().getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1)  # degrees, counter-clockwise
+    return opencv().warpAffine(frame, matrix, (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR)
 
 
 OPERATIONS: dict[str, Callable[[Frame, float], Frame]] = {

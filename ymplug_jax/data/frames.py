@@ -1,11 +1,19 @@
 """Which frames of a clip, and their pixels. Choosing comes before decoding: a frame that is not used costs nothing."""
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 
-import cv2
 import numpy as np
 
-cv2.setNumThreads(0)  # the loader's own threads are the parallelism
+
+@functools.cache
+def opencv() -> ModuleType:
+    """cv2, loaded at its first use, without threads of its own: the loader's threads are the parallelism."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
 
 
 def choose_frames(num_frames: int, available: int, rng: np.random.Generator | None) -> np.ndarray:
@@ -38,6 +46,7 @@ def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -
     Raises:
       ValueError: bytes that are no JPEG, or frames of different sizes.
     """
+    cv2 = opencv()
     clip, places = None, {}
     for t, index in enumerate(map(int, indices)):
         if index in places:

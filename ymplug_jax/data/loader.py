@@ -7,12 +7,14 @@ the number of examples seen, and any number of hosts continues the same order.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from ymplug_jax.data.records import CorruptRecord, Records
+
+if TYPE_CHECKING:
+    import grain  # loaded where a stream begins
 
 Example = dict[str, np.ndarray]
 MakeExample = Callable[[Any, np.random.Generator | None], Example]
@@ -56,6 +58,8 @@ def batches(
       ValueError: a split without records, or rows outside the batch.
       CorruptRecord: (on iteration) naming shard, record and offset, unless `skip_corrupt`.
     """
+    import grain
+
     rows = np.asarray(rows, np.int64)
     if not len(records):
         raise ValueError(f"{records.path}: split {records.split!r} has no records")
@@ -76,7 +80,7 @@ class Batches:
     """Iterator over this host's part of the global batches. Threads and processes end with it: at its end, at an error or
     at `close`."""
 
-    def __init__(self, stream: grain.IterDataset, places: list):
+    def __init__(self, stream: "grain.IterDataset", places: list):
         self.skipped = 0  # corrupt records in the batches given out so far
         self._batches = self._run(stream, *places)
 
@@ -90,7 +94,7 @@ class Batches:
         """Let go of threads and processes; there are no more batches after it."""
         self._batches.close()
 
-    def _run(self, stream: grain.IterDataset, positions: np.ndarray, step: int, size: int) -> Iterator[Example]:
+    def _run(self, stream: "grain.IterDataset", positions: np.ndarray, step: int, size: int) -> Iterator[Example]:
         iterator = iter(stream)
         try:
             for batch in iterator:
@@ -116,6 +120,8 @@ class _Source:
         size: int,
         skip: bool,
     ):
+        import grain
+
         self._records, self._example, self._seed, self._shuffle = records, example, seed, shuffle
         self._batch_size, self._rows, self._start, self._size, self._skip = batch_size, rows, start, size, skip
         # Any item of it is computed on the spot. Repetition e has the seed + e, so that neighbouring seeds of a run would

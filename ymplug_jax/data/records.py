@@ -6,10 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
-from google.protobuf.message import DecodeError
-from tensorflow_datasets.proto import tf_example_pb2  # the Example message alone; TensorFlow stays out
 
 from ymplug_jax.data import schema
 
@@ -197,6 +194,8 @@ def _indices_of(path: str, shards: list[str], names: set[str], folder: _Disk | _
 
 def _payload(framed: bytes, size: int, where: str) -> bytes:
     """The payload of one framed record, both checksums verified."""
+    import google_crc32c
+
     header, stored = framed[:8], framed[8 : schema.HEADER_BYTES]
     payload, footer = framed[schema.HEADER_BYTES : -schema.FOOTER_BYTES], framed[-schema.FOOTER_BYTES :]
     if len(framed) != schema.HEADER_BYTES + size + schema.FOOTER_BYTES or int.from_bytes(header, "little") != size:
@@ -208,6 +207,9 @@ def _payload(framed: bytes, size: int, where: str) -> bytes:
 
 
 def _parse(payload: bytes, where: str) -> Record:
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2  # the Example message alone; TensorFlow stays out
+
     try:
         features = tf_example_pb2.Example.FromString(payload).features.feature
     except DecodeError as error:
