@@ -6,7 +6,9 @@ arithmetic the reference used (OpenCV 5 differs by up to 5 grey levels).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -14,18 +16,20 @@ from ymplug_jax.data.frames import opencv
 
 LEVEL = 5  # of 10
 FILL = (128, 128, 128)
-Clip = np.ndarray  # uint8[T, H, W, 3]
 Frame = np.ndarray  # uint8[H, W, 3]
+Clip = Iterable[
+    Frame
+]  # uint8[T, H, W, 3], or frames of one size as they are decoded; each is done with before the next
 Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
 def train_transform(
     clip: Clip, size: int, rng: np.random.Generator, *, random_signs: bool = False, wrap_uint8: bool = False
-) -> Clip:
+) -> np.ndarray:
     """Random resized crop, flip with probability 1/2, two RandAugment operations.
 
     Args:
-      clip: RGB frames, uint8[T, H, W, 3].
+      clip: RGB frames.
       size: side of the result, pixels.
       rng: all randomness of the call.
       random_signs: warp to either side; the reference warps to one side only.
@@ -34,35 +38,47 @@ def train_transform(
     Returns:
       uint8[T, size, size, 3].
     """
-    crop = choose_crop(*clip.shape[1:3], rng)
+    cv2 = opencv()
+    clip, (height, width) = _size(clip)
+    crop = choose_crop(height, width, rng)
     flip = rng.random() < 0.5
     operations = [(name, LEVEL) for name in choose_operations(rng)]
     if random_signs:
         operations = [(name, -level if name in WARPS and rng.random() < 0.5 else level) for name, level in operations]
-    out = np.empty((len(clip), size, size, 3), np.uint8)
-    for t, values in enumerate(crop_resize(clip, crop, size)):
+    done = []
+    for values in _crop_resize(clip, crop, size):
         frame = to_uint8(values, wrap=wrap_uint8)
-        frame = opencv().flip(frame, 1) if flip else frame
+        frame = cv2.flip(frame, 1) if flip else frame
         for name, level in operations:
             frame = operate(frame, name, level)
-        out[t] = frame
-    return out
+        done.append(frame)
+    return np.stack(done)
 
 
-def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> Clip:
+def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> np.ndarray:
     """Resize to a square whatever the aspect: nearest neighbour as in the reference, or bilinear.
 
-    uint8[T, H, W, 3] -> uint8[T, size, size, 3].
+    Frames uint8[H, W, 3] -> uint8[T, size, size, 3].
     """
-    height, width = clip.shape[1:3]
-    grid = np.stack(np.meshgrid(nearest(width, size), nearest(height, size)), -1).astype(np.int16)  # [size, size, xy]
-    out = np.empty((len(clip), size, size, 3), np.uint8)
-    for t, frame in enumerate(clip):
-        if bilinear:
-            out[t] = opencv().resize(frame, (size, size), interpolation=opencv().INTER_LINEAR)
-        else:
-            out[t] = opencv().remap(frame, grid, None, opencv().INTER_NEAREST)
-    return out
+    cv2 = opencv()
+    clip, (height, width) = _size(clip)
+    if bilinear:
+        return np.stack([cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR) for frame in clip])
+    grid = _nearest_grid(height, width, size)
+    return np.stack([cv2.remap(frame, grid, None, cv2.INTER_NEAREST) for frame in clip])
+
+
+def _size(clip: Clip) -> tuple[Clip, tuple[int, int]]:
+    """The clip again, and the size of its frames; a clip whose frames are still to be decoded gives its first for it."""
+    frames = iter(clip)
+    first = next(frames)
+    return chain([first], frames), first.shape[:2]
+
+
+@lru_cache(64)
+def _nearest_grid(height: int, width: int, size: int) -> np.ndarray:
+    """int16[size, size, xy]"""
+    return np.stack(np.meshgrid(nearest(width, size), nearest(height, size)), -1).astype(np.int16)
 
 
 def nearest(source: int, size: int) -> np.ndarray:
@@ -96,17 +112,24 @@ def crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
 
     The values are whole but may lie outside 0..255: a bicubic filter overshoots.
     """
+    for values in _crop_resize(clip, crop, size):
+        yield np.trunc(values, out=values)
+
+
+def _crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
+    """`crop_resize` before it truncates."""
+    cv2 = opencv()
     top, left, height, width = crop
     part = np.empty((height, width, 3), np.float32)
     out = np.empty((size, size, 3), np.float32)
     for frame in clip:
         np.copyto(part, frame[top : top + height, left : left + width])
-        opencv().resize(part, (size, size), dst=out, interpolation=opencv().INTER_CUBIC)
-        yield np.trunc(out, out=out)
+        yield cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
 
 
 def to_uint8(values: np.ndarray, *, wrap: bool = False) -> np.ndarray:
-    """Whole numbers to uint8, clipped; or modulo 256 as in the reference, which turns overshooting bright pixels black."""
+    """Truncated toward zero and clipped to uint8; or modulo 256 as in the reference, which turns overshooting bright pixels
+    black."""
     return (values.astype(np.int64) % 256 if wrap else np.clip(values, 0, 255)).astype(np.uint8)
 
 
@@ -151,6 +174,22 @@ def _warp(frame: Frame, matrix: list[list[float]] | np.ndarray) -> Frame:
     )
 
 
+def _translate(frame: Frame, x: float, y: float) -> Frame:
+    """Every pixel to (x, y) behind its place. Whole numbers are a copy: a warp would give each pixel the weight 1."""
+    if x != round(x) or y != round(y):
+        return _warp(frame, [[1, 0, x], [0, 1, y]])
+    out = np.full_like(frame, FILL)
+    height, width = frame.shape[:2]
+    rows, columns = _overlap(round(y), height), _overlap(round(x), width)
+    out[rows[0], columns[0]] = frame[rows[1], columns[1]]
+    return out
+
+
+def _overlap(shift: int, length: int) -> tuple[slice, slice]:
+    """Where to, where from."""
+    return slice(max(shift, 0), max(length + min(shift, 0), 0)), slice(max(-shift, 0), max(length - max(shift, 0), 0))
+
+
 def _rotate(frame: Frame, level: float) -> Frame:
     height, width = frame.shape[:2]
     matrix = opencv().getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1)  # degrees, counter-clockwise
@@ -164,8 +203,8 @@ OPERATIONS: dict[str, Callable[[Frame, float], Frame]] = {
     "Sharpness": _sharpness,
     "ShearX": lambda frame, level: _warp(frame, [[1, level / 10 * 0.3, 0], [0, 1, 0]]),
     "ShearY": lambda frame, level: _warp(frame, [[1, 0, 0], [level / 10 * 0.3, 1, 0]]),
-    "TranslateX": lambda frame, level: _warp(frame, [[1, 0, -level], [0, 1, 0]]),
-    "TranslateY": lambda frame, level: _warp(frame, [[1, 0, 0], [0, 1, -level]]),
+    "TranslateX": lambda frame, level: _translate(frame, -level, 0),
+    "TranslateY": lambda frame, level: _translate(frame, 0, -level),
     "Rotate": _rotate,
 }
 WARPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")

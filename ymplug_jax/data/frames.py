@@ -1,7 +1,7 @@
 """Which frames of a clip, and their pixels. Choosing comes before decoding: a frame that is not used costs nothing."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -46,20 +46,24 @@ def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -
     Raises:
       ValueError: bytes that are no JPEG, or frames of different sizes.
     """
+    return np.stack(list(decode_each(jpegs, indices)))
+
+
+def decode_each(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+    """The frames of `decode_frames` one after the other, uint8[H, W, 3]: what works on each at once finds it in the cache.
+
+    Raises:
+      ValueError: as `decode_frames`.
+    """
     cv2 = opencv()
-    clip, places = None, {}
-    for t, index in enumerate(map(int, indices)):
-        if index in places:
-            clip[t] = clip[places[index]]
-            continue
-        image = cv2.imdecode(
-            np.frombuffer(jpegs[index], np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        )
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    image, last, shape = None, -1, None
+    for index in map(int, indices):
+        if index != last:  # the choice is ascending, so that equal ones are neighbours
+            image, last = cv2.imdecode(np.frombuffer(jpegs[index], np.uint8), flags), index
         if image is None:
             raise ValueError(f"frame {index} of the record is no JPEG")
-        if clip is None:
-            clip = np.empty((len(indices), *image.shape), np.uint8)  # [T, H, W, 3]
-        if image.shape != clip.shape[1:]:
-            raise ValueError(f"frame {index} of the record is {image.shape[:2]}, the first one {clip.shape[1:3]}")
-        clip[t], places[index] = image, t  # copied at once: its memory serves the next frame, twice as fast as stacking
-    return clip
+        shape = shape or image.shape
+        if image.shape != shape:
+            raise ValueError(f"frame {index} of the record is {image.shape[:2]}, the first one {shape[:2]}")
+        yield image

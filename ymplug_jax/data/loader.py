@@ -6,15 +6,16 @@ the number of examples seen, and any number of hosts continues the same order.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from ymplug_jax.data.records import CorruptRecord, Records
-
-if TYPE_CHECKING:
-    import grain  # loaded where a stream begins
 
 Example = dict[str, np.ndarray]
 MakeExample = Callable[[Any, np.random.Generator | None], Example]
@@ -58,8 +59,6 @@ def batches(
       ValueError: a split without records, or rows outside the batch.
       CorruptRecord: (on iteration) naming shard, record and offset, unless `skip_corrupt`.
     """
-    import grain
-
     rows = np.asarray(rows, np.int64)
     if not len(records):
         raise ValueError(f"{records.path}: split {records.split!r} has no records")
@@ -67,22 +66,80 @@ def batches(
         raise ValueError(f"rows must be a few of 0..{batch_size - 1}, not {rows.tolist()}")
     size = 2**62 if shuffle else min(num_examples or len(records), len(records))
     source = _Source(records, example, seed, batch_size, rows, shuffle, start, size, skip_corrupt)
-    ahead = max(2 * len(rows), 2 * threads)
-    share = -(-ahead // max(workers, 1))
+    stream = _in_processes(source, len(rows), threads, workers) if workers else _in_threads(source, len(rows), threads)
+    return Batches(stream, start + rows, batch_size, size)
+
+
+def _in_threads(source: "_Source", width: int, threads: int) -> Iterator[Example]:
+    """Batches of `width` items. The thread that makes an item copies it into its row, so that nothing is left to do for
+    the one that takes the batch, and the memory of items stays with the thread."""
+    pool = ThreadPoolExecutor(threads, "loader")
+    ahead = max(2, -(-2 * threads // width))
+    numbers = iter(range(len(source) // width))
+    begun: deque[tuple[_Rows, list[Future]]] = deque()
+    try:
+        while True:
+            for number in islice(numbers, ahead + 1 - len(begun)):
+                batch = _Rows(width)
+                begun.append(
+                    (batch, [pool.submit(batch.fill, row, source, number * width + row) for row in range(width)])
+                )
+            if not begun:
+                return
+            batch, fills = begun.popleft()
+            for fill in fills:
+                fill.result()
+            yield batch.arrays
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Rows:
+    """A batch that threads fill row by row; its first item says what the arrays are."""
+
+    def __init__(self, width: int):
+        self.arrays: Example = {}
+        self._width, self._lock = width, threading.Lock()
+
+    def fill(self, row: int, source: "_Source", k: int) -> None:
+        example = {key: np.asarray(value) for key, value in source[k].items()}
+        with self._lock:
+            if not self.arrays:
+                self.arrays = {
+                    key: np.empty((self._width, *value.shape), value.dtype) for key, value in example.items()
+                }
+        for key, array in self.arrays.items():
+            value = example[key]
+            if (value.shape, value.dtype) != (array.shape[1:], array.dtype):
+                raise ValueError(
+                    f"{key}: an example has {value.dtype}{list(value.shape)}, another of its batch "
+                    f"{array.dtype}{list(array.shape[1:])}; all examples of a task must be alike"
+                )
+            array[row] = value
+
+
+def _in_processes(source: "_Source", width: int, threads: int, workers: int) -> Iterator[Example]:
+    """The same from worker processes, each with so many threads."""
+    import grain
+
+    share = -(-max(2 * width, 2 * threads) // workers)
     stream = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(threads, share))
-    if workers:
-        # Before batching: a batch cut inside a worker would depend on their number.
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=share))
-    return Batches(stream.batch(len(rows)), [start + rows, batch_size, size])
+    # Before batching: a batch cut inside a worker would depend on their number.
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=share))
+    iterator = iter(stream.batch(width))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 class Batches:
     """Iterator over this host's part of the global batches. Threads and processes end with it: at its end, at an error or
     at `close`."""
 
-    def __init__(self, stream: "grain.IterDataset", places: list):
+    def __init__(self, stream: Iterator[Example], positions: np.ndarray, step: int, size: int):
         self.skipped = 0  # corrupt records in the batches given out so far
-        self._batches = self._run(stream, *places)
+        self._batches = self._run(stream, positions, step, size)
 
     def __iter__(self) -> "Batches":
         return self
@@ -94,15 +151,12 @@ class Batches:
         """Let go of threads and processes; there are no more batches after it."""
         self._batches.close()
 
-    def _run(self, stream: "grain.IterDataset", positions: np.ndarray, step: int, size: int) -> Iterator[Example]:
-        iterator = iter(stream)
-        try:
-            for batch in iterator:
+    def _run(self, stream: Iterator[Example], positions: np.ndarray, step: int, size: int) -> Iterator[Example]:
+        with closing(stream):
+            for batch in stream:
                 self.skipped += int(np.sum(~batch["valid"] & (positions < size)))  # beyond it is padding
                 positions = positions + step
                 yield batch
-        finally:
-            iterator.close()
 
 
 class _Source:
