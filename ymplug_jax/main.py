@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="configs/<model>/<task>.py[:size]; settings follow as --config.data.path=..."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, settings.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (local or gs://): checkpoints, metrics, settings.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "compile"], "What to do.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", "v5e:4x4", "With --mode=compile: the TPU slice, e.g. v5e:4x8, v5p:4x4x4, v6e:8x8."
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     # After the flags: a wrong flag is answered at once, and importing this module stays quick.
     import jax
 
-    from ymplug_jax import aot, config, evaluate, plan, run, train
+    from ymplug_jax import aot, checkpoint, config, evaluate, plan, run, train
 
     try:
         meeting = None
@@ -85,9 +85,10 @@ def main(argv: list[str]) -> int:
         else:
             if not WORKDIR.value:
                 raise ValueError(f"--workdir is missing: the folder of the run that --mode={MODE.value} works in")
-            runs = run.seeds(experiment, Path(WORKDIR.value), SEEDS.value)
+            folder = checkpoint.folder_of(WORKDIR.value)
+            runs = run.seeds(experiment, folder, SEEDS.value)
             if MODE.value == "eval":
-                result = evaluate.evaluate_all(runs, Path(WORKDIR.value), examples=EXAMPLES.value)
+                result = evaluate.evaluate_all(runs, folder, examples=EXAMPLES.value)
             else:
                 for one, workdir in runs:
                     train.train(one, workdir)

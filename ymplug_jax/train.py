@@ -4,20 +4,19 @@ import contextlib
 import json
 import logging
 import platform
-import shutil
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -121,7 +120,7 @@ def compile_step(run: Run) -> jax.stages.Compiled:
     return lower_step(run).compile()
 
 
-def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
+def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     """Train until the end of `duration`, or go on where this folder's newest checkpoint stands. Returns the last scores.
 
     Raises:
@@ -136,7 +135,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     return scores
 
 
-def _train(run: Run, workdir: Path, checkpoints: Checkpoints) -> dict[str, float]:
+def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str, float]:
     experiment = run.experiment
     settings, data = experiment.train, experiment.data
     first = jax.process_index() == 0
@@ -194,6 +193,7 @@ def _train(run: Run, workdir: Path, checkpoints: Checkpoints) -> dict[str, float
             check(step)
         if step % save_every == 0 or last or stopping:
             log.flush(step)  # a run of bad steps must not become the last good checkpoint
+            writer.flush()
             checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
         if stopping:
             log.say(f"asked to stop: saving step {step}; the same command goes on from there")
@@ -314,7 +314,7 @@ class _Log:
         self._bar.close()
 
 
-def _write_facts(experiment: Experiment, workdir: Path) -> None:
+def _write_facts(experiment: Experiment, workdir: epath.Path) -> None:
     """config.json, environment.json and the tokenizer; a changed setting of a resumed run is named."""
     path = workdir / "config.json"
     text = config.to_json(experiment)
@@ -329,7 +329,8 @@ def _write_facts(experiment: Experiment, workdir: Path) -> None:
     path.write_text(text, encoding="utf-8")
     if experiment.data.tokenizer:  # a run answers questions long after its data is gone
         (workdir / "tokenizer").mkdir(exist_ok=True)
-        shutil.copy(experiment.data.tokenizer, workdir / "tokenizer")
+        tokenizer = epath.Path(experiment.data.tokenizer)
+        (workdir / "tokenizer" / tokenizer.name).write_bytes(tokenizer.read_bytes())
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ymplug_jax")
     facts = {
         "command": sys.argv,
