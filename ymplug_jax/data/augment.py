@@ -6,9 +6,8 @@ arithmetic the reference used (OpenCV 5 differs by up to 5 grey levels).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
 
 import numpy as np
 
@@ -17,9 +16,7 @@ from ymplug_jax.data.frames import opencv
 LEVEL = 5  # of 10
 FILL = (128, 128, 128)
 Frame = np.ndarray  # uint8[H, W, 3]
-Clip = Iterable[
-    Frame
-]  # uint8[T, H, W, 3], or frames of one size as they are decoded; each is done with before the next
+Clip = Sequence[Frame]  # uint8[T, H, W, 3], or frames decoded when asked for: each is done with before the next
 Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -39,20 +36,20 @@ def train_transform(
       uint8[T, size, size, 3].
     """
     cv2 = opencv()
-    clip, (height, width) = _size(clip)
+    height, width = clip[0].shape[:2]
     crop = choose_crop(height, width, rng)
     flip = rng.random() < 0.5
     operations = [(name, LEVEL) for name in choose_operations(rng)]
     if random_signs:
         operations = [(name, -level if name in WARPS and rng.random() < 0.5 else level) for name, level in operations]
-    done = []
-    for values in _crop_resize(clip, crop, size):
-        frame = to_uint8(values, wrap=wrap_uint8)
+    out = np.empty((len(clip), size, size, 3), np.uint8)
+    for t, values in enumerate(_crop_resize(clip, crop, size)):
+        frame = to_uint8(values, wrap=True) if wrap_uint8 else np.clip(values, 0, 255, out=values).astype(np.uint8)
         frame = cv2.flip(frame, 1) if flip else frame
         for name, level in operations:
             frame = operate(frame, name, level)
-        done.append(frame)
-    return np.stack(done)
+        out[t] = frame
+    return out
 
 
 def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> np.ndarray:
@@ -61,18 +58,14 @@ def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> np.ndarr
     Frames uint8[H, W, 3] -> uint8[T, size, size, 3].
     """
     cv2 = opencv()
-    clip, (height, width) = _size(clip)
-    if bilinear:
-        return np.stack([cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR) for frame in clip])
-    grid = _nearest_grid(height, width, size)
-    return np.stack([cv2.remap(frame, grid, None, cv2.INTER_NEAREST) for frame in clip])
-
-
-def _size(clip: Clip) -> tuple[Clip, tuple[int, int]]:
-    """The clip again, and the size of its frames; a clip whose frames are still to be decoded gives its first for it."""
-    frames = iter(clip)
-    first = next(frames)
-    return chain([first], frames), first.shape[:2]
+    height, width = clip[0].shape[:2]
+    out = np.empty((len(clip), size, size, 3), np.uint8)
+    for t, frame in enumerate(clip):
+        if bilinear:
+            out[t] = cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR)
+        else:
+            out[t] = cv2.remap(frame, _nearest_grid(height, width, size), None, cv2.INTER_NEAREST)
+    return out
 
 
 @lru_cache(64)
@@ -178,16 +171,14 @@ def _translate(frame: Frame, x: float, y: float) -> Frame:
     """Every pixel to (x, y) behind its place. Whole numbers are a copy: a warp would give each pixel the weight 1."""
     if x != round(x) or y != round(y):
         return _warp(frame, [[1, 0, x], [0, 1, y]])
-    out = np.full_like(frame, FILL)
+    cv2 = opencv()
     height, width = frame.shape[:2]
-    rows, columns = _overlap(round(y), height), _overlap(round(x), width)
-    out[rows[0], columns[0]] = frame[rows[1], columns[1]]
-    return out
-
-
-def _overlap(shift: int, length: int) -> tuple[slice, slice]:
-    """Where to, where from."""
-    return slice(max(shift, 0), max(length + min(shift, 0), 0)), slice(max(-shift, 0), max(length - max(shift, 0), 0))
+    x, y = (max(-side, min(side, round(shift))) for shift, side in ((x, width), (y, height)))
+    kept = frame[max(-y, 0) : height - max(y, 0), max(-x, 0) : width - max(x, 0)]
+    if not kept.size:
+        return np.full_like(frame, FILL)
+    edges = max(y, 0), max(-y, 0), max(x, 0), max(-x, 0)  # top, bottom, left, right
+    return cv2.copyMakeBorder(kept, *edges, cv2.BORDER_CONSTANT | cv2.BORDER_ISOLATED, value=FILL)
 
 
 def _rotate(frame: Frame, level: float) -> Frame:

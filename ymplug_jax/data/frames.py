@@ -1,7 +1,7 @@
 """Which frames of a clip, and their pixels. Choosing comes before decoding: a frame that is not used costs nothing."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -29,15 +29,22 @@ def choose_frames(num_frames: int, available: int, rng: np.random.Generator | No
     if available < 1:
         raise ValueError("a clip needs at least one frame")
     count = min(num_frames, available)
-    cuts = np.linspace(0, available, count + 1).astype(np.int64)
-    first, last = cuts[:-1], cuts[1:] - 1
+    first, last, apart = _intervals(count, available)
     if rng is None:
         chosen = (first + last) // 2
-    elif np.any(last <= first):
-        chosen = np.sort(rng.choice(available, count, replace=False))
-    else:
+    elif apart:
         chosen = rng.integers(first, last)  # half-open
-    return np.pad(chosen.astype(np.int64), (0, num_frames - count), mode="edge")
+    else:
+        chosen = np.sort(rng.choice(available, count, replace=False)).astype(np.int64)
+    return chosen if count == num_frames else np.pad(chosen, (0, num_frames - count), mode="edge")
+
+
+@functools.lru_cache(256)  # clips of a data set have few lengths
+def _intervals(count: int, available: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """First and last frame of each interval, int64[count], and whether all have two frames or more."""
+    cuts = np.linspace(0, available, count + 1).astype(np.int64)
+    first, last = cuts[:-1], cuts[1:] - 1
+    return first, last, bool(np.all(last > first))
 
 
 def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -46,24 +53,31 @@ def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -
     Raises:
       ValueError: bytes that are no JPEG, or frames of different sizes.
     """
-    return np.stack(list(decode_each(jpegs, indices)))
+    return np.stack(Decoded(jpegs, indices))
 
 
-def decode_each(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-    """The frames of `decode_frames` one after the other, uint8[H, W, 3]: what works on each at once finds it in the cache.
+class Decoded(Sequence[np.ndarray]):
+    """The frames of `decode_frames`, uint8[H, W, 3] each, decoded when they are asked for: what is done to a frame at once
+    finds it in the cache. The latest one is kept. Errors are those of `decode_frames`."""
 
-    Raises:
-      ValueError: as `decode_frames`.
-    """
-    cv2 = opencv()
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image, last, shape = None, -1, None
-    for index in map(int, indices):
-        if index != last:  # the choice is ascending, so that equal ones are neighbours
-            image, last = cv2.imdecode(np.frombuffer(jpegs[index], np.uint8), flags), index
+    def __init__(self, jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray):
+        self._jpegs, self._indices = jpegs, [int(index) for index in indices]
+        self._latest, self._image, self._size = -1, None, None
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        index = self._indices[t]
+        if index == self._latest:
+            return self._image
+        cv2 = opencv()
+        data = np.frombuffer(self._jpegs[index], np.uint8)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             raise ValueError(f"frame {index} of the record is no JPEG")
-        shape = shape or image.shape
-        if image.shape != shape:
-            raise ValueError(f"frame {index} of the record is {image.shape[:2]}, the first one {shape[:2]}")
-        yield image
+        self._size = self._size or image.shape[:2]
+        if image.shape[:2] != self._size:
+            raise ValueError(f"frame {index} of the record is {image.shape[:2]}, the first one {self._size}")
+        self._latest, self._image = index, image
+        return image

@@ -174,14 +174,10 @@ class _Source:
         size: int,
         skip: bool,
     ):
-        import grain
-
         self._records, self._example, self._seed, self._shuffle = records, example, seed, shuffle
         self._batch_size, self._rows, self._start, self._size, self._skip = batch_size, rows, start, size, skip
-        # Any item of it is computed on the spot. Repetition e has the seed + e, so that neighbouring seeds of a run would
-        # share orders: spread them first.
-        key = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._order = grain.MapDataset.range(len(records)).shuffle(seed=key).repeat() if shuffle else None
+        # Epoch e has the seed + e, so that neighbouring seeds of a run would share orders: spread them first.
+        self._key = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._filler: Example | None = None
         self._lock = threading.Lock()
 
@@ -204,13 +200,20 @@ class _Source:
             return self._invalid()
         index, rng = position, None
         if self._shuffle:
-            index, rng = int(self._order[position]), np.random.default_rng((self._seed, position))
+            index, rng = self._shuffled(position), np.random.default_rng((self._seed, position))
         try:
             return self._make(index, rng) | {"valid": np.bool_(True)}
         except CorruptRecord:
             if not self._skip:
                 raise
             return self._invalid()
+
+    def _shuffled(self, position: int) -> int:
+        """The record at a position: any item of a permutation is computed on the spot."""
+        from grain.experimental import index_shuffle
+
+        epoch, place = divmod(position, len(self._records))
+        return index_shuffle(place, max_index=len(self._records) - 1, seed=(self._key + epoch) % 2**32, rounds=4)
 
     def _make(self, index: int, rng: np.random.Generator | None) -> Example:
         record = self._records[index]

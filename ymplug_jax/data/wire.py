@@ -86,14 +86,14 @@ def _messages(data: bytes, place: tuple[int, int], wanted: int) -> Iterator[tupl
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int | tuple[int, int]]]:
     """(number, wire type, value) of each field: a varint's value, or (start, end) of anything else."""
     while at < end:
-        tag, at = _varint(data, at, end)
+        tag, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at, end)
         number, kind = tag >> 3, tag & 7
-        if kind == VARINT:
+        if kind == BYTES:
+            size, at = _varint(data, at, end)
+        elif kind == VARINT:
             value, at = _varint(data, at, end)
             yield number, kind, value
             continue
-        if kind == BYTES:
-            size, at = _varint(data, at, end)
         elif kind in (FIXED64, FIXED32):
             size = 8 if kind == FIXED64 else 4
         else:
@@ -124,13 +124,12 @@ def _signed(value: int) -> int:
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     """(value below 2**64, place behind it)."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            break
+    value = shift = 0
+    while at < end and shift < 70:
         byte = data[at]
         at += 1
-        value |= (byte & 127) << shift
         if byte < 128:
-            return value & (2**64 - 1), at
+            return value | byte << shift if shift < 63 else (value | byte << shift) & (2**64 - 1), at
+        value |= (byte & 127) << shift
+        shift += 7
     raise ValueError(f"a number that does not end at byte {at}")
