@@ -7,14 +7,12 @@ import platform
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.experimental import multihost_utils
@@ -25,6 +23,7 @@ from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.checkpoint import Checkpoints
 from ymplug_jax.config import Experiment
+from ymplug_jax.data import feed as feed_lib
 from ymplug_jax.data import loader
 from ymplug_jax.data.source import open_split
 from ymplug_jax.run import Run
@@ -179,41 +178,31 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
 
     if held_out is not None and start == 0:
         check(0)
-    batches = _on_device(stream, rows, settings.batch_size, run.mesh)
-    for step in range(start + 1, run.total_steps + 1):  # `step` counts finished steps
-        batch = next(batches)
-        with jax.transfer_guard("disallow"):
-            state, metrics = compiled(state, frozen, batch, key)
-        log.add(step, metrics)
-        last, stopping = step == run.total_steps, stop.asked(step)
-        if step % settings.log_every == 0 or last or stopping:
-            log.flush(step, corrupt=stream.skipped)
-        if held_out is not None and (step % eval_every == 0 or last):
-            log.flush(step)
-            check(step)
-        if step % save_every == 0 or last or stopping:
-            log.flush(step)  # a run of bad steps must not become the last good checkpoint
-            writer.flush()
-            checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
-        if stopping:
-            log.say(f"asked to stop: saving step {step}; the same command goes on from there")
-            break
+    with contextlib.closing(
+        feed_lib.Feed(stream, lambda local: sharding.put_batch(local, rows, settings.batch_size, run.mesh))
+    ) as feed:
+        for step in range(start + 1, run.total_steps + 1):  # `step` counts finished steps
+            with log.waiting():
+                batch = next(feed)
+            with jax.transfer_guard("disallow"):
+                state, metrics = compiled(state, frozen, batch, key)
+            log.add(step, metrics)
+            last, stopping = step == run.total_steps, stop.asked(step)
+            if step % settings.log_every == 0 or last or stopping:
+                log.flush(step, corrupt=feed.skipped)
+            if held_out is not None and (step % eval_every == 0 or last):
+                log.flush(step)
+                check(step)
+            if step % save_every == 0 or last or stopping:
+                log.flush(step)  # a run of bad steps must not become the last good checkpoint
+                writer.flush()
+                checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
+            if stopping:
+                log.say(f"asked to stop: saving step {step}; the same command goes on from there")
+                break
     log.close()
-    stream.close()
     writer.close()
     return scores
-
-
-def _on_device(
-    stream: Iterator[dict[str, np.ndarray]], rows: np.ndarray, size: int, mesh: jax.sharding.Mesh
-) -> Iterator[Batch]:
-    """Global arrays, two batches ahead of the step."""
-    ahead: deque[Batch] = deque()
-    for local in stream:
-        ahead.append(sharding.put_batch(local, rows, size, mesh))
-        if len(ahead) > 2:
-            yield ahead.popleft()
-    yield from ahead
 
 
 class _Stop:
@@ -238,6 +227,7 @@ class _Log:
         self._bad_in_a_row = 0
         self._skipped = 0
         self._since = time.perf_counter()
+        self._waited = 0.0  # seconds since then, for batches
         hidden = jax.process_index() != 0
         self._bar = tqdm(
             total=run.total_steps,
@@ -250,11 +240,22 @@ class _Log:
         )
 
     def add(self, step: int, metrics: Metrics) -> None:
+        """Returns when the step before is done: one step is queued behind the running one, and what the loop then waits for
+        is the input, not its own lead."""
+        if self._pending:
+            jax.block_until_ready(self._pending[-1][1])
         self._pending.append((step, metrics))
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches a batch: its time counts as `input_wait`."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
 
     def restart_clock(self) -> None:
         """Leave out what was not training."""
-        self._since = time.perf_counter()
+        self._since, self._waited = time.perf_counter(), 0.0
 
     def say(self, text: str) -> None:
         if not self._bar.disable:
@@ -296,6 +297,7 @@ class _Log:
         values |= {
             "skipped_total": self._skipped,
             "samples_per_second": samples / seconds,
+            "input_wait": self._waited / seconds,  # share of the time, 0 to 1
             "epoch": step / self._run.steps_per_epoch,
         }
         if corrupt:
@@ -303,7 +305,8 @@ class _Log:
         self._writer.write(step, values)
         self._bar.update(len(fetched))
         self._bar.set_postfix_str(
-            f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s"
+            f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s, "
+            f"{values['input_wait']:.0%} waiting for input"
             + (f", {self._skipped} skipped" if self._skipped else "")
             + (f", {corrupt} corrupt records" if corrupt else "")
         )
