@@ -17,7 +17,7 @@ import shards
 from ymplug_jax import hosts
 
 STEPS, SAVE = 24, 6
-SECONDS = 400  # for a busy machine
+SECONDS = 900  # for a busy machine
 SETTINGS = [f"--config.train.duration={STEPS} steps", f"--config.train.save_every={SAVE} steps", "--config.mesh.fsdp=2"]
 # The entry point, which also tells what it reads of the splits and what it writes below its folder, and takes its time.
 PROGRAM = """
@@ -49,7 +49,9 @@ class Group:
         port = runs.free_port()
         self.workdir, self.processes = workdir, []
         for i in range(count):
-            env = runs.environment(devices) | {
+            options = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # compiles sooner
+            env = os.environ | {
+                "XLA_FLAGS": options,
                 "TOLD": f"{workdir}.told{i}", "WORKDIR": f"{workdir}/", "PAUSE": str(pause),
                 # The same program is compiled for every start on the same topology.
                 "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -159,16 +161,19 @@ def test_losses_and_parameters_are_those_of_one_process(one: Group, several: Gro
 
 
 def test_every_process_reads_its_own_rows(one: Group, several: Group):
+    def read(group: Group, i: int, split: str) -> list[str]:
+        return [line for line in group.told(i, "read") if line.startswith(split)]
+
     count = len(several.processes)
-    for split, total in (("train", 8 * STEPS), ("validation", 9)):
-        read = [[line for line in several.told(i, "read") if line.startswith(split)] for i in range(count)]
-        parts = [set(lines) for lines in read]
-        assert sum(map(len, parts)) == len(set.union(*parts)), "two processes read the same record"
-        assert total <= len(set.union(*parts)) and len(set.union(*parts)) <= len(set(one.told(0, "read"))) + 32 * count
-        if split == "train":
-            assert all(
-                len(lines) == len(part) and len(part) >= total // count for lines, part in zip(read, parts, strict=True)
-            )
+    parts = [read(several, i, "train") for i in range(count)]
+    union = {line for part in parts for line in part}
+    assert sum(map(len, parts)) == len(union), "a record was read twice"
+    assert all(8 * STEPS // count <= len(part) <= 8 * STEPS // count + 40 for part in parts), (
+        "more than some batches ahead"
+    )
+    assert {line for line in read(one, 0, "train")[: 8 * STEPS // 2]} <= union
+    held_out = [set(read(several, i, "validation")) for i in range(count)]
+    assert len(set.union(*held_out)) == 9 and all(len(part) <= 9 // count + 2 for part in held_out)  # with padding
 
 
 def test_only_the_first_process_writes(several: Group):
