@@ -35,6 +35,9 @@ class Past(NamedTuple):
     cache: Cache  # f[B, layers, S, N, H]
     length: jax.Array  # int32[B]: positions of it that are seen
     read: jax.Array  # int32 scalar: positions that every branch has read by itself since
+    # int32[B, K, W]: which branch of the row read position w of branch k; None: each all of its own. So a branch that goes on
+    # from another (beam search) costs a row of numbers, not a copy of its keys and values.
+    origin: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -66,11 +69,34 @@ class Block(nn.Module):
             seen = jnp.arange(past.cache.k.shape[2]) < past.length[:, None]  # [B, S]
             causal = jnp.arange(cache.k.shape[3]) <= past.read + jnp.arange(x.shape[2])[:, None]  # [L, W]
             shared = (past.cache.k[:, layer], past.cache.v[:, layer])
-            y = layers.branch_attention(q, shared, (cache.k[:, :, layer], cache.v[:, :, layer]), seen, causal)
+            own = (cache.k[:, :, layer], cache.v[:, :, layer])  # [B, K, W, N, H]
+            if past.origin is None:
+                y = layers.branch_attention(q, shared, own, seen, causal)
+            else:
+                y = _mixed_attention(q, shared, own, seen, causal, past.origin)
         x = x + drop(attn.output(y))
 
         mlp = layers.Mlp(4 * d, normal, shrunk, tanh=True, dtype=self.dtype, name="mlp")
         return (x + drop(mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x))), cache), None
+
+
+def _mixed_attention(
+    q: jax.Array,
+    past: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    past_mask: jax.Array,
+    own_mask: jax.Array,
+    origin: jax.Array,
+) -> jax.Array:
+    """`layers.branch_attention` where branches hold positions of each other: all K of a row attend to all K * W positions as one
+    branch would, each seeing those that are its own by `origin`, int32[B, K, W]."""
+    b, k, length, n, h = q.shape
+    width = origin.shape[-1]
+    holds = origin[:, :, None, None] == jnp.arange(k)[:, None]  # [B, K, 1, K, W]
+    mask = (holds & own_mask[:, None]).reshape(b, 1, 1, k * length, k * width)
+    pooled = tuple(x.reshape(b, 1, k * width, n, h) for x in own)
+    y = layers.branch_attention(q.reshape(b, 1, k * length, n, h), past, pooled, past_mask, mask)
+    return y.reshape(q.shape)
 
 
 def _write(cache: Cache, layer: jax.Array, at: jax.Array | int, k: jax.Array, v: jax.Array) -> Cache:
