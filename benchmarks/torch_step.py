@@ -275,10 +275,11 @@ class Theirs:
         return float(loss.detach())  # waits for the device
 
 
-def timed(step: Callable[[], float]) -> float:
-    began = time.perf_counter()
+def timed(step: Callable[[], float]) -> tuple[float, float]:
+    """(seconds, CPU seconds of all threads): the latter hardly change on a core shared with other work."""
+    began, cpu = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
 def main() -> None:
@@ -330,13 +331,18 @@ def main() -> None:
         print(f"{name:<28} losses " + " ".join(f"{value:.5f}" for value in values))
         np.testing.assert_allclose(values, losses["ours"], rtol=1e-4 if args.dtype == "float32" else 1e-2)
     times: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.steps):
         for name, side in sides.items():
-            times[name].append(timed(side.step))
+            seconds, used = timed(side.step)
+            times[name].append(seconds)
+            cpu[name].append(used)
     for name, values in times.items():
         low, median, high = np.quantile(values, [0.1, 0.5, 0.9])
         ratio = statistics.median(t / o for t, o in zip(values, times["ours"], strict=True))
-        print(f"{name:<28} {1000 * median:8.0f} ms ({1000 * low:.0f} to {1000 * high:.0f}), {ratio:.2f} x ours")
+        print(
+            f"{name:<28} {1000 * median:8.0f} ms ({1000 * low:.0f} to {1000 * high:.0f}), {ratio:.2f} x ours, {min(cpu[name]):.2f} CPU s"
+        )
     medians = {name: statistics.median(values) for name, values in times.items()}
     counts = {"trained": sides["ours"].trained, "whole": state_lib.count(params)}
     print(json.dumps({"device": args.device, "dtype": args.dtype, "batch": size, **counts, "seconds": medians}))
