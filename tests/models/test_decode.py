@@ -73,7 +73,7 @@ def test_branches_equal_one_pass(params: dict) -> None:
     rng = np.random.default_rng(0)
     embeds = rng.normal(size=(2, 9, LM.width)).astype(np.float32)
     first, cache = jax.jit(lambda: LM.apply({"params": params}, embeds[:, :4], method="prefill"))()
-    assert cache.k.shape == (2, LM.depth, 4, LM.heads, LM.width // LM.heads)
+    assert cache.k.shape == (2, LM.depth, LM.heads, 4, LM.width // LM.heads)
     # The second row goes on from its third position: what the cache holds behind it must not be seen.
     length = np.array([4, 3], np.int32)
     more = rng.normal(size=(2, 3, 5, LM.width)).astype(np.float32)  # three branches of five tokens
@@ -251,5 +251,5 @@ def test_no_cache_is_copied_in_the_loop(params: dict, branches: int) -> None:
     prefix, ids = np.zeros((2, 5, LM.width), np.float32), np.ones((2, 2), np.int32)
     program = run.lower(params, prefix, ids, np.ones(2, np.int32)).compile().as_text()
     head = LM.width // LM.heads
-    for shape in (f"2,{branches},{LM.depth},9,{LM.heads},{head}", f"2,{LM.depth},7,{LM.heads},{head}"):
+    for shape in (f"2,{branches},{LM.depth},{LM.heads},9,{head}", f"2,{LM.depth},{LM.heads},7,{head}"):
         assert full_size_results(program, shape) == []

@@ -23,7 +23,10 @@ AXES = (
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far: f[..., layers, S, N, H], S fixed; in front B, or B and K branches."""
+    """Keys and values of what was read so far: f[..., layers, N, S, H], S fixed; in front B, or B and K branches.
+
+    Heads stand before positions, as the products of attention take them: nothing is turned round for every token.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -32,7 +35,7 @@ class Cache(NamedTuple):
 class Past(NamedTuple):
     """What K branches of each row go on from; it is read once and never copied."""
 
-    cache: Cache  # f[B, layers, S, N, H]
+    cache: Cache  # f[B, layers, N, S, H]
     length: jax.Array  # int32[B]: positions of it that are seen
     read: jax.Array  # int32 scalar: positions that every branch has read by itself since
     # int32[B, K, W]: which branch of the row read position w of branch k; None: each all of its own. So a branch that goes on
@@ -66,10 +69,10 @@ class Block(nn.Module):
             key = self.make_rng("dropout") if rate > 0 else None
             y = layers.attention(q, k, v, causal=True, dropout=rate, key=key)  # [B, L, N, H]
         else:
-            seen = jnp.arange(past.cache.k.shape[2]) < past.length[:, None]  # [B, S]
-            causal = jnp.arange(cache.k.shape[3]) <= past.read + jnp.arange(x.shape[2])[:, None]  # [L, W]
-            shared = (past.cache.k[:, layer], past.cache.v[:, layer])
-            own = (cache.k[:, :, layer], cache.v[:, :, layer])  # [B, K, W, N, H]
+            seen = jnp.arange(past.cache.k.shape[3]) < past.length[:, None]  # [B, S]
+            causal = jnp.arange(cache.k.shape[4]) <= past.read + jnp.arange(x.shape[2])[:, None]  # [L, W]
+            shared = tuple(x[:, layer].swapaxes(-3, -2) for x in past.cache)  # [B, S, N, H]
+            own = tuple(x[:, :, layer].swapaxes(-3, -2) for x in cache)  # [B, K, W, N, H]
             if past.origin is None:
                 y = layers.branch_attention(q, shared, own, seen, causal)
             else:
@@ -104,7 +107,8 @@ def _write(cache: Cache, layer: jax.Array, at: jax.Array | int, k: jax.Array, v:
     before = (0,) * (k.ndim - 3)
 
     def one(kept: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(kept, jnp.expand_dims(new, -4), (*before, layer, at, 0, 0))
+        new = jnp.expand_dims(new.swapaxes(-3, -2), -4)  # [..., 1, N, L, H]
+        return jax.lax.dynamic_update_slice(kept, new, (*before, layer, 0, at, 0))
 
     return Cache(one(cache.k, k), one(cache.v, v))
 
@@ -149,11 +153,11 @@ class GPT3(nn.Module):
         return self._run(embeds, None, None, deterministic)[0]
 
     def prefill(self, embeds: jax.Array) -> tuple[jax.Array, Cache]:
-        """Read a first stretch and keep its keys and values: f[B, L, D] -> hidden f[B, L, D], cache f[B, layers, L, N, H]."""
+        """Read a first stretch and keep its keys and values: f[B, L, D] -> hidden f[B, L, D], cache f[B, layers, N, L, H]."""
         return self._run(embeds, self._empty(embeds.shape[:1], embeds.shape[1]), None, True)
 
     def open_branches(self, rows: int, branches: int, length: int) -> Cache:
-        """Empty cache f[rows, branches, layers, length, N, H] for what branches read by themselves."""
+        """Empty cache f[rows, branches, layers, N, length, H] for what branches read by themselves."""
         return self._empty((rows, branches), length)
 
     def branch(self, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax.Array, Cache]:
@@ -165,7 +169,7 @@ class GPT3(nn.Module):
         return self._run(embeds, own, past, True)
 
     def _empty(self, before: tuple[int, ...], length: int) -> Cache:
-        shape = (*before, self.depth, length, self.heads, self.width // self.heads)
+        shape = (*before, self.depth, self.heads, length, self.width // self.heads)
         empty = jnp.zeros(shape, jnp.dtype(self.dtype))
         return Cache(empty, empty)
 
