@@ -1,7 +1,7 @@
 """Our train step against the same computation in PyTorch with Hugging Face's classes, in turn: `python -m benchmarks.torch_step`.
 
 TimesformerModel, a layer of cross-attention with learned queries (nn.MultiheadAttention), a linear connector and a frozen
-GPT2LMHeadModel, AdamW on what is trained; against `train.compile_step` of a model of the same sizes. Both sides start from
+GPT2LMHeadModel, AdamW on what is trained; against `step.compile_step` of a model of the same sizes. Both sides start from
 the same weights and see the same batch; their first losses are compared before anything is timed. No dropout.
 
 Two forms of the PyTorch side: "classes" takes the classes as they are (logits over the whole row, the video encoder's own
@@ -25,8 +25,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, TimesformerConfig, Timesfo
 from transformers.models.timesformer import modeling_timesformer
 
 from ymplug_jax import run as run_lib
-from ymplug_jax import sharding, train
+from ymplug_jax import sharding
 from ymplug_jax import state as state_lib
+from ymplug_jax import step as step_lib
 from ymplug_jax.config import Data, Experiment, Optim, Train
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
@@ -234,7 +235,7 @@ class Ours:
             train=Train(batch_size=size, duration="1000 steps", frozen_dtype=dtype, keep_logits=keep_logits),
         )
         run = run_lib.prepare(experiment, jax.devices()[:1])
-        self.compiled = train.compile_step(run)
+        self.compiled = step_lib.compile_step(run)
         trainable, frozen = state_lib.split(params, run.frozen_patterns)
         state = state_lib.TrainState(jnp.int32(0), trainable, run.tx.init(trainable))
 

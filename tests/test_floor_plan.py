@@ -11,7 +11,21 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ymplug_jax"
 FLOORS = {
     5: ["main", "demo"],
-    4: ["train", "evaluate", "plan", "run", "predict", "page", "sheet", "aot", "chips", "flops", "hlo"],
+    4: [
+        "train",
+        "step",
+        "bench",
+        "evaluate",
+        "plan",
+        "run",
+        "predict",
+        "page",
+        "sheet",
+        "aot",
+        "chips",
+        "flops",
+        "hlo",
+    ],
     3: ["tasks"],
     2: ["models", "data"],
     1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts"],

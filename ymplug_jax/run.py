@@ -2,19 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from ymplug_jax import checkpoint, config, optim, sharding
+from ymplug_jax import config, optim, sharding
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.source import open_split
 from ymplug_jax.state import Params, TrainState
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
+
+if TYPE_CHECKING:
+    from ymplug_jax import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +126,10 @@ def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     return spec | {"valid": jax.ShapeDtypeStruct((size,), "bool", sharding=place)}
 
 
-def initialise(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, Params, int, dict[str, str]]:
+def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainState, Params, int, dict[str, str]]:
     """(state, frozen, examples seen, origin of each path): own run, else `init_from`, else fresh, parameter by parameter."""
+    from ymplug_jax import checkpoint  # here: a benchmark runs without Orbax
+
     step = checkpoints.latest_step()
     if step is not None:
         state, seen = checkpoints.restore(run.state, step)
@@ -144,6 +150,8 @@ def initialise(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainStat
 
 def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
     """(parameters, origin of each path): from `init_from` where it has them, else initialised by seed."""
+    from ymplug_jax import checkpoint
+
     train = run.experiment.train
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)

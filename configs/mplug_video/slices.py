@@ -2,6 +2,9 @@
 
 The frozen decoder in bf16 (2.6 or 5.3 GB) fits on every chip, so all chips are replicas: the only thing they send is the
 gradient of the trained parameters. The batch grows with the slice; the rates of the recipe are for 384 and 256 examples.
+
+The frozen decoder is run without the recipe's dropout: it draws as many random numbers as there are attention weights, and
+keeps attention from being one kernel. `--config.model.llm.dropout=0.1` brings it back.
 """
 
 import dataclasses
@@ -32,6 +35,8 @@ SLICES = {
 def on(experiment: Experiment, size: str, name: str) -> Experiment:
     """The experiment laid out for a slice: chips counted as devices, e.g. "v5p-256" is a slice of 256 chips.
 
+    Pre-training takes the slice's batch. Fine-tuning keeps its recipe's, raised to a multiple of the chips.
+
     Raises:
       ValueError: an unknown slice.
     """
@@ -39,7 +44,11 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
         raise ValueError(f"slice {name!r} is unknown; there are {', '.join(SLICES)}")
     layout, model = SLICES[name], experiment.model
     model = model.clone(
-        vision=model.vision.clone(remat=layout.vision_remat), llm=model.llm.clone(remat=layout.llm_remat[size])
+        vision=model.vision.clone(remat=layout.vision_remat),
+        llm=model.llm.clone(remat=layout.llm_remat[size], dropout=0.0),
     )
-    train = dataclasses.replace(experiment.train, batch_size=layout.chips * layout.batch[size])
+    each = layout.batch[size]
+    if experiment.task != "pretrain":
+        each = -(-experiment.train.batch_size // layout.chips)
+    train = dataclasses.replace(experiment.train, batch_size=layout.chips * each)
     return dataclasses.replace(experiment, model=model, train=train)
