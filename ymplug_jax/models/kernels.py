@@ -5,6 +5,7 @@ attention (Dao et al., 2022), and one backward kernel that computes the probabil
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LOWEST = -1e30  # of a masked logit; finite, so that a row of masked logits stays finite
-VMEM = 2**23  # bytes that the logits of one block may take in float32
-FRAMES = 448 * 768  # numbers of one array in a block of `over_frames`: fits the smallest memory, TPU v4's 16 MiB
+VMEM = 12 * 2**20  # bytes that one program may take: TPU v4 has 16 MiB
+FRAMES = 128 * 768  # numbers of one array in a block of `over_frames`: code for larger blocks takes minutes to compile
 LANES = 128
 
 
-def heads_a_block(heads: int, length: int, keys: int) -> int:
-    """Most heads that one block can hold, a divisor of `heads`; 0: not even one fits."""
-    room = VMEM // (4 * 4 * (length + 8) * -(-keys // LANES) * LANES)  # four arrays of logits in the backward kernel
-    return max((n for n in range(1, heads + 1) if heads % n == 0 and n <= room), default=0)
+def heads_a_block(heads: int, length: int, keys: int, width: int) -> int:
+    """Most heads that one block can hold, a divisor of `heads`; 0: a row is too long for the chip's own memory."""
+    lanes = -(-max(width, LANES) // LANES) * LANES
+    logits = 4 * 4 * (length + 8) * -(-keys // LANES) * LANES  # of one head, four arrays of float32
+    each = (
+        2 * 2 * (3 * length + 4 * keys) * lanes
+    )  # of one head: seven arrays of two bytes, two blocks of each on their way
+    return max((n for n in range(1, heads + 1) if heads % n == 0 and n * each + logits <= VMEM), default=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -55,7 +60,7 @@ attention.defvjp(_forward, _backward)
 def _call(kernel: object, inputs: tuple, outputs: tuple, causal: bool, interpret: bool) -> list:
     """One program for each row and group of heads, over arrays laid out f[B, N, L, H] or f[B, N, H, L]."""
     b, length, heads, width = inputs[0].shape
-    group = heads_a_block(heads, length, inputs[1].shape[1])
+    group = heads_a_block(heads, length, inputs[1].shape[1], width)
     turned = -(-width // LANES) * LANES > 1.5 * width
     there, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if turned else ((0, 2, 1, 3), (0, 2, 1, 3))
 
@@ -77,49 +82,64 @@ def _call(kernel: object, inputs: tuple, outputs: tuple, causal: bool, interpret
     return [x.transpose(back) for x in out]
 
 
-def _product(a: jax.Array, b: jax.Array, numbers: tuple) -> jax.Array:
-    return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+def _heads(block: object, one: Callable[[jax.Array], None]) -> None:
+    """Head after head of a block: a loop, since code for all of them at once takes minutes to compile."""
+
+    def body(head: jax.Array, carry: None) -> None:
+        one(head)
+        return carry
+
+    jax.lax.fori_loop(0, block.shape[1], body, None)
+
+
+def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _rows(q: jax.Array, k: jax.Array, turned: bool) -> jax.Array:
-    """Queries (or gradients of the output) by keys (or values), f32[N, L, S], over H."""
-    axis = 1 if turned else 2
-    return _product(q, k, (((axis,), (axis,)), ((0,), (0,))))
+    """Queries (or gradients of the output) by keys (or values), f32[L, S], over H."""
+    axis = 0 if turned else 1
+    return _product(q, k, axis, axis)
 
 
 def _mixed(weights: jax.Array, x: jax.Array, over: str, turned: bool) -> jax.Array:
-    """f32[N, L, S] times one part of a row: over "keys" what keys have becomes what queries get, over "queries" the reverse."""
-    weights, axis = weights.astype(x.dtype), 2 if over == "keys" else 1
-    if turned:
-        return _product(x, weights, (((2,), (axis,)), ((0,), (0,))))
-    return _product(weights, x, (((axis,), (1,)), ((0,), (0,))))
+    """f32[L, S] times one part of a row: over "keys" what keys have becomes what queries get, over "queries" the reverse."""
+    weights, axis = weights.astype(x.dtype), 1 if over == "keys" else 0
+    return _product(x, weights, 1, axis) if turned else _product(weights, x, axis, 0)
 
 
 def _probabilities(q: jax.Array, k: jax.Array, causal: bool, scale: float, turned: bool) -> jax.Array:
-    """f32[N, L, S]."""
+    """f32[L, S]."""
     logits = _rows(q, k, turned) * scale
     if causal:
-        query, key = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (1, 2))
+        query, key = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (0, 1))
         logits = jnp.where(key <= query, logits, LOWEST)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def _forward_kernel(q: object, k: object, v: object, out: object, *, causal: bool, scale: float, turned: bool) -> None:
-    weights = _probabilities(q[0], k[0], causal, scale, turned)
-    out[0] = _mixed(weights, v[0], "keys", turned).astype(out.dtype)
+    def one(n: jax.Array) -> None:
+        weights = _probabilities(q[0, n], k[0, n], causal, scale, turned)
+        out[0, n] = _mixed(weights, v[0, n], "keys", turned).astype(out.dtype)
+
+    _heads(q, one)
 
 
 def _backward_kernel(
     q: object, k: object, v: object, grad: object, dq: object, dk: object, dv: object, *, causal: bool, scale: float,
     turned: bool,
 ) -> None:  # fmt: skip
-    weights = _probabilities(q[0], k[0], causal, scale, turned)
-    dv[0] = _mixed(weights, grad[0], "queries", turned).astype(dv.dtype)
-    dweights = _rows(grad[0], v[0], turned)
-    dlogits = weights * (dweights - jnp.sum(dweights * weights, axis=-1, keepdims=True)) * scale
-    dq[0] = _mixed(dlogits, k[0], "keys", turned).astype(dq.dtype)
-    dk[0] = _mixed(dlogits, q[0], "queries", turned).astype(dk.dtype)
+    def one(n: jax.Array) -> None:
+        query, key, g = q[0, n], k[0, n], grad[0, n]
+        weights = _probabilities(query, key, causal, scale, turned)
+        dv[0, n] = _mixed(weights, g, "queries", turned).astype(dv.dtype)
+        dweights = _rows(g, v[0, n], turned)
+        dlogits = weights * (dweights - jnp.sum(dweights * weights, axis=-1, keepdims=True)) * scale
+        dq[0, n] = _mixed(dlogits, key, "keys", turned).astype(dq.dtype)
+        dk[0, n] = _mixed(dlogits, query, "queries", turned).astype(dk.dtype)
+
+    _heads(q, one)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -173,12 +193,12 @@ def _call_frames(kernel: object, inputs: tuple, outputs: int, heads: int, interp
 
 def _gather(x: jax.Array, parts: jax.Array) -> jax.Array:
     """Sums over each head's columns: f32[T, P, D], f[D, N] -> f32[T, P, N]."""
-    return _product(x.astype(parts.dtype), parts, (((2,), (0,)), ((), ())))
+    return _product(x.astype(parts.dtype), parts, 2, 0)
 
 
 def _spread(x: jax.Array, parts: jax.Array) -> jax.Array:
     """Each head's number in all of its columns: f32[T, P, N], f[D, N] -> f32[T, P, D]."""
-    return _product(x.astype(parts.dtype), parts, (((2,), (1,)), ((), ())))
+    return _product(x.astype(parts.dtype), parts, 2, 1)
 
 
 def _frame_weights(q: jax.Array, k: object, parts: jax.Array, scale: float) -> list[jax.Array]:

@@ -75,7 +75,7 @@ def attention(
       f[B, L, N, H] in the type of `v`.
     """
     if bias is None and mask is None and (key is None or dropout == 0) and v.dtype in HALF:
-        if sharding.computes_on("tpu") and kernels.heads_a_block(q.shape[2], q.shape[1], k.shape[1]):
+        if sharding.computes_on("tpu") and kernels.heads_a_block(q.shape[2], q.shape[1], k.shape[1], q.shape[3]):
             run = partial(kernels.attention, causal=causal)
             return sharding.by_device(run, q, k, v, axes=("batch", None, "tensor", None))
         if sharding.computes_on("nvidia") and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
