@@ -28,7 +28,7 @@ FLOORS = {
     ],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts"],
+    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {

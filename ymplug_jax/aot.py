@@ -22,7 +22,7 @@ from ymplug_jax.run import Run
 
 ADVICE = (
     "ways out, cheapest first: remat of more layers (config.model.llm.remat=full, config.model.vision.remat=full), a larger "
-    "config.mesh.fsdp, config.train.accumulate=2, a smaller config.train.batch_size"
+    "config.mesh.fsdp, config.train.frozen_dtype=int8, config.train.accumulate=2, a smaller config.train.batch_size"
 )
 
 
@@ -132,7 +132,7 @@ def program_flops(run: Run) -> int:
     step = step_lib.make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
     key = jax.random.key(0)
     with jax.set_mesh(run.mesh):
-        return flops.count(step, run.state, run.frozen, run_lib.abstract_batch(run), key)
+        return flops.count(step, run.state, run.held, run_lib.abstract_batch(run), key)
 
 
 def model_flops(run: Run) -> int:

@@ -158,7 +158,7 @@ def _fresh(run: Run) -> tuple[TrainState, dict]:
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
     opt_state = jax.jit(run.tx.init, out_shardings=places)(trainable)
     number = sharding.on_all_hosts(lambda: jnp.int32(0), run.state.step.sharding)
-    return TrainState(number, trainable, opt_state), frozen
+    return TrainState(number, trainable, opt_state), run_lib.hold(run, frozen)
 
 
 def peak_flops(devices: np.ndarray) -> tuple[float, str]:

@@ -98,7 +98,7 @@ def trace_step(run: Run) -> jax.stages.Traced:
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(run.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(run.mesh)))
     with jax.set_mesh(run.mesh):
-        return jitted.trace(run.state, run.frozen, run_lib.abstract_batch(run), key)
+        return jitted.trace(run.state, run.held, run_lib.abstract_batch(run), key)
 
 
 def compile_step(run: Run) -> jax.stages.Compiled:

@@ -57,6 +57,7 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
     if start >= run.total_steps:
         logging.info("step %d of %d is reached already; nothing to train", start, run.total_steps)
     checkpoints.save_frozen(frozen)
+    frozen = run_lib.hold(run, frozen)
 
     writer = Writer(workdir, active=first)
     save_every = max(
