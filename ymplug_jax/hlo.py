@@ -5,7 +5,7 @@ they run. Read from the text of XLA's optimised module.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -45,40 +45,85 @@ class Traffic(NamedTuple):
     cycles: float = 0.0  # that XLA's TPU compiler expects of its own instructions; it gives none for kernels and copies
 
 
+class Collective(NamedTuple):
+    """One instruction that moves something between devices."""
+
+    kind: str  # of COLLECTIVES
+    axes: str  # of the mesh, along which the members of a group differ: "data", "data,fsdp"
+    shapes: tuple[str, ...]  # of the results on one device, "bf16[8,128]"
+    size: float  # bytes of the results
+    times: float  # that one run of the program runs it
+    in_loop: bool
+
+
 def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
     """Read the optimised module `text`, compiled for the axes and sizes of `mesh`, in their order."""
     computations, entry = _parse(text)
-    collectives: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     moved, kernels, cycles = [0.0, 0.0], 0.0, 0.0
+    for op, table, times, _ in _run(computations, entry):
+        if found := re.search(r'"estimated_cycles":"(\d+)"', op.text):
+            cycles += times * int(found[1])
+        if _reached(op, computations):
+            continue
+        if op.kind.removesuffix("-start") in COLLECTIVES:
+            kind, axes, size, _ = _collective(op, mesh)
+            if axes:
+                sent[kind][axes] += times * size
+        elif op.kind not in _FREE and not op.kind.endswith(("-done", "-update")):
+            inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
+            product = any(part.kind in ("convolution", "dot") or KERNEL in part.text for part in (*inner, op))
+            size = times * _bytes(op, table, inner, computations)
+            moved[0 if product else 1] += size
+            kernels += size if KERNEL in op.text else 0
+    return Traffic({kind: dict(axes) for kind, axes in sent.items()}, *moved, kernels, cycles)
 
-    def walk(name: str, times: float) -> None:
-        nonlocal kernels, cycles
-        ops = computations[name]
-        table = {op.name: op for op in ops}
-        for op in ops:
-            kind = op.kind.removesuffix("-start")
-            if found := re.search(r'"estimated_cycles":"(\d+)"', op.text):
-                cycles += times * int(found[1])
-            if op.kind == "while":
-                body, condition = _called(op, "body"), _called(op, "condition")
-                walk(body, times * _trips(op, computations[condition]))
-            elif op.kind in ("call", "async-start") and (inner := _called(op, "to_apply") or _called(op, "calls")):
-                walk(inner, times)
-            elif op.kind == "conditional":
-                branches = re.findall(r"%([\w.\-]+)", op.text[op.text.find("branch_computations") :].split("}")[0])
-                for branch in branches[:1]:
-                    walk(branch, times)
-            elif kind in COLLECTIVES and not op.kind.endswith("-done"):
-                _collective(op, kind, times, mesh, collectives)
-            elif op.kind not in _FREE and not op.kind.endswith(("-done", "-update")):
-                inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
-                product = any(part.kind in ("convolution", "dot") or KERNEL in part.text for part in (*inner, op))
-                size = times * _bytes(op, table, inner, computations)
-                moved[0 if product else 1] += size
-                kernels += size if KERNEL in op.text else 0
 
-    walk(entry, 1)
-    return Traffic({kind: dict(axes) for kind, axes in collectives.items()}, *moved, kernels, cycles)
+def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """Every collective between devices in the optimised module `text`, compiled for the axes and sizes of `mesh`.
+
+    Those that libtpu runs beside a chain of fusions are included: each stands in all of the chain and counts once.
+    """
+    computations, entry = _parse(text)
+    found, chains = [], set()
+    for op, _, times, in_loop in _run(computations, entry):
+        for part in computations.get(_called(op, "calls"), []) if op.kind == "fusion" else [op]:
+            if part.kind.removesuffix("-start") not in COLLECTIVES:
+                continue
+            if op.kind == "fusion":
+                channel = re.search(r"channel_id=\d+", part.text)
+                if channel and channel[0] in chains:
+                    continue
+                chains.add(channel[0] if channel else part.name)
+            kind, axes, size, shapes = _collective(part, mesh)
+            if axes:
+                found.append(Collective(kind, axes, shapes, size, times, in_loop))
+    return found
+
+
+def _run(
+    computations: Mapping[str, list[Op]], name: str, times: float = 1, in_loop: bool = False
+) -> Iterator[tuple[Op, dict[str, Op], float, bool]]:
+    """What runs: (instruction, its computation by name, how often, whether in a loop); of a conditional, the first branch."""
+    table = {op.name: op for op in computations[name]}
+    for op in table.values():
+        yield op, table, times, in_loop
+        if reached := _reached(op, computations):
+            inner, trips = reached
+            yield from _run(computations, inner, times * trips, in_loop or op.kind == "while")
+
+
+def _reached(op: Op, computations: Mapping[str, list[Op]]) -> tuple[str, int] | None:
+    """The computation that an instruction runs, and how often."""
+    if op.kind == "while":
+        return _called(op, "body"), _trips(op, computations[_called(op, "condition")])
+    if op.kind in ("call", "async-start"):
+        inner = _called(op, "to_apply") or _called(op, "calls")
+        return (inner, 1) if inner else None
+    if op.kind == "conditional":
+        branches = re.findall(r"%([\w.\-]+)", op.text[op.text.find("branch_computations") :].split("}")[0])
+        return (branches[0], 1) if branches else None
+    return None
 
 
 def _parse(text: str) -> tuple[dict[str, list[Op]], str]:
@@ -172,15 +217,14 @@ def _read(name: str, ops: Sequence[Op], computations: Mapping[str, list[Op]]) ->
     return total
 
 
-def _collective(
-    op: Op, kind: str, times: float, mesh: Mapping[str, int], collectives: dict[str, dict[str, float]]
-) -> None:
-    shape = op.type
+def _collective(op: Op, mesh: Mapping[str, int]) -> tuple[str, str, float, tuple[str, ...]]:
+    """(kind, mesh axes, bytes and shapes of the results); no axes where every device is a group of its own."""
+    kind, shape = op.kind.removesuffix("-start"), op.type
     if op.kind.endswith("-start") and shape.startswith("(("):
         shape = shape.split("), ", 1)[-1]  # ((operands), (results), ...)
     group, axes = _group(op.text, mesh)
-    if group > 1:
-        collectives[kind][axes] += times * _size(shape)
+    shapes = tuple(f"{dtype}[{dims}]" for dtype, dims, _ in _SHAPE.findall(shape))
+    return kind, axes if group > 1 else "", _size(shape), shapes
 
 
 def _group(text: str, mesh: Mapping[str, int]) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ymplug_jax.models import layers
+from ymplug_jax.sharding import constrain
 
 EPS = 1e-6  # of every norm in the vision tower
 STD = 0.015  # of every weight at the start
@@ -67,7 +68,7 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[jax.Array, jax.Array], layer: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        x, cls = carry
+        x, cls = _by_rows(*carry)
         b, t, p, d = x.shape
         normal = nn.initializers.normal(STD)
 
@@ -94,7 +95,12 @@ class Block(nn.Module):
 
         mlp_norm = layers.norm("mlp_norm", EPS, self.dtype)
         mlp = layers.Mlp(int(self.mlp_ratio * d), normal, shrunk, dtype=self.dtype, name="mlp")
-        return (x + mlp(mlp_norm(x)), cls + mlp(mlp_norm(cls))), None
+        return _by_rows(x + mlp(mlp_norm(x)), cls + mlp(mlp_norm(cls))), None
+
+
+def _by_rows(x: jax.Array, cls: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Every device keeps whole rows: where weights are cut too (fsdp), they travel to the rows, not the rows to them."""
+    return constrain(x, "batch", None, None, None), constrain(cls, "batch", None)
 
 
 class TimeSformer(nn.Module):
@@ -137,6 +143,6 @@ class TimeSformer(nn.Module):
             x, cls = norm_pre(x), norm_pre(cls)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=0)
         blocks = blocks(width=d, heads=self.heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype, name="blocks")
-        (x, cls), _ = blocks((x, cls), jnp.arange(self.depth))
+        (x, cls), _ = blocks(_by_rows(x, cls), jnp.arange(self.depth))
         tokens = jnp.concatenate([cls[:, None], x.reshape(x.shape[0], -1, d)], axis=1)  # [B, 1 + T * P, D]
         return layers.norm("norm", EPS, self.dtype)(tokens)
