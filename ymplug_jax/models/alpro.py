@@ -119,7 +119,7 @@ class ALPRO(nn.Module):
 
     def encode_video(self, video: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Normalised video f[B, T, S, S, 3] -> f[B, 1 + P, C]: cls, then each patch averaged over the frames."""
-        tokens = self.vision(video)  # [B, 1 + T * P, D]
+        tokens = self.vision(video, deterministic=deterministic)  # [B, 1 + T * P, D]
         b, _, d = tokens.shape
         patches = tokens[:, 1:].reshape(b, self.vision.frames, -1, d).mean(axis=1)  # [B, P, D]
         tokens = jnp.concatenate([tokens[:, :1], patches], axis=1)  # [B, 1 + P, D]
@@ -255,7 +255,7 @@ def sized(
         )
     tower = VISIONS[vision].clone(frames=frames)
     return ALPRO(
-        vision=tower.clone(heads=12) if variant == "salesforce" and vision == "b16" else tower,
+        vision=tower.clone(heads=12, drop_path=0.1) if variant == "salesforce" and vision == "b16" else tower,
         text=TEXTS[text][0],
         fusion=TEXTS[text][1],
         contrastive_width=contrastive_width,

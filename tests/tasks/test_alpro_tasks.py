@@ -39,20 +39,12 @@ MODELS = {
 }
 
 
-def vocabulary(file: Path) -> Path:
-    """A BERT vocabulary of the titles' characters."""
-    characters = sorted({c for i in range(12) for c in shards.title(i)} | set("第个视频0123456789"))
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in "0123456789")]
-    file.write_text("\n".join(tokens) + "\n", encoding="utf-8")
-    return file
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("alpro")
     shards.write(folder / "data", (17,))
     shards.write(folder / "data", (10,), split="validation", first=40)
-    tokenizer = vocabulary(folder / "vocab.txt")
+    tokenizer = shards.vocabulary(folder / "vocab.txt")
     prompts = {"entities": ["圆形", "方形", "红色"], "templates": ["{}的视频", "第0个{}"]}
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     rng = np.random.default_rng(0)
@@ -65,7 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 def options_of(name: str, data: Data) -> dict:
     folder = Path(data.path).parent
     return {
-        "alpro_pretrain": {"entities": str(folder / "entities.npz"), "reference_entities": True},
+        "alpro_pretrain": {"entities": str(folder / "entities.npz")},
         "alpro_prompter": {"prompts": str(folder / "prompts.json")},
     }.get(name, {})
 
