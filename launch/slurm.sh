@@ -2,11 +2,23 @@
 #SBATCH --job-name=ymplug_jax
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
-# One run over the nodes of a SLURM job, one process a node:
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@300
+# One run over the nodes of a SLURM job, one process a node with all its GPUs:
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config configs/mplug_video/pretrain.py:1.3b --workdir /shared/run
-# Two minutes before the time limit every process saves; the job is queued again and goes on.
-set -euo pipefail
-trap 'scontrol requeue "$SLURM_JOB_ID"' TERM
+# Five minutes before the time limit this shell (B:) gets SIGTERM and passes it to srun, which passes it to every process; all
+# save, and the job is queued again. So it is when a node is lost; a mistake in the settings (code 2) ends it.
+set -uo pipefail
+stopped=
+trap 'stopped=1; kill -TERM "$step" 2>/dev/null' TERM
 srun --kill-on-bad-exit=1 .venv/bin/python -m ymplug_jax.main "$@" &
-wait $!
+step=$!
+wait "$step"
+code=$?
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal ends a wait
+[ -n "$stopped" ] && { wait "$step"; code=$?; }
+[ "$code" = 2 ] && exit 2
+if [ -n "$stopped" ] || { [ "$code" != 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; }; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,12 @@ def make_data(folder: Path) -> list[str]:
 def command(workdir: Path, data: list[str], *more: str) -> list[str]:
     base = [sys.executable, "-m", "ymplug_jax.main", "--config=configs/tiny/pretrain.py", f"--workdir={workdir}"]
     return [*base, *data, *SMALL, *more]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def environment(devices: int = 1) -> dict[str, str]:

@@ -14,7 +14,7 @@ FLOORS = {
     4: ["train", "evaluate", "plan", "run", "predict", "page", "sheet", "aot", "chips", "flops", "hlo"],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer"],
+    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {

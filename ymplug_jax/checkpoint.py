@@ -35,7 +35,7 @@ class Checkpoints:
     """Saves and restores one run. Saving is asynchronous; `close` waits for the last save."""
 
     def __init__(self, workdir: str, *, keep: int = 3):
-        self.folder = epath.Path(workdir).absolute() / "checkpoints"
+        self.folder = _whole(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
@@ -101,6 +101,17 @@ class Checkpoints:
         self._frozen.close()
 
 
+def folder_of(name: str) -> epath.Path:
+    """The folder that a flag or a setting names: local, local as file:///..., or gs://bucket/... (which pathlib would break)."""
+    return epath.Path(str(name).removeprefix("file://")).expanduser()
+
+
+def _whole(name: str) -> epath.Path:
+    """The same from the root; epath's own `absolute` takes gs:// for a local name."""
+    folder = folder_of(name)
+    return folder if "://" in str(folder) else folder.absolute()
+
+
 def _wrapped(opt_state: Any) -> dict:
     return {"state": opt_state}
 
@@ -123,14 +134,14 @@ def sources(init_from: str) -> list[tuple[str, str]]:
 
 def latest_step(workdir: str) -> int | None:
     """Newest whole step of a run, or None."""
-    folder = epath.Path(workdir).absolute() / "checkpoints" / STEPS
+    folder = _whole(workdir) / "checkpoints" / STEPS
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     return max(steps, default=None)
 
 
 def places(workdir: str) -> list[epath.Path]:
     """Item folders that together hold all parameters of the newest checkpoint."""
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = _whole(workdir) / "checkpoints"
     step = latest_step(workdir)
     possible = [folder / CONVERTED, folder / FROZEN, folder / STEPS / str(step) / "trainable"]
     return [place for place in possible if place.exists()]
@@ -168,7 +179,7 @@ def load_params(
     Raises:
       CheckpointError: no checkpoint there, or a wanted parameter is missing or has another shape.
     """
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = _whole(workdir) / "checkpoints"
     wanted = {
         path: leaf
         for path, leaf in state_lib.flatten(abstract).items()

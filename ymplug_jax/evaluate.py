@@ -4,11 +4,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from ymplug_jax import checkpoint, page, sharding
@@ -44,7 +44,9 @@ def losses(run: Run, step: LossStep, records: Any, trainable: Params, frozen: Pa
     return {name: mean.value() for name, mean in jax.device_get(total).items()}
 
 
-def evaluate_all(runs: list[tuple[Experiment, Path]], workdir: Path, *, examples: int = 0) -> dict[str, Any]:
+def evaluate_all(
+    runs: list[tuple[Experiment, epath.Path]], workdir: epath.Path, *, examples: int = 0
+) -> dict[str, Any]:
     """`evaluate` of one run; of several, mean and standard deviation of every score, written to `workdir`/seeds.json too."""
     scores = [evaluate(experiment, folder, examples=examples) for experiment, folder in runs]
     if len(runs) == 1:
@@ -56,7 +58,7 @@ def evaluate_all(runs: list[tuple[Experiment, Path]], workdir: Path, *, examples
     return result
 
 
-def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dict[str, Any]:
+def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) -> dict[str, Any]:
     """Score the run's newest checkpoint on its evaluation split.
 
     Writes `eval/<split>/`: scores.json, predictions.jsonl (one line an example), report.html (the same for the eye) and,
@@ -112,7 +114,7 @@ def evaluate(experiment: Experiment, workdir: Path, *, examples: int = 0) -> dic
     return scores
 
 
-def load(run: Run, workdir: Path) -> Params:
+def load(run: Run, workdir: epath.Path) -> Params:
     """All parameters of the run's newest checkpoint, placed as the run wants them; of a run that has not begun, those that
     `init_from` gives, to score without training."""
     if checkpoint.latest_step(str(workdir)) is None and run.experiment.train.init_from:
@@ -122,12 +124,13 @@ def load(run: Run, workdir: Path) -> Params:
     return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
 
 
-def _write(folder: Path, scores: dict[str, Any], report: Report) -> None:
+def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows)
     (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     if report.arrays:
-        np.savez(folder / "index.npz", **report.arrays)
+        with (folder / "index.npz").open("wb") as file:
+            np.savez(file, **report.arrays)
     (folder / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -14,11 +14,13 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from ymplug_jax import hosts
+
 HERE = Path(__file__).parent
 CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="configs/<model>/<task>.py[:size]; settings follow as --config.data.path=..."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, settings.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (local or gs://): checkpoints, metrics, settings.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "compile"], "What to do.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", "v5e:4x4", "With --mode=compile: the TPU slice, e.g. v5e:4x8, v5p:4x4x4, v6e:8x8."
@@ -56,22 +58,17 @@ def main(argv: list[str]) -> int:
     # After the flags: a wrong flag is answered at once, and importing this module stays quick.
     import jax
 
-    from ymplug_jax import aot, config, evaluate, plan, run, train
+    from ymplug_jax import aot, checkpoint, config, evaluate, plan, run, train
 
-    if COORDINATOR.value or _on_cluster():
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        logging.info(
-            "waiting for all %s processes, at most %d s; if one does not come, JAX ends this one",
-            PROCESSES.value or "",
-            START_TIMEOUT.value,
-        )
-        jax.distributed.initialize(
-            COORDINATOR.value,
-            PROCESSES.value,
-            PROCESS_ID.value,
-            initialization_timeout=START_TIMEOUT.value,
-            heartbeat_timeout_seconds=HEARTBEAT.value,
-        )
+    try:
+        meeting = None
+        if MODE.value != "compile":
+            meeting = hosts.find(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value, START_TIMEOUT.value)
+        if meeting:
+            hosts.join(meeting, START_TIMEOUT.value, HEARTBEAT.value)
+    except (ValueError, hosts.HostsError) as error:
+        logging.error("error: %s", error)
+        return hosts.LOST if isinstance(error, hosts.HostsError) else 2
     if jax.process_index() != 0:
         logging.getLogger().setLevel(logging.WARNING)
     try:
@@ -88,9 +85,10 @@ def main(argv: list[str]) -> int:
         else:
             if not WORKDIR.value:
                 raise ValueError(f"--workdir is missing: the folder of the run that --mode={MODE.value} works in")
-            runs = run.seeds(experiment, Path(WORKDIR.value), SEEDS.value)
+            folder = checkpoint.folder_of(WORKDIR.value)
+            runs = run.seeds(experiment, folder, SEEDS.value)
             if MODE.value == "eval":
-                result = evaluate.evaluate_all(runs, Path(WORKDIR.value), examples=EXAMPLES.value)
+                result = evaluate.evaluate_all(runs, folder, examples=EXAMPLES.value)
             else:
                 for one, workdir in runs:
                     train.train(one, workdir)
@@ -100,14 +98,6 @@ def main(argv: list[str]) -> int:
             raise
         logging.error("error: %s", error)
         return 2
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        reason = str(error).splitlines()[0]
-        logging.error("error: a transfer between processes failed, so one of them is gone: %s", reason)
-        logging.error("the same command on all hosts goes on from the newest checkpoint in %s", WORKDIR.value)
-        sys.stderr.flush()
-        os._exit(4)  # an orderly end would wait for the one that is gone
     if jax.process_index() == 0:
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return 3 if MODE.value == "compile" and not result["fits"] else 0
@@ -124,12 +114,6 @@ def _ours(error: BaseException) -> bool:
     )
 
 
-def _on_cluster() -> bool:
-    """Whether this is one of several processes that the platform knows the addresses of: a TPU slice, or tasks of SLURM."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return len(hosts) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(hosts.announced(main))

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
 from ymplug_jax import checkpoint, config, optim, sharding
@@ -34,7 +34,7 @@ class Run:
     frozen: Params  # abstract
 
 
-def seeds(experiment: Experiment, workdir: Path, count: int) -> list[tuple[Experiment, Path]]:
+def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple[Experiment, epath.Path]]:
     """(settings, folder) of `count` runs that differ in nothing but the seed; one run keeps `workdir` for itself.
 
     Raises:
@@ -153,7 +153,7 @@ def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
         task = run.task
         part = checkpoint.load_params(folder, abstract, subtree=subtree, allow_missing=task.fresh, resize=task.resize)
         loaded |= part
-        origin |= dict.fromkeys(part, Path(folder).name)
+        origin |= dict.fromkeys(part, checkpoint.folder_of(folder).name)
     flat = state_lib.flatten(abstract)
     missing = [path for path in flat if path not in loaded]
     fresh = state_lib.init_params(

@@ -4,20 +4,17 @@ import contextlib
 import json
 import logging
 import platform
-import shutil
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -26,6 +23,7 @@ from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.checkpoint import Checkpoints
 from ymplug_jax.config import Experiment
+from ymplug_jax.data import feed as feed_lib
 from ymplug_jax.data import loader
 from ymplug_jax.data.source import open_split
 from ymplug_jax.run import Run
@@ -125,7 +123,7 @@ def compile_step(run: Run) -> jax.stages.Compiled:
     return lower_step(run).compile()
 
 
-def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
+def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     """Train until the end of `duration`, or go on where this folder's newest checkpoint stands. Returns the last scores.
 
     Raises:
@@ -140,7 +138,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, float]:
     return scores
 
 
-def _train(run: Run, workdir: Path, checkpoints: Checkpoints) -> dict[str, float]:
+def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str, float]:
     experiment = run.experiment
     settings, data = experiment.train, experiment.data
     first = jax.process_index() == 0
@@ -184,40 +182,31 @@ def _train(run: Run, workdir: Path, checkpoints: Checkpoints) -> dict[str, float
 
     if held_out is not None and start == 0:
         check(0)
-    batches = _on_device(stream, rows, settings.batch_size, run.mesh)
-    for step in range(start + 1, run.total_steps + 1):  # `step` counts finished steps
-        batch = next(batches)
-        with jax.transfer_guard("disallow"):
-            state, metrics = compiled(state, frozen, batch, key)
-        log.add(step, metrics)
-        last, stopping = step == run.total_steps, stop.asked(step)
-        if step % settings.log_every == 0 or last or stopping:
-            log.flush(step, corrupt=stream.skipped)
-        if held_out is not None and (step % eval_every == 0 or last):
-            log.flush(step)
-            check(step)
-        if step % save_every == 0 or last or stopping:
-            log.flush(step)  # a run of bad steps must not become the last good checkpoint
-            checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
-        if stopping:
-            log.say(f"asked to stop: saving step {step}; the same command goes on from there")
-            break
+    with contextlib.closing(
+        feed_lib.Feed(stream, lambda local: sharding.put_batch(local, rows, settings.batch_size, run.mesh))
+    ) as feed:
+        for step in range(start + 1, run.total_steps + 1):  # `step` counts finished steps
+            with log.waiting():
+                batch = next(feed)
+            with jax.transfer_guard("disallow"):
+                state, metrics = compiled(state, frozen, batch, key)
+            log.add(step, metrics)
+            last, stopping = step == run.total_steps, stop.asked(step)
+            if step % settings.log_every == 0 or last or stopping:
+                log.flush(step, corrupt=feed.skipped)
+            if held_out is not None and (step % eval_every == 0 or last):
+                log.flush(step)
+                check(step)
+            if step % save_every == 0 or last or stopping:
+                log.flush(step)  # a run of bad steps must not become the last good checkpoint
+                writer.flush()
+                checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
+            if stopping:
+                log.say(f"asked to stop: saving step {step}; the same command goes on from there")
+                break
     log.close()
-    stream.close()
     writer.close()
     return scores
-
-
-def _on_device(
-    stream: Iterator[dict[str, np.ndarray]], rows: np.ndarray, size: int, mesh: jax.sharding.Mesh
-) -> Iterator[Batch]:
-    """Global arrays, two batches ahead of the step."""
-    ahead: deque[Batch] = deque()
-    for local in stream:
-        ahead.append(sharding.put_batch(local, rows, size, mesh))
-        if len(ahead) > 2:
-            yield ahead.popleft()
-    yield from ahead
 
 
 class _Stop:
@@ -242,6 +231,7 @@ class _Log:
         self._bad_in_a_row = 0
         self._skipped = 0
         self._since = time.perf_counter()
+        self._waited = 0.0  # seconds since then, for batches
         hidden = jax.process_index() != 0
         self._bar = tqdm(
             total=run.total_steps,
@@ -254,11 +244,22 @@ class _Log:
         )
 
     def add(self, step: int, metrics: Metrics) -> None:
+        """Returns when the step before is done: one step is queued behind the running one, and what the loop then waits for
+        is the input, not its own lead."""
+        if self._pending:
+            jax.block_until_ready(self._pending[-1][1])
         self._pending.append((step, metrics))
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches a batch: its time counts as `input_wait`."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
 
     def restart_clock(self) -> None:
         """Leave out what was not training."""
-        self._since = time.perf_counter()
+        self._since, self._waited = time.perf_counter(), 0.0
 
     def say(self, text: str) -> None:
         if not self._bar.disable:
@@ -300,6 +301,7 @@ class _Log:
         values |= {
             "skipped_total": self._skipped,
             "samples_per_second": samples / seconds,
+            "input_wait": self._waited / seconds,  # share of the time, 0 to 1
             "epoch": step / self._run.steps_per_epoch,
         }
         if corrupt:
@@ -307,7 +309,8 @@ class _Log:
         self._writer.write(step, values)
         self._bar.update(len(fetched))
         self._bar.set_postfix_str(
-            f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s"
+            f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s, "
+            f"{values['input_wait']:.0%} waiting for input"
             + (f", {self._skipped} skipped" if self._skipped else "")
             + (f", {corrupt} corrupt records" if corrupt else "")
         )
@@ -318,7 +321,7 @@ class _Log:
         self._bar.close()
 
 
-def _write_facts(experiment: Experiment, workdir: Path) -> None:
+def _write_facts(experiment: Experiment, workdir: epath.Path) -> None:
     """config.json, environment.json and the tokenizer; a changed setting of a resumed run is named."""
     path = workdir / "config.json"
     text = config.to_json(experiment)
@@ -333,7 +336,8 @@ def _write_facts(experiment: Experiment, workdir: Path) -> None:
     path.write_text(text, encoding="utf-8")
     if experiment.data.tokenizer:  # a run answers questions long after its data is gone
         (workdir / "tokenizer").mkdir(exist_ok=True)
-        shutil.copy(experiment.data.tokenizer, workdir / "tokenizer")
+        tokenizer = epath.Path(experiment.data.tokenizer)
+        (workdir / "tokenizer" / tokenizer.name).write_bytes(tokenizer.read_bytes())
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ymplug_jax")
     facts = {
         "command": sys.argv,

@@ -4,12 +4,12 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import struct
 
 
@@ -40,16 +40,25 @@ def mean_of(values: jax.Array, mask: jax.Array) -> Mean:
 
 
 class Writer:
-    """Appends to `metrics.jsonl` and TensorBoard in the run's folder; on hosts other than the first it does nothing."""
+    """Appends to `metrics.jsonl` and TensorBoard in the run's folder; on hosts other than the first it does nothing.
 
-    def __init__(self, workdir: Path, *, active: bool):
+    An object of a bucket cannot grow and is there only when it is closed: in gs:// the lines are written anew, all of them,
+    every half minute and at `flush`.
+    """
+
+    def __init__(self, workdir: epath.Path, *, active: bool):
         self._active = active
         if not active:
             return
         from tensorboardX import SummaryWriter  # after the check: only the first host pays for it
 
         self._path = workdir / "metrics.jsonl"
-        self._file = self._path.open("a", encoding="utf-8")
+        self._remote = "://" in str(workdir)
+        if self._remote:
+            self._text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+            self._written = time.monotonic()
+        else:
+            self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
@@ -60,17 +69,31 @@ class Writer:
         for name, value in values.items():
             line[name] = value if np.isfinite(value) else None
             self._board.add_scalar(name, value, step)
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        if not self._remote:
+            self._file.write(text)
+            self._file.flush()
+            return
+        self._text += text
+        if time.monotonic() - self._written > 30:
+            self.flush()
+
+    def flush(self) -> None:
+        """All lines are in the file: before a checkpoint, so that a run that goes on from it lacks none."""
+        if self._active and self._remote:
+            self._path.write_text(self._text, encoding="utf-8")
+            self._written = time.monotonic()
 
     def close(self) -> None:
         """Flush both."""
         if self._active:
-            self._file.close()
+            self.flush()
+            if not self._remote:
+                self._file.close()
             self._board.close()
 
 
-def read_metrics(workdir: Path) -> list[dict]:
+def read_metrics(workdir: epath.Path) -> list[dict]:
     """Lines of `metrics.jsonl`, oldest first; of steps written twice (a resumed run) the later line stays."""
     path = workdir / "metrics.jsonl"
     lines: dict[tuple, dict] = {}
@@ -83,7 +106,7 @@ def read_metrics(workdir: Path) -> list[dict]:
     return sorted(lines.values(), key=lambda line: line["step"])
 
 
-def draw_curve(workdir: Path) -> Path | None:
+def draw_curve(workdir: epath.Path) -> epath.Path | None:
     """`loss.png`: training loss (raw and smoothed) and evaluation loss by step. None if there is nothing to draw."""
     lines = read_metrics(workdir)
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
@@ -105,5 +128,6 @@ def draw_curve(workdir: Path) -> Path | None:
     axes.grid(alpha=0.3)
     axes.legend()
     path = workdir / "loss.png"
-    figure.savefig(path, dpi=120)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
     return path

@@ -52,6 +52,9 @@ def test_decoding():
     assert np.abs(clip.astype(int) - expected).max() <= 3
     with pytest.raises(ValueError, match="frame 1 of the record is no JPEG"):
         frames.decode_frames(jpegs, [0, 1])
+    one_by_one = frames.Decoded(jpegs, np.array([0, 2, 3, 3]))
+    assert len(one_by_one) == 4 and one_by_one[3] is one_by_one[2], "decoded once"
+    np.testing.assert_array_equal(list(one_by_one), clip)
 
 
 def test_decoding_is_opencv_to_the_bit():

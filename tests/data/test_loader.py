@@ -44,16 +44,16 @@ def take(records: Records, count: int, **options) -> dict[str, np.ndarray]:
     return {key: np.stack([batch[key] for batch in got]) for key in got[0]}
 
 
-def threads_of_grain() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
+def threads_there() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("grain-prefetch", "loader"))]
 
 
 def threads_end() -> bool:
     """Whether they do, each after what it is at."""
     deadline = time.monotonic() + 20
-    while threads_of_grain() and time.monotonic() < deadline:
+    while threads_there() and time.monotonic() < deadline:
         time.sleep(0.01)
-    return not threads_of_grain()
+    return not threads_there()
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])
@@ -280,7 +280,7 @@ def test_no_more_is_read_than_said(records: Records):
 def test_closing_ends_the_threads(records: Records):
     stream = stream_of(records)
     next(stream)
-    assert threads_of_grain()
+    assert threads_there()
     stream.close()
     assert threads_end() and not multiprocessing.active_children()
     stream_of(records).close()  # before it began

@@ -103,7 +103,7 @@ def test_masked_positions_give_no_gradient_even_if_infinite() -> None:
     assert total == pytest.approx(np.log(4), rel=1e-5)
 
 
-@pytest.mark.parametrize("length", [5, 17, 40])
+@pytest.mark.parametrize("length", [5, 17, 90])
 def test_next_token_in_parts_equals_the_whole(length: int) -> None:
     rng = np.random.default_rng(0)
     table = rng.normal(size=(50, 8)).astype(np.float32)
@@ -128,14 +128,14 @@ def test_next_token_in_parts_equals_the_whole(length: int) -> None:
     assert right == ((hidden @ table.T).argmax(-1) == ids[:, 1:])[np.asarray(kept)].sum()
 
 
-def test_logits_of_a_whole_row_never_exist() -> None:
+def test_logits_of_a_whole_batch_never_exist() -> None:
     """Peak memory of the loss and its gradient, as compiled, grows with the positions of a part, not with the row."""
-    hidden, table = jnp.zeros((4, 128, 64)), jnp.zeros((8192, 64))
-    ids = mask = jnp.ones((4, 129), jnp.int32)
+    hidden, table = jnp.zeros((8, 128, 64)), jnp.zeros((8192, 64))
+    ids = mask = jnp.ones((8, 129), jnp.int32)
 
     def temporaries(loss) -> int:
         return jax.jit(jax.grad(loss)).lower(hidden).compile().memory_analysis().temp_size_in_bytes
 
     whole = temporaries(lambda h: losses.next_token(h @ table.T, ids, mask)[0])
     parts = temporaries(lambda h: losses.next_token_of(lambda part: part @ table.T, h, ids, mask)[0])
-    assert whole > 4 * 128 * 8192 * 4 > 2 * parts
+    assert whole > 8 * 128 * 8192 * 4 > 2 * parts

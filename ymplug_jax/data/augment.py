@@ -6,27 +6,27 @@ arithmetic the reference used (OpenCV 5 differs by up to 5 grey levels).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
-import cv2
 import numpy as np
 
-cv2.setNumThreads(0)  # the loader's own threads are the parallelism
+from ymplug_jax.data.frames import opencv
 
 LEVEL = 5  # of 10
 FILL = (128, 128, 128)
-Clip = np.ndarray  # uint8[T, H, W, 3]
 Frame = np.ndarray  # uint8[H, W, 3]
+Clip = Sequence[Frame]  # uint8[T, H, W, 3], or frames decoded when asked for: each is done with before the next
 Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
 def train_transform(
     clip: Clip, size: int, rng: np.random.Generator, *, random_signs: bool = False, wrap_uint8: bool = False
-) -> Clip:
+) -> np.ndarray:
     """Random resized crop, flip with probability 1/2, two RandAugment operations.
 
     Args:
-      clip: RGB frames, uint8[T, H, W, 3].
+      clip: RGB frames.
       size: side of the result, pixels.
       rng: all randomness of the call.
       random_signs: warp to either side; the reference warps to one side only.
@@ -35,14 +35,16 @@ def train_transform(
     Returns:
       uint8[T, size, size, 3].
     """
-    crop = choose_crop(*clip.shape[1:3], rng)
+    cv2 = opencv()
+    height, width = clip[0].shape[:2]
+    crop = choose_crop(height, width, rng)
     flip = rng.random() < 0.5
     operations = [(name, LEVEL) for name in choose_operations(rng)]
     if random_signs:
         operations = [(name, -level if name in WARPS and rng.random() < 0.5 else level) for name, level in operations]
     out = np.empty((len(clip), size, size, 3), np.uint8)
-    for t, values in enumerate(crop_resize(clip, crop, size)):
-        frame = to_uint8(values, wrap=wrap_uint8)
+    for t, values in enumerate(_crop_resize(clip, crop, size)):
+        frame = to_uint8(values, wrap=True) if wrap_uint8 else np.clip(values, 0, 255, out=values).astype(np.uint8)
         frame = cv2.flip(frame, 1) if flip else frame
         for name, level in operations:
             frame = operate(frame, name, level)
@@ -50,20 +52,26 @@ def train_transform(
     return out
 
 
-def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> Clip:
+def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> np.ndarray:
     """Resize to a square whatever the aspect: nearest neighbour as in the reference, or bilinear.
 
-    uint8[T, H, W, 3] -> uint8[T, size, size, 3].
+    Frames uint8[H, W, 3] -> uint8[T, size, size, 3].
     """
-    height, width = clip.shape[1:3]
-    grid = np.stack(np.meshgrid(nearest(width, size), nearest(height, size)), -1).astype(np.int16)  # [size, size, xy]
+    cv2 = opencv()
+    height, width = clip[0].shape[:2]
     out = np.empty((len(clip), size, size, 3), np.uint8)
     for t, frame in enumerate(clip):
         if bilinear:
             out[t] = cv2.resize(frame, (size, size), interpolation=cv2.INTER_LINEAR)
         else:
-            out[t] = cv2.remap(frame, grid, None, cv2.INTER_NEAREST)
+            out[t] = cv2.remap(frame, _nearest_grid(height, width, size), None, cv2.INTER_NEAREST)
     return out
+
+
+@lru_cache(64)
+def _nearest_grid(height: int, width: int, size: int) -> np.ndarray:
+    """int16[size, size, xy]"""
+    return np.stack(np.meshgrid(nearest(width, size), nearest(height, size)), -1).astype(np.int16)
 
 
 def nearest(source: int, size: int) -> np.ndarray:
@@ -97,17 +105,24 @@ def crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
 
     The values are whole but may lie outside 0..255: a bicubic filter overshoots.
     """
+    for values in _crop_resize(clip, crop, size):
+        yield np.trunc(values, out=values)
+
+
+def _crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
+    """`crop_resize` before it truncates."""
+    cv2 = opencv()
     top, left, height, width = crop
     part = np.empty((height, width, 3), np.float32)
     out = np.empty((size, size, 3), np.float32)
     for frame in clip:
         np.copyto(part, frame[top : top + height, left : left + width])
-        cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
-        yield np.trunc(out, out=out)
+        yield cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
 
 
 def to_uint8(values: np.ndarray, *, wrap: bool = False) -> np.ndarray:
-    """Whole numbers to uint8, clipped; or modulo 256 as in the reference, which turns overshooting bright pixels black."""
+    """Truncated toward zero and clipped to uint8; or modulo 256 as in the reference, which turns overshooting bright pixels
+    black."""
     return (values.astype(np.int64) % 256 if wrap else np.clip(values, 0, 255)).astype(np.uint8)
 
 
@@ -125,20 +140,20 @@ def _contrast(frame: Frame, level: float) -> Frame:
         return frame
     # Luma with the weights of blue and red exchanged: the reference takes RGB frames for BGR.
     mean = float(frame.mean((0, 1)) @ (0.114, 0.587, 0.299))
-    return cv2.LUT(frame, to_uint8((np.arange(256) - mean) * factor + mean))
+    return opencv().LUT(frame, to_uint8((np.arange(256) - mean) * factor + mean))
 
 
 def _brightness(frame: Frame, level: float) -> Frame:
     if (factor := _factor(level)) == 1.0:
         return frame
-    return cv2.LUT(frame, to_uint8(np.arange(256) * factor))
+    return opencv().LUT(frame, to_uint8(np.arange(256) * factor))
 
 
 def _sharpness(frame: Frame, level: float) -> Frame:
     if (factor := _factor(level)) == 1.0:
         return frame
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
-    smooth = cv2.filter2D(frame, -1, kernel).astype(np.float32)
+    smooth = opencv().filter2D(frame, -1, kernel).astype(np.float32)
     out = to_uint8(smooth + factor * (frame - smooth))
     out[[0, -1]], out[:, [0, -1]] = frame[[0, -1]], frame[:, [0, -1]]  # the border is left as it was
     return out
@@ -147,13 +162,29 @@ def _sharpness(frame: Frame, level: float) -> Frame:
 def _warp(frame: Frame, matrix: list[list[float]] | np.ndarray) -> Frame:
     """`matrix` [2, 3] maps the source to the destination, (x, y, 1) -> (x, y); bilinear, grey outside."""
     height, width = frame.shape[:2]
-    return cv2.warpAffine(frame, np.float32(matrix), (width, height), borderValue=FILL, flags=cv2.INTER_LINEAR)
+    return opencv().warpAffine(
+        frame, np.float32(matrix), (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR
+    )
+
+
+def _translate(frame: Frame, x: float, y: float) -> Frame:
+    """Every pixel to (x, y) behind its place. Whole numbers are a copy: a warp would give each pixel the weight 1."""
+    if x != round(x) or y != round(y):
+        return _warp(frame, [[1, 0, x], [0, 1, y]])
+    cv2 = opencv()
+    height, width = frame.shape[:2]
+    x, y = (max(-side, min(side, round(shift))) for shift, side in ((x, width), (y, height)))
+    kept = frame[max(-y, 0) : height - max(y, 0), max(-x, 0) : width - max(x, 0)]
+    if not kept.size:
+        return np.full_like(frame, FILL)
+    edges = max(y, 0), max(-y, 0), max(x, 0), max(-x, 0)  # top, bottom, left, right
+    return cv2.copyMakeBorder(kept, *edges, cv2.BORDER_CONSTANT | cv2.BORDER_ISOLATED, value=FILL)
 
 
 def _rotate(frame: Frame, level: float) -> Frame:
     height, width = frame.shape[:2]
-    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1)  # degrees, counter-clockwise
-    return cv2.warpAffine(frame, matrix, (width, height), borderValue=FILL, flags=cv2.INTER_LINEAR)
+    matrix = opencv().getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1)  # degrees, counter-clockwise
+    return opencv().warpAffine(frame, matrix, (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR)
 
 
 OPERATIONS: dict[str, Callable[[Frame, float], Frame]] = {
@@ -163,8 +194,8 @@ OPERATIONS: dict[str, Callable[[Frame, float], Frame]] = {
     "Sharpness": _sharpness,
     "ShearX": lambda frame, level: _warp(frame, [[1, level / 10 * 0.3, 0], [0, 1, 0]]),
     "ShearY": lambda frame, level: _warp(frame, [[1, 0, 0], [level / 10 * 0.3, 1, 0]]),
-    "TranslateX": lambda frame, level: _warp(frame, [[1, 0, -level], [0, 1, 0]]),
-    "TranslateY": lambda frame, level: _warp(frame, [[1, 0, 0], [0, 1, -level]]),
+    "TranslateX": lambda frame, level: _translate(frame, -level, 0),
+    "TranslateY": lambda frame, level: _translate(frame, 0, -level),
     "Rotate": _rotate,
 }
 WARPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")

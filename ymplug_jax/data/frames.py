@@ -1,11 +1,19 @@
 """Which frames of a clip, and their pixels. Choosing comes before decoding: a frame that is not used costs nothing."""
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 
-import cv2
 import numpy as np
 
-cv2.setNumThreads(0)  # the loader's own threads are the parallelism
+
+@functools.cache
+def opencv() -> ModuleType:
+    """cv2, loaded at its first use, without threads of its own: the loader's threads are the parallelism."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
 
 
 def choose_frames(num_frames: int, available: int, rng: np.random.Generator | None) -> np.ndarray:
@@ -21,15 +29,22 @@ def choose_frames(num_frames: int, available: int, rng: np.random.Generator | No
     if available < 1:
         raise ValueError("a clip needs at least one frame")
     count = min(num_frames, available)
-    cuts = np.linspace(0, available, count + 1).astype(np.int64)
-    first, last = cuts[:-1], cuts[1:] - 1
+    first, last, apart = _intervals(count, available)
     if rng is None:
         chosen = (first + last) // 2
-    elif np.any(last <= first):
-        chosen = np.sort(rng.choice(available, count, replace=False))
-    else:
+    elif apart:
         chosen = rng.integers(first, last)  # half-open
-    return np.pad(chosen.astype(np.int64), (0, num_frames - count), mode="edge")
+    else:
+        chosen = np.sort(rng.choice(available, count, replace=False)).astype(np.int64)
+    return chosen if count == num_frames else np.pad(chosen, (0, num_frames - count), mode="edge")
+
+
+@functools.lru_cache(256)  # clips of a data set have few lengths
+def _intervals(count: int, available: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """First and last frame of each interval, int64[count], and whether all have two frames or more."""
+    cuts = np.linspace(0, available, count + 1).astype(np.int64)
+    first, last = cuts[:-1], cuts[1:] - 1
+    return first, last, bool(np.all(last > first))
 
 
 def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -38,19 +53,31 @@ def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -
     Raises:
       ValueError: bytes that are no JPEG, or frames of different sizes.
     """
-    clip, places = None, {}
-    for t, index in enumerate(map(int, indices)):
-        if index in places:
-            clip[t] = clip[places[index]]
-            continue
-        image = cv2.imdecode(
-            np.frombuffer(jpegs[index], np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        )
+    return np.stack(Decoded(jpegs, indices))
+
+
+class Decoded(Sequence[np.ndarray]):
+    """The frames of `decode_frames`, uint8[H, W, 3] each, decoded when they are asked for: what is done to a frame at once
+    finds it in the cache. The latest one is kept. Errors are those of `decode_frames`."""
+
+    def __init__(self, jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray):
+        self._jpegs, self._indices = jpegs, [int(index) for index in indices]
+        self._latest, self._image, self._size = -1, None, None
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        index = self._indices[t]
+        if index == self._latest:
+            return self._image
+        cv2 = opencv()
+        data = np.frombuffer(self._jpegs[index], np.uint8)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             raise ValueError(f"frame {index} of the record is no JPEG")
-        if clip is None:
-            clip = np.empty((len(indices), *image.shape), np.uint8)  # [T, H, W, 3]
-        if image.shape != clip.shape[1:]:
-            raise ValueError(f"frame {index} of the record is {image.shape[:2]}, the first one {clip.shape[1:3]}")
-        clip[t], places[index] = image, t  # copied at once: its memory serves the next frame, twice as fast as stacking
-    return clip
+        self._size = self._size or image.shape[:2]
+        if image.shape[:2] != self._size:
+            raise ValueError(f"frame {index} of the record is {image.shape[:2]}, the first one {self._size}")
+        self._latest, self._image = index, image
+        return image

@@ -6,10 +6,13 @@ the number of examples seen, and any number of hosts continues the same order.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 from typing import Any
 
-import grain
 import numpy as np
 
 from ymplug_jax.data.records import CorruptRecord, Records
@@ -63,22 +66,80 @@ def batches(
         raise ValueError(f"rows must be a few of 0..{batch_size - 1}, not {rows.tolist()}")
     size = 2**62 if shuffle else min(num_examples or len(records), len(records))
     source = _Source(records, example, seed, batch_size, rows, shuffle, start, size, skip_corrupt)
-    ahead = max(2 * len(rows), 2 * threads)
-    share = -(-ahead // max(workers, 1))
+    stream = _in_processes(source, len(rows), threads, workers) if workers else _in_threads(source, len(rows), threads)
+    return Batches(stream, start + rows, batch_size, size)
+
+
+def _in_threads(source: "_Source", width: int, threads: int) -> Iterator[Example]:
+    """Batches of `width` items. The thread that makes an item copies it into its row, so that nothing is left to do for
+    the one that takes the batch, and the memory of items stays with the thread."""
+    pool = ThreadPoolExecutor(threads, "loader")
+    ahead = max(2, -(-2 * threads // width))
+    numbers = iter(range(len(source) // width))
+    begun: deque[tuple[_Rows, list[Future]]] = deque()
+    try:
+        while True:
+            for number in islice(numbers, ahead + 1 - len(begun)):
+                batch = _Rows(width)
+                begun.append(
+                    (batch, [pool.submit(batch.fill, row, source, number * width + row) for row in range(width)])
+                )
+            if not begun:
+                return
+            batch, fills = begun.popleft()
+            for fill in fills:
+                fill.result()
+            yield batch.arrays
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Rows:
+    """A batch that threads fill row by row; its first item says what the arrays are."""
+
+    def __init__(self, width: int):
+        self.arrays: Example = {}
+        self._width, self._lock = width, threading.Lock()
+
+    def fill(self, row: int, source: "_Source", k: int) -> None:
+        example = {key: np.asarray(value) for key, value in source[k].items()}
+        with self._lock:
+            if not self.arrays:
+                self.arrays = {
+                    key: np.empty((self._width, *value.shape), value.dtype) for key, value in example.items()
+                }
+        for key, array in self.arrays.items():
+            value = example[key]
+            if (value.shape, value.dtype) != (array.shape[1:], array.dtype):
+                raise ValueError(
+                    f"{key}: an example has {value.dtype}{list(value.shape)}, another of its batch "
+                    f"{array.dtype}{list(array.shape[1:])}; all examples of a task must be alike"
+                )
+            array[row] = value
+
+
+def _in_processes(source: "_Source", width: int, threads: int, workers: int) -> Iterator[Example]:
+    """The same from worker processes, each with so many threads."""
+    import grain
+
+    share = -(-max(2 * width, 2 * threads) // workers)
     stream = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(threads, share))
-    if workers:
-        # Before batching: a batch cut inside a worker would depend on their number.
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=share))
-    return Batches(stream.batch(len(rows)), [start + rows, batch_size, size])
+    # Before batching: a batch cut inside a worker would depend on their number.
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=share))
+    iterator = iter(stream.batch(width))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 class Batches:
     """Iterator over this host's part of the global batches. Threads and processes end with it: at its end, at an error or
     at `close`."""
 
-    def __init__(self, stream: grain.IterDataset, places: list):
+    def __init__(self, stream: Iterator[Example], positions: np.ndarray, step: int, size: int):
         self.skipped = 0  # corrupt records in the batches given out so far
-        self._batches = self._run(stream, *places)
+        self._batches = self._run(stream, positions, step, size)
 
     def __iter__(self) -> "Batches":
         return self
@@ -90,15 +151,12 @@ class Batches:
         """Let go of threads and processes; there are no more batches after it."""
         self._batches.close()
 
-    def _run(self, stream: grain.IterDataset, positions: np.ndarray, step: int, size: int) -> Iterator[Example]:
-        iterator = iter(stream)
-        try:
-            for batch in iterator:
+    def _run(self, stream: Iterator[Example], positions: np.ndarray, step: int, size: int) -> Iterator[Example]:
+        with closing(stream):
+            for batch in stream:
                 self.skipped += int(np.sum(~batch["valid"] & (positions < size)))  # beyond it is padding
                 positions = positions + step
                 yield batch
-        finally:
-            iterator.close()
 
 
 class _Source:
@@ -118,10 +176,8 @@ class _Source:
     ):
         self._records, self._example, self._seed, self._shuffle = records, example, seed, shuffle
         self._batch_size, self._rows, self._start, self._size, self._skip = batch_size, rows, start, size, skip
-        # Any item of it is computed on the spot. Repetition e has the seed + e, so that neighbouring seeds of a run would
-        # share orders: spread them first.
-        key = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._order = grain.MapDataset.range(len(records)).shuffle(seed=key).repeat() if shuffle else None
+        # Epoch e has the seed + e, so that neighbouring seeds of a run would share orders: spread them first.
+        self._key = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._filler: Example | None = None
         self._lock = threading.Lock()
 
@@ -144,13 +200,20 @@ class _Source:
             return self._invalid()
         index, rng = position, None
         if self._shuffle:
-            index, rng = int(self._order[position]), np.random.default_rng((self._seed, position))
+            index, rng = self._shuffled(position), np.random.default_rng((self._seed, position))
         try:
             return self._make(index, rng) | {"valid": np.bool_(True)}
         except CorruptRecord:
             if not self._skip:
                 raise
             return self._invalid()
+
+    def _shuffled(self, position: int) -> int:
+        """The record at a position: any item of a permutation is computed on the spot."""
+        from grain.experimental import index_shuffle
+
+        epoch, place = divmod(position, len(self._records))
+        return index_shuffle(place, max_index=len(self._records) - 1, seed=(self._key + epoch) % 2**32, rounds=4)
 
     def _make(self, index: int, rng: np.random.Generator | None) -> Example:
         record = self._records[index]

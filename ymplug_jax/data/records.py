@@ -2,16 +2,15 @@
 
 import io
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
-from google.protobuf.message import DecodeError
-from tensorflow_datasets.proto import tf_example_pb2  # the Example message alone; TensorFlow stays out
 
-from ymplug_jax.data import schema
+from ymplug_jax.data import schema, wire
 
 SHARD = re.compile(r"([^/]+)-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
 
@@ -20,7 +19,7 @@ class Record(NamedTuple):
     """One clip as stored."""
 
     media_id: str  # the FILE column of the CSV
-    frames: list[bytes]  # JPEG, in time order
+    frames: Sequence[bytes]  # JPEG, in time order; each is copied out of the record when it is asked for
     timestamps: np.ndarray  # int64[T], microseconds from the start of the clip
     title: str
     captions: list[str]
@@ -73,7 +72,8 @@ class Records:
         number = i - (int(self._ends[shard - 1]) if shard else 0)
         where = f"{self.path}/{self._shards[shard]}: record {number} at byte {offset}"
         framed = self._folder.read(self._shards[shard], offset, schema.HEADER_BYTES + size + schema.FOOTER_BYTES)
-        return _parse(_payload(framed, size, where), where)
+        _check(framed, size, where)
+        return _parse(framed, size, where)
 
 
 class _Disk:
@@ -88,9 +88,14 @@ class _Disk:
         return {file.name for file in self._path.iterdir()}
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        with open(self._path / name, "rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(size)
+        file = os.open(os.path.join(self._path, name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(file, size, offset)
+            while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
+                data += more  # some file systems give less at a time
+            return data
+        finally:
+            os.close(file)
 
     def read_all(self, names: list[str]) -> list[bytes]:
         return [(self._path / name).read_bytes() for name in names]
@@ -195,37 +200,41 @@ def _indices_of(path: str, shards: list[str], names: set[str], folder: _Disk | _
     return indices
 
 
-def _payload(framed: bytes, size: int, where: str) -> bytes:
-    """The payload of one framed record, both checksums verified."""
-    header, stored = framed[:8], framed[8 : schema.HEADER_BYTES]
-    payload, footer = framed[schema.HEADER_BYTES : -schema.FOOTER_BYTES], framed[-schema.FOOTER_BYTES :]
-    if len(framed) != schema.HEADER_BYTES + size + schema.FOOTER_BYTES or int.from_bytes(header, "little") != size:
+def _check(framed: bytes, size: int, where: str) -> None:
+    """Length and both checksums of one framed record."""
+    import google_crc32c
+
+    if len(framed) != schema.HEADER_BYTES + size + schema.FOOTER_BYTES or int.from_bytes(framed[:8], "little") != size:
         raise CorruptRecord(f"{where}: length does not fit the index; the shard was cut, replaced or damaged")
-    for data, crc in ((header, stored), (payload, footer)):
-        if schema.masked_crc(google_crc32c.value(data)) != int.from_bytes(crc, "little"):
+    data = np.frombuffer(framed, np.uint8)  # what it cuts is not copied
+    end = schema.HEADER_BYTES + size
+    for part, crc in (
+        (data[:8], framed[8 : schema.HEADER_BYTES]),
+        (data[schema.HEADER_BYTES : end], framed[end:]),
+    ):
+        if schema.masked_crc(google_crc32c.value(part)) != int.from_bytes(crc, "little"):
             raise CorruptRecord(f"{where}: checksum does not fit; restore the shard, or set config.data.skip_corrupt")
-    return payload
 
 
-def _parse(payload: bytes, where: str) -> Record:
+def _parse(framed: bytes, size: int, where: str) -> Record:
     try:
-        features = tf_example_pb2.Example.FromString(payload).features.feature
-    except DecodeError as error:
+        features = wire.parse_example(framed, schema.HEADER_BYTES, schema.HEADER_BYTES + size)
+    except ValueError as error:
         raise CorruptRecord(f"{where}: no tf.train.Example ({error}); it was not written by data_prep") from None
 
     def values(key: str) -> list[bytes]:
-        return list(features[key].bytes_list.value)
+        return list(wire.Slices(framed, features[key].slices)) if key in features else []
 
     def integers(key: str) -> list[int]:
-        return list(features[key].int64_list.value)
+        return features[key].integers if key in features else []
 
-    frames = values(schema.IMAGE)
+    frames = features[schema.IMAGE].slices if schema.IMAGE in features else []
     if not frames:
         raise CorruptRecord(f"{where}: no {schema.IMAGE}; it was not written by data_prep")
     try:
         return Record(
             media_id=b"".join(values(schema.MEDIA_ID)[:1]).decode(),
-            frames=frames,
+            frames=wire.Slices(framed, frames),
             timestamps=np.array(integers(schema.TIMESTAMP), np.int64),
             title=b"".join(values(schema.TITLE)[:1]).decode(),
             captions=[value.decode() for value in values(schema.CAPTION)],

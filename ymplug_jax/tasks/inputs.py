@@ -23,7 +23,7 @@ def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.
     """uint8[T, S, S, 3] of a record. Frames are chosen before any is decoded: random in their segment in training, the middle
     one in evaluation."""
     indices = frames.choose_frames(data.frames, len(record.frames), rng)
-    clip = frames.decode_frames(record.frames, indices)  # [T, H, W, 3]
+    clip = frames.Decoded(record.frames, indices)  # [T, H, W, 3]
     if rng is not None and data.augment:
         return augment.train_transform(clip, data.image_size, rng)
     return augment.eval_transform(clip, data.image_size)

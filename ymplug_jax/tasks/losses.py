@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from ymplug_jax.writer import Mean, Metrics
 
+TOGETHER = 128  # positions over all rows below which a product with the vocabulary is slow: reading the table dominates
+
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy of each position in float32: f[..., V], int[...] -> f32[...]."""
@@ -56,7 +58,7 @@ def next_token_of(
     keep_logits: bool = False,
     positions: int = 16,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`next_token` from hidden states, a few positions at a time: logits of the whole row never exist, in either direction.
+    """`next_token` from hidden states, a few positions at a time: logits of the whole batch never exist, in either direction.
 
     Args:
       logits_of: f[..., D] -> f[..., V].
@@ -65,7 +67,7 @@ def next_token_of(
       mask: int or bool[B, L], 1 up to and including the end token.
       prompt_lengths: int[B], tokens after the start token that are given, not predicted; None: none are.
       keep_logits: keep them for the backward pass; otherwise they are computed once more there.
-      positions: of each row that meet the vocabulary at once, at most.
+      positions: of each row that meet the vocabulary at once, at most; a small batch takes more, up to `TOGETHER` over all rows.
 
     Returns:
       (sum of the cross-entropies, number of targets, number of targets that are the likeliest token), float32 scalars.
@@ -97,7 +99,7 @@ def words_of(
       (sum of the cross-entropies, number of targets, number of targets that are the likeliest token), float32 scalars.
     """
     length = hidden.shape[1]
-    parts = -(-length // positions)
+    parts = -(-length // max(positions, TOGETHER // hidden.shape[0]))
     width = -(-length // parts)
 
     def cut(x: jax.Array) -> jax.Array:

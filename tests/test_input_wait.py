@@ -1,0 +1,61 @@
+"""The share of time that the loop waits for batches, by a clock of its own."""
+
+import types
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from ymplug_jax import train, writer
+
+
+class Clock:
+    """Stands still unless moved."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+
+def run_log(folder: Path, monkeypatch: pytest.MonkeyPatch, wait: float, work: float, pause: float = 0.0) -> list[dict]:
+    """Metrics of ten steps, logged every fifth, of which each waits and works so many seconds; `pause` is an evaluation."""
+    clock = Clock()
+    monkeypatch.setattr(train, "time", clock)
+    settings = types.SimpleNamespace(batch_size=4, max_bad_steps=3)
+    run = types.SimpleNamespace(total_steps=10, steps_per_epoch=5, experiment=types.SimpleNamespace(train=settings))
+    out = writer.Writer(folder, active=True)
+    log = train._Log(run, out, None, 0)
+    one = jnp.float32(1)
+    metrics = {"loss": writer.Mean(one, one), "skipped": writer.Mean(0 * one, one)}
+    for step in range(1, 11):
+        with log.waiting():
+            clock.now += wait
+        clock.now += work
+        log.add(step, metrics)
+        if step % 5 == 0:
+            log.flush(step)
+            clock.now += pause
+            log.restart_clock()
+    log.close()
+    out.close()
+    return writer.read_metrics(folder)
+
+
+@pytest.mark.parametrize(
+    ("wait", "work", "share"), [(0.0, 2.0, 0.0), (0.001, 1.0, 0.001), (9.0, 1.0, 0.9), (3.0, 0.0, 1.0)]
+)
+def test_share_of_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: float, work: float, share: float):
+    lines = run_log(tmp_path, monkeypatch, wait, work)
+    assert [line["step"] for line in lines] == [5, 10]
+    for line in lines:
+        assert line["input_wait"] == pytest.approx(share, abs=1e-4)
+        assert line["samples_per_second"] == pytest.approx(4 / (wait + work))
+
+
+def test_an_evaluation_is_neither_waiting_nor_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = run_log(tmp_path, monkeypatch, 1.0, 3.0, pause=500.0)
+    assert [line["input_wait"] for line in lines] == pytest.approx([0.25, 0.25])
