@@ -221,7 +221,10 @@ def describe(args: argparse.Namespace, model: Model, row: dict[str, Any], clip: 
     from ymplug_jax.tasks import alpro_classify, classify
 
     answers = model.experiment.options.answers
-    names = alpro_classify.class_names(model.experiment.options) if answers else CLASS_NAMES
+    try:
+        names = alpro_classify.class_names(model.experiment.options) if answers else CLASS_NAMES
+    except FileNotFoundError as error:
+        raise Mistake(str(error)) from None
     shown = classify.MODALITIES.index("both" if clip.title else "video")
     votes = row.get("likelihood", row["head"])[shown]  # ALPRO has a head alone
     shares = np.exp(votes - np.logaddexp.reduce(votes))

@@ -99,8 +99,10 @@ def layout_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "salesforce_qa" if "text_encoder.embeddings.word_embeddings.weight" in shapes else "salesforce"
 
 
-def model_of(shapes: Mapping[str, tuple[int, ...]], layout: str, heads: Mapping[str, int]) -> ALPRO:
-    """The model whose tensors these are, with the heads that are there.
+def model_of(
+    shapes: Mapping[str, tuple[int, ...]], layout: str, heads: Mapping[str, int], first: int | None = None
+) -> ALPRO:
+    """The model whose tensors these are, with the heads that are there; `first` of BERT's layers read the text (None: half).
 
     Raises:
       UnknownModel: they are none.
@@ -114,7 +116,7 @@ def model_of(shapes: Mapping[str, tuple[int, ...]], layout: str, heads: Mapping[
     encoder = {name.removeprefix("text_encoder."): shape for name, shape in shapes.items() if "text_encoder." in name}
     if layout == "salesforce_qa":
         encoder = {f"bert.{name}": shape for name, shape in encoder.items()}
-    text, fusion = bert.bert_of(encoder, heads)
+    text, fusion = bert.bert_of(encoder, heads, first)
 
     def size(name: str) -> int:
         return shapes[name][0] if name in shapes else 0
@@ -132,10 +134,10 @@ def model_of(shapes: Mapping[str, tuple[int, ...]], layout: str, heads: Mapping[
     )
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
+def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], first: int | None = None) -> Plan:
     """What the tensors are: ALPRO in one of the four layouts, with the heads of its task and, where it has one, its teacher."""
     layout = layout_of(shapes)
-    model = model_of(shapes, layout, heads)
+    model = model_of(shapes, layout, heads, first)
     if model.classes and model.variant == "salesforce":
         hidden = need(shapes, "classifier.0.weight")[0]
         if hidden != 2 * model.text.width:
@@ -144,7 +146,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Pla
     like = dict(jax.eval_shape(lambda: init(whole, jax.random.key(0))))
     if model.entities:
         both = jax.eval_shape(lambda: init(model, jax.random.key(0)))
-        teacher = model_of(_inside(shapes, "prompter."), "salesforce", heads)
+        teacher = model_of(_inside(shapes, "prompter."), "salesforce", heads, first)
         full = jax.eval_shape(lambda: init(teacher, jax.random.key(0)))
         like |= {"entity": both["entity"], "prompter": {**full, "entities": both["prompter"]["entities"]}}
     return Plan(layout, like, model)
