@@ -18,8 +18,9 @@ import torch.nn.functional as F
 import transformers
 
 from ymplug_jax import run as run_lib
-from ymplug_jax import sharding, train
+from ymplug_jax import sharding
 from ymplug_jax import state as state_lib
+from ymplug_jax import step as step_lib
 from ymplug_jax.config import Data, Experiment, Optim, Train
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, Text
@@ -50,7 +51,7 @@ class Ours:
             train=Train(batch_size=size, duration="1000 steps", keep_logits=True),
         )
         run = run_lib.prepare(experiment, jax.devices()[:1])
-        self.step = train.compile_step(run)
+        self.step = step_lib.compile_step(run)
         params, _ = run_lib.fresh_params(run)
         self.parameters = state_lib.count(params)
         self.state = state_lib.TrainState(jnp.int32(0), params, run.tx.init(params))

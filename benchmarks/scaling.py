@@ -1,6 +1,6 @@
 """SCALING.md: every real configuration compiled for every slice, as `--mode compile` sees it.
 
-    python -m benchmarks.scaling [--only v5e]     # needs the extra `tpu`; a minute or two for each row, two at a time
+    python -m benchmarks.scaling [--only v5e ...] [--missing]     # needs the extra `tpu`; a few minutes for each row
 
 Results are kept in SCALING.json, so that single rows can be made again; SCALING.md is drawn from all of them.
 """
@@ -9,8 +9,10 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from configs.mplug_video.slices import SLICES
 
@@ -22,43 +24,47 @@ Made by `python -m benchmarks.scaling` out of `python -m ymplug_jax.main --confi
 step that training runs, compiled by libtpu without a TPU. Memory is the compiler's account; FLOPs are counted in the traced
 program; bytes are read from the compiled one, loops counted as often as they run. The time is a roofline: matrix products take
 the longer of arithmetic at the chip's peak and their memory traffic, everything else its memory traffic, and transfers overlap
-with nothing. No product reaches the peak, so real steps are slower; what the table is for is comparing layouts. MFU counts
-neither recomputation nor gradients of frozen weights. Nothing here was run on a TPU.
+with nothing. No product reaches the peak, so real steps are slower; what the table is for is comparing layouts. The last column
+is the sum of the cycles that libtpu itself expects of every instruction (and of the memory traffic of our kernels, for which it
+expects nothing), at the chip's clock. MFU counts neither recomputation nor gradients of frozen weights. Nothing here was run on
+a TPU.
 
 """
 
 
 def jobs() -> list[dict]:
-    """Rows of the table: pre-training on every slice, weak scaling from 16 to 256 chips, two slices over the network."""
-    rows = [
-        {"kind": "slice", "config": f"{size}@{name}", "topology": layout.topology, "slices": 1, "more": []}
-        for size in ("1.3b", "2.7b")
-        for name, layout in SLICES.items()
-    ]
-    per_chip = SLICES["v5p-64"].batch["1.3b"]
-    for topology, chips in (("v5p:2x2x4", 16), ("v5p:4x4x4", 64), ("v5p:4x8x8", 256)):
-        more = [f"--config.train.batch_size={chips * per_chip}"]
-        rows.append({"kind": "weak", "config": "1.3b@v5p-64", "topology": topology, "slices": 1, "more": more})
-    more = [f"--config.train.batch_size={128 * SLICES['v5e-64'].batch['1.3b']}"]
-    rows.append({"kind": "slices", "config": "1.3b@v5e-64", "topology": "v5e:8x8", "slices": 2, "more": more})
+    """Rows: pre-training and fine-tuning on every slice, weak scaling from 16 to 256 chips, two slices over the network."""
+    rows = []
+    for task in ("pretrain", "classify", "caption", "retrieve", "match"):
+        for size in ("1.3b", "2.7b"):
+            for name, layout in SLICES.items():
+                tables = ["pretrain" if task == "pretrain" else "tune"]
+                if task == "pretrain" and size == "1.3b" and name.startswith("v5p"):
+                    tables.append("weak")
+                rows.append(_job(tables, task, f"{size}@{name}", layout.topology))
+    few = [f"--config.train.batch_size={16 * SLICES['v5p-64'].batch['1.3b']}"]
+    rows.append(_job(["weak"], "pretrain", "1.3b@v5p-64", "v5p:2x2x4", more=few))
+    for name in ("v5e-64", "v5p-64"):
+        more = [f"--config.train.batch_size={2 * SLICES[name].chips * SLICES[name].batch['1.3b']}"]
+        rows.append(_job(["slices"], "pretrain", f"1.3b@{name}", SLICES[name].topology, slices=2, more=more))
     return rows
 
 
+def _job(
+    tables: list[str], task: str, config: str, topology: str, slices: int = 1, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    return {"tables": tables, "task": task, "config": config, "topology": topology, "slices": slices, "more": [*more]}
+
+
 def key(job: dict) -> str:
-    return f"{job['kind']} {job['config']} {job['topology']} x{job['slices']}"
+    return f"{job['task']} {job['config']} {job['topology']} x{job['slices']}"
 
 
 def measure(job: dict) -> dict:
     """What the command prints for one row."""
     command = [sys.executable, "-m", "ymplug_jax.main", "--mode", "compile", "--topology", job["topology"]]
-    command += [
-        "--config",
-        f"configs/mplug_video/pretrain.py:{job['config']}",
-        "--slices",
-        str(job["slices"]),
-        *job["more"],
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command += ["--config", f"configs/mplug_video/{job['task']}.py:{job['config']}", "--slices", str(job["slices"])]
+    done = subprocess.run([*command, *job["more"]], cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 3):
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     print(key(job), flush=True)
@@ -69,9 +75,9 @@ def row(job: dict) -> str:
     """One line of a table."""
     facts = job["facts"]
     place = f"{job['slices']} x {job['topology']}" if job["slices"] > 1 else job["topology"]
-    head = f"| `{job['config']}` | {place} | {facts['devices']} | {facts['batch_size'] // facts['devices']} "
+    head = f"| `{job['task']}.py:{job['config']}` | {place} | {facts['devices']} | {facts['batch_size'] // facts['devices']} "
     if not facts["fits"]:
-        return head + "| does not fit | | | | | |"
+        return head + "| does not fit | | | | | | |"
     gib = 2**30
     sent = ", ".join(
         f"{kind} {axis} {size / 2**20:.0f} MiB"
@@ -85,7 +91,8 @@ def row(job: dict) -> str:
     return head + (
         f"| {facts['hbm_bytes_per_device'] / gib:.1f} of {facts['hbm_capacity'] / gib:.1f} GiB | {sent} | {flops} "
         f"| {parts} = {1e3 * seconds['step']:.0f} ms | {100 * facts['predicted_mfu']:.0f} % "
-        f"| {facts['predicted_samples_per_second']:,.0f} |"
+        f"| {facts['predicted_samples_per_second']:,.0f} "
+        f"| {1e3 * facts['compiler_step_seconds']:.0f} ms, {100 * facts['compiler_mfu']:.0f} % |"
     )
 
 
@@ -93,27 +100,33 @@ def draw(results: dict[str, dict]) -> str:
     """The whole page."""
     columns = (
         "| config | slice | chips | examples a chip | memory a chip | collectives a chip and step | TFLOP a chip, model / program "
-        "| products + memory + links + network | MFU | samples/s |\n|---|---|---|---|---|---|---|---|---|---|\n"
+        "| products + memory + links + network | MFU | samples/s | the compiler's step, MFU |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     text = HEAD
-    for kind, title in (
-        ("slice", "Pre-training of mPLUG-video, as `configs/mplug_video/slices.py` lays it out"),
+    for table, title in (
+        ("pretrain", "Pre-training of mPLUG-video, as `configs/mplug_video/slices.py` lays it out"),
+        ("tune", "Fine-tuning, with the recipe's batches"),
         ("weak", "Weak scaling: the same work for each chip"),
         ("slices", "Two slices, gradients summed over the network between them"),
     ):
-        lines = [row(results[key(job)]) for job in jobs() if job["kind"] == kind and key(job) in results]
-        text += f"## {title}\n\n{columns}" + "\n".join(lines) + "\n\n"
+        known = [results[key(job)] for job in jobs() if table in job["tables"] and key(job) in results]
+        lines = [row(job) for job in sorted(known, key=lambda job: job["facts"]["devices"] if table == "weak" else 0)]
+        if lines:
+            text += f"## {title}\n\n{columns}" + "\n".join(lines) + "\n\n"
     return text.rstrip() + "\n"
 
 
 def main() -> None:
     """Compile the rows whose name contains --only and draw the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="*", default=[], help="words of which all must be in a row's name")
+    parser.add_argument("--missing", action="store_true", help="only rows that are not there yet")
     args = parser.parse_args()
     results = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
+    wanted = [job for job in jobs() if all(word in key(job) for word in args.only)]
     with ThreadPoolExecutor(2) as pool:
-        for made in pool.map(measure, [job for job in jobs() if args.only in key(job)]):
+        for made in pool.map(measure, [job for job in wanted if not (args.missing and key(job) in results)]):
             results[key(made)] = made
             DATA.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (ROOT / "SCALING.md").write_text(draw(results), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Our train step against the same computation in PyTorch with Hugging Face's classes, in turn: `python -m benchmarks.torch_step`.
 
 TimesformerModel, a layer of cross-attention with learned queries (nn.MultiheadAttention), a linear connector and a frozen
-GPT2LMHeadModel, AdamW on what is trained; against `train.compile_step` of a model of the same sizes. Both sides start from
+GPT2LMHeadModel, AdamW on what is trained; against `step.compile_step` of a model of the same sizes. Both sides start from
 the same weights and see the same batch; their first losses are compared before anything is timed. No dropout.
 
 Two forms of the PyTorch side: "classes" takes the classes as they are (logits over the whole row, the video encoder's own
@@ -25,8 +25,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, TimesformerConfig, Timesfo
 from transformers.models.timesformer import modeling_timesformer
 
 from ymplug_jax import run as run_lib
-from ymplug_jax import sharding, train
+from ymplug_jax import sharding
 from ymplug_jax import state as state_lib
+from ymplug_jax import step as step_lib
 from ymplug_jax.config import Data, Experiment, Optim, Train
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
@@ -234,7 +235,7 @@ class Ours:
             train=Train(batch_size=size, duration="1000 steps", frozen_dtype=dtype, keep_logits=keep_logits),
         )
         run = run_lib.prepare(experiment, jax.devices()[:1])
-        self.compiled = train.compile_step(run)
+        self.compiled = step_lib.compile_step(run)
         trainable, frozen = state_lib.split(params, run.frozen_patterns)
         state = state_lib.TrainState(jnp.int32(0), trainable, run.tx.init(trainable))
 
@@ -275,10 +276,11 @@ class Theirs:
         return float(loss.detach())  # waits for the device
 
 
-def timed(step: Callable[[], float]) -> float:
-    began = time.perf_counter()
+def timed(step: Callable[[], float]) -> tuple[float, float]:
+    """(seconds, CPU seconds of all threads): the latter hardly change on a core shared with other work."""
+    began, cpu = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
 def main() -> None:
@@ -330,13 +332,18 @@ def main() -> None:
         print(f"{name:<28} losses " + " ".join(f"{value:.5f}" for value in values))
         np.testing.assert_allclose(values, losses["ours"], rtol=1e-4 if args.dtype == "float32" else 1e-2)
     times: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.steps):
         for name, side in sides.items():
-            times[name].append(timed(side.step))
+            seconds, used = timed(side.step)
+            times[name].append(seconds)
+            cpu[name].append(used)
     for name, values in times.items():
         low, median, high = np.quantile(values, [0.1, 0.5, 0.9])
         ratio = statistics.median(t / o for t, o in zip(values, times["ours"], strict=True))
-        print(f"{name:<28} {1000 * median:8.0f} ms ({1000 * low:.0f} to {1000 * high:.0f}), {ratio:.2f} x ours")
+        print(
+            f"{name:<28} {1000 * median:8.0f} ms ({1000 * low:.0f} to {1000 * high:.0f}), {ratio:.2f} x ours, {min(cpu[name]):.2f} CPU s"
+        )
     medians = {name: statistics.median(values) for name, values in times.items()}
     counts = {"trained": sides["ours"].trained, "whole": state_lib.count(params)}
     print(json.dumps({"device": args.device, "dtype": args.dtype, "batch": size, **counts, "seconds": medians}))

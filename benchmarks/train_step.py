@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ymplug_jax import run as run_lib
-from ymplug_jax import sharding, train
+from ymplug_jax import sharding
 from ymplug_jax import state as state_lib
+from ymplug_jax import step as step_lib
 from ymplug_jax.config import Data, Experiment, Optim, Train
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
@@ -49,7 +50,7 @@ class Side:
         self.run = run_lib.prepare(
             dataclasses.replace(base, train=dataclasses.replace(base.train, frozen=frozen)), jax.devices()[:1]
         )
-        self.step = train.compile_step(self.run)
+        self.step = step_lib.compile_step(self.run)
         params, _ = run_lib.fresh_params(self.run)
         trainable, self.frozen = state_lib.split(params, self.run.frozen_patterns)
         self.state = state_lib.TrainState(jnp.int32(0), trainable, self.run.tx.init(trainable))

@@ -1,6 +1,7 @@
 """The account of a compiled step: FLOPs by hand, traffic of small programs, and the same program as training's."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,19 +112,29 @@ def test_compile_mode_says_what_does_not_fit() -> None:
     assert done.returncode == 3 and not facts["fits"] and "remat" in facts["advice"]
 
 
-def test_the_same_program_as_training() -> None:
-    """What is compiled for a slice is, line by line, what training lowers for as many devices of this machine."""
-    script = """
-import os
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_program_as_training(dtype: str) -> None:
+    """What is compiled for a slice is, line by line, what training lowers for as many devices of this machine; in half precision
+    with the kernels of a TPU, which this machine is made to choose."""
+    script = f"""
+import os, re
+os.environ |= {{"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}}
 import jax
 from tests import tiny
-from ymplug_jax import aot, run, train
-texts = [train.lower_step(run.prepare(tiny.experiment(), devices)).as_text() for devices in (jax.devices(), aot._devices("v5e:2x4", 1))]
+from ymplug_jax import aot, run, sharding
+from ymplug_jax import step as step_lib
+real = sharding.computes_on
+texts = []
+for devices in (jax.devices(), aot._devices("v5e:2x4", 1)):
+    there = devices[0].platform == "tpu"
+    sharding.computes_on = real if there else lambda maker: maker == "tpu"
+    model = tiny.MODEL.clone(vision=tiny.MODEL.vision.clone(dtype="{dtype}"), llm=tiny.MODEL.llm.clone(dtype="{dtype}"))
+    traced = step_lib.trace_step(run.prepare(tiny.experiment(model), devices))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    texts.append(re.sub(r"body.{{3}}: .{{3}}[A-Za-z0-9+/=]{{100,}}", "kernel", text))  # its bytes tell from where it was called
 assert texts[0] == texts[1] and len(texts[0]) > 10000
+assert ("tpu_custom_call" in texts[0]) == ("{dtype}" == "bfloat16")
 """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    import os
-
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | flags)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,10 +11,24 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ymplug_jax"
 FLOORS = {
     5: ["main", "demo"],
-    4: ["train", "evaluate", "plan", "run", "predict", "page", "sheet", "aot", "chips", "flops", "hlo"],
+    4: [
+        "train",
+        "step",
+        "bench",
+        "evaluate",
+        "plan",
+        "run",
+        "predict",
+        "page",
+        "sheet",
+        "aot",
+        "chips",
+        "flops",
+        "hlo",
+    ],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts"],
+    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {

@@ -140,7 +140,7 @@ def test_a_killed_process_is_named_and_all_end(victim: int) -> None:
         together(processes)
         processes[victim].kill()
         others = [process for i, process in enumerate(processes) if i != victim]
-        for code, errors in ends(others, SLACK):  # measured: under a second on an idle machine
+        for code, errors in ends(others, SLACK):
             assert f"error: process {victim} ({HOST}) is gone" in errors, errors
             assert code == hosts.LOST or (victim == 0 and code == -6), (
                 code

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+import runs
 from ymplug_jax import train, writer
 
 
@@ -59,3 +60,11 @@ def test_share_of_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait:
 def test_an_evaluation_is_neither_waiting_nor_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = run_log(tmp_path, monkeypatch, 1.0, 3.0, pause=500.0)
     assert [line["input_wait"] for line in lines] == pytest.approx([0.25, 0.25])
+
+
+def test_a_run_writes_it(tmp_path: Path):
+    """With worker processes, which the feed's thread starts."""
+    data = runs.make_data(tmp_path)
+    runs.run(tmp_path / "run", data, "--config.train.duration=3 steps", "--config.data.workers=1")
+    shares = [line["input_wait"] for line in writer.read_metrics(tmp_path / "run") if "loss" in line]
+    assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)

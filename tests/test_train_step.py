@@ -7,7 +7,8 @@ import pytest
 
 import tiny
 from ymplug_jax import run as run_lib
-from ymplug_jax import sharding, state, train
+from ymplug_jax import sharding, state
+from ymplug_jax import step as step_lib
 from ymplug_jax.run import Run
 
 
@@ -23,7 +24,7 @@ def start(run: Run):
 
 
 def losses_of(run: Run, steps: int = 4) -> tuple[list[float], state.TrainState]:
-    step = train.compile_step(run)
+    step = step_lib.compile_step(run)
     now, frozen, key = start(run)
     losses = []
     for i in range(steps):
@@ -43,7 +44,7 @@ def test_no_frozen_leaf_in_state_or_gradient():
 
 def test_frozen_bytes_after_ten_steps():
     run = tiny.prepare()
-    step = train.compile_step(run)
+    step = step_lib.compile_step(run)
     now, frozen, key = start(run)
     before = {path: np.array(leaf).tobytes() for path, leaf in state.flatten(frozen).items()}
     queries = np.array(now.trainable["abstractor"]["queries"])
@@ -56,7 +57,7 @@ def test_frozen_bytes_after_ten_steps():
 
 def test_loss_falls_on_one_batch():
     run = tiny.prepare(train={"frozen": ()})  # a frozen random decoder has nothing to say
-    step = train.compile_step(run)
+    step = step_lib.compile_step(run)
     now, frozen, key = start(run)
     values = []
     for _ in range(30):
@@ -115,7 +116,7 @@ def test_invalid_rows_do_not_count():
 
 def test_a_bad_step_changes_nothing_but_the_count():
     run = tiny.prepare()
-    step = train.compile_step(run)
+    step = step_lib.compile_step(run)
     now, frozen, key = start(run)
     poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, frozen)
     before = jax.tree.map(np.array, (now.trainable, now.opt_state))

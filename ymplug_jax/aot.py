@@ -13,15 +13,16 @@ from typing import Any
 
 import jax
 
-from ymplug_jax import chips, config, flops, hlo, plan, train
+from ymplug_jax import chips, config, flops, hlo, plan
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
+from ymplug_jax import step as step_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.run import Run
 
 ADVICE = (
     "ways out, cheapest first: remat of more layers (config.model.llm.remat=full, config.model.vision.remat=full), a larger "
-    "config.mesh.fsdp, config.train.accumulate=2, a smaller config.train.batch_size"
+    "config.mesh.fsdp, config.train.frozen_dtype=int8, config.train.accumulate=2, a smaller config.train.batch_size"
 )
 
 
@@ -31,7 +32,8 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
     Returns:
       devices, mesh, hbm_bytes_per_device (and its parts, the capacity, `fits`), compile_seconds, model_flops_per_device (without
       what is computed twice), program_flops_per_device, collectives (kind -> mesh axes -> bytes of results), seconds (by what
-      bounds them), predicted_step_seconds, predicted_mfu, predicted_samples_per_second.
+      bounds them), predicted_step_seconds, predicted_mfu, predicted_samples_per_second; compiler_step_seconds and compiler_mfu:
+      the same with what libtpu itself expects of every instruction instead of the roofline.
 
     Raises:
       ValueError: an unknown slice, or settings that do not fit it.
@@ -55,7 +57,7 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
     }
     begin = time.perf_counter()
     try:
-        compiled = train.compile_step(run)
+        compiled = step_lib.compile_step(run)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -88,6 +90,7 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
         network=network,
     )
     fits = total <= chip.hbm
+    expected = moved.cycles / chip.clock + moved.kernel_bytes / chip.hbm_rate + seconds["links"] + seconds["network"]
     return (
         facts
         | {
@@ -102,6 +105,8 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
             "predicted_step_seconds": seconds["step"],
             "predicted_mfu": facts["model_flops_per_device"] / chip.flops / seconds["step"],
             "predicted_samples_per_second": experiment.train.batch_size / seconds["step"],
+            "compiler_step_seconds": expected,
+            "compiler_mfu": facts["model_flops_per_device"] / chip.flops / expected,
         }
         | ({} if fits else {"advice": ADVICE})
     )
@@ -124,8 +129,10 @@ def _devices(topology: str, slices: int) -> list[jax.Device]:
 
 def program_flops(run: Run) -> int:
     """FLOPs of the matrix products of one step on all devices, what is computed again in the backward pass included."""
-    step = train.make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
-    return flops.count(step, run.state, run.frozen, run_lib.abstract_batch(run), jax.random.key(0))
+    step = step_lib.make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
+    key = jax.random.key(0)
+    with jax.set_mesh(run.mesh):
+        return flops.count(step, run.state, run.held, run_lib.abstract_batch(run), key)
 
 
 def model_flops(run: Run) -> int:
@@ -136,7 +143,11 @@ def model_flops(run: Run) -> int:
     def gradient(trainable: state_lib.Params, frozen: state_lib.Params, batch: Any, key: jax.Array) -> Any:
         return jax.grad(lambda t: task.loss(state_lib.merge(t, frozen), batch, key)[0])(trainable)
 
-    return flops.count(gradient, run.state.trainable, run.frozen, run_lib.abstract_batch(run), jax.random.key(0))
+    nowhere = jax.sharding.AbstractMesh((1,), ("data",))  # where no kernel computes anything twice
+    inputs = (run.state.trainable, run.frozen, run_lib.abstract_batch(run))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+    with jax.sharding.use_abstract_mesh(nowhere):
+        return flops.count(gradient, *shapes, jax.random.key(0))
 
 
 def _without_remat(settings: Any) -> Any:
@@ -165,6 +176,12 @@ def render(facts: Mapping[str, Any]) -> str:
                 f"{100 * facts['predicted_mfu']:.1f} %, {facts['predicted_samples_per_second']:.0f} samples/s; "
                 f"{facts['model_flops_per_device'] / 1e12:.1f} TFLOP a device, {facts['program_flops_per_device'] / 1e12:.1f} with "
                 "recomputation",
+            )
+        )
+        rows.append(
+            (
+                "compiler's estimate",
+                f"{1e3 * facts['compiler_step_seconds']:.1f} ms, MFU {100 * facts['compiler_mfu']:.1f} %",
             )
         )
     if not facts["fits"]:

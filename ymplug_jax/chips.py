@@ -18,13 +18,14 @@ class Chip(NamedTuple):
     flops: float  # bfloat16
     link: float = 0.0  # bytes one way over one link to a neighbour; an axis of a torus has two
     network: float = 0.0  # bytes out of the slice, its share of the host's network
+    clock: float = 0.0  # cycles
 
 
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(31.25 * GIB, 1.23e12, 2.75e14, link=4.5e10, network=6.25e9),
-    "v5e": Chip(15.75 * GIB, 8.2e11, 1.97e14, link=4.5e10, network=3.125e9),
-    "v5p": Chip(95.74 * GIB, 2.76e12, 4.59e14, link=9e10, network=6.25e9),
-    "v6e": Chip(31.25 * GIB, 1.64e12, 9.18e14, link=9e10, network=1.25e10),
+    "v4": Chip(31.25 * GIB, 1.23e12, 2.75e14, link=4.5e10, network=6.25e9, clock=1.05e9),
+    "v5e": Chip(15.75 * GIB, 8.2e11, 1.97e14, link=4.5e10, network=3.125e9, clock=1.5e9),
+    "v5p": Chip(95.74 * GIB, 2.76e12, 4.59e14, link=9e10, network=6.25e9, clock=1.75e9),
+    "v6e": Chip(31.25 * GIB, 1.64e12, 9.18e14, link=9e10, network=1.25e10, clock=1.75e9),
     "a100": Chip(80e9, 2.04e12, 3.12e14),
     "h100": Chip(80e9, 3.35e12, 9.89e14),
     "h200": Chip(141e9, 4.8e12, 9.89e14),

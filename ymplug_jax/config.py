@@ -78,7 +78,8 @@ class Train:
     keep_logits: bool = (
         False  # keep the logits for the backward pass instead of computing them again: faster, more memory
     )
-    frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
+    # In which frozen parameters are kept; "int8": stacked matrices in eight bits while a run computes, bfloat16 in checkpoints.
+    frozen_dtype: str = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)

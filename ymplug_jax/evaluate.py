@@ -73,8 +73,8 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
       Scores, with the split, the step and the number of examples they were taken over; None where nothing was counted.
     """
     run = run_lib.prepare(experiment)
-    params = load(run, workdir)
-    trainable, frozen = state_lib.split(params, run.frozen_patterns)
+    trainable, frozen = state_lib.split(load(run, workdir), run.frozen_patterns)
+    frozen = run_lib.hold(run, frozen)
     split = experiment.data.eval_split
     records = open_split(experiment.data.path, split)
     whole = sharding.replicated(run.mesh)
@@ -92,7 +92,7 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
     report = Report({}, [])
     if run.task.rescore:
         with jax.set_mesh(run.mesh):
-            rows = run.task.rescore(params, rows)
+            rows = run.task.rescore(state_lib.merge(trainable, frozen), rows)
     if run.task.score:
         report = run.task.score(rows, records)
     means = {name: mean.value() for name, mean in jax.device_get(total).items()}

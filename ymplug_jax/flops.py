@@ -34,6 +34,12 @@ def _count(jaxpr: core.Jaxpr) -> int:
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[out]
         elif name == "scan":
             total += eqn.params["length"] * _count(eqn.params["jaxpr"].jaxpr)
+        elif name == "pallas_call":
+            total += math.prod(eqn.params["grid_mapping"].grid) * _count(eqn.params["jaxpr"])
+        elif name == "shard_map":
+            mesh = eqn.params["mesh"]
+            devices = math.prod(mesh.shape[axis] for axis in eqn.params["newly_manual_axes"])
+            total += devices * _count(eqn.params["jaxpr"])
         elif name == "cond":
             total += max(_count(branch.jaxpr) for branch in eqn.params["branches"])
         elif name == "while":

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+KERNEL = 'custom_call_target="tpu_custom_call"'  # ours: they are there for matrix products
 _SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 _FREE = (
@@ -40,19 +41,24 @@ class Traffic(NamedTuple):
     collectives: dict[str, dict[str, float]]  # kind -> mesh axes ("data", "data,fsdp") -> bytes of the results
     product_bytes: float  # HBM traffic of instructions with a matrix product
     other_bytes: float
+    kernel_bytes: float = 0.0  # of the first, those of kernels
+    cycles: float = 0.0  # that XLA's TPU compiler expects of its own instructions; it gives none for kernels and copies
 
 
 def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
     """Read the optimised module `text`, compiled for the axes and sizes of `mesh`, in their order."""
     computations, entry = _parse(text)
     collectives: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    moved = [0.0, 0.0]
+    moved, kernels, cycles = [0.0, 0.0], 0.0, 0.0
 
     def walk(name: str, times: float) -> None:
+        nonlocal kernels, cycles
         ops = computations[name]
         table = {op.name: op for op in ops}
         for op in ops:
             kind = op.kind.removesuffix("-start")
+            if found := re.search(r'"estimated_cycles":"(\d+)"', op.text):
+                cycles += times * int(found[1])
             if op.kind == "while":
                 body, condition = _called(op, "body"), _called(op, "condition")
                 walk(body, times * _trips(op, computations[condition]))
@@ -66,11 +72,13 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
                 _collective(op, kind, times, mesh, collectives)
             elif op.kind not in _FREE and not op.kind.endswith(("-done", "-update")):
                 inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
-                product = any(part.kind in ("convolution", "dot") for part in (*inner, op))
-                moved[0 if product else 1] += times * _bytes(op, table, inner, computations)
+                product = any(part.kind in ("convolution", "dot") or KERNEL in part.text for part in (*inner, op))
+                size = times * _bytes(op, table, inner, computations)
+                moved[0 if product else 1] += size
+                kernels += size if KERNEL in op.text else 0
 
     walk(entry, 1)
-    return Traffic({kind: dict(axes) for kind, axes in collectives.items()}, *moved)
+    return Traffic({kind: dict(axes) for kind, axes in collectives.items()}, *moved, kernels, cycles)
 
 
 def _parse(text: str) -> tuple[dict[str, list[Op]], str]:

@@ -1,4 +1,4 @@
-"""Entry point: `python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR --mode train|eval|plan|compile`.
+"""Entry point: `python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR --mode train|eval|plan|compile|bench`.
 
 For all modes but train the last line on stdout is one JSON object; everything else goes to stderr. On a pod the same
 command runs on every host.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
+from etils import epath
 from ml_collections import config_flags
 
 from ymplug_jax import hosts
@@ -21,13 +22,14 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="configs/<model>/<task>.py[:size]; settings follow as --config.data.path=..."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (local or gs://): checkpoints, metrics, settings.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "compile"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "compile", "bench"], "What to do.")
 TOPOLOGY = flags.DEFINE_string(
     "topology", "v5e:4x4", "With --mode=compile: the TPU slice, e.g. v5e:4x8, v5p:4x4x4, v6e:8x8."
 )
 SLICES = flags.DEFINE_integer(
     "slices", 1, "With --mode=compile: so many of them; data runs over the network between them."
 )
+STEPS = flags.DEFINE_integer("steps", 30, "With --mode=bench: steps that are timed, after three to warm up.")
 EXAMPLES = flags.DEFINE_integer("examples", 0, "Evaluate only this many examples; 0: the whole split.")
 SEEDS = flags.DEFINE_integer(
     "seeds",
@@ -58,7 +60,8 @@ def main(argv: list[str]) -> int:
     # After the flags: a wrong flag is answered at once, and importing this module stays quick.
     import jax
 
-    from ymplug_jax import aot, checkpoint, config, evaluate, plan, run, train
+    from ymplug_jax import config, plan, run
+    from ymplug_jax import step as step_lib
 
     try:
         meeting = None
@@ -76,13 +79,22 @@ def main(argv: list[str]) -> int:
         if MODE.value == "plan":
             ready = run.prepare(experiment)
             logging.info("%s", plan.table(ready))
-            facts = plan.estimate(ready, train.compile_step(ready))
+            facts = plan.estimate(ready, step_lib.compile_step(ready))
             logging.info("%s", plan.render_estimate(facts))
             result = facts
         elif MODE.value == "compile":
+            from ymplug_jax import aot
+
             result = aot.compile_for(experiment, TOPOLOGY.value, SLICES.value)
             logging.info("%s", aot.render(result))
+        elif MODE.value == "bench":
+            from ymplug_jax import bench  # needs neither Orbax nor anything that reads data
+
+            result = bench.bench(experiment, STEPS.value, epath.Path(WORKDIR.value) if WORKDIR.value else None)
+            logging.info("%s", bench.render(result))
         else:
+            from ymplug_jax import checkpoint, evaluate, train
+
             if not WORKDIR.value:
                 raise ValueError(f"--workdir is missing: the folder of the run that --mode={MODE.value} works in")
             folder = checkpoint.folder_of(WORKDIR.value)
@@ -93,7 +105,7 @@ def main(argv: list[str]) -> int:
                 for one, workdir in runs:
                     train.train(one, workdir)
                 return 0
-    except (ValueError, FileNotFoundError, train.TrainingStopped) as error:
+    except (ValueError, FileNotFoundError, step_lib.TrainingStopped) as error:
         if not _ours(error):
             raise
         logging.error("error: %s", error)

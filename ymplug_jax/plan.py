@@ -14,7 +14,7 @@ from ymplug_jax.run import Run
 def table(run: Run, origin: Mapping[str, str] | None = None) -> str:
     """One line a subtree and kind of leaf: trained or frozen, parameters, dtype, sharding, origin."""
     rows: dict[tuple, list[int]] = defaultdict(lambda: [0, 0])
-    for kind, tree in (("trained", run.state.trainable), ("frozen", run.frozen)):
+    for kind, tree in (("trained", run.state.trainable), ("frozen", run.held)):
         for path, leaf in state_lib.flatten(tree).items():
             axes = sorted({axis for axis in leaf.sharding.spec if axis})
             place = " x ".join(f"{axis}={run.mesh.shape[axis]}" for axis in axes) or "replicated"
@@ -33,7 +33,7 @@ def estimate(run: Run, compiled: jax.stages.Compiled | None = None) -> dict[str,
     """Counts of the run. Bytes are exact for what is stored; with `compiled` the temporaries of the step (activations,
     gradients) come from XLA's own analysis for this platform."""
     settings = run.experiment.train
-    trainable, frozen, opt = (_bytes(tree) for tree in (run.state.trainable, run.frozen, run.state.opt_state))
+    trainable, frozen, opt = (_bytes(tree) for tree in (run.state.trainable, run.held, run.state.opt_state))
     facts: dict[str, Any] = {
         "task": run.experiment.task,
         "devices": run.mesh.size,
@@ -51,7 +51,7 @@ def estimate(run: Run, compiled: jax.stages.Compiled | None = None) -> dict[str,
             "opt_state": opt[1],
             "gradients": trainable[1],
         },
-        "checkpoint_bytes": {"each_step": trainable[0] + opt[0], "frozen_once": frozen[0]},
+        "checkpoint_bytes": {"each_step": trainable[0] + opt[0], "frozen_once": _bytes(run.frozen)[0]},
     }
     if compiled is not None and (memory := compiled.memory_analysis()) is not None:
         peak = (

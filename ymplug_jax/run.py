@@ -2,19 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from ymplug_jax import checkpoint, config, optim, sharding
+from ymplug_jax import config, optim, quantize, sharding
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.source import open_split
 from ymplug_jax.state import Params, TrainState
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
+
+if TYPE_CHECKING:
+    from ymplug_jax import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     state: TrainState  # abstract
-    frozen: Params  # abstract
+    frozen: Params  # abstract, as checkpoints keep it
+    held: Params  # abstract, as the devices hold it: with int8 not the same
 
 
 def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple[Experiment, epath.Path]]:
@@ -88,7 +93,7 @@ def prepare(experiment: Experiment, devices: list | None = None) -> Run:
     warmup = config.steps_in(experiment.optim.warmup, steps_per_epoch=per_epoch, total=total)
 
     patterns = task.frozen if train.frozen is None else train.frozen
-    params = state_lib.cast_frozen(jax.eval_shape(task.init, jax.random.key(0)), patterns, train.frozen_dtype)
+    params = state_lib.cast_frozen(jax.eval_shape(task.init, jax.random.key(0)), patterns, _stored(train))
     params = _placed(params, sharding.param_shardings(params, task.axes, dict(axes.rules), mesh))
     trainable, frozen = state_lib.split(params, patterns)
     tx = optim.make(experiment.optim, trainable)
@@ -102,7 +107,17 @@ def prepare(experiment: Experiment, devices: list | None = None) -> Run:
     )
     state = TrainState(jax.ShapeDtypeStruct((), "int32", sharding=whole), trainable, opt_state)
     rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
-    return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen)
+    held = quantize.abstract(frozen, task.axes) if train.frozen_dtype == "int8" else frozen
+    return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held)
+
+
+def _stored(train: config.Train) -> str:
+    return quantize.STORED if train.frozen_dtype == "int8" else train.frozen_dtype
+
+
+def hold(run: Run, frozen: Params) -> Params:
+    """The frozen tree as the devices hold it while they compute."""
+    return quantize.hold(frozen, run.task.axes) if run.experiment.train.frozen_dtype == "int8" else frozen
 
 
 def _placed(tree: Params, shardings: Params) -> Params:
@@ -122,8 +137,10 @@ def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     return spec | {"valid": jax.ShapeDtypeStruct((size,), "bool", sharding=place)}
 
 
-def initialise(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, Params, int, dict[str, str]]:
+def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainState, Params, int, dict[str, str]]:
     """(state, frozen, examples seen, origin of each path): own run, else `init_from`, else fresh, parameter by parameter."""
+    from ymplug_jax import checkpoint  # here: a benchmark runs without Orbax
+
     step = checkpoints.latest_step()
     if step is not None:
         state, seen = checkpoints.restore(run.state, step)
@@ -144,6 +161,8 @@ def initialise(run: Run, checkpoints: checkpoint.Checkpoints) -> tuple[TrainStat
 
 def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
     """(parameters, origin of each path): from `init_from` where it has them, else initialised by seed."""
+    from ymplug_jax import checkpoint
+
     train = run.experiment.train
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -157,7 +176,7 @@ def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
     flat = state_lib.flatten(abstract)
     missing = [path for path in flat if path not in loaded]
     fresh = state_lib.init_params(
-        run.task.init, jax.random.key(train.seed), run.frozen_patterns, train.frozen_dtype, places, missing
+        run.task.init, jax.random.key(train.seed), run.frozen_patterns, _stored(train), places, missing
     )
     origin |= dict.fromkeys(missing, "fresh")
     return state_lib.unflatten(loaded | state_lib.flatten(fresh)), {path: origin[path] for path in flat}

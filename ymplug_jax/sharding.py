@@ -5,6 +5,7 @@ axis. Models therefore know no mesh, and the mesh changes in one place. Mesh axe
 `fsdp` (batch and parameters), `tensor` (heads, mlp width, vocabulary).
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -134,6 +135,39 @@ def put_batch(
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
     return {key: put(value) for key, value in batch.items()}
+
+
+def computes_on(maker: str) -> bool:
+    """Whether the devices of the current mesh are of that kind ("tpu", "nvidia"); with no mesh, whether JAX's only device is.
+
+    A program for several devices without a mesh gets False: what is not XLA's own must be told how it is cut.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1 and maker in jax.devices()[0].device_kind.lower()
+    return mesh.abstract_device is not None and maker in mesh.abstract_device.device_kind.lower()
+
+
+def by_device(
+    run: Callable[..., jax.Array], *arrays: jax.Array, axes: tuple[str | tuple[str, ...] | None, ...]
+) -> jax.Array:
+    """`run` on every device's part of `arrays`, which are all cut alike, as is the result: for kernels, which XLA cannot cut.
+
+    Args:
+      run: arrays -> an array of the first one's shape, the same for any part.
+      arrays: of one rank.
+      axes: mesh axis of each dimension, as for `constrain`; what a mesh axis does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(*arrays)
+    spec: list[Any] = []
+    for dimension, axis in enumerate(axes):
+        names = BATCH_AXES if axis == "batch" else (axis,) if isinstance(axis, str) else axis or ()
+        parts = math.prod(mesh.shape[name] for name in names)
+        spec.append(names if names and all(x.shape[dimension] % parts == 0 for x in arrays) else None)
+    place = PartitionSpec(*spec)
+    return jax.shard_map(run, in_specs=(place,) * len(arrays), out_specs=place, check_vma=False)(*arrays)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:

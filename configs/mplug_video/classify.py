@@ -1,12 +1,12 @@
 """Category classification with mPLUG-video, from a pre-trained run: 8 frames, 45 classes, generative loss and head.
 
-`configs/mplug_video/classify.py:1.3b` (sizes as in pretrain.py), with
+`configs/mplug_video/classify.py:1.3b` (sizes and slices as in pretrain.py), with
     --config.data.path=SHARDS --config.data.tokenizer=tokenizer.json --config.train.init_from=PRETRAINED_RUN
 """
 
 from ml_collections import ConfigDict
 
-from configs.mplug_video import recipe
+from configs.mplug_video import recipe, slices
 from ymplug_jax.config import Data, Experiment, Train, to_config_dict
 from ymplug_jax.data.schema import CLASS_NAMES
 
@@ -14,12 +14,14 @@ PER_DEVICE = {"1.3b": 32, "2.7b": 24}
 
 
 def get_config(arg: str = "1.3b") -> ConfigDict:
-    """Settings by size."""
+    """Settings by size; with "@SLICE" for a TPU slice."""
+    arg, _, place = arg.partition("@")
+    size = recipe.split_arg(arg)[0]
     experiment = Experiment(
         task="classify",
         model=recipe.model(arg, frames=8, classes=len(CLASS_NAMES)),
         data=Data(examples=100_000, frames=8, max_words=80),  # about so many are released, for --mode=plan
         optim=recipe.optim(2e-5, 1e-6, "100 steps"),
-        train=Train(batch_size=recipe.DEVICES * PER_DEVICE[recipe.split_arg(arg)[0]], duration="10 epochs"),
+        train=Train(batch_size=recipe.DEVICES * PER_DEVICE[size], duration="10 epochs"),
     )
-    return to_config_dict(experiment)
+    return to_config_dict(slices.on(experiment, size, place) if place else experiment)

@@ -1,25 +1,27 @@
 """Video-text matching with mPLUG-video, from a pre-trained run: the decoder answers yes or no, and so does a head.
 
-`configs/mplug_video/match.py:1.3b` (sizes as in pretrain.py), with
+`configs/mplug_video/match.py:1.3b` (sizes and slices as in pretrain.py), with
     --config.data.path=SHARDS --config.data.tokenizer=tokenizer.json --config.train.init_from=PRETRAINED_RUN
 Re-ranking instead of all pairs: --config.options.candidates=RETRIEVAL_RUN/eval/validation/index.npz
 """
 
 from ml_collections import ConfigDict
 
-from configs.mplug_video import recipe
+from configs.mplug_video import recipe, slices
 from ymplug_jax.config import Data, Experiment, Train, to_config_dict
 
 PER_DEVICE = {"1.3b": 96, "2.7b": 64}
 
 
 def get_config(arg: str = "1.3b") -> ConfigDict:
-    """Settings by size."""
+    """Settings by size; with "@SLICE" for a TPU slice."""
+    arg, _, place = arg.partition("@")
+    size = recipe.split_arg(arg)[0]
     experiment = Experiment(
         task="match",
         model=recipe.model(arg, classes=2),
         data=Data(examples=38_000, max_words=80),  # about so many are released, for --mode=plan
         optim=recipe.optim(1e-4, 1e-7, "2 epochs", eps=1e-8),
-        train=Train(batch_size=recipe.DEVICES * PER_DEVICE[recipe.split_arg(arg)[0]], duration="50 epochs"),
+        train=Train(batch_size=recipe.DEVICES * PER_DEVICE[size], duration="50 epochs"),
     )
-    return to_config_dict(experiment)
+    return to_config_dict(slices.on(experiment, size, place) if place else experiment)

@@ -1,12 +1,12 @@
 """Video-text retrieval with mPLUG-video, from a pre-trained run: contrastive over the global batch, width 256.
 
-`configs/mplug_video/retrieve.py:1.3b` (sizes as in pretrain.py), with
+`configs/mplug_video/retrieve.py:1.3b` (sizes and slices as in pretrain.py), with
     --config.data.path=SHARDS --config.data.tokenizer=tokenizer.json --config.train.init_from=PRETRAINED_RUN
 """
 
 from ml_collections import ConfigDict
 
-from configs.mplug_video import recipe
+from configs.mplug_video import recipe, slices
 from ymplug_jax.config import Data, Experiment, Train, to_config_dict
 
 PER_DEVICE = {"1.3b": 96, "2.7b": 64}
@@ -15,15 +15,17 @@ NO_DECAY = tuple(pattern for pattern in recipe.NO_DECAY if not pattern.startswit
 
 
 def get_config(arg: str = "1.3b") -> ConfigDict:
-    """Settings by size."""
+    """Settings by size; with "@SLICE" for a TPU slice."""
+    arg, _, place = arg.partition("@")
+    size = recipe.split_arg(arg)[0]
     experiment = Experiment(
         task="retrieve",
         model=recipe.model(arg, contrastive_width=256),
         data=Data(examples=38_000, max_words=80),  # about so many are released, for --mode=plan
         optim=recipe.optim(1e-4, 1e-7, "2 epochs", eps=1e-8, no_decay=NO_DECAY),
         train=Train(
-            batch_size=recipe.DEVICES * PER_DEVICE[recipe.split_arg(arg)[0]],
+            batch_size=recipe.DEVICES * PER_DEVICE[size],
             duration="50 epochs",
         ),
     )
-    return to_config_dict(experiment)
+    return to_config_dict(slices.on(experiment, size, place) if place else experiment)

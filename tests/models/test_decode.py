@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from functools import partial
 
 import jax
@@ -72,7 +73,7 @@ def test_branches_equal_one_pass(params: dict) -> None:
     rng = np.random.default_rng(0)
     embeds = rng.normal(size=(2, 9, LM.width)).astype(np.float32)
     first, cache = jax.jit(lambda: LM.apply({"params": params}, embeds[:, :4], method="prefill"))()
-    assert cache.k.shape == (2, LM.depth, 4, LM.heads, LM.width // LM.heads)
+    assert cache.k.shape == (2, LM.depth, LM.heads, 4, LM.width // LM.heads)
     # The second row goes on from its third position: what the cache holds behind it must not be seen.
     length = np.array([4, 3], np.int32)
     more = rng.normal(size=(2, 3, 5, LM.width)).astype(np.float32)  # three branches of five tokens
@@ -203,3 +204,52 @@ def test_sampling_stays_in_its_set(params: dict) -> None:
     )
     greedy = jax.jit(partial(decode.greedy, LM, new_tokens=4, eos=0))(params, None, ids, lengths)
     assert alone.ids.tolist() == greedy.ids.tolist()
+
+
+def full_size_results(program: str, shape: str) -> list[str]:
+    """Instructions inside loops of a compiled program that make an array of this shape anew, instead of passing it on or
+    writing a slice of it in place."""
+    computations: dict[str, list[str]] = {}
+    for line in program.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            computations[head[1]] = current = []
+        elif " = " in line:
+            current.append(line.strip())
+    calls = {
+        name: {
+            called for line in body for called in re.findall(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)", line)
+        }
+        for name, body in computations.items()
+    }
+    loops = set(re.findall(r"body=%?([\w.\-]+)", program))
+    fused = set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", program))  # what stays inside of a fusion is not stored
+    inside, ahead = set(), list(loops)
+    while ahead:
+        if (name := ahead.pop()) not in inside:
+            inside.add(name)
+            ahead += calls[name]
+    assert loops and inside <= computations.keys()
+
+    def in_place(line: str) -> bool:
+        operation = re.search(r"\]\S* ([\w\-]+)\(", line)[1]
+        if operation == "fusion":
+            root = next(x for x in computations[re.search(r"calls=%?([\w.\-]+)", line)[1]] if x.startswith("ROOT"))
+            return "dynamic-update-slice(" in root
+        return operation in ("parameter", "get-tuple-element", "bitcast", "dynamic-update-slice")
+
+    lines = [line for name in inside - fused for line in computations[name]]
+    whole = [line for line in lines if re.search(rf"= f32\[{shape}\]", line)]
+    assert whole  # the arrays are there under this shape
+    return [line for line in whole if not in_place(line)]
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_no_cache_is_copied_in_the_loop(params: dict, branches: int) -> None:
+    """Keys and values, those of the past and those of the branches, stay where they are while tokens are generated."""
+    search = decode.greedy if branches == 1 else partial(decode.beam, beams=branches)
+    run = jax.jit(partial(search, LM, new_tokens=9, eos=0))
+    prefix, ids = np.zeros((2, 5, LM.width), np.float32), np.ones((2, 2), np.int32)
+    program = run.lower(params, prefix, ids, np.ones(2, np.int32)).compile().as_text()
+    head = LM.width // LM.heads
+    for shape in (f"2,{branches},{LM.depth},{LM.heads},9,{head}", f"2,{LM.depth},{LM.heads},7,{head}"):
+        assert full_size_results(program, shape) == []

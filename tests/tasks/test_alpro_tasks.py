@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import shards
-from ymplug_jax import checkpoint, sharding, train
+from ymplug_jax import checkpoint, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
+from ymplug_jax import step as step_lib
 from ymplug_jax.config import Data, Experiment, Optim, Options, Train
 from ymplug_jax.data.records import Records
 from ymplug_jax.models import alpro
@@ -316,12 +317,12 @@ def test_the_temperature_keeps_within_its_limits(data: Data) -> None:
     batch = batch_of(run.task, Records(data.path, "train"), np.random.default_rng(0), range(8))
     for start, wanted in ((0.0012, 0.001), (0.499, 0.5), (0.07, None)):
         params["temperature"] = jnp.float32(start)
-        state = train.TrainState(jnp.int32(1), params, run.tx.init(params))
+        state = state_lib.TrainState(jnp.int32(1), params, run.tx.init(params))
         grow = jnp.where(start < 0.01, 1.0, -1.0)  # the sign of the gradient
         task = dataclasses.replace(
             run.task, loss=lambda p, b, k, g=grow: (g * p["temperature"], {"loss": run.task.loss(p, b, k)[1]["loss"]})
         )
-        step = jax.jit(train.make_train_step(task, run.tx, lambda step: 0.01))
+        step = jax.jit(step_lib.make_train_step(task, run.tx, lambda step: 0.01))
         after = float(step(state, {}, batch, jax.random.key(0))[0].trainable["temperature"])
         assert after == pytest.approx(wanted) if wanted else 0.05 < after < 0.09
     assert float(losses.bounded(jnp.float32(0.73), *alpro.TEMPERATURE)) == 0.5
@@ -335,7 +336,7 @@ def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
     params = jax.tree.map(lambda leaf: leaf + 1, params)
     saved = checkpoint.Checkpoints(str(tmp_path / "prompter"), keep=1)
     saved.save_frozen({})
-    saved.save(train.TrainState(jnp.int32(3), params, run.tx.init(params)), 3, 24)
+    saved.save(state_lib.TrainState(jnp.int32(3), params, run.tx.init(params)), 3, 24)
     saved.close()
     settings = experiment("alpro_pretrain", data)
     more = dataclasses.replace(settings.train, init_from=f"prompter/={tmp_path / 'prompter'}")

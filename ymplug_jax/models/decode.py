@@ -81,13 +81,18 @@ def start(
 
 
 def advance(lm: nn.Module, params: dict, state: State, token: jax.Array, parents: jax.Array | None = None) -> State:
-    """Feed one token a branch, int32[B, K]; with `parents`, int32[B, K], branch k first becomes a copy of branch parents[k]."""
-    own = state.own
+    """Feed one token a branch, int32[B, K]; with `parents`, int32[B, K], branch k first becomes a copy of branch parents[k].
+
+    With `parents` the past has an `origin`; the keys and values stay where they are.
+    """
+    past = state.past
     if parents is not None:
-        own = jax.tree.map(lambda kept: jax.vmap(lambda row, of: row[of])(kept, parents), own)
+        origin = jnp.take_along_axis(past.origin, parents[..., None], axis=1)  # [B, K, W]
+        here = jnp.broadcast_to(jnp.arange(parents.shape[1])[:, None], (*parents.shape, 1))
+        past = past._replace(origin=jax.lax.dynamic_update_slice(origin, here, (0, 0, past.read)))
     embeds = lm.apply({"params": params}, token[..., None], method="embed")  # [B, K, 1, D]
-    hidden, own = lm.apply({"params": params}, embeds, state.past, own, method="branch")
-    past = state.past._replace(read=state.past.read + 1)
+    hidden, own = lm.apply({"params": params}, embeds, past, state.own, method="branch")
+    past = past._replace(read=past.read + 1)
     return State(past, own, lm.apply({"params": params}, hidden[:, :, 0], method="logits"))
 
 
@@ -238,6 +243,7 @@ def beam(
     """
     state = start(lm, params, prefix, ids, lengths, new_tokens, beams, row_length)
     rows, b = jnp.full((ids.shape[0], beams, new_tokens), eos, jnp.int32), ids.shape[0]
+    state = state._replace(past=state.past._replace(origin=jnp.zeros_like(rows)))
     room = jnp.minimum(row_length - lengths, new_tokens) if row_length else jnp.full(b, new_tokens)
 
     def value(scores: jax.Array, tokens: jax.Array) -> jax.Array:

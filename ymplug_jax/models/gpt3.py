@@ -23,7 +23,10 @@ AXES = (
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read so far: f[..., layers, S, N, H], S fixed; in front B, or B and K branches."""
+    """Keys and values of what was read so far: f[..., layers, N, S, H], S fixed; in front B, or B and K branches.
+
+    Heads stand before positions, as the products of attention take them: nothing is turned round for every token.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -32,9 +35,12 @@ class Cache(NamedTuple):
 class Past(NamedTuple):
     """What K branches of each row go on from; it is read once and never copied."""
 
-    cache: Cache  # f[B, layers, S, N, H]
+    cache: Cache  # f[B, layers, N, S, H]
     length: jax.Array  # int32[B]: positions of it that are seen
     read: jax.Array  # int32 scalar: positions that every branch has read by itself since
+    # int32[B, K, W]: which branch of the row read position w of branch k; None: each all of its own. So a branch that goes on
+    # from another (beam search) costs a row of numbers, not a copy of its keys and values.
+    origin: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -63,14 +69,37 @@ class Block(nn.Module):
             key = self.make_rng("dropout") if rate > 0 else None
             y = layers.attention(q, k, v, causal=True, dropout=rate, key=key)  # [B, L, N, H]
         else:
-            seen = jnp.arange(past.cache.k.shape[2]) < past.length[:, None]  # [B, S]
-            causal = jnp.arange(cache.k.shape[3]) <= past.read + jnp.arange(x.shape[2])[:, None]  # [L, W]
-            shared = (past.cache.k[:, layer], past.cache.v[:, layer])
-            y = layers.branch_attention(q, shared, (cache.k[:, :, layer], cache.v[:, :, layer]), seen, causal)
+            seen = jnp.arange(past.cache.k.shape[3]) < past.length[:, None]  # [B, S]
+            causal = jnp.arange(cache.k.shape[4]) <= past.read + jnp.arange(x.shape[2])[:, None]  # [L, W]
+            shared = tuple(x[:, layer].swapaxes(-3, -2) for x in past.cache)  # [B, S, N, H]
+            own = tuple(x[:, :, layer].swapaxes(-3, -2) for x in cache)  # [B, K, W, N, H]
+            if past.origin is None:
+                y = layers.branch_attention(q, shared, own, seen, causal)
+            else:
+                y = _mixed_attention(q, shared, own, seen, causal, past.origin)
         x = x + drop(attn.output(y))
 
         mlp = layers.Mlp(4 * d, normal, shrunk, tanh=True, dtype=self.dtype, name="mlp")
         return (x + drop(mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x))), cache), None
+
+
+def _mixed_attention(
+    q: jax.Array,
+    past: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    past_mask: jax.Array,
+    own_mask: jax.Array,
+    origin: jax.Array,
+) -> jax.Array:
+    """`layers.branch_attention` where branches hold positions of each other: all K of a row attend to all K * W positions as one
+    branch would, each seeing those that are its own by `origin`, int32[B, K, W]."""
+    b, k, length, n, h = q.shape
+    width = origin.shape[-1]
+    holds = origin[:, :, None, None] == jnp.arange(k)[:, None]  # [B, K, 1, K, W]
+    mask = (holds & own_mask[:, None]).reshape(b, 1, 1, k * length, k * width)
+    pooled = tuple(x.reshape(b, 1, k * width, n, h) for x in own)
+    y = layers.branch_attention(q.reshape(b, 1, k * length, n, h), past, pooled, past_mask, mask)
+    return y.reshape(q.shape)
 
 
 def _write(cache: Cache, layer: jax.Array, at: jax.Array | int, k: jax.Array, v: jax.Array) -> Cache:
@@ -78,7 +107,8 @@ def _write(cache: Cache, layer: jax.Array, at: jax.Array | int, k: jax.Array, v:
     before = (0,) * (k.ndim - 3)
 
     def one(kept: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(kept, jnp.expand_dims(new, -4), (*before, layer, at, 0, 0))
+        new = jnp.expand_dims(new.swapaxes(-3, -2), -4)  # [..., 1, N, L, H]
+        return jax.lax.dynamic_update_slice(kept, new, (*before, layer, 0, at, 0))
 
     return Cache(one(cache.k, k), one(cache.v, v))
 
@@ -123,11 +153,11 @@ class GPT3(nn.Module):
         return self._run(embeds, None, None, deterministic)[0]
 
     def prefill(self, embeds: jax.Array) -> tuple[jax.Array, Cache]:
-        """Read a first stretch and keep its keys and values: f[B, L, D] -> hidden f[B, L, D], cache f[B, layers, L, N, H]."""
+        """Read a first stretch and keep its keys and values: f[B, L, D] -> hidden f[B, L, D], cache f[B, layers, N, L, H]."""
         return self._run(embeds, self._empty(embeds.shape[:1], embeds.shape[1]), None, True)
 
     def open_branches(self, rows: int, branches: int, length: int) -> Cache:
-        """Empty cache f[rows, branches, layers, length, N, H] for what branches read by themselves."""
+        """Empty cache f[rows, branches, layers, N, length, H] for what branches read by themselves."""
         return self._empty((rows, branches), length)
 
     def branch(self, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax.Array, Cache]:
@@ -139,7 +169,7 @@ class GPT3(nn.Module):
         return self._run(embeds, own, past, True)
 
     def _empty(self, before: tuple[int, ...], length: int) -> Cache:
-        shape = (*before, self.depth, length, self.heads, self.width // self.heads)
+        shape = (*before, self.depth, self.heads, length, self.width // self.heads)
         empty = jnp.zeros(shape, jnp.dtype(self.dtype))
         return Cache(empty, empty)
 

@@ -88,9 +88,7 @@ class Block(nn.Module):
 
         temporal = attn("temporal_attn", normal)
         q, k, v = temporal.project(layers.norm("temporal_norm", EPS, self.dtype)(x))  # [B, T, P, N, H]
-        y = temporal.output(
-            jax.vmap(layers.attention, in_axes=2, out_axes=2)(q, k, v)
-        )  # over T, for every patch: [B, T, P, D]
+        y = temporal.output(layers.frame_attention(q, k, v))  # [B, T, P, D]
         zeros = nn.initializers.zeros
         x = x + nn.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")(
             kept(y, (b, 1, p, 1))

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 ROUGE_BETA = 1.2
 CIDER_SIGMA, CIDER_ORDER = 6.0, 4
@@ -63,6 +62,8 @@ def score(
 
 def bleu(predictions: list[Tokens], references: list[list[Tokens]], order: int) -> float:
     """Corpus BLEU-`order`, no smoothing, the closest reference length for the brevity penalty."""
+    from sacrebleu.metrics import BLEU  # here: training and benchmarks run without it
+
     most = max(len(texts) for texts in references)
     columns = [[" ".join(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
     metric = BLEU(tokenize="none", smooth_method="none", max_ngram_order=order, force=True)

@@ -1,0 +1,135 @@
+"""Attention as one kernel against plain attention: values and gradients, alone and cut over devices, and what chooses it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ymplug_jax import flops, sharding
+from ymplug_jax.models import kernels, layers
+
+# (B, L, S, N, H, causal); 96 lies as [L, H] in a block, the others as [H, L]
+ROWS = [(2, 37, 37, 4, 96, False), (2, 29, 29, 4, 16, True), (1, 16, 75, 2, 8, False)]
+FRAMES = [(2, 4, 49, 3, 8), (1, 3, 150, 2, 8), (1, 16, 70, 2, 16)]  # (B, T, P, N, H)
+
+
+def normal(*shape: int, count: int) -> list[jax.Array]:
+    return [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), count)]
+
+
+def agree(one, other, inputs: tuple, grad: jax.Array) -> None:
+    """Values to 1e-5 and gradients to 1e-4 of their largest, in float32."""
+    values, back = jax.vjp(one, *inputs)
+    wanted, back_wanted = jax.vjp(other, *inputs)
+    np.testing.assert_allclose(values, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+    for made, right in zip(back(grad), back_wanted(grad), strict=True):
+        np.testing.assert_allclose(made, right, atol=1e-4 * float(jnp.abs(right).max()))
+
+
+@pytest.mark.parametrize(("b", "length", "keys", "n", "h", "causal"), ROWS)
+def test_rows(b: int, length: int, keys: int, n: int, h: int, causal: bool) -> None:
+    q, grad = normal(b, length, n, h, count=2)
+    k, v = normal(b, keys, n, h, count=2)
+    agree(
+        lambda *x: kernels.attention(*x, causal, True),
+        lambda *x: layers.attention(*x, causal=causal),
+        (q, k, v),
+        grad,
+    )
+
+
+@pytest.mark.parametrize(("b", "t", "p", "n", "h"), FRAMES)
+def test_frames(b: int, t: int, p: int, n: int, h: int) -> None:
+    def plain(*x: jax.Array) -> jax.Array:
+        return layers.frame_attention(*(a.reshape(b, t, p, n, h) for a in x)).reshape(b, t, p, n * h)
+
+    *inputs, grad = normal(b, t, p, n * h, count=4)
+    agree(lambda *x: kernels.over_frames(*x, n, True), plain, tuple(inputs), grad)
+
+
+def test_frame_attention_is_attention_over_frames() -> None:
+    q, k, v = normal(2, 4, 9, 3, 8, count=3)
+    expected = jax.vmap(jax.nn.dot_product_attention, in_axes=2, out_axes=2)(q, k, v)
+    np.testing.assert_allclose(layers.frame_attention(q, k, v), expected, atol=1e-6)
+
+
+def test_half_precision_rounds_only_what_products_take() -> None:
+    q, k, v = (x.astype(jnp.bfloat16) for x in normal(2, 33, 4, 16, count=3))
+    wanted = layers.attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    made = kernels.attention(q, k, v, False, True)
+    assert made.dtype == jnp.bfloat16
+    np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.02)
+
+
+def test_a_row_too_long_for_the_chip_is_refused() -> None:
+    assert kernels.heads_a_block(8, 197, 197, 96) == 8
+    assert kernels.heads_a_block(6, 4096, 4096, 64) == 0
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_cut_over_devices(tensor: int) -> None:
+    """Eight devices give what one gives: rows over data, heads over tensor; a batch that cannot be cut stays whole."""
+    mesh = sharding.make_mesh(8 // tensor, 1, tensor)
+    for rows in (8, 3):
+        q, k, v = normal(rows, 12, 4, 8, count=3)
+
+        def run(*x: jax.Array) -> jax.Array:
+            return sharding.by_device(lambda *a: kernels.attention(*a, True, True), *x, axes=AXES)
+
+        with jax.set_mesh(mesh):
+            out = jax.jit(run)(q, k, v)
+        np.testing.assert_allclose(out, layers.attention(q, k, v, causal=True), atol=1e-5)
+
+
+AXES = ("batch", None, "tensor", None)
+
+
+def test_flops_of_kernels_and_of_their_parts_on_devices() -> None:
+    q = jnp.zeros((8, 16, 4, 8))
+    product = 2 * 8 * 4 * 16 * 16 * 8
+
+    def run(x: jax.Array) -> jax.Array:
+        return sharding.by_device(lambda a: kernels.attention(a, a, a, True, True), x, axes=AXES)
+
+    with jax.set_mesh(sharding.make_mesh(4, 1, 2)):
+        assert flops.count(run, q) == 2 * product
+        assert flops.count(jax.grad(lambda x: run(x).sum()), q) == 7 * product  # logits twice: nothing of them is kept
+
+
+@pytest.mark.parametrize(
+    ("maker", "change", "kernel"),
+    [
+        ("tpu", {}, True),
+        ("tpu", {"dropout": 0.1, "key": jax.random.key(0)}, False),
+        ("tpu", {"bias": jnp.zeros((1, 1, 1, 8))}, False),
+        ("cpu", {}, False),
+    ],
+)
+def test_where_a_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, maker: str, change: dict, kernel: bool) -> None:
+    """On TPU in half precision, unless something has to happen between logits and softmax."""
+    monkeypatch.setattr(sharding, "computes_on", lambda name: name == maker)
+    q = jnp.zeros((2, 8, 2, 16), jnp.bfloat16)
+    text = str(jax.make_jaxpr(lambda q: layers.attention(q, q, q, **change))(q))
+    assert ("pallas_call" in text) == kernel
+    whole = q.astype(jnp.float32)
+    assert "pallas_call" not in str(jax.make_jaxpr(lambda q: layers.attention(q, q, q, **change))(whole))
+    frames = q[:, None]
+    made = str(jax.make_jaxpr(lambda q: layers.frame_attention(q, q, q))(frames))
+    assert ("pallas_call" in made) == (maker == "tpu")
+
+
+def test_on_nvidia_cudnn_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def fake(q: jax.Array, k: jax.Array, v: jax.Array, **settings) -> jax.Array:
+        asked.update(settings)
+        return q
+
+    monkeypatch.setattr(sharding, "computes_on", lambda name: name == "nvidia")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
+    q = jnp.zeros((2, 8, 2, 16), jnp.bfloat16)
+    layers.attention(q, q, q, causal=True)
+    assert asked == {"is_causal": True, "implementation": "cudnn"}
+    asked.clear()
+    layers.attention(q[..., :3], q[..., :3], q[..., :3])  # cuDNN takes multiples of eight
+    assert not asked

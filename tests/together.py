@@ -1,0 +1,91 @@
+"""Processes on this machine that are one run, for the tests; what each reads and writes can be asked."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import runs
+
+SECONDS = 1200  # for a busy machine
+# The entry point, which also tells what it reads of the splits and what it writes below its folder, and takes its time.
+PROGRAM = """
+import os, runpy, sys, time
+from ymplug_jax import train
+from ymplug_jax.data.records import Records
+told = open(os.environ["TOLD"], "a", buffering=1)
+get, asked, pause = Records.__getitem__, train._Stop.asked, float(os.environ["PAUSE"])
+def getitem(self, i):
+    print("read", self.split, int(i), file=told)
+    return get(self, i)
+def hook(event, args):
+    if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR) and os.environ["WORKDIR"] in str(args[0]):
+        print("write", args[0], file=told)
+Records.__getitem__ = getitem
+train._Stop.asked = lambda self, step: time.sleep(pause) or asked(self, step)
+sys.addaudithook(hook)
+sys.argv[0] = "main"
+runpy.run_module("ymplug_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+class Group:
+    """Processes of one run that were started together."""
+
+    def __init__(
+        self, workdir: Path, flags: list[str], count: int, *, devices: int = 1, pause: float = 0, slurm: bool = False
+    ):
+        port = runs.free_port()
+        self.workdir, self.processes = workdir, []
+        for i in range(count):
+            options = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # compiles sooner
+            env = os.environ | {
+                "XLA_FLAGS": options,
+                "TOLD": f"{workdir}.told{i}", "WORKDIR": f"{workdir}/", "PAUSE": str(pause),
+                # The same program is compiled for every start on the same topology.
+                "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }  # fmt: skip
+            own = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process_id={i}"] if count > 1 else []
+            if slurm:
+                own = []
+                env |= {
+                    "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
+                    "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
+                }  # fmt: skip
+            command = [sys.executable, "-c", PROGRAM, f"--workdir=file://{workdir}", *flags, *own]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            self.processes.append(subprocess.Popen(command, cwd=runs.ROOT, env=env, **pipes))
+
+    def wait_for_step(self, step: int) -> None:
+        """Until that step is in the metrics and a checkpoint is whole."""
+        end = time.monotonic() + SECONDS
+        while not any(line >= step for line in runs.losses(self.workdir)) or not steps(self.workdir):
+            for process in self.processes:
+                assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+            time.sleep(0.05)
+
+    def end(self, seconds: float = SECONDS) -> list[tuple[int, str]]:
+        """(exit code, stderr) of each."""
+        end = time.monotonic() + seconds
+        try:
+            said = [process.communicate(timeout=max(0.1, end - time.monotonic()))[1] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(process.returncode, errors) for process, errors in zip(self.processes, said, strict=True)]
+
+    def told(self, i: int, what: str) -> list[str]:
+        lines = Path(f"{self.workdir}.told{i}").read_text().splitlines()
+        return [line.removeprefix(f"{what} ") for line in lines if line.startswith(f"{what} ")]
+
+
+def steps(workdir: Path) -> list[int]:
+    """Whole checkpoints, ascending."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints" / "steps").glob("*") if p.name.isdigit())
+
+
+def finished(group: Group) -> Group:
+    for code, errors in group.end():
+        assert code == 0, errors[-4000:]
+    return group
