@@ -6,9 +6,9 @@ The title follows from the video alone (one template: colour, shape, motion), so
 one is a fair score. 8 of the 128 combinations are held out: they appear in validation only, while each pair of shape and
 colour, shape and motion, colour and motion stays in training. The clips differ in background, size, place and speed.
 
-The folder becomes a video root with the release's four kinds of CSV beside it:
+The folder becomes a video root with the release's four kinds of CSV beside it, and questions about the motion:
 `videos/*.mp4`, `pretrain_{train,val}.csv`, `classification_{train,val}.csv`, `retrieval_{train,val}.csv`,
-`captioning_{train,val}.csv`, `texts.txt` (what a language model may read before it sees any video: every title, and how
+`captioning_{train,val}.csv`, `question_{train,val}.csv`, `answers.txt`, `texts.txt` (what a language model may read before it sees any video: every title, and how
 one asks for a class or for a match, with every answer) and
 `corpus.json` (settings and counts).
 """
@@ -43,7 +43,7 @@ MARGIN = 4  # pixels between a shape and the border, at all times
 VAL_SHARE = 0.1
 MIN_CLIPS = 20
 SETTINGS = "corpus.json"
-VERSION = 5  # raise it when the same settings draw something else
+VERSION = 6  # raise it when the same settings draw something else
 
 COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
     "红色": (220, 25, 30),
@@ -215,7 +215,7 @@ def write_clip(clip: Clip, root: Path) -> None:
 
 
 def write_tables(clips: list[Clip], split: str, root: Path, gallery: list[Clip] | None = None) -> None:
-    """The release's four CSVs of one split. As there, the benchmarks train on fewer clips than pre-training, here a third.
+    """The release's four CSVs of one split, and one of questions. As there, the benchmarks train on fewer clips than pre-training, here a third.
 
     Captioning has one caption a row in training, a list of three in validation; the titles of classification do not say the
     motion, which is what the class stands for.
@@ -233,6 +233,8 @@ def texts_of(clip: Clip, kind: str, split: str) -> tuple[str, ...]:
     """The text columns of a clip in one kind of CSV."""
     if kind == "classification":
         return clip.plain_title, LABELS[clip.motion]
+    if kind == "question":
+        return f"{clip.plain_title}在做什么", clip.motion
     if kind == "captioning" and split == "val":
         return (str(clip.references),)
     return (clip.title,)
@@ -281,6 +283,7 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
                 pass
         write_tables(train, "train", partial)
         write_tables(val, "val", partial, gallery)
+        (partial / "answers.txt").write_text("".join(f"{motion}\n" for motion in MOTIONS), encoding="utf-8")
         (partial / "texts.txt").write_text("".join(f"{text}\n" for text in all_texts()), encoding="utf-8")
         facts = {
             "settings": settings,

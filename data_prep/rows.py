@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 def read_rows(csv_file: Path, kind: str) -> list[Row]:
-    """All rows of a CSV of one of the four kinds (schema.COLUMNS), UTF-8 with or without byte order mark.
+    """All rows of a CSV of one of the kinds in schema.COLUMNS, UTF-8 with or without byte order mark.
 
     Raises:
       ValueError: not UTF-8, no rows, or columns that do not fit the kind; the message names file and columns.
@@ -56,6 +56,8 @@ def _row(number: int, fields: dict, kind: str, file_column: str) -> Row:
         captions = (text("caption"),) if text("caption") else ()
     elif kind == "captioning":
         captions, problem = _captions(text("golden_caption"), problem)
+    elif kind == "question":
+        title, label = text("question"), text("answer")
     elif kind == "classification":
         label = text("label")
         if label in schema.CLASS_NAMES:

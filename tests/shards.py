@@ -75,3 +75,11 @@ def tokenizer(file: Path) -> Path:
     )  # fmt: skip
     file.write_bytes(model.getvalue())
     return file
+
+
+def vocabulary(file: Path) -> Path:
+    """A BERT vocabulary of the titles' characters."""
+    characters = sorted({c for i in range(12) for c in title(i)} | set("第个视频0123456789"))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in "0123456789")]
+    file.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    return file

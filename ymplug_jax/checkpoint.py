@@ -117,7 +117,8 @@ def _wrapped(opt_state: Any) -> dict:
 
 
 def sources(init_from: str) -> list[tuple[str, str]]:
-    """[(subtree, folder)] of the setting `init_from`: "DIR" is every parameter (subtree ""), "llm=DIR,vision=DIR" are some.
+    """[(subtree, folder)] of the setting `init_from`: "DIR" is every parameter (subtree ""), "llm=DIR,vision=DIR" are some,
+    "prompter/=DIR" is all that the folder has, put below that name.
 
     Raises:
       CheckpointError: a part that cannot be read so.
@@ -170,7 +171,8 @@ def load_params(
     Args:
       workdir: the run's folder (the newest step is taken).
       abstract: nested tree of ShapeDtypeStructs with shardings: the parameters wanted.
-      subtree: take only the paths under this name ("llm"); every one of them must be in the checkpoint.
+      subtree: take only the paths under this name ("llm"); every one of them must be in the checkpoint. With a slash at its end
+        ("prompter/") the checkpoint has them without that name.
       allow_missing: path regexes that the checkpoint may lack; they are then not in the result.
       resize: path -> function (stored value, wanted shape) for tables that may be stored in another size.
 
@@ -181,7 +183,7 @@ def load_params(
     wanted = {
         path: leaf
         for path, leaf in state_lib.flatten(abstract).items()
-        if not subtree or path.startswith(subtree + "/")
+        if not subtree or path.startswith(subtree.rstrip("/") + "/")
     }
     if not wanted:
         tops = sorted({path.split("/")[0] for path in state_lib.flatten(abstract)})
@@ -193,7 +195,8 @@ def load_params(
         raise CheckpointError(
             f"{workdir}: no checkpoint here (looked for {folder}); give the --workdir of a finished run"
         )
-    stored = {place: stored_in(place) for place in found}
+    above = subtree if subtree.endswith("/") else ""  # what the stored paths lack
+    stored = {place: {above + path: leaf for path, leaf in stored_in(place).items()} for place in found}
     there = {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}
     wanted = {
         path: leaf
@@ -212,7 +215,7 @@ def load_params(
 
     loaded: dict[str, jax.Array] = {}
     for place in found:
-        here = {path: as_stored(path) for path in wanted if path in stored[place]}
+        here = {path.removeprefix(above): as_stored(path) for path in wanted if path in stored[place]}
         if not here:
             continue
         with ocp.PyTreeCheckpointer() as reader:
@@ -220,7 +223,8 @@ def load_params(
             args = ocp.args.PyTreeRestore(
                 tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
             )
-            loaded |= state_lib.flatten(reader.restore(place, args=args))
+            read = state_lib.flatten(reader.restore(place, args=args))
+        loaded |= {above + path: leaf for path, leaf in read.items()}
     for path in other:
         leaf = wanted[path]
         make = jax.jit(lambda x, p=path, w=leaf: resize[p](x, w.shape).astype(w.dtype), out_shardings=leaf.sharding)

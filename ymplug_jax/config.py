@@ -21,6 +21,7 @@ class Data:
     eval_split: str = "validation"  # empty: never evaluate during training
     examples: int = 0  # size of the training split where `path` is empty, to plan a run without its data
     tokenizer: str = ""  # *.model (sentencepiece), tokenizer.json or vocab.txt
+    lower_case: bool = True  # of a BERT vocab.txt: letters in lower case, without accents
     frames: int = 4  # T, frames shown to the model out of those stored
     image_size: int = 224  # S, pixels
     max_tokens: int = 80  # L, beginning and end token included
@@ -36,7 +37,7 @@ class Optim:
     lr: float = 1e-4  # peak
     min_lr: float = 1e-6
     warmup: str = "2000 steps"  # from 0 to the peak, both ends included
-    schedule: str = "cosine"  # or "linear": the way down from the peak
+    schedule: str = "cosine"  # or "linear", the way down from the peak; "bert": linear, steps counted from 1
     weight_decay: float = 0.05
     b1: float = 0.9
     b2: float = 0.999
@@ -93,9 +94,18 @@ class Options:
     top_k: int = 5  # caption, search "sample": among so many; 0: see top_p
     top_p: float = 0.0
     temperature: float = 1.0
-    reference_negatives: bool = False  # match: permute titles as well as videos, as the reference did
+    # match: permute titles as well as videos; alpro: negatives may be other rows of the same clip; both as the reference did
+    reference_negatives: bool = False
     candidates: str = ""  # match: index.npz of a retrieval run's evaluation, whose best pairs are scored; "": all pairs
-    best: int = 32  # match: pairs of each video and each title that are taken from it
+    best: int = 32  # match: pairs of each video and each title that are taken from it; alpro_retrieve: 0 for all pairs
+    group: int = 0  # alpro: rows of a batch that share negatives, the reference's batch of one device; 0: all of them
+    masked_share: float = 0.15  # alpro_pretrain: words to be told
+    entities: str = ""  # alpro_pretrain: index.npz of a prompter's evaluation, the teacher's table of entities
+    reference_entities: bool = (
+        False  # alpro_pretrain: leave rows out by the number of their best entity, as the reference did
+    )
+    prompts: str = ""  # alpro_prompter: file of entity prompts that data_prep.entity_prompts wrote
+    answers: str = ""  # alpro_classify: the possible answers, one a line; "": the 45 categories
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], 
 
     Warm-up runs over `warmup` steps from 0 to the peak, both ends included; then cosine from the peak towards `min_lr`
     (never quite reached), or linear from the peak to `min_lr` (reached at the last step). So the rate is 0 at step 0 and
-    the peak appears twice, as in the published recipe.
+    the peak appears twice, as in the published recipe. "bert" counts steps from 1: up to the peak in `warmup` steps, then
+    straight to 0 at the last one, but never below `min_lr`.
 
     Raises:
       ValueError: the warm-up does not fit into the run, or an unknown kind of schedule.
@@ -49,8 +50,8 @@ def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], 
         raise ValueError(
             f"config.optim.warmup is {warmup} steps but the run has {total}; shorten the warm-up or train longer"
         )
-    if optim.schedule not in ("cosine", "linear"):
-        raise ValueError(f'config.optim.schedule is {optim.schedule!r}; write "cosine" or "linear"')
+    if optim.schedule not in ("cosine", "linear", "bert"):
+        raise ValueError(f'config.optim.schedule is {optim.schedule!r}; write "cosine", "linear" or "bert"')
     rest = max(total - warmup, 1)
     peak, low = optim.lr, optim.min_lr
 
@@ -58,6 +59,9 @@ def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], 
         step = jnp.minimum(step, total - 1).astype(jnp.float32)
         up = peak * step / max(warmup - 1, 1)
         after = step - warmup
+        if optim.schedule == "bert":
+            up, down = peak * (step + 1) / max(warmup, 1), peak * (total - 1 - step) / rest
+            return jnp.maximum(jnp.where(step + 1 < warmup, up, down), low)
         if optim.schedule == "cosine":
             down = low + 0.5 * (peak - low) * (1 + jnp.cos(jnp.pi * after / rest))
         else:

@@ -39,7 +39,11 @@ SUFFIXES = (
     ".asf",
     ".3gp",
 )
-TASKS = {"classify": ("classify",), "caption": ("caption", "pretrain"), "retrieve": ("retrieve",)}
+TASKS = {
+    "classify": ("classify", "alpro_classify"),
+    "caption": ("caption", "pretrain"),
+    "retrieve": ("retrieve", "alpro_retrieve", "alpro_pretrain", "alpro_prompter"),
+}
 
 
 class Mistake(Exception):
@@ -171,7 +175,8 @@ class Model:
             experiment.data, path="", examples=BATCH, tokenizer=str(kept if kept.exists() else tokenizer)
         )
         train = dataclasses.replace(experiment.train, batch_size=BATCH, accumulate=1)
-        self.experiment = dataclasses.replace(experiment, data=data, train=train, mesh=config.Mesh())
+        options = dataclasses.replace(experiment.options, group=0, entities="")  # of training alone
+        self.experiment = dataclasses.replace(experiment, data=data, train=train, options=options, mesh=config.Mesh())
         self._folder = folder
         self._ready: tuple | None = None
 
@@ -213,19 +218,23 @@ def describe(args: argparse.Namespace, model: Model, row: dict[str, Any], clip: 
     import numpy as np
 
     from ymplug_jax.data.schema import CLASS_NAMES
-    from ymplug_jax.tasks import classify
+    from ymplug_jax.tasks import alpro_classify, classify
 
-    shown = "both" if clip.title else "video"
-    votes = row["likelihood"][classify.MODALITIES.index(shown)]
+    answers = model.experiment.options.answers
+    try:
+        names = alpro_classify.class_names(model.experiment.options) if answers else CLASS_NAMES
+    except FileNotFoundError as error:
+        raise Mistake(str(error)) from None
+    shown = classify.MODALITIES.index("both" if clip.title else "video")
+    votes = row.get("likelihood", row["head"])[shown]  # ALPRO has a head alone
     shares = np.exp(votes - np.logaddexp.reduce(votes))
     best = np.argsort(-shares)[: args.best]
-    head = row["head"][classify.MODALITIES.index(shown)]
     return {
         "video": clip.media_id,
-        "class": CLASS_NAMES[best[0]],
-        "head": CLASS_NAMES[int(head.argmax())],
+        "class": names[best[0]],
+        "head": names[int(row["head"][shown].argmax())],
         "shown": "video and title" if clip.title else "video",
-        "best": {CLASS_NAMES[c]: round(float(shares[c]), 4) for c in best},
+        "best": {names[c]: round(float(shares[c]), 4) for c in best},
     }
 
 

@@ -52,6 +52,10 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         lr = rate(state.step)
         trainable = jax.tree.map(lambda p, u: p - lr * u, state.trainable, updates)
+        if task.bounds:
+            flat = state_lib.flatten(trainable)
+            limited = {path: jnp.clip(flat[path], *limits) for path, limits in task.bounds.items() if path in flat}
+            trainable = state_lib.unflatten(flat | limited)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         state = TrainState(
             step=state.step + 1,

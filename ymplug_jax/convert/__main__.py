@@ -1,6 +1,7 @@
 """PyTorch checkpoints to Orbax and back: `python -m ymplug_jax.convert --model NAME --source FILE... --out DIR [--to torch]`.
 
     --model mplug_video   Youku-mPLUG's mp_rank_00_model_states.pt, any size, any task's heads
+    --model alpro         ALPRO: Youku-mPLUG's classes, Salesforce's release, its prompter, its QA model
     --model gpt3          ModelScope's nlp_gpt3_text-generation_*: model/mp_rank_*_model_states.pt, 1 or more pieces
     --model clip          CLIP, OpenAI's file or the Hugging Face layout: the spatial part of the video encoder
     --model vit           ViT of timm: the spatial part of the video encoder

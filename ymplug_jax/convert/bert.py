@@ -53,15 +53,17 @@ RENAME = (
 HEADS = {768: 12, 1024: 16}  # by width
 
 
-def bert_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> tuple[Text, Fusion]:
-    """The two halves of the BERT of these tensors.
+def bert_of(
+    shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], first: int | None = None
+) -> tuple[Text, Fusion]:
+    """The two parts of the BERT of these tensors: `first` layers and the rest (None: halves).
 
     Raises:
       UnknownModel: they are none.
     """
     vocab, width = need(shapes, "bert.embeddings.word_embeddings.weight")
     depth = layers(shapes, r"bert\.encoder\.layer\.(\d+)\.")
-    first = depth // 2
+    first = depth // 2 if first is None else first
     count, hidden = (
         heads_of("text", width, HEADS, heads),
         need(shapes, "bert.encoder.layer.0.intermediate.dense.weight")[0],

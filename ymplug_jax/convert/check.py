@@ -48,6 +48,7 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
         "clip": _image_tower,
         "vit": _image_tower,
         "mplug_video": _mplug_video,
+        "alpro": _alpro,
     }[model](opened, read, rng)
     expected = theirs()
     gc.collect()
@@ -188,3 +189,32 @@ def _mplug_video(opened: Opened, read: oracles.Read, rng: np.random.Generator) -
         return found
 
     return theirs, ours
+
+
+def _alpro(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    model, layout = opened.plan.model, opened.plan.layout
+    vision = model.vision
+    video = rng.normal(size=(2, vision.frames, vision.image_size, vision.image_size, 3)).astype(np.float32)
+    ids, mask = _ids(rng, model.text.vocab)
+
+    def ours(params: dict) -> dict[str, np.ndarray]:
+        run = model.bind({"params": params})
+        _, kept = _applied(vision, params["vision"], video)
+        x, cls = (np.asarray(part) for part in kept["blocks"]["__call__"][0][0])
+        both = np.concatenate([cls[:, :, None], x.reshape(*cls.shape[:2], -1, cls.shape[-1])], axis=2)
+        found: dict[str, Any] = {f"vision block {i}": block for i, block in enumerate(both)}
+        with jax.default_matmul_precision("highest"):
+            tokens, states = run.encode_video(video), run.encode_text(ids, mask)
+            fused = run.fuse(states, mask, tokens)
+            found |= {"video tokens": tokens, "text states": states, "fused states": fused}
+            if model.contrastive_width:
+                found |= {"video vector": run.embed_video(tokens), "text vector": run.embed_text(states)}
+            if model.matching:
+                found["match logits"] = run.match_logits(fused)
+            if model.masked:
+                found["word logits"] = run.words(fused[:, : ids.shape[1]])
+            if model.classes:
+                found["class logits"] = run.classify(fused)
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    return lambda: oracles.alpro(read, model, layout, video, ids, mask), ours

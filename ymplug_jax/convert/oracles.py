@@ -251,3 +251,76 @@ def pool(read: Read, heads: int, tokens: np.ndarray) -> Outputs:
     x = x + F.linear(hidden, read("attn_pool.mlp.fc2.weight"), read("attn_pool.mlp.fc2.bias"))
     prefix = F.linear(x, read("visual_fc.weight"), read("visual_fc.bias"))
     return {"abstractor": x.numpy(), "connector": prefix.numpy()}
+
+
+def _youku(read: Read) -> Read:
+    """Youku's names of the video encoder out of Salesforce's; the one bias of q, k and v is cut."""
+
+    def one(name: str) -> torch.Tensor:
+        for i, bias in ((0, "q_bias"), (2, "v_bias")):
+            if name.endswith(bias):
+                return read(name.replace(bias, "qkv.bias")).chunk(3)[i]
+        return read(name.replace("temporal_embed", "time_embed").replace("temporal_ln", "temporal_norm1"))
+
+    return one
+
+
+@torch.inference_mode()
+def alpro(read: Read, sizes: Any, layout: str, video: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> Outputs:
+    """ALPRO with the layers of BertForMaskedLM; video [B, T, S, S, 3]."""
+    ours = layout == "youku"
+    towers = timesformer(
+        read if ours else _youku(read), sizes.vision, video, "visual_encoder." if ours else "visual_encoder.model."
+    )
+    tokens = torch.from_numpy(towers.pop("vision norm"))
+    b, _, d = tokens.shape
+    tokens = torch.cat([tokens[:, :1], tokens[:, 1:].reshape(b, sizes.vision.frames, -1, d).mean(1)], 1)
+    if d != sizes.text.width:
+        tokens = F.linear(tokens, read("visn_fc.weight"), read("visn_fc.bias"))
+        norm = read("visn_layer_norm.weight"), read("visn_layer_norm.bias")
+        tokens = F.layer_norm(tokens, tokens.shape[-1:], *norm, 1e-12)
+    depth = sizes.text.depth + sizes.fusion.depth
+    config = transformers.BertConfig(
+        vocab_size=sizes.text.vocab,
+        hidden_size=sizes.text.width,
+        num_hidden_layers=depth,
+        num_attention_heads=sizes.text.heads,
+        intermediate_size=sizes.text.hidden,
+        max_position_embeddings=sizes.text.max_positions,
+        type_vocab_size=sizes.text.types,
+        attn_implementation="eager",
+    )
+    prefix = "" if layout == "salesforce_qa" else "bert."
+    bert = transformers.BertModel(config, add_pooling_layer=False)
+    bert = _filled(bert, lambda name: read(f"text_encoder.{prefix}{name}"))
+
+    def through(x: torch.Tensor, seen: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        for layer in bert.encoder.layer[first:last]:
+            out = layer(x, attention_mask=(1 - seen[:, None, None].float()) * -10000)
+            x = out[0] if isinstance(out, tuple) else out
+        return x
+
+    seen = torch.from_numpy(mask)
+    states = through(bert.embeddings(torch.from_numpy(ids)), seen, 0, sizes.text.depth)
+    seen = torch.cat([seen, torch.ones(tokens.shape[:2], dtype=seen.dtype)], 1)
+    fused = through(torch.cat([states, tokens], 1), seen, sizes.text.depth, depth)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, read(f"{name}.weight"), read(f"{name}.bias"))
+
+    out = {"video tokens": tokens, "text states": states, "fused states": fused}
+    if sizes.contrastive_width:
+        out["video vector"] = F.normalize(linear(tokens[:, 0], "vision_proj"), dim=-1)
+        out["text vector"] = F.normalize(linear(states[:, 0], "text_proj"), dim=-1)
+    if sizes.matching:
+        out["match logits"] = linear(fused[:, 0], "itm_head")
+    if sizes.masked:
+        head = "text_encoder.cls.predictions.transform"
+        x = F.gelu(linear(fused[:, : ids.shape[1]], f"{head}.dense"))
+        x = F.layer_norm(x, x.shape[-1:], read(f"{head}.LayerNorm.weight"), read(f"{head}.LayerNorm.bias"), 1e-12)
+        words = read("text_encoder.bert.embeddings.word_embeddings.weight")
+        out["word logits"] = F.linear(x, words, read("text_encoder.cls.predictions.bias"))
+    if sizes.classes:
+        head = "cls_head" if ours else "classifier"
+        out["class logits"] = linear(F.relu(linear(fused[:, 0], f"{head}.0")), f"{head}.2")
+    return towers | {name: value.numpy() for name, value in out.items()}

@@ -14,19 +14,22 @@ HEIGHT = "image/height"  # int64: of the stored frames, pixels
 WIDTH = "image/width"  # int64
 MEDIA_ID = "clip/media_id"  # bytes: the CSV's FILE column, UTF-8, extension included
 ROW = "clip/row"  # int64: row of the CSV (0-based, header not counted); the order of the ground truth
-TITLE = "clip/title"  # bytes: UTF-8, as in the CSV; empty where the CSV has no title
+TITLE = "clip/title"  # bytes: UTF-8, title or question as in the CSV; empty where it has none
 CAPTION = (
     "caption/string"  # bytes[K]: UTF-8 captions, K >= 0 (retrieval: one; captioning: one in train, several in val)
 )
-LABEL_TEXT = "clip/label/text"  # bytes: Chinese class name; empty where unknown or withheld
+LABEL_TEXT = (
+    "clip/label/text"  # bytes: Chinese class name, or the answer to a question; empty where unknown or withheld
+)
 LABEL_INDEX = "clip/label/index"  # int64: index into CLASS_NAMES, -1 where unknown or withheld
 
-# The four kinds of CSV in the release: kind -> (column of the file, columns of text).
+# The four kinds of CSV in the release, and questions about videos: kind -> (column of the file, columns of text).
 COLUMNS = {
     "pretrain": ("video_id:FILE", ("title",)),
     "classification": ("video_id:FILE", ("title", "label")),
     "retrieval": ("clip_name:FILE", ("caption",)),
     "captioning": ("video_id:FILE", ("golden_caption",)),
+    "question": ("video_id:FILE", ("question", "answer")),
 }
 
 # The 45 categories, in the release's order (classname.json).

@@ -25,10 +25,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     """Tokenizer by file name: `*.model` sentencepiece; `tokenizer.json` Hugging Face, where begin, end and padding are
     <sep>, <|endoftext|>, <|endoftext|> (the GPT-3 of ModelScope) or <s>, </s>, <pad> or [CLS], [SEP], [PAD]; `vocab.txt`
-    BERT WordPiece.
+    BERT WordPiece, which `lower_case` has fold letters to lower case without accents.
 
     Raises:
       FileNotFoundError: no such file.
@@ -46,7 +46,8 @@ def load_tokenizer(path: str) -> Tokenizer:
             f"tokenizer {path}: not a known kind; give a *.model (sentencepiece), tokenizer.json or vocab.txt"
         )
     try:
-        return kinds[file.suffix](str(file))
+        more = {"lower_case": lower_case} if file.suffix == ".txt" else {}
+        return kinds[file.suffix](str(file), **more)
     except _NoSpecials as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
     except Exception as error:  # the libraries raise bare Exception, RuntimeError and others on broken files
@@ -90,6 +91,7 @@ class _HuggingFace:
         self._model.encode_special_tokens = True  # read them as plain text
         ids = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1  # there may be gaps
+        self.mask, self.unk = ids.get("[MASK]"), ids.get("[UNK]")  # None: the model masks no words
         for names in self.SPECIALS:
             if all(name in ids for name in names):
                 self.bos, self.eos, self.pad = (ids[name] for name in names)
@@ -115,6 +117,10 @@ class _HuggingFace:
 
 
 class _BertWordPiece(_HuggingFace):
+    def __init__(self, path: str, lower_case: bool = True):
+        self._lower_case = lower_case
+        super().__init__(path)
+
     def _load(self, tokenizers, path: str):
         lines = Path(path).read_text(encoding="utf-8").splitlines()  # the id of a token is its line
         vocab = {token: i for i, token in enumerate(lines)}
@@ -122,7 +128,7 @@ class _BertWordPiece(_HuggingFace):
             raise _NoSpecials("has no [UNK]; it is no BERT vocabulary")
         model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
         # Chinese characters are split one by one.
-        model.normalizer = tokenizers.normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=True)
+        model.normalizer = tokenizers.normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=self._lower_case)
         model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
         model.decoder = tokenizers.decoders.WordPiece()
         model.add_special_tokens([token for token in ("[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]") if token in vocab])
@@ -154,6 +160,14 @@ def encode_text(ids: Sequence[int], max_length: int, *, bos: int, eos: int, pad:
     A text that is too long keeps its first `max_length` ids, so its end token is lost, as in the reference.
     """
     return _padded([bos, *ids, eos][:max_length], max_length, pad)
+
+
+def encode_words(
+    ids: Sequence[int], max_length: int, *, bos: int, eos: int | None, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_text` of BERT's kind: a text that is too long loses its tail, never its end token; eos None: there is none."""
+    end = [] if eos is None else [eos]
+    return _padded([bos, *ids[: max_length - 1 - len(end)], *end], max_length, pad)
 
 
 def encode_pair(

@@ -193,6 +193,13 @@ class Mlp(nn.Module):
         )  # [..., D]
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """L2-normalise the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # the references bound the norm at 1e-12
+
+
 def norm(name: str | None, eps: float, dtype: str) -> nn.LayerNorm:
     """LayerNorm in float32 with a two-pass (exact) variance, cast back to `dtype`."""
     return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), use_fast_variance=False, name=name)

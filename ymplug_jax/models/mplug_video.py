@@ -151,7 +151,7 @@ class MPLUGVideo(nn.Module):
           video: f32[B, Q, E]; text: f32[B, E]; temperature: f32 scalar.
         """
         return {
-            "video": _unit(self.vision_proj(image_query)),
+            "video": layers.unit(self.vision_proj(image_query)),
             "text": self.embed_text(text_hidden, mask),
             "temperature": self.temperature.astype(jnp.float32),
         }
@@ -159,11 +159,11 @@ class MPLUGVideo(nn.Module):
     def embed_video(self, video: jax.Array) -> jax.Array:
         """Unit vector of a video for retrieval, from the cls token alone: f[B, T, S, S, 3] -> f32[B, E]."""
         tokens = constrain(self.vision(video), "batch", None, None)
-        return _unit(self.vision_proj(tokens[:, 0]))
+        return layers.unit(self.vision_proj(tokens[:, 0]))
 
     def embed_text(self, text_hidden: jax.Array, mask: jax.Array) -> jax.Array:
         """Unit vector of a text: f[B, L, H] of the text-only pass, int or bool[B, L] -> f32[B, E]."""
-        return _unit(self.text_proj(last_state(text_hidden, mask)))
+        return layers.unit(self.text_proj(last_state(text_hidden, mask)))
 
     def classify(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
         """Logits of the head on the state at the last text token: f[B, Q + L, H], int or bool[B, L] -> f32[B, C]."""
@@ -185,13 +185,6 @@ def last_state(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """State at the last token of each text: f[B, L, H], int or bool[B, L] -> f[B, H]."""
     last = jnp.maximum(mask.astype(jnp.int32).sum(axis=1) - 1, 0)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """L2-normalise the last axis in float32."""
-    x = x.astype(jnp.float32)
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # the reference bounds the norm at 1e-12
 
 
 def init(model: MPLUGVideo, key: jax.Array) -> dict:

@@ -66,9 +66,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, jax.Array], layer: jax.Array
+        self, carry: tuple[jax.Array, jax.Array], layer_and_rate: tuple[jax.Array, jax.Array | None]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        x, cls = _by_rows(*carry)
+        (x, cls), (layer, rate) = _by_rows(*carry), layer_and_rate
         b, t, p, d = x.shape
         normal = nn.initializers.normal(STD)
 
@@ -77,6 +77,13 @@ class Block(nn.Module):
                 2.0 * (layer + 1)
             )  # outputs on the residual path, smaller with depth
 
+        def kept(y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+            """Stochastic depth: each of `rows` is dropped by itself."""
+            if rate is None:
+                return y
+            stays = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, rows)
+            return jnp.where(stays, y / (1 - rate), 0).astype(y.dtype)
+
         def attn(name: str, out_init: layers.Initializer) -> layers.Attention:
             return layers.Attention(d, self.heads, normal, out_init, key_bias=False, dtype=self.dtype, name=name)
 
@@ -84,18 +91,24 @@ class Block(nn.Module):
         q, k, v = temporal.project(layers.norm("temporal_norm", EPS, self.dtype)(x))  # [B, T, P, N, H]
         y = temporal.output(layers.frame_attention(q, k, v))  # [B, T, P, D]
         zeros = nn.initializers.zeros
-        x = x + nn.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")(y)
+        x = x + nn.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")(
+            kept(y, (b, 1, p, 1))
+        )
 
         frame = jnp.concatenate([jnp.broadcast_to(cls[:, None, None], (b, t, 1, d)), x], axis=2)  # [B, T, 1 + P, D]
         spatial = attn("attn", shrunk)
         qkv = spatial.project(layers.norm("attn_norm", EPS, self.dtype)(frame))  # [B, T, 1 + P, N, H]
         y = layers.attention(*(a.reshape(b * t, 1 + p, *a.shape[3:]) for a in qkv))  # [B * T, 1 + P, N, H]
-        y = spatial.output(y).reshape(b, t, 1 + p, d)
+        y = kept(spatial.output(y).reshape(b, t, 1 + p, d), (b, t, 1, 1))
         x, cls = x + y[:, :, 1:], cls + y[:, :, 0].mean(axis=1)
 
         mlp_norm = layers.norm("mlp_norm", EPS, self.dtype)
         mlp = layers.Mlp(int(self.mlp_ratio * d), normal, shrunk, dtype=self.dtype, name="mlp")
-        return _by_rows(x + mlp(mlp_norm(x)), cls + mlp(mlp_norm(cls))), None
+        if rate is None:
+            return _by_rows(x + mlp(mlp_norm(x)), cls + mlp(mlp_norm(cls))), None
+        both = jnp.concatenate([cls[:, None], x.reshape(b, t * p, d)], axis=1)  # dropped together: [B, 1 + T * P, D]
+        both = both + kept(mlp(mlp_norm(both)), (b, 1, 1))
+        return _by_rows(both[:, 1:].reshape(b, t, p, d), both[:, 0]), None
 
 
 def _by_rows(x: jax.Array, cls: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,12 +127,13 @@ class TimeSformer(nn.Module):
     mlp_ratio: float = 4.0
     frames: int = 4  # T
     clip: bool = True  # CLIP's form: a norm before the blocks and no bias at the patches
+    drop_path: float = 0.0  # of the last block in training, less before it: stochastic depth of Salesforce's ALPRO
     remat: str = "none"  # "none", "full" or "dots"
     dtype: str = "float32"  # of the computation
 
     @nn.compact
-    def __call__(self, video: jax.Array) -> jax.Array:
-        """f[B, T, S, S, 3], normalised -> f[B, 1 + T * P, D]: cls, then the patches frame by frame.
+    def __call__(self, video: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """f[B, T, S, S, 3], normalised -> f[B, 1 + T * P, D]: cls, then the patches frame by frame. Randomness: "dropout".
 
         Raises:
           ValueError: another number of frames or another size than the fields say.
@@ -143,6 +157,7 @@ class TimeSformer(nn.Module):
             x, cls = norm_pre(x), norm_pre(cls)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=0)
         blocks = blocks(width=d, heads=self.heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype, name="blocks")
-        (x, cls), _ = blocks(_by_rows(x, cls), jnp.arange(self.depth))
+        rates = None if deterministic or not self.drop_path else jnp.linspace(0, self.drop_path, self.depth)
+        (x, cls), _ = blocks(_by_rows(x, cls), (jnp.arange(self.depth), rates))
         tokens = jnp.concatenate([cls[:, None], x.reshape(x.shape[0], -1, d)], axis=1)  # [B, 1 + T * P, D]
         return layers.norm("norm", EPS, self.dtype)(tokens)

@@ -85,29 +85,6 @@ def make(experiment: Experiment) -> Task:
         out = {"likelihood": jnp.stack(likelihood, axis=1), "head": jnp.stack(head, axis=1)}  # [B, 3, C] each
         return out | {"label": batch["label"], "valid": batch["valid"]}
 
-    def score(rows: list[Row], records: Sequence[Record]) -> Report:
-        known = [row for row in rows if row["label"] >= 0]
-        scores: dict[str, object] = {"modalities": "both (video and title), video, title", "labelled": len(known)}
-        if not known:
-            scores["note"] = "this split has no labels: predictions are written, nothing is scored"
-        for m, modality in enumerate(MODALITIES):
-            for by in ("likelihood", "head") if known else ():
-                votes, labels = np.stack([row[by][m] for row in known]), np.array([row["label"] for row in known])
-                for k in (1, 5):
-                    scores[f"{modality}/{by}_top{k}"] = metrics.top_k(votes, labels, k)
-        return Report(scores, [readable(row, records) for row in rows])
-
-    def readable(row: Row, records: Sequence[Record]) -> dict:
-        record = records[int(row["index"])]
-        answer = {"index": int(row["index"]), "id": record.media_id, "title": record.title}
-        label = int(row["label"])
-        answer["label"] = CLASS_NAMES[label] if label >= 0 else None
-        for m, modality in enumerate(MODALITIES):
-            answer |= {f"{modality}/{by}": CLASS_NAMES[int(row[by][m].argmax())] for by in ("likelihood", "head")}
-        shares = np.asarray(candidates.probabilities(row["likelihood"][0]))
-        best = np.argsort(-shares)[:5]
-        return answer | {"predicted": CLASS_NAMES[best[0]], "top5": {CLASS_NAMES[c]: float(shares[c]) for c in best}}
-
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     row = inputs.row_spec(length)
     spec = {"video": inputs.video_spec(data), "ids": row, "mask": row, "prompt_length": scalar, "label": scalar}
@@ -119,7 +96,47 @@ def make(experiment: Experiment) -> Task:
         spec=spec | {"plain": row, "plain_mask": row},
         loss=loss,
         predict=predict,
-        score=score,
+        score=partial(report, names=CLASS_NAMES),
         fresh=("head/.*",),
         resize=mplug_video.RESIZE,
     )
+
+
+def report(
+    rows: list[Row], records: Sequence[Record], names: Sequence[str], by: Sequence[str] = ("likelihood", "head")
+) -> Report:
+    """Top-1 and top-5 of every kind of vote and every modality; a true name that is not in the list counts as missed.
+
+    Args:
+      rows: of each kind in `by` votes f32[3, C] in the order of MODALITIES, and "label" (-1: none).
+      records: of the split.
+      names: of the C classes.
+      by: kinds of votes; the first one decides what is "predicted".
+    """
+    known = [row for row in rows if row["label"] >= 0]
+    unlisted = sum(1 for row in rows if row["label"] < 0 and records[int(row["index"])].label_text)
+    labelled = len(known) + unlisted
+    scores: dict[str, object] = {"modalities": "both (video and title), video, title", "labelled": labelled}
+    if unlisted:
+        scores["unlisted"] = unlisted
+    if not labelled:
+        scores["note"] = "this split has no labels: predictions are written, nothing is scored"
+    for m, modality in enumerate(MODALITIES):
+        for kind in by if known else ():
+            votes, labels = np.stack([row[kind][m] for row in known]), np.array([row["label"] for row in known])
+            for k in (1, 5):
+                scores[f"{modality}/{kind}_top{k}"] = metrics.top_k(votes, labels, k) * len(known) / labelled
+    return Report(scores, [readable(row, records, names, by) for row in rows])
+
+
+def readable(row: Row, records: Sequence[Record], names: Sequence[str], by: Sequence[str]) -> dict:
+    """One example's answers by name."""
+    record = records[int(row["index"])]
+    answer = {"index": int(row["index"]), "id": record.media_id, "title": record.title}
+    label = int(row["label"])
+    answer["label"] = names[label] if label >= 0 else record.label_text or None
+    for m, modality in enumerate(MODALITIES):
+        answer |= {f"{modality}/{kind}": names[int(row[kind][m].argmax())] for kind in by}
+    shares = np.asarray(candidates.probabilities(row[by[0]][0]))
+    best = np.argsort(-shares)[:5]
+    return answer | {"predicted": names[best[0]], "top5": {names[c]: float(shares[c]) for c in best}}

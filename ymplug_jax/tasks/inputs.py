@@ -10,6 +10,7 @@ from ymplug_jax.config import Data
 from ymplug_jax.data import augment, frames, text
 from ymplug_jax.data.records import Record
 from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.state import Params
 from ymplug_jax.tasks.task import Example
 
@@ -34,16 +35,25 @@ def check(data: Data, model: MPLUGVideo, text: int) -> None:
     Raises:
       ValueError: they do not, with the setting to change.
     """
-    if data.frames != model.vision.frames or data.image_size != model.vision.image_size:
-        raise ValueError(
-            f"config.data gives {data.frames} frames of {data.image_size} px, config.model.vision takes "
-            f"{model.vision.frames} of {model.vision.image_size}; make them equal"
-        )
+    check_video(data, model.vision)
     queries = model.abstractor.queries
     if queries + text > model.llm.max_positions:
         raise ValueError(
             f"{queries} queries + {text} tokens (config.data.max_tokens or config.options) exceed "
             f"config.model.llm.max_positions {model.llm.max_positions}"
+        )
+
+
+def check_video(data: Data, vision: TimeSformer) -> None:
+    """Whether data and vision tower agree.
+
+    Raises:
+      ValueError: they do not.
+    """
+    if data.frames != vision.frames or data.image_size != vision.image_size:
+        raise ValueError(
+            f"config.data gives {data.frames} frames of {data.image_size} px, config.model.vision takes "
+            f"{vision.frames} of {vision.image_size}; make them equal"
         )
 
 
@@ -63,7 +73,7 @@ def normalize(video: jax.Array, dtype: str) -> jax.Array:
     return ((video.astype("float32") / 255.0 - mean) / std).astype(dtype)
 
 
-def tokenizer_for(data: Data, vocab: int) -> text.Tokenizer | None:
+def tokenizer_for(data: Data, vocab: int, setting: str = "config.model.llm.vocab") -> text.Tokenizer | None:
     """The tokenizer of the settings, None where none is given (planning needs none).
 
     Raises:
@@ -71,11 +81,9 @@ def tokenizer_for(data: Data, vocab: int) -> text.Tokenizer | None:
     """
     if not data.tokenizer:
         return None
-    tokenizer = text.load_tokenizer(data.tokenizer)
+    tokenizer = text.load_tokenizer(data.tokenizer, lower_case=data.lower_case)
     if tokenizer.vocab_size > vocab:
-        raise ValueError(
-            f"{data.tokenizer} has {tokenizer.vocab_size} tokens, the model only {vocab}; raise config.model.llm.vocab"
-        )
+        raise ValueError(f"{data.tokenizer} has {tokenizer.vocab_size} tokens, the model only {vocab}; raise {setting}")
     return tokenizer
 
 

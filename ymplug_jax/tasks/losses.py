@@ -73,6 +73,31 @@ def next_token_of(
       (sum of the cross-entropies, number of targets, number of targets that are the likeliest token), float32 scalars.
     """
     targets = target_mask(mask, prompt_lengths)
+    return words_of(logits_of, hidden, ids[:, 1:], targets, keep_logits=keep_logits, positions=positions)
+
+
+def words_of(
+    logits_of: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    labels: jax.Array,
+    targets: jax.Array,
+    *,
+    keep_logits: bool = False,
+    positions: int = 16,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cross-entropy of the words at some positions, a few positions at a time, as in `next_token_of`.
+
+    Args:
+      logits_of: f[..., D] -> f[..., V].
+      hidden: f[B, L, D].
+      labels: int[B, L].
+      targets: bool[B, L], the positions that count.
+      keep_logits: keep them for the backward pass.
+      positions: of each row that meet the vocabulary at once, at most.
+
+    Returns:
+      (sum of the cross-entropies, number of targets, number of targets that are the likeliest token), float32 scalars.
+    """
     length = hidden.shape[1]
     parts = -(-length // max(positions, TOGETHER // hidden.shape[0]))
     width = -(-length // parts)
@@ -90,7 +115,7 @@ def next_token_of(
 
     zero = jnp.float32(0)
     step = add if keep_logits else jax.checkpoint(add)
-    (loss, right), _ = jax.lax.scan(step, (zero, zero), (cut(hidden), cut(ids[:, 1:]), cut(targets)))
+    (loss, right), _ = jax.lax.scan(step, (zero, zero), (cut(hidden), cut(labels), cut(targets)))
     return loss, jnp.sum(targets, dtype=jnp.float32), right
 
 
@@ -157,9 +182,9 @@ def retrieval(
     return jnp.sum(jnp.where(valid, rows, 0)), jnp.sum(valid, dtype=jnp.float32)
 
 
-def bounded(temperature: jax.Array) -> jax.Array:
-    """The temperature, at least 1e-3; its gradient passes unchanged."""
-    return temperature + jax.lax.stop_gradient(jnp.maximum(temperature, 1e-3) - temperature)
+def bounded(temperature: jax.Array, low: float = 1e-3, high: float = float("inf")) -> jax.Array:
+    """The temperature within limits; its gradient passes unchanged."""
+    return temperature + jax.lax.stop_gradient(jnp.clip(temperature, low, high) - temperature)
 
 
 def classification(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:

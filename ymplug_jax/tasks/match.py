@@ -11,7 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from ymplug_jax.config import Experiment, Options
 from ymplug_jax.data.records import Record
@@ -19,13 +18,13 @@ from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
-from ymplug_jax.tasks import candidates, inputs, losses, metrics
+from ymplug_jax.tasks import candidates, inputs, losses, metrics, pairs
 from ymplug_jax.tasks.retrieve import clips_of, text_of
 from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Metrics
 
 YES, NO = "是", "否"
-VIDEOS, TEXTS = 8, 8  # of one step of the evaluation over pairs
+NAMES = ("generation", "head")  # of the scores
 
 
 def prompt_of(title: str, length: int) -> str:
@@ -153,25 +152,10 @@ def score_pairs(model: MPLUGVideo, params: Params, rows: list[Row], options: Opt
     wanted, fallback = np.ones((len(first), count), bool), np.zeros((len(first), count), np.float32)
     if options.candidates:
         wanted, fallback = _from_index(options, first, count)
-    step = jax.jit(partial(pair_scores, model))
-    names = ("ids", "mask", "prompt_length", "plain", "plain_mask")
-    table = {name: np.stack([row[name] for row in rows]) for name in names}
-    scores = {name: np.full((len(first), count), -np.inf, np.float32) for name in ("generation", "head")}
-    pieces = [
-        (v, texts[i : i + TEXTS])
-        for v, texts in enumerate(np.flatnonzero(line) for line in wanted)
-        for i in range(0, len(texts), TEXTS)
-    ]
-    hidden = jax.process_index() != 0
-    for start in tqdm(range(0, len(pieces), VIDEOS), desc="score pairs", unit="step", disable=hidden, leave=False):
-        part = pieces[start : start + VIDEOS]
-        full = part + [part[-1]] * (VIDEOS - len(part))  # one shape for all steps
-        prefix = np.stack([rows[first[v]]["prefix"] for v, _ in full])
-        which = np.stack([np.pad(texts, (0, TEXTS - len(texts)), mode="edge") for _, texts in full])
-        found = jax.device_get(step(params, prefix, {name: values[which] for name, values in table.items()}))
-        for i, (v, texts) in enumerate(part):
-            for name, matrix in scores.items():
-                matrix[v, texts] = found[name][i, : len(texts)]
+    step = partial(jax.jit(partial(pair_scores, model)), params)
+    texts = ("ids", "mask", "prompt_length", "plain", "plain_mask")
+    table = {name: np.stack([row[name] for row in rows]) for name in texts}
+    scores = pairs.scores(step, [rows[i]["prefix"] for i in first], table, wanted, NAMES)
     lines = {name: matrix[clip] for name, matrix in scores.items()} | {"fallback": fallback[clip]}
     keep = ("index", "clip")
     return [
@@ -190,23 +174,19 @@ def _from_index(options: Options, first: np.ndarray, count: int) -> tuple[np.nda
             f"{len(first)} and {count}; evaluate the retrieval run on this very split"
         )
     similarity = videos @ texts.T
-    wanted = np.zeros(similarity.shape, bool)
-    best = min(options.best, count)
-    np.put_along_axis(wanted, np.argpartition(-similarity, best - 1, axis=1)[:, :best], True, axis=1)
-    best = min(options.best, len(first))
-    np.put_along_axis(wanted, np.argpartition(-similarity, best - 1, axis=0)[:best], True, axis=0)
+    wanted = pairs.best_of(similarity, options.best)
     return wanted, similarity.astype(np.float32)
 
 
-def score(rows: list[Row], records: Sequence[Record]) -> Report:
-    """Recalls of both scores, each in both directions."""
+def score(rows: list[Row], records: Sequence[Record], names: Sequence[str] = NAMES) -> Report:
+    """Recalls of scores of pairs, each in both directions: rows hold f32[texts] by name, and what orders the rest, "fallback"."""
     found = [records[int(row["index"])] for row in rows]
     clip, first = clips_of([record.media_id for record in found])
     right = np.arange(len(first))[:, None] == clip  # [videos, texts]
     fallback = np.stack([rows[i]["fallback"] for i in first])
     scores: dict[str, object] = {"modalities": "video, text", "videos": len(first), "texts": len(rows)}
     matrices = {}
-    for name in ("generation", "head"):
+    for name in names:
         matrix = np.stack([rows[i][name] for i in first])
         # What was not scored comes after everything that was, in the order of the retrieval run.
         matrices[name] = np.where(np.isfinite(matrix), matrix, fallback - 1e6)
@@ -214,7 +194,7 @@ def score(rows: list[Row], records: Sequence[Record]) -> Report:
         scores |= {f"{name}/{key}": value for key, value in metrics.recalls(*ranks).items()}
     readable = []
     for r, (row, record) in enumerate(zip(rows, found, strict=True)):
-        column = matrices["head"][:, r]
+        column = matrices[names[-1]][:, r]
         best = np.argsort(-column)[:10]
         answer = {"index": int(row["index"]), "id": record.media_id, "text": text_of(record)}
         answer["t2v_rank"] = int(1 + np.sum(column > column[clip[r]]))

@@ -53,9 +53,13 @@ class Task:
     resize: Mapping[str, Resize] = dataclasses.field(
         default_factory=dict
     )  # path -> how a stored table of another size becomes ours
+    bounds: Mapping[str, tuple[float, float]] = dataclasses.field(
+        default_factory=dict
+    )  # path -> limits that a trained value is cut to after each update
 
 
 HELPERS = ("__init__", "task", "inputs", "losses", "metrics", "caption_metrics", "candidates", "ranking")
+HELPERS += ("align", "pair_losses", "pairs")
 
 
 def get(experiment: Experiment) -> Task:

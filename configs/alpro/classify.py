@@ -1,0 +1,26 @@
+"""Category classification with ALPRO, from a pre-trained run: 8 frames, 45 classes, a head on title and video.
+
+`configs/alpro/classify.py:youku` (towers as in pretrain.py), with
+    --config.data.path=SHARDS --config.data.tokenizer=vocab.txt --config.train.init_from=PRETRAINED_RUN
+"""
+
+from ml_collections import ConfigDict
+
+from configs.alpro import recipe
+from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.data.schema import CLASS_NAMES
+
+
+def get_config(arg: str = "youku") -> ConfigDict:
+    """Settings by variant and vision tower; batch, rates and duration are assumed."""
+    heads = {"contrastive_width": 0, "matching": False, "masked": False, "classes": len(CLASS_NAMES)}
+    experiment = Experiment(
+        task="alpro_classify",
+        model=recipe.model(arg, frames=8, **heads),
+        data=Data(examples=100_000, frames=8, max_words=80),  # about so many are released, for --mode=plan
+        optim=recipe.optim(
+            2e-5, 1e-6, "100 steps", clip=recipe.split_arg(arg)[1] != "b16", no_decay=recipe.NO_DECAY[:-1]
+        ),
+        train=Train(batch_size=recipe.DEVICES * 32, duration="10 epochs"),
+    )
+    return to_config_dict(experiment)

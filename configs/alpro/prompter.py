@@ -1,0 +1,27 @@
+"""ALPRO's teacher of entities by itself: the contrastive loss alone, with Salesforce's recipe.
+
+`configs/alpro/prompter.py`, with
+    --config.data.path=SHARDS --config.data.tokenizer=vocab.txt --config.train.init_from=vision=VIT_DIR,text=BERT_DIR
+    --config.options.prompts=prompts.json (of data_prep.entity_prompts), which --mode=eval turns into the table of entities
+"""
+
+from ml_collections import ConfigDict
+
+from configs.alpro import recipe
+from configs.alpro.pretrain import EXAMPLES
+from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.models import alpro
+
+
+def get_config(arg: str = "salesforce") -> ConfigDict:
+    """Settings by variant and vision tower, as of the model that it teaches."""
+    experiment = Experiment(
+        task="alpro_prompter",
+        model=alpro.prompter_of(recipe.model(arg)),
+        data=Data(examples=EXAMPLES, max_tokens=30),
+        optim=recipe.salesforce_optim(1e-4, "5%", clip=20.0),
+        train=Train(
+            batch_size=16 * 8 * 2, accumulate=2, duration="10 epochs", save_every="2000 steps", eval_every="2000 steps"
+        ),
+    )
+    return to_config_dict(experiment)

@@ -1,0 +1,37 @@
+"""Video-text retrieval with ALPRO, from a pre-trained run: contrastive and matching; the best 32 pairs are matched in evaluation.
+
+`configs/alpro/retrieve.py:youku` (towers as in pretrain.py) or `:salesforce`, with
+    --config.data.path=SHARDS --config.data.tokenizer=vocab.txt --config.train.init_from=PRETRAINED_RUN
+All pairs instead of the best: --config.options.best=0
+"""
+
+from ml_collections import ConfigDict
+
+from configs.alpro import recipe
+from ymplug_jax.config import Data, Experiment, Options, Train, to_config_dict
+
+EXAMPLES = 38_000  # about so many are released, for --mode=plan
+
+
+def get_config(arg: str = "youku") -> ConfigDict:
+    """Settings by variant and vision tower; Youku's are assumed, Salesforce's are those of MSRVTT."""
+    variant, vision = recipe.split_arg(arg)
+    if variant == "youku":
+        experiment = Experiment(
+            task="alpro_retrieve",
+            model=recipe.model(arg, masked=False),
+            data=Data(examples=EXAMPLES, max_words=80),
+            optim=recipe.optim(1e-4, 1e-7, "2 epochs", eps=1e-8, clip=vision != "b16"),
+            train=Train(batch_size=recipe.DEVICES * 96, duration="50 epochs"),
+            options=Options(group=96),
+        )
+    else:
+        experiment = Experiment(
+            task="alpro_retrieve",
+            model=recipe.model(arg, frames=8, masked=False),
+            data=Data(examples=EXAMPLES, frames=8, max_tokens=40, max_words=80),
+            optim=recipe.salesforce_optim(2.5e-5, "10%", clip=5.0),
+            train=Train(batch_size=8 * 8, duration="5 epochs"),
+            options=Options(group=8),
+        )
+    return to_config_dict(experiment)

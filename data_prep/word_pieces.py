@@ -1,0 +1,65 @@
+"""Trains a BERT vocabulary (WordPiece) on the texts of one or more CSVs of the release, or of text files.
+
+    python -m data_prep.word_pieces --csv runs/corpus/pretrain_train.csv --out runs/vocab.txt --vocab 512
+
+For runs without bert-base-chinese, whose vocab.txt is to be taken where its weights are. One token a line, the id of a token is
+its line: [PAD], [UNK], [CLS], [SEP], [MASK], then characters and learned pieces. Chinese characters stand alone, as in BERT.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tqdm import tqdm
+
+from data_prep.train_tokenizer import texts_of
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def train(texts: Iterable[str], vocab: int) -> list[str]:
+    """At most `vocab` tokens, in the order of their ids; rare characters are left out where there is no room.
+
+    Raises ValueError where there is no text, or no room for any character.
+    """
+    if vocab <= len(SPECIALS):
+        raise ValueError(f"--vocab {vocab}: {len(SPECIALS)} tokens are special; give more")
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    model.normalizer = tokenizers.normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=True)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    room = vocab - len(SPECIALS)
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab, special_tokens=list(SPECIALS), show_progress=False, limit_alphabet=room
+    )
+    model.train_from_iterator(texts, trainer)
+    found = model.get_vocab()
+    if len(found) == len(SPECIALS):
+        raise ValueError("--csv: there is no text in the given files")
+    return sorted(found, key=found.__getitem__)[:vocab]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.word_pieces", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--csv", type=Path, nargs="+", required=True, help="CSVs of the release, of any kind, or *.txt of lines"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="file to write, ending in .txt")
+    parser.add_argument("--vocab", type=int, default=512, help="tokens at most (default 512)")
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".txt":
+        parser.exit(2, f"word_pieces: --out {args.out}: the name must end in .txt\n")
+    try:
+        texts = (text for path in args.csv for text in texts_of(path))
+        with tqdm(texts, desc="reading", unit="text", file=sys.stderr) as bar:
+            tokens = train(iter(bar), args.vocab)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"word_pieces: {error}\n")
+    print(f"{args.out}: {len(tokens)} tokens")
+
+
+if __name__ == "__main__":
+    main()

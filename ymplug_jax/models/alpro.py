@@ -1,0 +1,267 @@
+"""ALPRO: TimeSformer, a text encoder, and a fusion encoder over [text ; video]; contrastive, matching and masked-word heads.
+
+Li et al., "Align and prompt: video-and-language pre-training with entity prompts", 2021, and its form in Youku-mPLUG (the two
+variants of `sized`). A video is one cls token and its patches averaged over the frames.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ymplug_jax.models import bert, layers, mplug_video, timesformer
+from ymplug_jax.models.bert import Fusion, MaskedHead, Text
+from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.sharding import constrain
+
+TEACHER = ("prompter/.*",)  # what is frozen where entities are predicted: path regexes, full match
+TEMPORAL = mplug_video.TEMPORAL
+# Tables that may have another size in a checkpoint, the teacher's too.
+RESIZE = {prefix + path: resize for path, resize in mplug_video.RESIZE.items() for prefix in ("", "prompter/")}
+TEMPERATURE = (0.001, 0.5)  # limits of the learned temperature
+VARIANTS = ("youku", "salesforce")
+
+
+def _under(prefix: str, axes: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((prefix + path, words) for path, words in axes)
+
+
+_PARTS = (
+    *_under("vision/", timesformer.AXES),
+    *_under("text/", bert.TEXT_AXES),
+    *_under("fusion/", bert.FUSION_AXES),
+    *_under("mlm/", bert.HEAD_AXES),
+    ("connector/proj/kernel", "embed embed"),
+    ("connector/(proj/bias|norm/scale|norm/bias)", "embed"),
+    ("(vision_proj|text_proj)/kernel", "embed proj"),
+    ("(vision_proj|text_proj)/bias", "proj"),
+    ("temperature", ""),
+    ("match/kernel", "embed classes"),
+    ("match/bias", "classes"),
+    ("(head|entity)/hidden/kernel", "embed mlp"),
+    ("(head|entity)/hidden/bias", "mlp"),
+    ("(head|entity)/out/kernel", "mlp classes"),
+    ("(head|entity)/out/bias", "classes"),
+)
+AXES = (*_PARTS, *_under("prompter/", _PARTS), ("prompter/entities", "classes proj"))
+
+
+class Connector(nn.Module):
+    """From the vision width to the text width, normalised: f[..., D] -> f[..., C]."""
+
+    width: int  # C
+    ln_eps: float
+    dropout: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        init = layers.torch_linear(x.shape[-1])
+        dense = nn.Dense(self.width, kernel_init=init, bias_init=init, dtype=jnp.dtype(self.dtype), name="proj")
+        x = layers.norm("norm", self.ln_eps, self.dtype)(dense(x))
+        return nn.Dropout(self.dropout, deterministic=deterministic)(x)
+
+
+class Head(nn.Module):
+    """Linear, ReLU, linear: f[..., C] -> f32[..., K]."""
+
+    hidden: int
+    classes: int  # K
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(width: int, fan_in: int, name: str) -> nn.Dense:
+            init = layers.torch_linear(fan_in)
+            return nn.Dense(width, kernel_init=init, bias_init=init, dtype=jnp.dtype(self.dtype), name=name)
+
+        x = nn.relu(dense(self.hidden, x.shape[-1], "hidden")(x))
+        return dense(self.classes, self.hidden, "out")(x).astype(jnp.float32)
+
+
+class ALPRO(nn.Module):
+    """The whole model. Parameters: {vision, text}, with a fusion encoder {fusion}, and as the fields say {vision_proj, text_proj,
+    temperature}, {match}, {mlm}, {head}, {entity}; {connector} where the widths of vision D and text C differ. E is the
+    contrastive width. The teacher of entities is a second tree beside it, "prompter", see `prompter_of`.
+    """
+
+    vision: TimeSformer = TimeSformer(clip=False)
+    text: Text = Text()
+    fusion: Fusion = Fusion()
+    contrastive_width: int = 256  # E; 0: no contrastive heads
+    matching: bool = True  # a head that tells pairs that match
+    masked: bool = True  # a head of masked words
+    classes: int = 0  # K; 0: no classifier
+    entities: int = 0  # K; 0: no head of entities
+    variant: str = "youku"  # "salesforce": texts end with [SEP], which is never masked; a classifier twice as wide
+
+    def setup(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"config.model.variant is {self.variant!r}; there are {', '.join(VARIANTS)}")
+        width, dtype = self.text.width, self.text.dtype
+
+        def linear(size: int, fan_in: int) -> nn.Dense:
+            init = layers.torch_linear(fan_in)
+            return nn.Dense(size, kernel_init=init, bias_init=init, dtype=jnp.dtype(dtype))
+
+        if self.vision.width != width:
+            self.connector = Connector(width, self.text.ln_eps, self.text.dropout, dtype)
+        if self.contrastive_width:
+            self.vision_proj, self.text_proj = (linear(self.contrastive_width, width) for _ in range(2))
+            self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
+        if self.matching:
+            self.match = linear(2, width)
+        if self.masked:
+            self.mlm = MaskedHead(self.text.ln_eps, dtype)
+        if self.classes:
+            self.head = Head(width if self.variant == "youku" else 2 * width, self.classes, dtype)
+        if self.entities:
+            self.entity = Head(2 * width, self.entities, dtype)
+
+    def encode_video(self, video: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Normalised video f[B, T, S, S, 3] -> f[B, 1 + P, C]: cls, then each patch averaged over the frames."""
+        tokens = self.vision(video, deterministic=deterministic)  # [B, 1 + T * P, D]
+        b, _, d = tokens.shape
+        patches = tokens[:, 1:].reshape(b, self.vision.frames, -1, d).mean(axis=1)  # [B, P, D]
+        tokens = jnp.concatenate([tokens[:, :1], patches], axis=1)  # [B, 1 + P, D]
+        if self.vision.width != self.text.width:
+            tokens = self.connector(tokens, deterministic)  # [B, 1 + P, C]
+        return constrain(tokens, "batch", None, None)
+
+    def encode_text(self, ids: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """int[B, L], mask int or bool[B, L] (1: a token) -> f[B, L, C]."""
+        return constrain(self.text(ids, mask, deterministic=deterministic), "batch", None, None)
+
+    def fuse(
+        self, states: jax.Array, mask: jax.Array, tokens: jax.Array | None, *, deterministic: bool = True
+    ) -> jax.Array:
+        """Text and video read together.
+
+        Args:
+          states: f[B, L, C] of `encode_text`.
+          mask: int or bool[B, L].
+          tokens: f[B, 1 + P, C] of `encode_video`, all of them seen; None: the text alone.
+          deterministic: False applies dropout (randomness "dropout").
+
+        Returns:
+          f[B, L + 1 + P, C], text first.
+        """
+        if tokens is not None:
+            states = jnp.concatenate([states, tokens.astype(states.dtype)], axis=1)  # [B, L + 1 + P, C]
+            mask = jnp.concatenate([mask.astype(jnp.int32), jnp.ones(tokens.shape[:2], jnp.int32)], axis=1)
+        return constrain(self.fusion(states, mask, deterministic=deterministic), "batch", None, None)
+
+    def embed_video(self, tokens: jax.Array) -> jax.Array:
+        """Unit vector of a video: f[B, 1 + P, C] of `encode_video` -> f32[B, E]."""
+        return layers.unit(self.vision_proj(tokens[:, 0]))
+
+    def embed_text(self, states: jax.Array) -> jax.Array:
+        """Unit vector of a text: f[B, L, C] of `encode_text` -> f32[B, E]."""
+        return layers.unit(self.text_proj(states[:, 0]))
+
+    def match_logits(self, fused: jax.Array) -> jax.Array:
+        """f[..., S, C] of `fuse` -> f32[..., 2]; class 1 is a pair that matches."""
+        return self.match(fused[..., 0, :]).astype(jnp.float32)
+
+    def words(self, states: jax.Array) -> jax.Array:
+        """Logits of the word at text positions: f[..., C] -> f32[..., V]."""
+        return self.mlm(states, self.text.token_embed)
+
+    def classify(self, fused: jax.Array) -> jax.Array:
+        """f[..., S, C] of `fuse` -> f32[..., K]."""
+        return self.head(fused[..., 0, :])
+
+    def entity_logits(self, fused: jax.Array, inside: jax.Array) -> jax.Array:
+        """Logits of the entity seen in a region: f[B, L + 1 + P, C] of `fuse`, bool[B, P] -> f32[B, K]."""
+        patches = fused[:, -inside.shape[1] :]  # [B, P, C]
+        share = inside.astype(jnp.float32)
+        share = share / jnp.maximum(share.sum(axis=1, keepdims=True), 1)
+        mean = jnp.einsum("bp,bpc->bc", share, patches.astype(jnp.float32))  # [B, C]
+        return self.entity(mean.astype(fused.dtype))
+
+    def __call__(self, video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        """Every part once; what `init` traces. Tasks call the methods they need."""
+        tokens, states = self.encode_video(video), self.encode_text(ids, mask)
+        out = {"tokens": tokens, "states": states}
+        if self.contrastive_width:
+            out |= {"video": self.embed_video(tokens), "text": self.embed_text(states)}
+        if not (self.matching or self.masked or self.classes or self.entities):
+            return out
+        fused = self.fuse(states, mask, tokens)
+        if self.matching:
+            out["match"] = self.match_logits(fused)
+        if self.masked:
+            out["words"] = self.words(fused[:, : ids.shape[1]])
+        if self.classes:
+            out["classes"] = self.classify(fused)
+        if self.entities:
+            out["entities"] = self.entity_logits(fused, jnp.ones((len(ids), tokens.shape[1] - 1), bool))
+        return out
+
+
+def prompter_of(model: ALPRO) -> ALPRO:
+    """The teacher of a model with entities, also what task "alpro_prompter" trains: two encoders and their contrastive heads."""
+    return model.clone(matching=False, masked=False, classes=0, entities=0)
+
+
+def init(model: ALPRO, key: jax.Array) -> dict:
+    """Fresh float32 parameters, the teacher's among them ("prompter", with "entities" f32[K, E], all zero) where entities are
+    predicted. Run it under `jax.jit` or `jax.eval_shape`: no forward pass remains."""
+    vision = model.vision
+    video = jnp.zeros((1, vision.frames, vision.image_size, vision.image_size, 3))
+    ids = jnp.zeros((1, 2), jnp.int32)
+    params = model.init(key, video, ids, jnp.ones_like(ids))["params"]
+    if model.entities:
+        prompter = init(prompter_of(model), jax.random.fold_in(key, 1))
+        params["prompter"] = prompter | {"entities": jnp.zeros((model.entities, model.contrastive_width))}
+    return params
+
+
+VISIONS = {
+    "b16": TimeSformer(clip=False),
+    "clip_b16": TimeSformer(),
+    "clip_l14": TimeSformer(patch_size=14, depth=24, width=1024, heads=16),
+    "tiny": TimeSformer(image_size=64, patch_size=16, depth=2, width=64, heads=4, clip=False),
+}
+TEXTS = {
+    "base": (Text(), Fusion()),
+    "tiny": (
+        Text(vocab=512, width=64, depth=2, heads=4, hidden=128, max_positions=64),
+        Fusion(depth=2, heads=4, hidden=128),
+    ),
+}
+
+
+def sized(
+    vision: str = "b16",
+    text: str = "base",
+    *,
+    variant: str = "youku",
+    frames: int = 4,
+    contrastive_width: int = 256,
+    matching: bool = True,
+    masked: bool = True,
+    classes: int = 0,
+    entities: int = 0,
+) -> ALPRO:
+    """A model of named sizes: vision one of `VISIONS`, text one of `TEXTS`. Youku's ViT-B/16 has 8 heads, Salesforce's has 12.
+
+    Raises:
+      ValueError: an unknown size or variant.
+    """
+    if vision not in VISIONS or text not in TEXTS or variant not in VARIANTS:
+        raise ValueError(
+            f"size {vision!r} x {text!r}, variant {variant!r} is unknown; vision: {', '.join(VISIONS)}; text: "
+            f"{', '.join(TEXTS)}; variants: {', '.join(VARIANTS)}"
+        )
+    tower = VISIONS[vision].clone(frames=frames)
+    return ALPRO(
+        vision=tower.clone(heads=12, drop_path=0.1) if variant == "salesforce" and vision == "b16" else tower,
+        text=TEXTS[text][0],
+        fusion=TEXTS[text][1],
+        contrastive_width=contrastive_width,
+        matching=matching,
+        masked=masked,
+        classes=classes,
+        entities=entities,
+        variant=variant,
+    )

@@ -1,0 +1,101 @@
+"""Classification with ALPRO: a head on title and video together. With a list of answers it is open-ended video QA, the question as title.
+
+Evaluation scores video and title, the video alone and the title alone, as task "classify" does.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ymplug_jax.config import Experiment, Options
+from ymplug_jax.data.records import Record
+from ymplug_jax.data.schema import CLASS_NAMES
+from ymplug_jax.data.text import clean_text
+from ymplug_jax.models import alpro
+from ymplug_jax.state import Params
+from ymplug_jax.tasks import align, classify, inputs, losses
+from ymplug_jax.tasks.task import Batch, Example, Task
+from ymplug_jax.writer import Mean, Metrics
+
+
+def make(experiment: Experiment) -> Task:
+    """The task for `experiment.model` = fields of ALPRO with a classifier: 45 classes, or as many as there are answers."""
+    data = experiment.data
+    model = align.model_of(experiment)
+    if not model.classes:
+        raise ValueError(f"config.model.classes is 0; the categories are {len(CLASS_NAMES)}")
+    names = class_names(experiment.options, model.classes if not data.path else 0)
+    if len(names) > model.classes:
+        raise ValueError(f"config.model.classes is {model.classes}, but there are {len(names)} names to choose from")
+    numbers = {name: number for number, name in enumerate(names)}
+    tokenizer, length = align.tokenizer_of(data, model), data.max_tokens
+
+    def example(record: Record, rng: np.random.Generator | None) -> Example:
+        row = align.encode(tokenizer, clean_text(record.title, data.max_words), length, model)
+        label = numbers.get(record.label_text, -1) if experiment.options.answers else record.label_index
+        return {"video": inputs.video_of(record, data, rng), **row, "label": np.int32(label)}
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        run, quiet = align.run_of(model, params, key), {"deterministic": key is None}
+        tokens = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype), **quiet)
+        states = run.encode_text(batch["ids"], batch["mask"], **quiet)
+        votes = run.classify(run.fuse(states, batch["mask"], tokens, **quiet))  # [B, K]
+        total, count = losses.classification(votes, batch["label"], batch["valid"])
+        counts = batch["valid"] & (batch["label"] >= 0)
+        right = jnp.sum((jnp.argmax(votes, axis=-1) == batch["label"]) & counts, dtype=jnp.float32)
+        mean = Mean(total, count)
+        return losses.ratio(mean), {"loss": mean, "accuracy": Mean(right, count)}
+
+    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        run = align.run_of(model, params, None)
+        tokens = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))
+        blank = align.encode(tokenizer, "", length, model)
+        blank = {name: jnp.broadcast_to(value, batch["ids"].shape) for name, value in blank.items()}
+        votes = []
+        for shown, texts in ((tokens, batch), (tokens, blank), (None, batch)):  # the order of classify.MODALITIES
+            states = run.encode_text(texts["ids"], texts["mask"])
+            votes.append(run.classify(run.fuse(states, texts["mask"], shown))[:, : len(names)])
+        return {"head": jnp.stack(votes, axis=1), "label": batch["label"], "valid": batch["valid"]}  # [B, 3, K]
+
+    row = inputs.row_spec(length)
+    return Task(
+        axes=alpro.AXES,
+        frozen=(),
+        init=lambda key: alpro.init(model, key),
+        example=example,
+        spec={"video": inputs.video_spec(data), "ids": row, "mask": row, "label": jax.ShapeDtypeStruct((), jnp.int32)},
+        loss=loss,
+        predict=predict,
+        score=partial(classify.report, names=names, by=("head",)),
+        fresh=(*alpro.TEMPORAL, "(head|connector)/.*"),
+        resize=alpro.RESIZE,
+    )
+
+
+def class_names(options: Options, planned: int = 0) -> Sequence[str]:
+    """What the classes are called: the lines of `config.options.answers`, else the 45 categories.
+
+    Args:
+      options: of the settings.
+      planned: so many nameless ones where the file is missing: planning needs no names.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: an answer that stands twice.
+    """
+    if not options.answers:
+        return CLASS_NAMES
+    file = Path(options.answers)
+    if not file.is_file():
+        if planned:
+            return [str(number) for number in range(planned)]
+        raise FileNotFoundError(f"{file}: no such file; config.options.answers names one answer a line")
+    names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{file}: the answer {twice!r} stands twice")
+    return names

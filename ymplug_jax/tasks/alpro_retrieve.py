@@ -1,0 +1,125 @@
+"""Retrieval with ALPRO: contrastive and matching loss in training; similarity, then the match head on the best pairs in evaluation.
+
+Texts of one clip are all right for it, and are no negatives of it (`config.options.reference_negatives` lets them be).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ymplug_jax.config import Experiment
+from ymplug_jax.data.records import Record
+from ymplug_jax.data.text import clean_text
+from ymplug_jax.models import alpro
+from ymplug_jax.models.alpro import ALPRO
+from ymplug_jax.state import Params
+from ymplug_jax.tasks import align, inputs, match, pairs, retrieve
+from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task
+from ymplug_jax.writer import Metrics
+
+
+def make(experiment: Experiment) -> Task:
+    """The task for `experiment.model` = fields of ALPRO with contrastive and matching heads."""
+    data, options = experiment.data, experiment.options
+    model = align.model_of(experiment)
+    if not (model.contrastive_width and model.matching):
+        raise ValueError("config.model: retrieval needs contrastive_width and matching")
+    tokenizer, length, group = align.tokenizer_of(data, model), data.max_tokens, align.group_of(experiment)
+
+    def example(record: Record, rng: np.random.Generator | None) -> Example:
+        texts = record.captions or [record.title]
+        title = clean_text(texts[0 if rng is None else int(rng.integers(len(texts)))], data.max_words)
+        row = align.encode(tokenizer, title, length, model)
+        return {"video": inputs.video_of(record, data, rng), **row, "clip": inputs.clip_id(record)}
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        run, draw = align.run_of(model, params, key), jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
+        video, quiet = inputs.normalize(batch["video"], model.vision.dtype), {"deterministic": key is None}
+        clip = None if options.reference_negatives else batch["clip"]
+        out = align.forward(run, video, batch, key=draw, group=group, clip=clip, **quiet)
+        total, metrics = align.pair_metrics(out, batch["valid"], batch["clip"])
+        return align.with_loss(total, metrics, batch["valid"])
+
+    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        run = align.run_of(model, params, None)
+        tokens = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))
+        out = align.contrast(run, tokens, run.encode_text(batch["ids"], batch["mask"]))
+        row = {name: batch[name] for name in ("mask", "clip", "valid")}
+        row |= {name: out[name].astype(jnp.float32) for name in ("tokens", "states")}
+        return row | {"video": out["video"], "text": out["text"]}
+
+    def rescore(params: Params, rows: list[Row]) -> list[Row]:
+        return score_pairs(model, params, rows, options.best)
+
+    row = inputs.row_spec(length)
+    return Task(
+        axes=alpro.AXES,
+        frozen=(),
+        init=lambda key: alpro.init(model, key),
+        example=example,
+        spec={"video": inputs.video_spec(data), "ids": row, "mask": row, "clip": inputs.row_spec(2)},
+        loss=loss,
+        predict=predict,
+        rescore=rescore,
+        score=score,
+        fresh=(*alpro.TEMPORAL, "(vision_proj|text_proj|match|connector)/.*", "temperature"),
+        resize=alpro.RESIZE,
+        bounds={"temperature": alpro.TEMPERATURE},
+    )
+
+
+def pair_logits(model: ALPRO, params: Params, tokens: jax.Array, texts: dict[str, jax.Array]) -> jax.Array:
+    """Match logits of every video with the texts that it comes with.
+
+    Args:
+      model: unbound, with a matching head.
+      params: its parameters.
+      tokens: f[V, 1 + P, C] of `encode_video`.
+      texts: states f[V, K, L, C] of `encode_text`, mask int32[V, K, L].
+
+    Returns:
+      f32[V, K, 2]; class 1 is a pair that matches.
+    """
+    run = align.run_of(model, params, None)
+    v, k, length = texts["mask"].shape
+    states = texts["states"].reshape(v * k, length, -1)
+    fused = run.fuse(states, texts["mask"].reshape(v * k, length), jnp.repeat(tokens, k, axis=0))
+    return run.match_logits(fused).reshape(v, k, 2)
+
+
+def match_score(logits: jax.Array) -> jax.Array:
+    """Log-odds of a match, f32[..., 2] -> f32[...]: the order of the probability, without its ties near 0 and 1."""
+    return logits[..., 1] - logits[..., 0]
+
+
+def score_pairs(model: ALPRO, params: Params, rows: list[Row], best: int) -> list[Row]:
+    """Adds to every row the scores of its video with the `best` texts by similarity and those whose best videos it is among
+    (0: with all): match, f32[texts], and `fallback`, the similarity that orders what was not scored. Encoder states go."""
+    clip, first = retrieve.clips_of([row["clip"].tobytes().hex() for row in rows])
+    similarity = np.stack([rows[i]["video"] for i in first]) @ np.stack([row["text"] for row in rows]).T
+    wanted = pairs.best_of(similarity, best) if best else np.ones(similarity.shape, bool)
+
+    def score(params: Params, tokens: jax.Array, texts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"match": match_score(pair_logits(model, params, tokens, texts))}
+
+    table = {name: np.stack([row[name] for row in rows]) for name in ("states", "mask")}
+    step = partial(jax.jit(score), params)
+    found = pairs.scores(step, [rows[i]["tokens"] for i in first], table, wanted, ("match",))
+    keep = ("index", "clip", "video", "text")
+    return [
+        {key: row[key] for key in keep} | {"match": found["match"][c], "fallback": similarity[c]}
+        for row, c in zip(rows, clip, strict=True)
+    ]
+
+
+def score(rows: list[Row], records: Sequence[Record]) -> Report:
+    """Recalls of both stages: by similarity as in task "retrieve", and by the match head under "match/"."""
+    by_similarity, by_match = retrieve.rank_all(rows, records), match.score(rows, records, ("match",))
+    readable = [
+        first | second | {"similarity_rank": first["t2v_rank"]}
+        for first, second in zip(by_similarity.rows, by_match.rows, strict=True)
+    ]
+    return Report(by_match.scores | by_similarity.scores, readable, by_similarity.arrays)
