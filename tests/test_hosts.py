@@ -1,6 +1,8 @@
 """Processes that come together: who is missing is named, who dies is named, and all end in bounded time. No model here."""
 
 import contextlib
+import fnmatch
+import os
 import socket
 import subprocess
 import sys
@@ -231,3 +233,22 @@ def test_the_names_of_missing_hosts_are_told_where_they_are_known() -> None:
     assert "after 30 s 2 of 4 processes have not come to gpu08:1: process 1 (gpu09), process 3 (login). " in text
     many = hosts._missing(hosts.Meeting("a:1", 64, 0), {}, 30.0)
     assert "process 16 and 47 more" in many
+
+
+@pytest.mark.parametrize(
+    ("files", "said", "expected"), [((), None, "cpu"), (("accel0",), None, None), ((), "tpu", "tpu")]
+)
+def test_no_tpu_is_looked_for_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], said: str | None, expected: str | None
+):
+    class Folder:
+        def glob(self, pattern: str) -> list[str]:
+            return [name for name in files if fnmatch.fnmatch(name, pattern)]
+
+    monkeypatch.setattr(hosts, "Path", lambda path: Folder())
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if said:
+        monkeypatch.setenv("JAX_PLATFORMS", said)
+    hosts.without_accelerator()
+    assert os.environ.get("JAX_PLATFORMS") == expected

@@ -7,6 +7,7 @@ is gone would wait for ever. JAX has timeouts for both, but they end the process
 """
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait  # as select, for any number of sockets
+from pathlib import Path
 
 LOST = 4  # exit code: another process is missing or gone; the same command on all hosts goes on
 GRACE = 10  # seconds for the others to end by the same mistake and say so themselves
@@ -37,6 +39,19 @@ class Meeting:
     number: int
     names: tuple[str, ...] = ()  # hosts by process, as far as the platform tells
     devices: tuple[int, ...] | None = None  # of this host that are this process's; None: all
+
+
+def without_accelerator() -> None:
+    """Tell JAX to take the CPU where this host has no device file of a TPU or GPU and the user says nothing: with the extra `tpu`
+    installed for its compiler, JAX would look for a TPU over the network first. Call it before JAX is imported."""
+    files = [
+        *Path("/dev").glob("accel*"),
+        *Path("/dev").glob("vfio/*"),
+        *Path("/dev").glob("nvidia*"),
+        *Path("/dev").glob("kfd"),
+    ]
+    if sys.platform == "linux" and not files and importlib.util.find_spec("libtpu"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def find(coordinator: str | None, processes: int | None, process_id: int | None, timeout: float) -> Meeting | None:

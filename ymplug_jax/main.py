@@ -128,4 +128,5 @@ def _ours(error: BaseException) -> bool:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
+    hosts.without_accelerator()  # config files import JAX
     app.run(hosts.announced(main))

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ymplug_jax import hosts
+
 STORED = 16  # frames that data_prep stores by default, from which a model takes its own
 TIME_LIMIT = 120  # seconds for one file
 BATCH = 8
@@ -53,6 +55,7 @@ class Mistake(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns 0, 1 where some files could not be read, 2 for a mistake in the command."""
     args = parse(argv)
+    hosts.without_accelerator()
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
         return run(args)
