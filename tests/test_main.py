@@ -73,7 +73,7 @@ def test_a_finished_run_is_left_alone(trained: tuple[Path, list[str]]):
         (["--config.train.init_from=llm=nowhere"], "no checkpoint here"),
         (
             ["--config.task=dance"],
-            "config.task is 'dance'; there are caption, classify, language, match, pretrain, retrieve",
+            "config.task is 'dance'; there are alpro_classify, alpro_pretrain, alpro_prompter, alpro_retrieve, caption, ",
         ),
         (["--config.mesh.fsdp=3"], "does not make 1 devices; change config.mesh"),
     ],
