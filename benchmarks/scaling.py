@@ -114,6 +114,10 @@ def draw(results: dict[str, dict]) -> str:
         lines = [row(job) for job in sorted(known, key=lambda job: job["facts"]["devices"] if table == "weak" else 0)]
         if lines:
             text += f"## {title}\n\n{columns}" + "\n".join(lines) + "\n\n"
+    if missing := sum(key(job) not in results for job in jobs()):
+        text += (
+            f"{missing} of {len(jobs())} rows are not made yet; `python -m benchmarks.scaling --missing` makes them.\n"
+        )
     return text.rstrip() + "\n"
 
 
