@@ -60,6 +60,33 @@ def test_groups_are_read_in_every_form() -> None:
         assert hlo._group(text, mesh) == expected, text
 
 
+def test_collectives_that_run_beside_others_count_once() -> None:
+    """A gather inside the fusions of a chain, and starts whose type holds the operand beside the result."""
+    text = """HloModule hidden
+
+%gathering.1 (p.1: f32[2,8]) -> f32[8,8] {
+  %p.1 = f32[2,8]{1,0} parameter(0)
+  ROOT %ag.1 = f32[8,8]{1,0} all-gather(%p.1), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%gathering.2 (p.2: f32[2,8]) -> f32[8,8] {
+  %p.2 = f32[2,8]{1,0} parameter(0)
+  ROOT %ag.2 = f32[8,8]{1,0} all-gather(%p.2), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: f32[2,8]) -> f32[8,8] {
+  %x = f32[2,8]{1,0} parameter(0)
+  %start = (f32[2,8]{1,0}, f32[2,8]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,4},{4,0}}
+  %done = f32[2,8]{1,0} collective-permute-done(%start)
+  %sum = ((f32[2,8]{1,0}, f32[4]{0}), (f32[8,8]{1,0}, f32[16]{0})) all-gather-start(%x, %x), replica_groups=[2,4]<=[8], dimensions={0}
+  %f.1 = f32[8,8]{1,0} fusion(%x), kind=kCustom, calls=%gathering.1
+  ROOT %f.2 = f32[8,8]{1,0} fusion(%x), kind=kCustom, calls=%gathering.2
+}
+"""
+    found = hlo.traffic(text, {"data": 2, "fsdp": 4, "tensor": 1})
+    assert found.collectives == {"collective-permute": {"data": 64.0}, "all-gather": {"fsdp": 256.0 + 256.0 + 64.0}}
+
+
 def test_bytes_leaving_a_chip() -> None:
     assert chips.leaving("all-reduce", 8.0, 4) == (12.0, 0.0)
     assert chips.leaving("all-gather", 8.0, 4) == (6.0, 0.0)

@@ -60,17 +60,15 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
     """Read the optimised module `text`, compiled for the axes and sizes of `mesh`, in their order."""
     computations, entry = _parse(text)
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for one in collectives(text, mesh):
+        sent[one.kind][one.axes] += one.times * one.size
     moved, kernels, cycles = [0.0, 0.0], 0.0, 0.0
     for op, table, times, _ in _run(computations, entry):
         if found := re.search(r'"estimated_cycles":"(\d+)"', op.text):
             cycles += times * int(found[1])
-        if _reached(op, computations):
+        if _reached(op, computations) or op.kind.removesuffix("-start") in COLLECTIVES:
             continue
-        if op.kind.removesuffix("-start") in COLLECTIVES:
-            kind, axes, size, _ = _collective(op, mesh)
-            if axes:
-                sent[kind][axes] += times * size
-        elif op.kind not in _FREE and not op.kind.endswith(("-done", "-update")):
+        if op.kind not in _FREE and not op.kind.endswith(("-done", "-update")):
             inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
             product = any(part.kind in ("convolution", "dot") or KERNEL in part.text for part in (*inner, op))
             size = times * _bytes(op, table, inner, computations)
@@ -222,9 +220,12 @@ def _collective(op: Op, mesh: Mapping[str, int]) -> tuple[str, str, float, tuple
     kind, shape = op.kind.removesuffix("-start"), op.type
     if op.kind.endswith("-start") and shape.startswith("(("):
         shape = shape.split("), ", 1)[-1]  # ((operands), (results), ...)
+    found = _SHAPE.findall(shape)
+    if op.kind.endswith("-start") and kind != "all-reduce" and op.type.startswith("(") and not op.type.startswith("(("):
+        found = found[1:2]  # (operand, result, flags...)
     group, axes = _group(op.text, mesh)
-    shapes = tuple(f"{dtype}[{dims}]" for dtype, dims, _ in _SHAPE.findall(shape))
-    return kind, axes if group > 1 else "", _size(shape), shapes
+    shapes = tuple(f"{dtype}[{dims}]" for dtype, dims, _ in found)
+    return kind, axes if group > 1 else "", sum(map(_size, shapes)), shapes
 
 
 def _group(text: str, mesh: Mapping[str, int]) -> tuple[int, str]:

@@ -253,3 +253,16 @@ def test_no_cache_is_copied_in_the_loop(params: dict, branches: int) -> None:
     head = LM.width // LM.heads
     for shape in (f"2,{branches},{LM.depth},{LM.heads},9,{head}", f"2,{LM.depth},{LM.heads},7,{head}"):
         assert full_size_results(program, shape) == []
+
+
+@pytest.mark.parametrize(("size", "k"), [(1000, 3), (1024, 3), (700, 2), (300, 10), (2000, 1)])
+def test_top_k_by_groups_is_top_k(size: int, k: int) -> None:
+    """Values and indices, with many ties, with rows of which less than k are finite, and with an axis that 128 does not divide."""
+    rng = np.random.default_rng(size)
+    x = rng.integers(0, 4, (3, 5, size)).astype(np.float32)
+    x[0, 0, :] = -np.inf
+    x[0, 1, rng.integers(0, size, size - 1)] = -np.inf
+    x[1] = rng.normal(size=(5, size))
+    x[2, 0] = np.arange(size)
+    for ours, theirs in zip(jax.jit(decode.top_k, static_argnums=1)(x, k), jax.lax.top_k(x, k), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

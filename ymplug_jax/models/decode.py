@@ -130,9 +130,26 @@ def branch_scores(
     return total + jnp.where(targets[..., 0], jnp.take_along_axis(first, ids[..., 0], axis=1), 0)
 
 
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` of f[..., V]: (values, indices) [..., k], the lower index first where values are equal.
+
+    XLA may sort the whole axis for it; here only the largest of every 128 and the k groups that they name are sorted.
+    """
+    size, wide = x.shape[-1], 128
+    groups = -(-size // wide)
+    if groups <= 2 * k:
+        return jax.lax.top_k(x, k)
+    ends = [(0, 0)] * (x.ndim - 1) + [(0, groups * wide - size)]
+    cut = jnp.pad(x, ends, constant_values=-jnp.inf).reshape(*x.shape[:-1], groups, wide)  # [..., groups, 128]
+    chosen = jnp.sort(jax.lax.top_k(cut.max(axis=-1), k)[1], axis=-1)  # [..., k], in order, so that ties keep theirs
+    few = jnp.take_along_axis(cut, chosen[..., None], axis=-2).reshape(*x.shape[:-1], k * wide)
+    values, place = jax.lax.top_k(few, k)
+    return values, jnp.take_along_axis(chosen, place // wide, axis=-1) * wide + place % wide
+
+
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
     """bool like `logits`: the k largest of the last axis, with all that equal the k-th."""
-    return logits >= jax.lax.top_k(logits, k)[0][..., -1:]
+    return logits >= top_k(logits, k)[0][..., -1:]
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
@@ -255,7 +272,7 @@ def beam(
     def body(loop: _Beams) -> _Beams:
         vocab = loop.state.logits.shape[-1]
         total = jax.nn.log_softmax(loop.state.logits) + loop.scores[..., None]  # [B, K, V]
-        scores, flat = jax.lax.top_k(total.reshape(b, -1), 2 * beams)  # [B, 2K]
+        scores, flat = top_k(total.reshape(b, -1), 2 * beams)  # [B, 2K]
         parents, tokens = flat // vocab, (flat % vocab).astype(jnp.int32)
         stops = tokens == eos
         written = loop.step + 1
