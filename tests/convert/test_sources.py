@@ -307,3 +307,17 @@ def test_the_release_of_mplug_video_agrees(tmp_path: Path, capsys: pytest.Captur
     like = {"vision": {"temporal_embed": jax.ShapeDtypeStruct(stored.shape, np.float32, sharding=place)}}
     value = checkpoint.load_params(str(tmp_path / "longer"), like)["vision/temporal_embed"]
     np.testing.assert_allclose(value[0], tensors["visual_encoder.temporal_embed"][0, 0].numpy(), rtol=1e-6)
+
+
+def test_another_number_of_heads_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """ViT-B/16 is laid out with 8 heads, though it was trained with 12."""
+    shapes = {
+        "vision_model.embeddings.patch_embedding.weight": (768, 3, 16, 16),
+        "vision_model.embeddings.position_embedding.weight": (197, 768),
+        "vision_model.encoder.layers.0.mlp.fc1.weight": (3072, 768),
+    }
+    assert map_of("clip").plan(shapes, {}).model.heads == 8
+    assert "trained with 12 heads" in caplog.text and "--heads vision=12" in caplog.text
+    caplog.clear()
+    assert map_of("clip").plan(shapes, {"vision": 12}).model.heads == 12
+    assert not caplog.text

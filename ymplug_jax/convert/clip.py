@@ -96,4 +96,5 @@ def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Pla
         mlp_ratio=need(shapes, up)[0] / width,
         frames=1,
     )
+    vit.warn_of_heads(model, heads)
     return Plan(layout, {"vision": vit.spatial_like(model)}, model)

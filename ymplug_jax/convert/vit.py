@@ -3,6 +3,7 @@
 What is temporal (attention over time, its norm and projection, the table of times) is new and stays at its start values.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 
@@ -22,7 +23,7 @@ TIMM = (
     _QKV_BIAS,
 )
 LAYOUTS = {"timm": Layout(under("", "vision/", TIMM), drop=(r"head\..*", r"fc_norm\..*", r"pre_logits\..*"))}
-__all__ = ["LAYOUTS", "RESIZE", "plan", "spatial_like"]
+__all__ = ["LAYOUTS", "RESIZE", "plan", "spatial_like", "warn_of_heads"]
 
 
 def spatial_like(model: TimeSformer) -> dict:
@@ -33,7 +34,19 @@ def spatial_like(model: TimeSformer) -> dict:
     return tree | {"blocks": {name: part for name, part in tree["blocks"].items() if not name.startswith("temporal")}}
 
 
+def warn_of_heads(model: TimeSformer, heads: Mapping[str, int]) -> None:
+    """Image encoders have heads of 64 channels; say so where this one gets others, unless the user chose them."""
+    own = model.width // 64
+    if "vision" not in heads and own != model.heads:
+        logging.warning(
+            "width %d was trained with %d heads and is laid out with %d, as the published video models run it; to keep %d give "
+            "--heads vision=%d here and --config.model.vision.heads=%d in training",
+            *(model.width, own, model.heads, own, own, own),
+        )
+
+
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
     """What the tensors are: a ViT of timm, plain or in CLIP's form, for the vision tower."""
     model = mplug_video.timesformer_of(shapes, "", heads)
+    warn_of_heads(model, heads)
     return Plan("timm", {"vision": spatial_like(model)}, model)
