@@ -126,6 +126,7 @@ def test_compile_mode_on_a_slice() -> None:
     assert facts["devices"] == 8 and facts["fits"] and facts["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
     assert facts["hbm_bytes_per_device"] == sum(facts["hbm"].values())
     assert any("data" in axes for kind in facts["collectives"].values() for axes in kind)
+    assert any("fsdp" in axes for axes in facts["collectives"]["all-gather"])  # libtpu hides them in fusions
     assert 0 < facts["predicted_mfu"] < 1
     assert "predicted MFU" in done.stderr
     two = json.loads(_compile("--topology", "v5e:2x2", "--slices", "2").stdout.splitlines()[-1])
