@@ -1,6 +1,6 @@
 """Converting: peak memory and speed on a checkpoint of BLOOM-7B1's shape, and forward passes at full size against PyTorch.
 
-    python -m benchmarks.convert [--folder /tmp/convert] [--only memory|check]
+    python -m benchmarks.convert [--folder DIR] [--only memory|check]
 
 `memory` writes shards of random bfloat16 (14 GB), copies them with cp and converts them, and prints the peak of resident
 memory beside the bound: three times the largest tensor and one GB. `check` writes models of released sizes with random
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,7 +38,7 @@ FULL = {
 def main() -> None:
     """Run and print one JSON line for each measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/convert"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "convert")
     parser.add_argument("--only", choices=["memory", "check"])
     args = parser.parse_args()
     if args.only != "check":

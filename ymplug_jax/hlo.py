@@ -60,7 +60,7 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
     """Read the optimised module `text`, compiled for the axes and sizes of `mesh`, in their order."""
     computations, entry = _parse(text)
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for one in collectives(text, mesh):
+    for one in _sent(computations, entry, mesh):
         sent[one.kind][one.axes] += one.times * one.size
     moved, kernels, cycles = [0.0, 0.0], 0.0, 0.0
     for op, table, times, _ in _run(computations, entry):
@@ -82,7 +82,10 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
     Those that libtpu runs beside a chain of fusions are included: each stands in all of the chain and counts once.
     """
-    computations, entry = _parse(text)
+    return _sent(*_parse(text), mesh)
+
+
+def _sent(computations: Mapping[str, list[Op]], entry: str, mesh: Mapping[str, int]) -> list[Collective]:
     found, chains = [], set()
     for op, _, times, in_loop in _run(computations, entry):
         for part in computations.get(_called(op, "calls"), []) if op.kind == "fusion" else [op]:
