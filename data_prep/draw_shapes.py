@@ -8,9 +8,10 @@ colour, shape and motion, colour and motion stays in training. The clips differ 
 
 The folder becomes a video root with the release's four kinds of CSV beside it, and questions about the motion:
 `videos/*.mp4`, `pretrain_{train,val}.csv`, `classification_{train,val}.csv`, `retrieval_{train,val}.csv`,
-`captioning_{train,val}.csv`, `question_{train,val}.csv`, `answers.txt`, `texts.txt` (what a language model may read before it sees any video: every title, and how
-one asks for a class or for a match, with every answer) and
-`corpus.json` (settings and counts).
+`captioning_{train,val}.csv`, `question_{train,val}.csv`, `classification_test.csv`, `answers.txt`, `texts.txt` (what a language
+model may read before it sees any video: every title, and how one asks for a class or for a match, with every answer) and
+`corpus.json` (settings and counts). In `classification_val.csv` a title speaks against its class, since its colour and shape have
+the three other motions in training; the test part has every combination once, so that a title says nothing of its class.
 """
 
 import argparse
@@ -43,7 +44,8 @@ MARGIN = 4  # pixels between a shape and the border, at all times
 VAL_SHARE = 0.1
 MIN_CLIPS = 20
 SETTINGS = "corpus.json"
-VERSION = 6  # raise it when the same settings draw something else
+TEST = "classification_test.csv"
+VERSION = 7  # raise it when the same settings draw something else
 
 COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
     "红色": (220, 25, 30),
@@ -95,8 +97,8 @@ def plan(clips: int, seed: int) -> tuple[list[Clip], list[Clip], list[Clip]]:
     """What to draw: (training clips, validation clips, gallery); a tenth of `clips` for validation, the gallery besides.
 
     Eight combinations are held out, one a colour, two a shape and two a motion: few enough that colour and shape do not
-    give the motion away. Validation takes them in turn, training the other 120. The gallery, which retrieval validates on, has
-    a new clip of every combination, so that no two of its titles are alike.
+    give the motion away. Validation takes them in turn, training the other 120. The gallery, which retrieval validates on and
+    classification tests on, has a new clip of every combination: no two of its titles are alike, and its classes are equal in number.
     """
     if clips < MIN_CLIPS:
         raise ValueError(f"--clips {clips}: at least {MIN_CLIPS} are needed for a training and a validation part")
@@ -220,13 +222,19 @@ def write_tables(clips: list[Clip], split: str, root: Path, gallery: list[Clip] 
     Captioning has one caption a row in training, a list of three in validation; the titles of classification do not say the
     motion, which is what the class stands for.
     """
-    for kind, (file_column, text_columns) in COLUMNS.items():
+    for kind in COLUMNS:
         share = len(clips) if kind == "pretrain" or split == "val" else math.ceil(len(clips) / 3)
         shown = gallery if gallery and kind == "retrieval" else clips[:share]
-        with open(root / f"{kind}_{split}.csv", "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow((file_column, *text_columns))
-            writer.writerows((clip.file, *texts_of(clip, kind, split)) for clip in shown)
+        write_table(root / f"{kind}_{split}.csv", kind, split, shown)
+
+
+def write_table(path: Path, kind: str, split: str, clips: list[Clip]) -> None:
+    """One CSV of `clips`, with the columns of its kind."""
+    file_column, text_columns = COLUMNS[kind]
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow((file_column, *text_columns))
+        writer.writerows((clip.file, *texts_of(clip, kind, split)) for clip in clips)
 
 
 def texts_of(clip: Clip, kind: str, split: str) -> tuple[str, ...]:
@@ -253,7 +261,7 @@ def is_drawn(out: Path, settings: dict[str, int], files: list[str]) -> bool:
             f"{out} holds a corpus drawn with {found}, not {settings}: remove it or give another --out"
         )
     tables = [f"{kind}_{split}.csv" for kind in COLUMNS for split in ("train", "val")]
-    missing = [name for name in (*files, *tables) if not (out / name).is_file()]
+    missing = [name for name in (*files, *tables, TEST) if not (out / name).is_file()]
     if missing:
         raise FileExistsError(
             f"{out} lacks {len(missing)} of its files, such as {missing[0]}: remove it and draw again"
@@ -283,6 +291,7 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
                 pass
         write_tables(train, "train", partial)
         write_tables(val, "val", partial, gallery)
+        write_table(partial / TEST, "classification", "test", gallery)
         (partial / "answers.txt").write_text("".join(f"{motion}\n" for motion in MOTIONS), encoding="utf-8")
         (partial / "texts.txt").write_text("".join(f"{text}\n" for text in all_texts()), encoding="utf-8")
         facts = {

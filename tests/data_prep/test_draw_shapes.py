@@ -134,6 +134,18 @@ def test_tables_are_those_of_the_release(corpus: Path):
     assert train == [row["title"] for row in read(corpus / "pretrain_train.csv")][: len(train)]
 
 
+def test_title_says_nothing_of_the_class_in_the_test_part(corpus: Path):
+    rows = read(corpus / "classification_test.csv")
+    assert {row["video_id:FILE"] for row in rows} == {
+        row["clip_name:FILE"] for row in read(corpus / "retrieval_val.csv")
+    }
+    classes = {title: set() for title in {row["title"] for row in rows}}
+    for row in rows:
+        classes[row["title"]].add(row["label"])
+    assert len(rows) == 128 and len(classes) == 32
+    assert all(labels == set(draw_shapes.LABELS.values()) for labels in classes.values())
+
+
 def test_complete_corpus_is_reused(corpus: Path, capsys):
     before = {p: p.stat().st_mtime_ns for p in corpus.rglob("*")}
     main(["--out", str(corpus), "--clips", "40", "--seed", "3"])
