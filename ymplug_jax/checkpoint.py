@@ -116,16 +116,21 @@ def _wrapped(opt_state: Any) -> dict:
     return {"state": opt_state}
 
 
-def sources(init_from: str) -> list[tuple[str, str]]:
-    """[(subtree, folder)] of the setting `init_from`: "DIR" is every parameter (subtree ""), "llm=DIR,vision=DIR" are some,
-    "prompter/=DIR" is all that the folder has, put below that name.
+def sources(init_from: str) -> list[tuple[str, str, str]]:
+    """[(subtree, its name in the folder, folder)] of the setting `init_from`: "DIR" is every parameter (subtree ""),
+    "llm=DIR,vision=DIR" are some, "prompter:=DIR" is all that the folder has, put below that name, and
+    "vision/blocks/temporal_attn:vision/blocks/attn=DIR" is a part under another name.
 
     Raises:
       CheckpointError: a part that cannot be read so.
     """
     parts = [part.strip() for part in init_from.split(",") if part.strip()]
-    pairs = [tuple(part.split("=", 1)) if "=" in part else ("", part) for part in parts]
-    if len(pairs) > 1 and any(not subtree for subtree, _ in pairs):
+    pairs = []
+    for part in parts:
+        names, _, folder = part.partition("=") if "=" in part else ("", "", part)
+        subtree, other, stored_as = names.partition(":")
+        pairs.append((subtree, stored_as if other else subtree, folder))
+    if len(pairs) > 1 and any(not subtree for subtree, _, _ in pairs):
         raise CheckpointError(
             f'config.train.init_from is {init_from!r}; write one "DIR", or "llm=DIR,vision=DIR" with a name for each'
         )
@@ -163,6 +168,7 @@ def load_params(
     abstract: Mapping,
     *,
     subtree: str = "",
+    stored_as: str | None = None,
     allow_missing: Sequence[str] = (),
     resize: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
@@ -171,8 +177,8 @@ def load_params(
     Args:
       workdir: the run's folder (the newest step is taken).
       abstract: nested tree of ShapeDtypeStructs with shardings: the parameters wanted.
-      subtree: take only the paths under this name ("llm"); every one of them must be in the checkpoint. With a slash at its end
-        ("prompter/") the checkpoint has them without that name.
+      subtree: take only the paths under this name ("llm"); every one of them must be in the checkpoint.
+      stored_as: the name of that subtree in the checkpoint where it is another, "" for all that is there.
       allow_missing: path regexes that the checkpoint may lack; they are then not in the result.
       resize: path -> function (stored value, wanted shape) for tables that may be stored in another size.
 
@@ -183,7 +189,7 @@ def load_params(
     wanted = {
         path: leaf
         for path, leaf in state_lib.flatten(abstract).items()
-        if not subtree or path.startswith(subtree.rstrip("/") + "/")
+        if not subtree or path.startswith(subtree + "/")
     }
     if not wanted:
         tops = sorted({path.split("/")[0] for path in state_lib.flatten(abstract)})
@@ -195,9 +201,23 @@ def load_params(
         raise CheckpointError(
             f"{workdir}: no checkpoint here (looked for {folder}); give the --workdir of a finished run"
         )
-    above = subtree if subtree.endswith("/") else ""  # what the stored paths lack
-    stored = {place: {above + path: leaf for path, leaf in stored_in(place).items()} for place in found}
+    here_name, there_name = (
+        f"{name}/" if name else "" for name in (subtree, subtree if stored_as is None else stored_as)
+    )
+
+    def in_model(path: str) -> str:
+        return here_name + path.removeprefix(there_name)
+
+    def in_checkpoint(path: str) -> str:
+        return there_name + path.removeprefix(here_name)
+
+    stored = {
+        place: {in_model(path): leaf for path, leaf in stored_in(place).items() if path.startswith(there_name)}
+        for place in found
+    }
     there = {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}
+    if not there.keys() & wanted.keys():
+        raise CheckpointError(f"{folder} has nothing under {there_name!r} that {subtree or 'the model'!r} could take")
     wanted = {
         path: leaf
         for path, leaf in wanted.items()
@@ -215,7 +235,7 @@ def load_params(
 
     loaded: dict[str, jax.Array] = {}
     for place in found:
-        here = {path.removeprefix(above): as_stored(path) for path in wanted if path in stored[place]}
+        here = {in_checkpoint(path): as_stored(path) for path in wanted if path in stored[place]}
         if not here:
             continue
         with ocp.PyTreeCheckpointer() as reader:
@@ -224,7 +244,7 @@ def load_params(
                 tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
             )
             read = state_lib.flatten(reader.restore(place, args=args))
-        loaded |= {above + path: leaf for path, leaf in read.items()}
+        loaded |= {in_model(path): leaf for path, leaf in read.items()}
     for path in other:
         leaf = wanted[path]
         make = jax.jit(lambda x, p=path, w=leaf: resize[p](x, w.shape).astype(w.dtype), out_shardings=leaf.sharding)

@@ -73,7 +73,7 @@ class Train:
     save_every: str = "1 epochs"
     keep: int = 3  # newest checkpoints kept
     max_bad_steps: int = 20  # consecutive steps with a non-finite loss or gradient before the run stops
-    init_from: str = ""  # "DIR" (every parameter) or "llm=DIR,vision=DIR" (named subtrees)
+    init_from: str = ""  # "DIR" (every parameter), "llm=DIR,vision=DIR" (named subtrees), "NAME:STORED=DIR"
     frozen: tuple[str, ...] | None = None  # path regexes; None: what the task freezes by itself
     keep_logits: bool = (
         False  # keep the logits for the backward pass instead of computing them again: faster, more memory

@@ -168,9 +168,15 @@ def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     loaded: dict[str, jax.Array] = {}
     origin: dict[str, str] = {}
-    for subtree, folder in checkpoint.sources(train.init_from):
-        task = run.task
-        part = checkpoint.load_params(folder, abstract, subtree=subtree, allow_missing=task.fresh, resize=task.resize)
+    for subtree, stored_as, folder in checkpoint.sources(train.init_from):
+        part = checkpoint.load_params(
+            folder,
+            abstract,
+            subtree=subtree,
+            stored_as=stored_as,
+            allow_missing=run.task.fresh,
+            resize=run.task.resize,
+        )
         loaded |= part
         origin |= dict.fromkeys(part, checkpoint.folder_of(folder).name)
     flat = state_lib.flatten(abstract)

@@ -3,7 +3,9 @@
 `configs/alpro/pretrain.py:youku` or `:salesforce`, and the vision tower after a comma: `:youku,clip_b16`, `:youku,clip_l14`. With
     --config.data.path=SHARDS --config.data.tokenizer=vocab.txt
     --config.train.init_from=vision=VIT_DIR,text=BERT_DIR,fusion=BERT_DIR,mlm=BERT_DIR
-and for entities also `prompter/=PROMPTER_RUN` there and --config.options.entities=PROMPTER_RUN/eval/validation/index.npz.
+(Salesforce starts attention over time from that over space: there also vision/blocks/temporal_attn:vision/blocks/attn=VIT_DIR and
+vision/blocks/temporal_norm:vision/blocks/attn_norm=VIT_DIR.)
+and for entities also `prompter:=PROMPTER_RUN` there and --config.options.entities=PROMPTER_RUN/eval/validation/index.npz.
 The released English models have 30,522 words: --config.model.text.vocab=30522.
 """
 

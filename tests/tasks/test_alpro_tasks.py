@@ -330,7 +330,7 @@ def test_the_temperature_keeps_within_its_limits(data: Data) -> None:
 
 
 def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
-    """`init_from=prompter/=RUN`: what a prompter's run calls "text" is "prompter/text" in pre-training."""
+    """`init_from=prompter:=RUN`: what a prompter's run calls "text" is "prompter/text" in pre-training."""
     run = run_lib.prepare(experiment("alpro_prompter", data), jax.devices()[:1])
     params, _ = run_lib.fresh_params(run)
     params = jax.tree.map(lambda leaf: leaf + 1, params)
@@ -339,13 +339,13 @@ def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
     saved.save(state_lib.TrainState(jnp.int32(3), params, run.tx.init(params)), 3, 24)
     saved.close()
     settings = experiment("alpro_pretrain", data)
-    more = dataclasses.replace(settings.train, init_from=f"prompter/={tmp_path / 'prompter'}")
+    more = dataclasses.replace(settings.train, init_from=f"prompter:={tmp_path / 'prompter'}")
     found, origin = run_lib.fresh_params(run_lib.prepare(dataclasses.replace(settings, train=more), jax.devices()[:1]))
     entities = found["prompter"].pop("entities")
     assert entities.any() and origin["prompter/entities"] == "fresh" and origin["text/token_embed"] == "fresh"
     for path, value in state_lib.flatten(params).items():
         np.testing.assert_array_equal(state_lib.flatten(found["prompter"])[path], value)
-    with pytest.raises(checkpoint.CheckpointError, match="missing: prompter/"):
+    with pytest.raises(checkpoint.CheckpointError, match="has nothing under 'prompter/'"):
         run_lib.fresh_params(
             run_lib.prepare(
                 dataclasses.replace(
@@ -354,6 +354,33 @@ def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
                 jax.devices()[:1],
             )
         )
+
+
+def test_attention_over_time_can_start_from_that_over_space(data: Data, tmp_path: Path) -> None:
+    """`NAME:STORED=DIR`: a part under another name, alone; the rest of the folder is not touched."""
+    settings = experiment("alpro_retrieve", data)
+    run = run_lib.prepare(settings, jax.devices()[:1])
+    params, _ = run_lib.fresh_params(run)
+    saved = checkpoint.Checkpoints(str(tmp_path / "first"), keep=1)
+    saved.save_frozen({})
+    saved.save(state_lib.TrainState(jnp.int32(3), params, run.tx.init(params)), 3, 24)
+    saved.close()
+
+    def start(names: str) -> tuple[dict, dict[str, str]]:
+        more = dataclasses.replace(settings.train, init_from=f"{names}={tmp_path / 'first'}", seed=7)
+        return run_lib.fresh_params(run_lib.prepare(dataclasses.replace(settings, train=more), jax.devices()[:1]))
+
+    found, origin = start("vision/blocks/temporal_attn:vision/blocks/attn")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        found["vision"]["blocks"]["temporal_attn"],
+        params["vision"]["blocks"]["attn"],
+    )
+    assert {path for path, name in origin.items() if name == "first"} == {
+        path for path in origin if path.startswith("vision/blocks/temporal_attn/")
+    }
+    with pytest.raises(checkpoint.CheckpointError, match="has nothing under 'vision/blocks/atn/'"):
+        start("vision/blocks/temporal_attn:vision/blocks/atn")
 
 
 def test_mistakes_name_the_setting(data: Data) -> None:
