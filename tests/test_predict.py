@@ -62,7 +62,14 @@ def test_classify_a_file_and_a_folder(home: Path) -> None:
 
 
 def test_caption_goes_on_past_a_broken_file(home: Path) -> None:
-    flags = ["caption", "--checkpoint", home / "caption", "--video", home / "broken.mp4", home / "videos" / "b.mkv"]
+    flags = [
+        "caption",
+        "--checkpoint",
+        f"file://{home / 'caption'}",
+        "--video",
+        home / "broken.mp4",
+        home / "videos" / "b.mkv",
+    ]
     done = predict(*flags, "--json", code=1)
     (answer,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert Path(answer["video"]).name == "b.mkv" and isinstance(answer["caption"], str)

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m ymplug_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=list(TASKS))
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the run (its --workdir)")
+    parser.add_argument("--checkpoint", required=True, help="folder of the run (its --workdir), local or gs://")
     parser.add_argument("--video", type=Path, nargs="+", default=[], help="video files, or folders of them")
     parser.add_argument("--title", nargs="+", default=[], help="classify: titles of the videos, in their order")
     parser.add_argument("--text", nargs="+", default=[], help="retrieve: what to look for")
@@ -162,9 +163,10 @@ def read_all(files: list[Path]) -> tuple[list[Any], int]:
 class Model:
     """A run's newest checkpoint on one device, ready to answer."""
 
-    def __init__(self, folder: Path, command: str):
-        from ymplug_jax import config
+    def __init__(self, name: str, command: str):
+        from ymplug_jax import checkpoint, config
 
+        folder = checkpoint.folder_of(name)
         try:
             experiment = config.from_json((folder / "config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -174,14 +176,21 @@ class Model:
             raise Mistake(f"{folder} is a run of task {experiment.task!r}; {command} needs one of {wanted}")
         tokenizer = Path(experiment.data.tokenizer)
         kept = folder / "tokenizer" / tokenizer.name
-        data = dataclasses.replace(
-            experiment.data, path="", examples=BATCH, tokenizer=str(kept if kept.exists() else tokenizer)
-        )
+        if kept.exists():
+            tokenizer = kept if "://" not in str(kept) else self._copy(kept)
+        data = dataclasses.replace(experiment.data, path="", examples=BATCH, tokenizer=str(tokenizer))
         train = dataclasses.replace(experiment.train, batch_size=BATCH, accumulate=1)
         options = dataclasses.replace(experiment.options, group=0, entities="")  # of training alone
         self.experiment = dataclasses.replace(experiment, data=data, train=train, options=options, mesh=config.Mesh())
         self._folder = folder
         self._ready: tuple | None = None
+
+    def _copy(self, file: Any) -> Path:
+        """The file on this machine for as long as the model lives: tokenizers read local ones only."""
+        self._local = tempfile.TemporaryDirectory()
+        copy = Path(self._local.name) / file.name
+        copy.write_bytes(file.read_bytes())
+        return copy
 
     @property
     def task(self) -> Any:

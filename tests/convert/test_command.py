@@ -119,6 +119,12 @@ def test_nothing_in_a_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert not marker.exists()
 
 
+def test_a_bucket_is_not_taken_for_a_folder(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--model", "gpt3", "--source", "x.pt", "--out", "gs://bucket/out"])
+    assert "give a local folder, and copy it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_broken_files_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, suffix: str) -> None:
     source, file = tensors("beam.npz"), tmp_path / f"x.{suffix}"

@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", nargs="*", default=[], help="heads of sizes we do not know: llm=N vision=N text=N")
     parser.add_argument("--layout", help="with --to torch: names to write, e.g. openai; default: as they were read")
     args = parser.parse_args(argv)
+    if ":/" in str(args.out):
+        parser.error(f"--out {args.out}: give a local folder, and copy it when it is complete (gcloud storage cp -r)")
     try:
         if args.to == "torch":
             for file in to_torch(args.model, args.source[0], args.out, args.layout):
