@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="*", default=[51200, 250880])
     parser.add_argument("--topology", default="v5e:2x2")
     args = parser.parse_args()
-    device = aot._devices(args.topology, 1)[0]
+    device = aot.devices_of(args.topology)[0]
     facts = []
     print("| vocabulary | logits | bytes of f32 logits | temporaries | of the f32 logits |\n|---|---|---|---|---|")
     for vocab in args.vocab:

@@ -38,7 +38,7 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
     Raises:
       ValueError: an unknown slice, or settings that do not fit it.
     """
-    run = run_lib.prepare(experiment, _devices(topology, slices))
+    run = run_lib.prepare(experiment, devices_of(topology, slices))
     kind = run.mesh.devices.flat[0].device_kind
     chip = chips.of(kind)
     if chip is None:
@@ -112,7 +112,12 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
     )
 
 
-def _devices(topology: str, slices: int) -> list[jax.Device]:
+def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The chips of `slices` described slices such as "v5e:4x8"; nothing can run on them, programs can be compiled for them.
+
+    Raises:
+      ValueError: an unknown slice.
+    """
     from jax.experimental import topologies
 
     more: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
