@@ -108,7 +108,7 @@ def draw(results: dict[str, dict]) -> str:
     text = HEAD
     for table, title in (
         ("pretrain", "Pre-training of mPLUG-video, as `configs/mplug_video/slices.py` lays it out"),
-        ("tune", "Fine-tuning, with the recipe's batches"),
+        ("tune", "Fine-tuning, with the recipe's batches; matching on 16 chips of v5e with half of them"),
         ("weak", "Weak scaling: the same work for each chip"),
         ("slices", "Two slices, gradients summed over the network between them"),
     ):

@@ -153,7 +153,7 @@ from ymplug_jax import aot, run, sharding
 from ymplug_jax import step as step_lib
 real = sharding.computes_on
 texts = []
-for devices in (jax.devices(), aot._devices("v5e:2x4", 1)):
+for devices in (jax.devices(), aot.devices_of("v5e:2x4", 1)):
     there = devices[0].platform == "tpu"
     sharding.computes_on = real if there else lambda maker: maker == "tpu"
     model = tiny.MODEL.clone(vision=tiny.MODEL.vision.clone(dtype="{dtype}"), llm=tiny.MODEL.llm.clone(dtype="{dtype}"))

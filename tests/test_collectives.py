@@ -59,7 +59,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from tests import test_collectives as own
 from ymplug_jax import aot
-devices = aot._devices("v5e:2x4", 1)
+devices = aot.devices_of("v5e:2x4", 1)
 with ThreadPoolExecutor(2) as pool:
     print(json.dumps(list(pool.map(lambda name: own.collectives(name, devices), {NAMES}))))
 """

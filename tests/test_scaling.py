@@ -19,22 +19,26 @@ def test_the_page_is_drawn_from_its_data() -> None:
 
 def test_every_row_is_one_that_the_command_makes() -> None:
     jobs = {scaling.key(job): job for job in scaling.jobs()}
-    assert len(jobs) == len(scaling.jobs())
+    assert len(jobs) == len(scaling.jobs()) and jobs.keys() == RESULTS.keys()
     for name, row in RESULTS.items():
         assert jobs[name].items() <= row.items(), name
 
 
-@pytest.mark.parametrize("name", ["pretrain 1.3b@v5e-16 v5e:4x4 x1", "pretrain 2.7b@v5p-64 v5p:4x4x4 x1"])
+def test_every_layout_fits_its_chips() -> None:
+    assert not [name for name, row in RESULTS.items() if not row["facts"]["fits"]]
+
+
+@pytest.mark.parametrize("name", ["pretrain 1.3b@v5e-16 v5e:4x4 x1", "match 2.7b@v5e-16 v5e:4x4 x1"])
 def test_the_work_of_a_step_is_still_that_of_the_table(name: str) -> None:
     """FLOPs and layout follow from tracing alone, so a change of the model that forgets the table is noticed without compiling."""
     row = RESULTS[name]
     script = f"""
 import json, os
 os.environ |= {{"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}}
-from configs.mplug_video import pretrain
+from configs.mplug_video import {row["task"]} as task
 from ymplug_jax import aot, config, run
-experiment = config.from_config_dict(pretrain.get_config("{row["config"]}"))
-ready = run.prepare(experiment, aot._devices("{row["topology"]}", {row["slices"]}))
+experiment = config.from_config_dict(task.get_config("{row["config"]}"))
+ready = run.prepare(experiment, aot.devices_of("{row["topology"]}", {row["slices"]}))
 print(json.dumps([ready.mesh.size, experiment.train.batch_size, aot.model_flops(ready), aot.program_flops(ready)]))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=runs.ROOT, env=os.environ, capture_output=True, text=True)

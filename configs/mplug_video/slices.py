@@ -14,44 +14,53 @@ from ymplug_jax.config import Experiment
 
 
 class Layout(NamedTuple):
-    """One slice: examples a step on each chip, and what the backward pass recomputes of the decoder and of the vision tower."""
+    """One slice: pre-training's examples a step on each chip, and what the backward pass recomputes.
+
+    Of the decoder that is all but its products, unless a run is named in `whole`.
+    """
 
     topology: str
     chips: int
     batch: dict[str, int]  # size -> examples a chip
-    llm_remat: dict[str, str]
     vision_remat: str
     frozen_dtype: str = "bfloat16"
+    whole: tuple[str, ...] = ()  # "task size": rows so many or so long that all of the decoder is recomputed
+    most: dict[str, int] = {}  # "task size" -> examples a chip of fine-tuning where the recipe's do not fit
 
 
 SLICES = {
-    "v5e-16": Layout("v5e:4x4", 16, {"1.3b": 32, "2.7b": 16}, {"1.3b": "dots", "2.7b": "dots"}, "full"),
-    "v5e-64": Layout("v5e:8x8", 64, {"1.3b": 32, "2.7b": 16}, {"1.3b": "dots", "2.7b": "dots"}, "full"),
+    "v5e-16": Layout(
+        *("v5e:4x4", 16, {"1.3b": 32, "2.7b": 16}, "full"),
+        whole=("classify 2.7b", "caption 2.7b", "match 1.3b", "match 2.7b"),
+        most={"match 1.3b": 24, "match 2.7b": 16},
+    ),
+    "v5e-64": Layout("v5e:8x8", 64, {"1.3b": 32, "2.7b": 16}, "full", whole=("match 1.3b", "match 2.7b")),
     # The decoder in eight bits makes room for larger batches, or for a larger vision tower.
-    "v5e-16-int8": Layout("v5e:4x4", 16, {"1.3b": 40, "2.7b": 24}, {"1.3b": "dots", "2.7b": "dots"}, "full", "int8"),
-    "v5p-64": Layout("v5p:4x4x4", 64, {"1.3b": 32, "2.7b": 32}, {"1.3b": "dots", "2.7b": "dots"}, "dots"),
-    "v5p-256": Layout("v5p:4x8x8", 256, {"1.3b": 32, "2.7b": 32}, {"1.3b": "dots", "2.7b": "dots"}, "dots"),
-    "v6e-64": Layout("v6e:8x8", 64, {"1.3b": 32, "2.7b": 32}, {"1.3b": "dots", "2.7b": "dots"}, "full"),
+    "v5e-16-int8": Layout("v5e:4x4", 16, {"1.3b": 40, "2.7b": 24}, "full", "int8"),
+    "v5p-64": Layout("v5p:4x4x4", 64, {"1.3b": 32, "2.7b": 32}, "dots"),
+    "v5p-256": Layout("v5p:4x8x8", 256, {"1.3b": 32, "2.7b": 32}, "dots"),
+    "v6e-64": Layout("v6e:8x8", 64, {"1.3b": 32, "2.7b": 32}, "full"),
 }
 
 
 def on(experiment: Experiment, size: str, name: str) -> Experiment:
     """The experiment laid out for a slice: chips counted as devices, e.g. "v5p-256" is a slice of 256 chips.
 
-    Pre-training takes the slice's batch. Fine-tuning keeps its recipe's, raised to a multiple of the chips.
+    Pre-training takes the slice's batch. Fine-tuning keeps its recipe's, raised to a multiple of the chips, or what fits.
 
     Raises:
       ValueError: an unknown slice.
     """
     if name not in SLICES:
         raise ValueError(f"slice {name!r} is unknown; there are {', '.join(SLICES)}")
-    layout, model = SLICES[name], experiment.model
-    model = model.clone(
-        vision=model.vision.clone(remat=layout.vision_remat),
-        llm=model.llm.clone(remat=layout.llm_remat[size], dropout=0.0),
-    )
+    layout, model, run = SLICES[name], experiment.model, f"{experiment.task} {size}"
     each = layout.batch[size]
     if experiment.task != "pretrain":
-        each = -(-experiment.train.batch_size // layout.chips)
+        each = min(-(-experiment.train.batch_size // layout.chips), layout.most.get(run, experiment.train.batch_size))
+    llm_remat = "full" if run in layout.whole else "dots"
+    model = model.clone(
+        vision=model.vision.clone(remat=layout.vision_remat),
+        llm=model.llm.clone(remat=llm_remat, dropout=0.0),
+    )
     train = dataclasses.replace(experiment.train, batch_size=layout.chips * each, frozen_dtype=layout.frozen_dtype)
     return dataclasses.replace(experiment, model=model, train=train)
