@@ -216,8 +216,8 @@ def load_params(
         for place in found
     }
     there = {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}
-    if not there.keys() & wanted.keys():
-        raise CheckpointError(f"{folder} has nothing under {there_name!r} that {subtree or 'the model'!r} could take")
+    if subtree and not there.keys() & wanted.keys():
+        raise CheckpointError(f"{folder} has nothing under {there_name!r} that {subtree!r} could take")
     wanted = {
         path: leaf
         for path, leaf in wanted.items()

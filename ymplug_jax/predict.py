@@ -177,7 +177,7 @@ class Model:
         tokenizer = Path(experiment.data.tokenizer)
         kept = folder / "tokenizer" / tokenizer.name
         if kept.exists():
-            tokenizer = kept if "://" not in str(kept) else self._copy(kept)
+            tokenizer = self._copy(kept)
         data = dataclasses.replace(experiment.data, path="", examples=BATCH, tokenizer=str(tokenizer))
         train = dataclasses.replace(experiment.train, batch_size=BATCH, accumulate=1)
         options = dataclasses.replace(experiment.options, group=0, entities="")  # of training alone
@@ -186,7 +186,7 @@ class Model:
         self._ready: tuple | None = None
 
     def _copy(self, file: Any) -> Path:
-        """The file on this machine for as long as the model lives: tokenizers read local ones only."""
+        """The file on this machine for as long as the model lives: the run may be in a bucket, tokenizers read local files."""
         self._local = tempfile.TemporaryDirectory()
         copy = Path(self._local.name) / file.name
         copy.write_bytes(file.read_bytes())
