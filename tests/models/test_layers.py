@@ -1,5 +1,7 @@
 """Attention and position tables against independent computations."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,24 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean() -> None:
     np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
     assert abs(kept.mean() / 8 - 0.75) < 0.02
     np.testing.assert_allclose(layers.attention(q, k, v, dropout=0.25), v, rtol=1e-6)  # no key: no dropout
+
+
+def test_gelu_and_its_derivatives_are_exact() -> None:
+    x = jnp.linspace(-9, 9, 4001)
+    below = np.array([0.5 * math.erfc(-t / math.sqrt(2)) for t in np.asarray(x, np.float64)])
+    np.testing.assert_allclose(layers.gelu(x), x * below, rtol=1e-6, atol=1e-6)
+    expected = below + x * np.exp(-np.square(x) / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(jax.vmap(jax.grad(layers.gelu))(x), expected, rtol=1e-6, atol=1e-6)
+    y, tangent = jax.jvp(layers.gelu, (x,), (2 * jnp.ones_like(x),))
+    np.testing.assert_array_equal(y, layers.gelu(x))
+    np.testing.assert_allclose(tangent, 2 * expected, rtol=1e-6, atol=2e-6)
+
+
+def test_gelu_of_half_precision_is_rounded_once() -> None:
+    x = jnp.linspace(-6, 6, 1001).astype(jnp.bfloat16)
+    exact = layers.gelu(x.astype(jnp.float32))
+    np.testing.assert_array_equal(layers.gelu(x), exact.astype(jnp.bfloat16))  # 1 + erf in bfloat16 is 0 below -3
+    assert layers.gelu(x).dtype == jax.grad(lambda x: layers.gelu(x).sum())(x).dtype == jnp.bfloat16
 
 
 def test_resize_keeps_equal_sizes_and_lines() -> None:

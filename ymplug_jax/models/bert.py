@@ -135,7 +135,7 @@ class MaskedHead(nn.Module):
     def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
         """f[..., D], f[V, D] -> f32[..., V]."""
         dtype, normal = jnp.dtype(self.dtype), nn.initializers.normal(STD)
-        x = nn.gelu(nn.Dense(x.shape[-1], kernel_init=normal, dtype=dtype, name="hidden")(x), approximate=False)
+        x = layers.gelu(nn.Dense(x.shape[-1], kernel_init=normal, dtype=dtype, name="hidden")(x))
         x = layers.norm("norm", self.ln_eps, self.dtype)(x)
         logits = jnp.einsum("...d,vd->...v", x, table.astype(dtype), preferred_element_type=jnp.float32)
         return logits + self.param("bias", nn.initializers.zeros, (table.shape[0],)).astype(jnp.float32)
