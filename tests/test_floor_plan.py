@@ -152,3 +152,16 @@ def test_training_loads_no_tensorflow():
     code = "import sys, ymplug_jax.train, ymplug_jax.evaluate; print([m for m in ('tensorflow', 'torch', 'apache_beam', 'av') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
+
+
+def test_tests_are_found_by_pytest_alone() -> None:
+    """`pytest tests/parity` does not put the project on the path as `python -m pytest` does."""
+    command = [
+        Path(sys.executable).with_name("pytest"),
+        "--collect-only",
+        "-q",
+        "tests/parity",
+        "tests/test_scaling.py",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
