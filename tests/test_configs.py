@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs.mplug_video import slices
 from ymplug_jax import config
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
@@ -92,3 +93,13 @@ def test_unknown_sizes_are_named():
         load("mplug_video/pretrain", "13b")
     with pytest.raises(ValueError, match="vision: b16, l14"):
         load("mplug_video/pretrain", "1.3b,h14")
+
+
+@pytest.mark.parametrize("size", ["1.3b", "2.7b"])
+@pytest.mark.parametrize("name", slices.SLICES)
+def test_matching_on_a_slice_keeps_negatives_near(size: str, name: str) -> None:
+    """Groups of 8 rows or more that are whole chips' rows, and as many as the batch has room for."""
+    experiment, chips = load("mplug_video/match", f"{size}@{name}"), slices.SLICES[name].chips
+    group, each = experiment.options.group, experiment.train.batch_size // chips
+    assert group >= 8 and group % each == 0 and experiment.train.batch_size % group == 0
+    assert group == each or group // each <= 4

@@ -8,7 +8,7 @@ Re-ranking instead of all pairs: --config.options.candidates=RETRIEVAL_RUN/eval/
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe, slices
-from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.config import Data, Experiment, Options, Train, to_config_dict
 
 PER_DEVICE = {"1.3b": 96, "2.7b": 64}
 
@@ -23,5 +23,6 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
         data=Data(examples=38_000, max_words=80),  # about so many are released, for --mode=plan
         optim=recipe.optim(1e-4, 1e-7, "2 epochs", eps=1e-8),
         train=Train(batch_size=recipe.DEVICES * PER_DEVICE[size], duration="50 epochs"),
+        options=Options(group=PER_DEVICE[size]),
     )
     return to_config_dict(slices.on(experiment, size, place) if place else experiment)

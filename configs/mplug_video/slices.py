@@ -63,4 +63,9 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
         llm=model.llm.clone(remat=llm_remat, dropout=0.0),
     )
     train = dataclasses.replace(experiment.train, batch_size=layout.chips * each, frozen_dtype=layout.frozen_dtype)
-    return dataclasses.replace(experiment, model=model, train=train)
+    options = experiment.options
+    if (
+        experiment.task == "match"
+    ):  # negatives from the own chip are not sent; where it has few rows, from its neighbours
+        options = dataclasses.replace(options, group=next(each * n for n in (1, 2, 4, 8) if each * n >= 8))
+    return dataclasses.replace(experiment, model=model, train=train, options=options)

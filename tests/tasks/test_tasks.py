@@ -18,7 +18,7 @@ from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import candidates, losses, match, retrieve
+from ymplug_jax.tasks import candidates, losses, match, pair_losses, retrieve
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
 
@@ -256,6 +256,37 @@ def test_negatives_are_true_ones_unless_the_reference_is_asked_for(data: Data) -
     with pytest.raises(ValueError, match="accumulate 1"):
         wrong = experiment("match", data)
         match.make(dataclasses.replace(wrong, train=dataclasses.replace(wrong.train, accumulate=2)))
+
+
+@pytest.mark.parametrize("group", [2, 3, 12])
+def test_negatives_come_from_the_own_group(group: int) -> None:
+    videos, texts, others = match.rows(jax.random.key(0), 12 // group, group, Options())
+    assert videos.shape == texts.shape == others.shape == (12 // group, group, 3)
+    own = np.broadcast_to(np.arange(group)[:, None], videos[..., :1].shape)
+    np.testing.assert_array_equal(videos[..., :1], own)  # its own pair first
+    np.testing.assert_array_equal(np.sort(videos, axis=1), np.broadcast_to(own, videos.shape))  # each video thrice
+    assert np.all(videos[..., 1:] != own)
+    np.testing.assert_array_equal(texts, np.broadcast_to(own, texts.shape))
+    np.testing.assert_array_equal(texts, others)
+    theirs, titles, _ = match.rows(jax.random.key(0), 12 // group, group, Options(reference_negatives=True))
+    np.testing.assert_array_equal(theirs, titles)
+    x = np.arange(24).reshape(12, 2)
+    taken = pair_losses.take(x, videos, group).reshape(12, 3, 2)
+    starts = np.arange(12) // group * group
+    np.testing.assert_array_equal(taken, x[starts[:, None] + np.asarray(videos).reshape(12, 3)])
+
+
+def test_matching_of_groups_is_the_mean_of_groups(data: Data) -> None:
+    """Each group of a batch by itself, with its draws, gives the sums of the batch."""
+    task, params = prepared("match", data, group=2)
+    batch = batch_of(task, Records(data.path, "train"), None, range(4))  # two rows have one derangement: no luck in it
+    whole, *halves = (
+        jax.jit(task.loss)(params, {name: x[part] for name, x in batch.items()}, None)[1]
+        for part in (slice(4), slice(2), slice(2, 4))
+    )
+    for name in ("generation_loss", "head_loss", "head_accuracy"):
+        assert float(whole[name].weight) == sum(float(half[name].weight) for half in halves)
+        assert float(whole[name].total) == pytest.approx(sum(float(half[name].total) for half in halves), rel=1e-5)
 
 
 def test_retrieval_leaves_the_abstractor_alone(data: Data) -> None:

@@ -62,22 +62,6 @@ def encode(tokenizer: Tokenizer | None, words: str, length: int, model: ALPRO) -
     return {"ids": ids, "mask": mask}
 
 
-def group_of(experiment: Experiment) -> int:
-    """Rows that negatives are drawn from: `config.options.group`, or the whole micro-batch.
-
-    Raises:
-      ValueError: the batch cannot be cut into such groups, or a group has no room for a negative.
-    """
-    size = experiment.train.batch_size // experiment.train.accumulate
-    group = experiment.options.group or size
-    if group < 2 or size % group:
-        raise ValueError(
-            f"config.options.group is {experiment.options.group}; it must be 2 or more and divide config.train.batch_size / "
-            f"accumulate = {size}"
-        )
-    return group
-
-
 def run_of(model: ALPRO, params: dict, key: jax.Array | None) -> ALPRO:
     """The model bound to its parameters, with randomness for dropout where there is a key."""
     return model.bind({"params": params}, rngs={} if key is None else {"dropout": key})

@@ -26,7 +26,7 @@ def make(experiment: Experiment) -> Task:
     model = align.model_of(experiment)
     if not (model.contrastive_width and model.matching and model.masked):
         raise ValueError("config.model: pre-training needs contrastive_width, matching and masked")
-    tokenizer, length, group = align.tokenizer_of(data, model), data.max_tokens, align.group_of(experiment)
+    tokenizer, length, group = align.tokenizer_of(data, model), data.max_tokens, pair_losses.group_of(experiment)
     specials = align.specials_of(tokenizer)
     spared = ("pad", "bos") if model.variant == "youku" else tuple(specials)
     never = tuple(specials[name] for name in spared)

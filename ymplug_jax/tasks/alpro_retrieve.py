@@ -16,7 +16,7 @@ from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.state import Params
-from ymplug_jax.tasks import align, inputs, match, pairs, retrieve
+from ymplug_jax.tasks import align, inputs, match, pair_losses, pairs, retrieve
 from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task
 from ymplug_jax.writer import Metrics
 
@@ -27,7 +27,7 @@ def make(experiment: Experiment) -> Task:
     model = align.model_of(experiment)
     if not (model.contrastive_width and model.matching):
         raise ValueError("config.model: retrieval needs contrastive_width and matching")
-    tokenizer, length, group = align.tokenizer_of(data, model), data.max_tokens, align.group_of(experiment)
+    tokenizer, length, group = align.tokenizer_of(data, model), data.max_tokens, pair_losses.group_of(experiment)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         texts = record.captions or [record.title]

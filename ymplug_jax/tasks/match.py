@@ -1,8 +1,8 @@
 """Video-text matching: does this title belong to this video? Answered in words by the frozen decoder and by a head (spec 8.5).
 
-In training every video of the batch stands beside its own title once and beside the titles of others twice. The reference
-permutes videos and titles alike, so that its "negatives" are pairs that match; here only the videos are permuted, and
-`config.options.reference_negatives` restores the reference's rows.
+In training every title stands beside its own video once and beside videos of others twice, all of `config.options.group` rows
+of the batch. The reference permutes videos and titles alike, so that its "negatives" are pairs that match; here only the videos
+are permuted, and `config.options.reference_negatives` restores the reference's rows.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
-from ymplug_jax.tasks import candidates, inputs, losses, metrics, pairs
+from ymplug_jax.tasks import candidates, inputs, losses, metrics, pair_losses, pairs
 from ymplug_jax.tasks.retrieve import clips_of, text_of
 from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Metrics
@@ -41,6 +41,17 @@ def derangement(key: jax.Array, n: int) -> jax.Array:
         return key, jax.random.permutation(sub, places)
 
     return jax.lax.while_loop(lambda carry: jnp.any(carry[1] == places), again, (key, places))[1]
+
+
+def rows(key: jax.Array, groups: int, group: int, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What stands side by side, counted within each group: videos, texts and the texts that say whether they match, each
+    int32[groups, group, 3]. Every row has its own pair first, then two whose videos are another's."""
+    keys = jax.random.split(key, (2, groups))
+    negatives = jax.vmap(jax.vmap(partial(derangement, n=group)))(keys)  # [2, groups, group]
+    own = jnp.broadcast_to(jnp.arange(group), negatives.shape[1:])
+    videos = jnp.stack([own, *negatives], axis=-1)  # [groups, group, 3]
+    others = jnp.stack([own] * 3, axis=-1)
+    return videos, videos if options.reference_negatives else others, others
 
 
 def pair_scores(
@@ -82,7 +93,7 @@ def make(experiment: Experiment) -> Task:
         raise ValueError(f"config.model.classes is {model.classes}; matching has two: no and yes")
     if experiment.train.accumulate > 1 or experiment.train.batch_size < 2:
         raise ValueError("matching takes its negatives from the batch: config.train.accumulate 1 and batch_size >= 2")
-    tokenizer = inputs.tokenizer_for(data, model.llm.vocab)
+    tokenizer, group = inputs.tokenizer_for(data, model.llm.vocab), pair_losses.group_of(experiment)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         known, title = inputs.given(tokenizer), clean_text(text_of(record), data.max_words)
@@ -95,26 +106,23 @@ def make(experiment: Experiment) -> Task:
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
         prefix = run.encode_video(inputs.normalize(batch["video"], model.vision.dtype))["prefix"]
-        b = prefix.shape[0]
         draw = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
-        negatives = jnp.concatenate([derangement(k, b) for k in jax.random.split(draw)])  # [2B]
-        videos = jnp.concatenate([jnp.arange(b), negatives])  # [3B]
-        own = jnp.tile(jnp.arange(b), 2)
-        texts = jnp.concatenate([jnp.arange(b), negatives if options.reference_negatives else own])
-        others = jnp.concatenate([jnp.arange(b), own])
-        labels = jnp.all(batch["clip"][videos] == batch["clip"][others], axis=-1).astype(
-            jnp.int32
-        )  # another of the same clip
-        counts = batch["valid"][videos] & batch["valid"][texts]
-        ids, mask, lengths = (batch[name][texts, labels] for name in ("ids", "mask", "prompt_length"))
-        hidden = run.hidden(prefix[videos], ids, deterministic=key is None)  # [3B, Q + L, H]
+        videos, texts, others = (pick.reshape(-1, 3) for pick in rows(draw, len(prefix) // group, group, options))
+        take = partial(pair_losses.take, group=group)
+        same = take(batch["clip"], videos) == take(batch["clip"], others)  # another of the same clip is a match
+        labels = jnp.all(same, axis=-1).astype(jnp.int32)  # [3B]
+        counts = take(batch["valid"], videos) & take(batch["valid"], texts)
+        both = [take(batch[name], texts) for name in ("ids", "mask", "prompt_length")]  # [3B, 2, ...]
+        ids, mask, lengths = (jnp.where(labels.reshape(-1, *[1] * (x.ndim - 2)), x[:, 1], x[:, 0]) for x in both)
+        prefix = take(prefix, videos)  # [3B, Q, H]
+        hidden = run.hidden(prefix, ids, deterministic=key is None)  # [3B, Q + L, H]
         keep = experiment.train.keep_logits
         logits_of = partial(inputs.logits_of, model, params)
         words = losses.next_token_of(
             logits_of, hidden[:, queries:-1], ids, mask * counts[:, None], lengths, keep_logits=keep
         )[:2]
-        hidden = run.hidden(prefix[videos], batch["plain"][texts], deterministic=key is None)
-        votes = run.classify(hidden, batch["plain_mask"][texts])  # [3B, 2]
+        hidden = run.hidden(prefix, take(batch["plain"], texts), deterministic=key is None)
+        votes = run.classify(hidden, take(batch["plain_mask"], texts))  # [3B, 2]
         return losses.words_and_head(words, votes, labels, counts)
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ymplug_jax.config import Experiment
 from ymplug_jax.tasks import losses
 
 
@@ -26,6 +27,22 @@ class Masking(NamedTuple):
     replace: jax.Array  # bool[B, L]: by the mask token
     random: jax.Array  # bool[B, L]: else by a random word
     words: jax.Array  # int[B, L]: the random words
+
+
+def group_of(experiment: Experiment) -> int:
+    """Rows that negatives are drawn from: `config.options.group`, or the whole micro-batch.
+
+    Raises:
+      ValueError: the batch cannot be cut into such groups, or a group has no room for a negative.
+    """
+    size = experiment.train.batch_size // experiment.train.accumulate
+    group = experiment.options.group or size
+    if group < 2 or size % group:
+        raise ValueError(
+            f"config.options.group is {experiment.options.group}; it must be 2 or more and divide config.train.batch_size / "
+            f"accumulate = {size}"
+        )
+    return group
 
 
 def allowed(valid: jax.Array, clip: jax.Array | None, group: int) -> jax.Array:
@@ -70,9 +87,9 @@ def negative_logits(
 
 
 def take(x: jax.Array, index: jax.Array, group: int) -> jax.Array:
-    """Rows of the own group: f[B, ...], int[B] counted within the group -> f[B, ...]."""
-    parts = x.reshape(-1, group, *x.shape[1:])
-    return jax.vmap(lambda part, i: part[i])(parts, index.reshape(-1, group)).reshape(x.shape)
+    """Rows of the own group, one or more for each: f[B, ...], int[B] or int[B, K] counted within the group -> f[B K, ...]."""
+    parts = x.reshape(-1, group, *x.shape[1:])  # [B / group, group, ...]
+    return jax.vmap(lambda part, i: part[i])(parts, index.reshape(len(parts), -1)).reshape(-1, *x.shape[1:])
 
 
 def pairs(
