@@ -19,14 +19,14 @@ from tests import tiny
 from ymplug_jax import aot, hlo, state
 from ymplug_jax import run as run_lib
 from ymplug_jax import step as step_lib
-from ymplug_jax.config import Experiment
+from ymplug_jax.config import Experiment, Options
 from ymplug_jax.hlo import Collective
 from ymplug_jax.run import Run
 
 # Widths that tell what is what by its shape: 3 layers in the decoder alone, 6 the width of embeddings alone.
 MODEL = tiny.MODEL.clone(llm=tiny.MODEL.llm.clone(depth=3))
 PAIRS = tiny.MODEL.clone(contrastive_width=6)
-NAMES = ("data 2", "data 4", "data 8", "tensor 2", "fsdp 4", "contrastive", "retrieve")
+NAMES = ("data 2", "data 4", "data 8", "tensor 2", "fsdp 4", "contrastive", "retrieve", "match")
 ROWS, TEXT, QUERIES = 8, 8, tiny.MODEL.abstractor.queries
 
 
@@ -36,6 +36,9 @@ def experiment(name: str) -> Experiment:
         return tiny.experiment(PAIRS)
     if name == "retrieve":
         return dataclasses.replace(tiny.experiment(PAIRS), task="retrieve")
+    if name == "match":
+        own = tiny.experiment(tiny.MODEL.clone(classes=2), train={"batch_size": 2 * ROWS})
+        return dataclasses.replace(own, task="match", options=Options(group=2))  # two rows for each device
     axis, size = name.split()
     if axis == "data":
         return tiny.experiment(train={"batch_size": int(size)})
@@ -99,6 +102,13 @@ def test_replicas_send_gradients_and_nothing_else(maker: str) -> None:
         gradients += 4 * sum(math.prod(leaf.shape) for leaf in both)
     # Scalars of loss and metrics come on top; equal gradients (biases of one residual stream) are summed once.
     assert 0.97 * gradients <= sent(ones) < gradients + 512
+
+
+@pytest.mark.parametrize("maker", ["cpu", "tpu"])
+def test_matching_takes_negatives_from_its_own_device(maker: str) -> None:
+    ones = found("match", maker)
+    assert {(one.kind, one.axes) for one in ones} == {("all-reduce", "data")}
+    assert sent(ones) < 1.3 * trained_bytes(ready("match", jax.devices()))
 
 
 def test_weak_scaling() -> None:

@@ -289,6 +289,20 @@ def test_matching_of_groups_is_the_mean_of_groups(data: Data) -> None:
         assert float(whole[name].total) == pytest.approx(sum(float(half[name].total) for half in halves), rel=1e-5)
 
 
+def test_the_same_rows_stand_side_by_side_on_any_mesh(data: Data) -> None:
+    task, params = prepared("match", data, group=4)
+    batch = batch_of(task, Records(data.path, "train"), None, range(8))
+    found = []
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+            whole = jax.device_put(params, sharding.replicated(mesh))
+            found.append(jax.device_get(jax.jit(task.loss)(whole, placed, jax.random.key(3))[1]))
+    for name, mean in found[0].items():
+        assert found[1][name].value() == pytest.approx(mean.value(), rel=1e-5), name
+
+
 def test_retrieval_leaves_the_abstractor_alone(data: Data) -> None:
     run = run_lib.prepare(experiment("retrieve", data), jax.devices()[:1])
     assert {"abstractor", "connector", "llm"} == set(run.frozen)
