@@ -159,7 +159,8 @@ def teacher_entities(experiment: Experiment, model: ALPRO) -> np.ndarray | None:
     if found.shape != (model.entities, model.contrastive_width):
         raise ValueError(
             f"{options.entities} (config.options.entities) has {found.shape[0]} entities of width {found.shape[1]}; "
-            f"config.model.entities is {model.entities}, contrastive_width {model.contrastive_width}"
+            f"config.model.entities is {model.entities} and contrastive_width {model.contrastive_width}; give the model the "
+            "table's numbers, or the table of another prompter"
         )
     return found
 
