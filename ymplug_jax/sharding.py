@@ -170,6 +170,12 @@ def by_device(
     return jax.shard_map(run, in_specs=(place,) * len(arrays), out_specs=place, check_vma=False)(*arrays)
 
 
+def parts(axis: str) -> int:
+    """How many devices the mesh has along an axis; without a mesh, 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Pin an activation to mesh axes, e.g. `constrain(x, "batch", None, None)`; "batch" means (data, fsdp). No mesh: no effect."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -41,7 +41,7 @@ def test_rows(b: int, length: int, keys: int, n: int, h: int, causal: bool) -> N
 @pytest.mark.parametrize(("b", "t", "p", "n", "h"), FRAMES)
 def test_frames(b: int, t: int, p: int, n: int, h: int) -> None:
     def plain(*x: jax.Array) -> jax.Array:
-        return layers.frame_attention(*(a.reshape(b, t, p, n, h) for a in x)).reshape(b, t, p, n * h)
+        return layers.frame_attention(*x, n)
 
     *inputs, grad = normal(b, t, p, n * h, count=4)
     agree(lambda *x: kernels.over_frames(*x, n, True), plain, tuple(inputs), grad)
@@ -50,7 +50,8 @@ def test_frames(b: int, t: int, p: int, n: int, h: int) -> None:
 def test_frame_attention_is_attention_over_frames() -> None:
     q, k, v = normal(2, 4, 9, 3, 8, count=3)
     expected = jax.vmap(jax.nn.dot_product_attention, in_axes=2, out_axes=2)(q, k, v)
-    np.testing.assert_allclose(layers.frame_attention(q, k, v), expected, atol=1e-6)
+    flat = (x.reshape(2, 4, 9, 24) for x in (q, k, v))
+    np.testing.assert_allclose(layers.frame_attention(*flat, 3), expected.reshape(2, 4, 9, 24), atol=1e-6)
 
 
 def test_half_precision_rounds_only_what_products_take() -> None:
@@ -113,8 +114,8 @@ def test_where_a_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, maker: str, c
     assert ("pallas_call" in text) == kernel
     whole = q.astype(jnp.float32)
     assert "pallas_call" not in str(jax.make_jaxpr(lambda q: layers.attention(q, q, q, **change))(whole))
-    frames = q[:, None]
-    made = str(jax.make_jaxpr(lambda q: layers.frame_attention(q, q, q))(frames))
+    frames = q.reshape(q.shape[0], 1, q.shape[1], -1)
+    made = str(jax.make_jaxpr(lambda x: layers.frame_attention(x, x, x, q.shape[2]))(frames))
     assert ("pallas_call" in made) == (maker == "tpu")
 
 

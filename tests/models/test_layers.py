@@ -1,11 +1,13 @@
 """Attention and position tables against independent computations."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from ymplug_jax.models import layers
 
@@ -45,6 +47,41 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean() -> None:
     np.testing.assert_allclose(layers.attention(q, k, v, dropout=0.25), v, rtol=1e-6)  # no key: no dropout
 
 
+def test_what_remat_keeps_are_products_with_their_biases() -> None:
+    """Of an attention and an MLP in a stack: q, k, v, o and up; the MLP's result is the next block's to keep."""
+
+    class Block(nn.Module):
+        flat: bool
+
+        @nn.compact
+        def __call__(self, x: jax.Array, _: jax.Array) -> tuple[jax.Array, None]:
+            init = nn.initializers.normal(1.0)
+            attn = layers.Attention(8, 2, init, init, flat=self.flat, name="attn")
+            q, k, v = attn.project(x)
+            y = layers.frame_attention(q, k, v, 2) if self.flat else layers.attention(q, k, v)
+            x = x + attn.output(y)
+            return x + layers.Mlp(24, init, init, name="mlp")(x), None
+
+    for flat, shape in ((True, (6, 5, 7, 8)), (False, (6, 7, 8))):
+        found, kept = {}, {}
+        for remat in ("none", "dots", "full"):
+            blocks = layers.stack(Block, 3, remat=remat, in_axes=0)(flat)
+            x = jax.random.normal(jax.random.key(1), shape)
+            params = blocks.init(jax.random.key(0), x, jnp.zeros(3))
+            y, back = jax.vjp(lambda *given, blocks=blocks: blocks.apply(*given, jnp.zeros(3))[0], params, x)
+            found[remat] = y, back(jnp.ones_like(y))
+            kept[remat] = sorted(
+                a.shape for a in jax.tree.leaves(back) if a.shape[:2] == (3, 6)
+            )  # [layers, batch, ...]
+        for remat in ("dots", "full"):
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found[remat], found["none"])
+        rows = (3, *shape[:-1])
+        heads = (*rows, 8) if flat else (*rows, 2, 4)
+        assert kept["dots"] == sorted([(*rows, 8)] * 2 + [heads] * 3 + [(*rows, 24)])  # the carry and o; q, k, v; up
+        assert kept["full"] == [(*rows, 8)]
+        assert len(kept["none"]) > len(kept["dots"])
+
+
 def test_gelu_and_its_derivatives_are_exact() -> None:
     x = jnp.linspace(-9, 9, 4001)
     below = np.array([0.5 * math.erfc(-t / math.sqrt(2)) for t in np.asarray(x, np.float64)])
@@ -54,6 +91,14 @@ def test_gelu_and_its_derivatives_are_exact() -> None:
     y, tangent = jax.jvp(layers.gelu, (x,), (2 * jnp.ones_like(x),))
     np.testing.assert_array_equal(y, layers.gelu(x))
     np.testing.assert_allclose(tangent, 2 * expected, rtol=1e-6, atol=2e-6)
+
+
+def test_gelu_by_tanh_is_the_one_of_jax() -> None:
+    x = jnp.linspace(-9, 9, 4001)
+    theirs = partial(jax.nn.gelu, approximate=True)
+    np.testing.assert_allclose(layers.gelu(x, True), theirs(x), rtol=1e-6, atol=1e-6)
+    slope = jax.vmap(jax.grad(partial(layers.gelu, tanh=True)))(x)
+    np.testing.assert_allclose(slope, jax.vmap(jax.grad(theirs))(x), rtol=1e-5, atol=1e-5)
 
 
 def test_gelu_of_half_precision_is_rounded_once() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from ymplug_jax import sharding
 from ymplug_jax.models import kernels
@@ -19,8 +20,10 @@ from ymplug_jax.models import kernels
 Initializer = Callable[..., jax.Array]
 HALF = ("bfloat16", "float16")
 
-# What the backward pass may keep of a block instead of computing it again.
-REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# What the backward pass may keep of a block instead of computing it again: nothing, or the results of products with weights.
+# With their biases: a result that is kept without would be written twice, once more for what reads it.
+PRODUCT = "product"
+REMAT = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
 # Axis words of a stack of transformer blocks, by path below the tower.
 BLOCK_AXES = (
@@ -34,6 +37,11 @@ BLOCK_AXES = (
     ("blocks/mlp/down/kernel", "layers mlp embed"),
     ("blocks/mlp/down/bias", "layers embed"),
 )
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """Marks the result of a product with weights: with remat "dots" the backward pass keeps it."""
+    return checkpoint_name(x, PRODUCT)
 
 
 def uniform(bound: float) -> Initializer:
@@ -95,22 +103,25 @@ def attention(
     return jnp.einsum("bnls,bsnh->blnh", weights.astype(v.dtype), v)
 
 
-def frame_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of every patch to itself in the other frames: f[B, T, P, N, H] -> f[B, T, P, N, H].
+def frame_attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    """Attention of every patch to itself in the other frames: f[B, T, P, D] -> f[B, T, P, D], heads side by side.
 
     T is small: one kernel on TPU in half precision; elsewhere logits [B, T, T, N, P] from operands as they lie, without copies
     that bring the frames together. Logits and softmax are float32.
     """
+    d = q.shape[-1]
     if v.dtype in HALF and sharding.computes_on("tpu"):
 
         def run(*parts: jax.Array) -> jax.Array:
-            heads, flat = parts[0].shape[3], (*parts[0].shape[:3], -1)
-            return kernels.over_frames(*(x.reshape(flat) for x in parts), heads).reshape(parts[0].shape)
+            return kernels.over_frames(*parts, heads * parts[0].shape[-1] // d)
 
-        return sharding.by_device(run, q, k, v, axes=("batch", None, None, "tensor", None))
+        cut = "tensor" if heads % sharding.parts("tensor") == 0 else None
+        return sharding.by_device(run, q, k, v, axes=("batch", None, None, cut))
+    q, k, v = (x.reshape(*x.shape[:-1], heads, d // heads) for x in (q, k, v))  # [B, T, P, N, H]
     logits = jnp.einsum("btpnh,bspnh->btsnp", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(logits, axis=2).astype(v.dtype)  # [B, T, S, N, P], S the frame that is seen
-    return jnp.einsum("btsnp,bspnh->btpnh", weights, v)
+    y = jnp.einsum("btsnp,bspnh->btpnh", weights, v)
+    return y.reshape(*y.shape[:-2], d)  # [B, T, P, D]
 
 
 def branch_attention(
@@ -143,6 +154,26 @@ def branch_attention(
     return y + jnp.einsum("bknlw,bkwnh->bklnh", weights[..., split:], own[1])
 
 
+class _Flat(nn.Module):
+    """nn.DenseGeneral over heads as a product of matrices, f[..., C] -> f[..., D], with the parameters of the former.
+
+    A TPU lays out a result [..., N, H] with positions next to each other, and has to turn it for a kernel that reads rows of D.
+    """
+
+    kernel: tuple[int, ...]  # its shape, [D, N, H] or [N, H, D]
+    bias: tuple[int, ...]  # its shape; (): there is none
+    kernel_init: Initializer
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, self.kernel).reshape(x.shape[-1], -1)  # [C, D]
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.bias).reshape(-1).astype(self.dtype)
+        return y
+
+
 class Attention(nn.Module):
     """The projections around `attention`: kernels q, k, v [D, N, H] and o [N, H, D]; biases start at zero."""
 
@@ -151,45 +182,57 @@ class Attention(nn.Module):
     kernel_init: Initializer
     out_init: Initializer
     key_bias: bool = True  # a key bias shifts all logits of a query alike, so some models leave it out
+    flat: bool = False  # heads side by side in rows of D, as the kernel of `frame_attention` reads them
     dtype: str = "float32"
 
     def setup(self) -> None:
-        def project(bias: bool) -> nn.DenseGeneral:
-            shape = (self.heads, self.width // self.heads)
-            return nn.DenseGeneral(shape, use_bias=bias, kernel_init=self.kernel_init, dtype=jnp.dtype(self.dtype))
+        dtype, heads = jnp.dtype(self.dtype), (self.heads, self.width // self.heads)
+
+        def project(bias: bool) -> nn.Module:
+            if self.flat:
+                return _Flat((self.width, *heads), heads if bias else (), self.kernel_init, dtype)
+            return nn.DenseGeneral(heads, use_bias=bias, kernel_init=self.kernel_init, dtype=dtype)
 
         self.q, self.k, self.v = project(True), project(self.key_bias), project(True)
-        self.o = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=self.out_init, dtype=jnp.dtype(self.dtype))
+        if self.flat:
+            self.o = _Flat((*heads, self.width), (self.width,), self.out_init, dtype)
+        else:
+            self.o = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=self.out_init, dtype=dtype)
 
     def project(self, x: jax.Array, context: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """f[..., D] (and f[..., S, D] to attend to, by default the same) -> q, k, v f[..., N, H]."""
+        """f[..., D] (and f[..., S, D] to attend to, by default the same) -> q, k, v f[..., N, H] (or f[..., D], see `flat`)."""
         context = x if context is None else context
-        return self.q(x), self.k(context), self.v(context)
+        return kept(self.q(x)), kept(self.k(context)), kept(self.v(context))
 
     def output(self, y: jax.Array) -> jax.Array:
-        """f[..., N, H] -> f[..., D]."""
-        return self.o(y)
+        """f[..., N, H] (or f[..., D], see `flat`) -> f[..., D]."""
+        return kept(self.o(y))
 
 
-@jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x/2 (1 + erf(x/sqrt 2)), in float32 whatever the type: f[...] -> f[...].
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def gelu(x: jax.Array, tanh: bool = False) -> jax.Array:
+    """GELU, x/2 (1 + erf(x/sqrt 2)) or its approximation by tanh, in float32 whatever the type: f[...] -> f[...].
 
     JAX's own takes erfc, which costs more on every kind of device. The backward pass keeps the derivative and nothing else.
     """
-    return _gelu_and_slope(x)[0]
+    return _gelu_and_slope(x, tanh)[0]
 
 
 @gelu.defjvp
-def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    y, slope = _gelu_and_slope(*primals)
+def _(tanh: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    y, slope = _gelu_and_slope(*primals, tanh)
     return y, slope * tangents[0]
 
 
-def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gelu_and_slope(x: jax.Array, tanh: bool) -> tuple[jax.Array, jax.Array]:
     wide = x.astype(jnp.float32)
-    below = 0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5)  # the normal distribution's share below x
-    density = (2 * math.pi) ** -0.5 * jnp.exp(-0.5 * wide * wide)
+    square = wide * wide
+    if tanh:
+        below = 0.5 + 0.5 * jnp.tanh((2 / math.pi) ** 0.5 * wide * (1 + 0.044715 * square))
+        density = below * (1 - below) * (8 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * square)
+    else:
+        below = 0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5)  # the normal distribution's share below x
+        density = (2 * math.pi) ** -0.5 * jnp.exp(-0.5 * square)
     return (wide * below).astype(x.dtype), (below + wide * density).astype(x.dtype)
 
 
@@ -207,13 +250,11 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype, width = jnp.dtype(self.dtype), x.shape[-1]
-        x = nn.Dense(self.hidden, kernel_init=self.up_init, bias_init=self.up_bias_init, dtype=dtype, name="up")(
-            x
-        )  # [..., M]
-        x = jax.nn.gelu(x, approximate=True) if self.tanh else gelu(x)
-        return nn.Dense(width, kernel_init=self.down_init, bias_init=self.down_bias_init, dtype=dtype, name="down")(
-            x
-        )  # [..., D]
+        up = nn.Dense(self.hidden, kernel_init=self.up_init, bias_init=self.up_bias_init, dtype=dtype, name="up")
+        x = kept(up(x))  # [..., M]
+        x = gelu(x, self.tanh)
+        down = nn.Dense(width, kernel_init=self.down_init, bias_init=self.down_bias_init, dtype=dtype, name="down")
+        return kept(down(x))  # [..., D]
 
 
 def unit(x: jax.Array) -> jax.Array:

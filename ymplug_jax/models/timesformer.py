@@ -77,29 +77,30 @@ class Block(nn.Module):
                 2.0 * (layer + 1)
             )  # outputs on the residual path, smaller with depth
 
-        def kept(y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+        def staying(y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
             """Stochastic depth: each of `rows` is dropped by itself."""
             if rate is None:
                 return y
             stays = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, rows)
             return jnp.where(stays, y / (1 - rate), 0).astype(y.dtype)
 
-        def attn(name: str, out_init: layers.Initializer) -> layers.Attention:
-            return layers.Attention(d, self.heads, normal, out_init, key_bias=False, dtype=self.dtype, name=name)
+        def attn(name: str, out_init: layers.Initializer, flat: bool) -> layers.Attention:
+            return layers.Attention(
+                d, self.heads, normal, out_init, key_bias=False, flat=flat, dtype=self.dtype, name=name
+            )
 
-        temporal = attn("temporal_attn", normal)
-        q, k, v = temporal.project(layers.norm("temporal_norm", EPS, self.dtype)(x))  # [B, T, P, N, H]
-        y = temporal.output(layers.frame_attention(q, k, v))  # [B, T, P, D]
+        temporal = attn("temporal_attn", normal, flat=True)
+        q, k, v = temporal.project(layers.norm("temporal_norm", EPS, self.dtype)(x))  # [B, T, P, D] each
+        y = temporal.output(layers.frame_attention(q, k, v, self.heads))
         zeros = nn.initializers.zeros
-        x = x + nn.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")(
-            kept(y, (b, 1, p, 1))
-        )
+        fc = nn.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")
+        x = x + layers.kept(fc(staying(y, (b, 1, p, 1))))
 
         frame = jnp.concatenate([jnp.broadcast_to(cls[:, None, None], (b, t, 1, d)), x], axis=2)  # [B, T, 1 + P, D]
-        spatial = attn("attn", shrunk)
-        qkv = spatial.project(layers.norm("attn_norm", EPS, self.dtype)(frame))  # [B, T, 1 + P, N, H]
-        y = layers.attention(*(a.reshape(b * t, 1 + p, *a.shape[3:]) for a in qkv))  # [B * T, 1 + P, N, H]
-        y = kept(spatial.output(y).reshape(b, t, 1 + p, d), (b, t, 1, 1))
+        spatial = attn("attn", shrunk, flat=False)
+        frame = layers.norm("attn_norm", EPS, self.dtype)(frame).reshape(b * t, 1 + p, d)  # [B * T, 1 + P, D]
+        y = layers.attention(*spatial.project(frame))  # [B * T, 1 + P, N, H]
+        y = staying(spatial.output(y).reshape(b, t, 1 + p, d), (b, t, 1, 1))
         x, cls = x + y[:, :, 1:], cls + y[:, :, 0].mean(axis=1)
 
         mlp_norm = layers.norm("mlp_norm", EPS, self.dtype)
@@ -107,7 +108,7 @@ class Block(nn.Module):
         if rate is None:
             return _by_rows(x + mlp(mlp_norm(x)), cls + mlp(mlp_norm(cls))), None
         both = jnp.concatenate([cls[:, None], x.reshape(b, t * p, d)], axis=1)  # dropped together: [B, 1 + T * P, D]
-        both = both + kept(mlp(mlp_norm(both)), (b, 1, 1))
+        both = both + staying(mlp(mlp_norm(both)), (b, 1, 1))
         return _by_rows(both[:, 1:].reshape(b, t, p, d), both[:, 0]), None
 
 
