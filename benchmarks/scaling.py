@@ -70,7 +70,9 @@ def measure(job: dict) -> dict:
     if done.returncode not in (0, 3):
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     print(key(job), flush=True)
-    return job | {"facts": json.loads(done.stdout.splitlines()[-1])}
+    facts = json.loads(done.stdout.splitlines()[-1])
+    facts.pop("compiler_costs", None)  # as long as the rest, and not in the table
+    return job | {"facts": facts}
 
 
 def row(job: dict) -> str:

@@ -87,6 +87,29 @@ ENTRY %main (x: f32[2,8]) -> f32[8,8] {
     assert found.collectives == {"collective-permute": {"data": 64.0}, "all-gather": {"fsdp": 256.0 + 256.0 + 64.0}}
 
 
+def test_cycles_are_told_by_operation_and_pass() -> None:
+    def line(name: str, kind: str, path: str, cycles: int) -> str:
+        config = f'backend_config={{"estimated_cycles":"{cycles}"}}'
+        return f'  %{name} = f32[8]{{0}} {kind}(%x, %x), metadata={{op_name="jit(step)/{path}"}}, {config}'
+
+    lines = [
+        "ENTRY %main (x: f32[8]) -> f32[8] {",
+        "  %x = f32[8]{0} parameter(0)",
+        line("a", "add", "jvp(Model.encode)/vision/while/body/closed_call/blocks/norm/add", 5),
+        line("b", "dot", "transpose(jvp(Model.encode))/vision/while/body/checkpoint/blocks/mlp/up/dot_general", 40),
+        line("c", "dot", "transpose(jvp(Model.encode))/vision/while/body/closed_call/blocks/mlp/up/dot_general", 2),
+        line("d", "add", "transpose(jvp(Model))/while/body/checkpoint/rematted_computation/blocks/norm/add", 7),
+        "}",
+    ]
+    found = hlo.traffic("HloModule m\n\n" + "\n".join(lines), {"data": 1})
+    assert found.cycles == 54
+    assert found.costs == (
+        hlo.Cost("backward vision/blocks/mlp/up/dot_general", True, 2, 42),
+        hlo.Cost("backward again blocks/norm/add", False, 1, 7),
+        hlo.Cost("forward vision/blocks/norm/add", False, 1, 5),
+    )
+
+
 def test_bytes_leaving_a_chip() -> None:
     assert chips.leaving("all-reduce", 8.0, 4) == (12.0, 0.0)
     assert chips.leaving("all-gather", 8.0, 4) == (6.0, 0.0)
@@ -129,6 +152,9 @@ def test_compile_mode_on_a_slice() -> None:
     assert any("fsdp" in axes for axes in facts["collectives"]["all-gather"])  # libtpu hides them in fusions
     assert 0 < facts["predicted_mfu"] < 1
     assert "predicted MFU" in done.stderr
+    costs = facts["compiler_costs"]
+    assert costs == sorted(costs, key=lambda cost: -cost["cycles"]) and costs[0]["operation"] in done.stderr
+    assert 0 < sum(cost["seconds"] for cost in costs) < facts["compiler_step_seconds"]
     two = json.loads(_compile("--topology", "v5e:2x2", "--slices", "2").stdout.splitlines()[-1])
     assert two["devices"] == 8 and two["seconds"]["network"] > 0
     assert _compile("--topology", "v9:1x1").returncode == 2

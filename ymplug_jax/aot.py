@@ -25,6 +25,8 @@ ADVICE = (
     "config.mesh.fsdp, config.train.frozen_dtype=int8, config.train.accumulate=2, a smaller config.train.batch_size"
 )
 
+COSTS = 16  # operations that are listed
+
 
 def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[str, Any]:
     """Compile for `slices` of a slice such as "v5e:4x8" and account for the result.
@@ -33,7 +35,8 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
       devices, mesh, hbm_bytes_per_device (and its parts, the capacity, `fits`), compile_seconds, model_flops_per_device (without
       what is computed twice), program_flops_per_device, collectives (kind -> mesh axes -> bytes of results), seconds (by what
       bounds them), predicted_step_seconds, predicted_mfu, predicted_samples_per_second; compiler_step_seconds and compiler_mfu:
-      the same with what libtpu itself expects of every instruction instead of the roofline.
+      the same with what libtpu itself expects of every instruction instead of the roofline; compiler_costs: that of the
+      costliest operations, `hlo.Cost` and its seconds.
 
     Raises:
       ValueError: an unknown slice, or settings that do not fit it.
@@ -107,6 +110,7 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
             "predicted_samples_per_second": experiment.train.batch_size / seconds["step"],
             "compiler_step_seconds": expected,
             "compiler_mfu": facts["model_flops_per_device"] / chip.flops / expected,
+            "compiler_costs": [cost._asdict() | {"seconds": cost.cycles / chip.clock} for cost in moved.costs[:COSTS]],
         }
         | ({} if fits else {"advice": ADVICE})
     )
@@ -189,6 +193,10 @@ def render(facts: Mapping[str, Any]) -> str:
                 f"{1e3 * facts['compiler_step_seconds']:.1f} ms, MFU {100 * facts['compiler_mfu']:.1f} %",
             )
         )
+        share = sum(cost["seconds"] for cost in facts["compiler_costs"]) / facts["compiler_step_seconds"]
+        rows.append((f"of which {100 * share:.0f} %", "time, instructions, operation"))
+        for cost in facts["compiler_costs"]:
+            rows.append(("", f"{1e3 * cost['seconds']:7.2f} ms {cost['times']:5.0f} x  {cost['operation']}"))
     if not facts["fits"]:
         rows.append(("DOES NOT FIT", facts["advice"]))
     return plan.columns(rows)

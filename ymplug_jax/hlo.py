@@ -35,6 +35,15 @@ class Op(NamedTuple):
     text: str  # the whole line
 
 
+class Cost(NamedTuple):
+    """What XLA's TPU compiler expects of the instructions that one operation of the program became."""
+
+    operation: str  # "backward vision/blocks/mlp/up/dot_general"; "again": computed once more in the backward pass
+    product: bool  # with a matrix product
+    times: float  # instructions that one run of the program runs
+    cycles: float
+
+
 class Traffic(NamedTuple):
     """Of one device in one run of the program."""
 
@@ -42,7 +51,10 @@ class Traffic(NamedTuple):
     product_bytes: float  # HBM traffic of instructions with a matrix product
     other_bytes: float
     kernel_bytes: float = 0.0  # of the first, those of kernels
-    cycles: float = 0.0  # that XLA's TPU compiler expects of its own instructions; it gives none for kernels and copies
+    cycles: float = (
+        0.0  # that XLA's TPU compiler expects of its own instructions; it gives none for kernels and some copies
+    )
+    costs: tuple[Cost, ...] = ()  # the cycles by operation, the largest first
 
 
 class Collective(NamedTuple):
@@ -62,19 +74,34 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for one in _sent(computations, entry, mesh):
         sent[one.kind][one.axes] += one.times * one.size
-    moved, kernels, cycles = [0.0, 0.0], 0.0, 0.0
+    moved, kernels = [0.0, 0.0], 0.0
+    costs: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for op, table, times, _ in _run(computations, entry):
+        inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
+        product = any(part.kind in ("convolution", "dot") or KERNEL in part.text for part in (*inner, op))
         if found := re.search(r'"estimated_cycles":"(\d+)"', op.text):
-            cycles += times * int(found[1])
+            cost = costs[_operation(op), product]
+            cost[0] += times
+            cost[1] += times * int(found[1])
         if _reached(op, computations) or op.kind.removesuffix("-start") in COLLECTIVES:
             continue
         if op.kind not in _FREE and not op.kind.endswith(("-done", "-update")):
-            inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
-            product = any(part.kind in ("convolution", "dot") or KERNEL in part.text for part in (*inner, op))
             size = times * _bytes(op, table, inner, computations)
             moved[0 if product else 1] += size
             kernels += size if KERNEL in op.text else 0
-    return Traffic({kind: dict(axes) for kind, axes in sent.items()}, *moved, kernels, cycles)
+    listed = sorted((Cost(*key, *cost) for key, cost in costs.items()), key=lambda cost: -cost.cycles)
+    cycles = sum(cost.cycles for cost in listed)
+    return Traffic({kind: dict(axes) for kind, axes in sent.items()}, *moved, kernels, cycles, tuple(listed))
+
+
+def _operation(op: Op) -> str:
+    """Where in the model an instruction comes from, and in which pass."""
+    found = re.search(r'op_name="([^"]*)"', op.text)
+    path = found[1] if found else op.kind
+    way = "backward " if "transpose(jvp(" in path else "forward " if "jvp(" in path else ""
+    way += "again " if "rematted_computation" in path else ""
+    dull = r"jit\([^/]*\)|(transpose\()?jvp\([^/]*\)|while|body|closed_call|checkpoint|rematted_computation|\w+\._run"
+    return way + "/".join(part for part in path.split("/") if not re.fullmatch(dull, part))
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
