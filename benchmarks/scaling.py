@@ -1,8 +1,9 @@
 """SCALING.md: every real configuration compiled for every slice, as `--mode compile` sees it.
 
-    python -m benchmarks.scaling [--only v5e ...] [--missing]     # needs the extra `tpu`; a few minutes for each row
+    python -m benchmarks.scaling [--only v5e ...] [--missing] [--stale]     # needs the extra `tpu`; a minute or more for each row
 
-Results are kept in SCALING.json, so that single rows can be made again; SCALING.md is drawn from all of them.
+Results are kept in SCALING.json, so that single rows can be made again; SCALING.md is drawn from all of them. After a change of
+the models `--stale` marks the rows as older than it; the mark goes with the next making, and `--missing` makes those rows, too.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def row(job: dict) -> str:
     """One line of a table."""
     facts = job["facts"]
     place = f"{job['slices']} x {job['topology']}" if job["slices"] > 1 else job["topology"]
-    head = f"| `{job['task']}.py:{job['config']}` | {place} | {facts['devices']} | {facts['batch_size'] // facts['devices']} "
+    mark = " †" if job.get("old") else ""
+    head = f"| `{job['task']}.py:{job['config']}`{mark} | {place} | {facts['devices']} | {facts['batch_size'] // facts['devices']} "
     if not facts["fits"]:
         return head + "| does not fit | | | | | | |"
     gib = 2**30
@@ -122,6 +124,8 @@ def draw(results: dict[str, dict]) -> str:
         text += (
             f"{missing} of {len(jobs())} rows are not made yet; `python -m benchmarks.scaling --missing` makes them.\n"
         )
+    if any(job.get("old") for job in results.values()):
+        text += "† compiled before the models last changed; `python -m benchmarks.scaling --missing` compiles these again.\n"
     return text.rstrip() + "\n"
 
 
@@ -129,12 +133,18 @@ def main() -> None:
     """Compile the rows whose name contains --only and draw the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="words of which all must be in a row's name")
-    parser.add_argument("--missing", action="store_true", help="only rows that are not there yet")
+    parser.add_argument("--missing", action="store_true", help="only rows that are not there yet, or are stale")
+    parser.add_argument("--stale", action="store_true", help="first mark all rows as older than the models")
     args = parser.parse_args()
     results = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
     wanted = [job for job in jobs() if all(word in key(job) for word in args.only)]
+    if args.stale:
+        results = {name: job | {"old": True} for name, job in results.items()}
+        DATA.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if args.missing:
+        wanted = [job for job in wanted if results.get(key(job), {"old": True}).get("old")]
     with ThreadPoolExecutor(2) as pool:
-        for made in pool.map(measure, [job for job in wanted if not (args.missing and key(job) in results)]):
+        for made in pool.map(measure, wanted):
             results[key(made)] = made
             DATA.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (ROOT / "SCALING.md").write_text(draw(results), encoding="utf-8")

@@ -24,6 +24,16 @@ def test_every_row_is_one_that_the_command_makes() -> None:
         assert jobs[name].items() <= row.items(), name
 
 
+def test_rows_older_than_the_models_are_marked() -> None:
+    name = "match 2.7b@v5p-64 v5p:4x4x4 x1"
+    page = scaling.draw({key: {k: v for k, v in row.items() if k != "old"} for key, row in RESULTS.items()})
+    assert "†" not in page
+    marked = scaling.draw({name: RESULTS[name] | {"old": True}})
+    assert (
+        "| `match.py:2.7b@v5p-64` † |" in marked and marked.count("†") == 2 and "--missing" in marked.splitlines()[-1]
+    )
+
+
 def test_every_layout_fits_its_chips() -> None:
     assert not [name for name, row in RESULTS.items() if not row["facts"]["fits"]]
 
