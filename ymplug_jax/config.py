@@ -98,9 +98,8 @@ class Options:
     reference_negatives: bool = False
     candidates: str = ""  # match: index.npz of a retrieval run's evaluation, whose best pairs are scored; "": all pairs
     best: int = 32  # match: pairs of each video and each title that are taken from it; alpro_retrieve: 0 for all pairs
-    group: int = (
-        0  # alpro, match: rows of a batch that share negatives, the reference's batch of one device; 0: all of them
-    )
+    # alpro, match: rows of a batch that share negatives, the reference's batch of one device; 0: all of them
+    group: int = 0
     masked_share: float = 0.15  # alpro_pretrain: words to be told
     entities: str = ""  # alpro_pretrain: index.npz of a prompter's evaluation, the teacher's table of entities
     reference_entities: bool = (

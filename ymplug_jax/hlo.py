@@ -51,9 +51,7 @@ class Traffic(NamedTuple):
     product_bytes: float  # HBM traffic of instructions with a matrix product
     other_bytes: float
     kernel_bytes: float = 0.0  # of the first, those of kernels
-    cycles: float = (
-        0.0  # that XLA's TPU compiler expects of its own instructions; it gives none for kernels and some copies
-    )
+    cycles: float = 0.0  # that libtpu expects of its own instructions; it gives none for kernels and some copies
     costs: tuple[Cost, ...] = ()  # the cycles by operation, the largest first
 
 

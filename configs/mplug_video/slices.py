@@ -64,8 +64,7 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
     )
     train = dataclasses.replace(experiment.train, batch_size=layout.chips * each, frozen_dtype=layout.frozen_dtype)
     options = experiment.options
-    if (
-        experiment.task == "match"
-    ):  # negatives from the own chip are not sent; where it has few rows, from its neighbours
+    if experiment.task == "match":
+        # Negatives from the own chip are not sent; where it has few rows, they come from its neighbours.
         options = dataclasses.replace(options, group=next(each * n for n in (1, 2, 4, 8) if each * n >= 8))
     return dataclasses.replace(experiment, model=model, train=train, options=options)

@@ -54,6 +54,19 @@ def test_frame_attention_is_attention_over_frames() -> None:
     np.testing.assert_allclose(layers.frame_attention(*flat, 3), expected.reshape(2, 4, 9, 24), atol=1e-6)
 
 
+@pytest.mark.parametrize("heads", [2, 3])
+def test_frames_cut_over_devices(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    """Heads over tensor where they can be cut; three of them stay whole, though rows of D could be halved."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in normal(4, 2, 6, heads * 8, count=3))
+    wanted = layers.frame_attention(*(x.astype(jnp.float32) for x in (q, k, v)), heads)
+    original = kernels.over_frames
+    monkeypatch.setattr(sharding, "computes_on", lambda name: name == "tpu")
+    monkeypatch.setattr(kernels, "over_frames", lambda *given: original(*given, True))
+    with jax.set_mesh(sharding.make_mesh(4, 1, 2)):
+        made = jax.jit(lambda *x: layers.frame_attention(*x, heads))(q, k, v)
+    np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.03)
+
+
 def test_half_precision_rounds_only_what_products_take() -> None:
     q, k, v = (x.astype(jnp.bfloat16) for x in normal(2, 33, 4, 16, count=3))
     wanted = layers.attention(*(x.astype(jnp.float32) for x in (q, k, v)))

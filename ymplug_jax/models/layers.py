@@ -213,7 +213,7 @@ class Attention(nn.Module):
 def gelu(x: jax.Array, tanh: bool = False) -> jax.Array:
     """GELU, x/2 (1 + erf(x/sqrt 2)) or its approximation by tanh, in float32 whatever the type: f[...] -> f[...].
 
-    JAX's own takes erfc, which costs more on every kind of device. The backward pass keeps the derivative and nothing else.
+    JAX's own takes erfc, which costs more on CPU and TPU (BENCHMARKS.md). The backward pass keeps the derivative and nothing else.
     """
     return _gelu_and_slope(x, tanh)[0]
 
