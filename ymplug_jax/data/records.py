@@ -169,7 +169,10 @@ def _shards_of(path: str, split: str, names: set[str]) -> list[str]:
             found.setdefault(match[2], {}).setdefault((match[1], int(match[4])), set()).add(int(match[3]))
     if split not in found:
         there = ", ".join(sorted(found)) or "no shards at all"
-        raise FileNotFoundError(f"{path}: no split {split!r} here, there are: {there}; change config.data or build it")
+        raise FileNotFoundError(
+            f"{path}: no split {split!r} here, there are: {there}; build it or name another "
+            "(config.data.train_split, config.data.eval_split; with an empty eval_split nothing is evaluated in training)"
+        )
     if len(found[split]) > 1:
         builds = ", ".join(f"{prefix}-{split} of {count} shards" for prefix, count in sorted(found[split]))
         raise ValueError(f"{path}: split {split!r} holds several builds ({builds}); keep one of them in this folder")
