@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ymplug_jax"
 FLOORS = {
-    5: ["main", "demo"],
+    5: ["main", "demo", "compare"],
     4: [
         "train",
         "step",
@@ -25,10 +25,11 @@ FLOORS = {
         "chips",
         "flops",
         "hlo",
+        "preflight",
     ],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize"],
+    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize", "exits", "run_folder"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {

@@ -21,6 +21,7 @@ class Data:
     eval_split: str = "validation"  # empty: never evaluate during training
     examples: int = 0  # size of the training split where `path` is empty, to plan a run without its data
     tokenizer: str = ""  # *.model (sentencepiece), tokenizer.json or vocab.txt
+    classes: str = ""  # file of class names, one a line; empty: the 45 categories of Youku-mPLUG
     lower_case: bool = True  # of a BERT vocab.txt: letters in lower case, without accents
     frames: int = 4  # T, frames shown to the model out of those stored
     image_size: int = 224  # S, pixels
