@@ -12,7 +12,7 @@ from etils.epath import backend, gpath
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
-from ymplug_jax import checkpoint, config, evaluate, run, train, writer
+from ymplug_jax import checkpoint, config, evaluate, run, run_folder, writer
 from ymplug_jax.tasks.task import Report
 
 
@@ -55,8 +55,8 @@ def test_names_of_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ("~/x", "/home/a/x", "/home/a/x"),
         ("runs/x", "runs/x", f"{tmp_path}/runs/x"),
     ):
-        assert str(checkpoint.folder_of(name)) == folder and str(checkpoint._whole(name)) == whole
-        assert str(checkpoint._whole(str(checkpoint.folder_of(name)))) == whole
+        assert str(checkpoint.folder_of(name)) == folder and str(checkpoint.whole(name)) == whole
+        assert str(checkpoint.whole(str(checkpoint.folder_of(name)))) == whole
 
 
 def test_checkpoints_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
@@ -104,8 +104,8 @@ def test_settings_and_scores_of_a_bucket(bucket: Path, tmp_path: Path):
     ((_, one), (_, two)) = run.seeds(experiment, checkpoint.folder_of("gs://bucket/run"), 2)
     assert str(one) == f"gs://bucket/run/seed_{experiment.train.seed}" and str(two).startswith("gs://bucket/run/seed_")
     one.mkdir(parents=True, exist_ok=True)
-    train._write_facts(experiment, one)
-    train._write_facts(experiment, one)
+    run_folder.write(experiment, one)
+    run_folder.write(experiment, one)
     folder = bucket / "run" / one.name
     assert json.loads((folder / "config.json").read_text())["task"] == "pretrain"
     assert (folder / "environment.json").exists() and (folder / "tokenizer" / "t.model").read_bytes() == b"tokens"

@@ -68,19 +68,30 @@ class Train:
     accumulate: int = 1  # micro-batches that one step is cut into
     duration: str = "10 epochs"
     seed: int = 42
-    log_every: int = 50  # steps
+    log_every: str = "50 steps"  # a bare number counts steps
     eval_every: str = "1 epochs"
     eval_examples: int = 1024  # at most, from the head of the evaluation split
     save_every: str = "1 epochs"
     keep: int = 3  # newest checkpoints kept
     max_bad_steps: int = 20  # consecutive steps with a non-finite loss or gradient before the run stops
     init_from: str = ""  # "DIR" (every parameter), "llm=DIR,vision=DIR" (named subtrees), "NAME:STORED=DIR"
+    other_tokenizer: bool = False  # init_from may have been trained with another tokenizer
     frozen: tuple[str, ...] | None = None  # path regexes; None: what the task freezes by itself
     keep_logits: bool = (
         False  # keep the logits for the backward pass instead of computing them again: faster, more memory
     )
     # In which frozen parameters are kept; "int8": stacked matrices in eight bits while a run computes, bfloat16 in checkpoints.
     frozen_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        every = self.log_every  # was a number of steps once: configs, command lines and runs of that time still hold it
+        if (
+            isinstance(every, int)
+            and not isinstance(every, bool)
+            or isinstance(every, str)
+            and every.strip().isdecimal()
+        ):
+            object.__setattr__(self, "log_every", f"{int(every)} steps")
 
 
 @dataclasses.dataclass(frozen=True)

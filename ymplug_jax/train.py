@@ -1,22 +1,18 @@
 """The one training loop. It sees a Task, never a particular model; what a run needs is laid out in `run.py`."""
 
 import contextlib
-import json
 import logging
-import platform
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
-from typing import Any
 
 import jax
 from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ymplug_jax import config, evaluate, plan, sharding
+from ymplug_jax import config, evaluate, plan, run_folder, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import step as step_lib
 from ymplug_jax.checkpoint import Checkpoints
@@ -48,7 +44,7 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
     settings, data = experiment.train, experiment.data
     first = jax.process_index() == 0
     if first:
-        _write_facts(experiment, workdir)
+        run_folder.write(experiment, workdir)
     state, frozen, seen, origin = run_lib.initialise(run, checkpoints)
     start = int(state.step)
     logging.info("\n%s", plan.table(run, origin))
@@ -60,12 +56,11 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
     frozen = run_lib.hold(run, frozen)
 
     writer = Writer(workdir, active=first)
-    save_every = max(
-        1, config.steps_in(settings.save_every, steps_per_epoch=run.steps_per_epoch, total=run.total_steps)
-    )
-    eval_every = max(
-        1, config.steps_in(settings.eval_every, steps_per_epoch=run.steps_per_epoch, total=run.total_steps)
-    )
+
+    def steps(duration: str) -> int:
+        return max(1, config.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
+
+    log_every, save_every, eval_every = map(steps, (settings.log_every, settings.save_every, settings.eval_every))
     key = sharding.on_all_hosts(lambda: jax.random.key(settings.seed), sharding.replicated(run.mesh))
     scores: dict[str, float] = {}
     stop = _Stop()
@@ -98,7 +93,7 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
                 state, metrics = compiled(state, frozen, batch, key)
             log.add(step, metrics)
             last, stopping = step == run.total_steps, stop.asked(step)
-            if step % settings.log_every == 0 or last or stopping:
+            if step % log_every == 0 or last or stopping:
                 log.flush(step, corrupt=feed.skipped)
             if held_out is not None and (step % eval_every == 0 or last):
                 log.flush(step)
@@ -225,42 +220,3 @@ class _Log:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _write_facts(experiment: Experiment, workdir: epath.Path) -> None:
-    """config.json, environment.json and the tokenizer; a changed setting of a resumed run is named."""
-    path = workdir / "config.json"
-    text = config.to_json(experiment)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        old, new = _leaves(json.loads(path.read_text(encoding="utf-8"))), _leaves(json.loads(text))
-        changed = [
-            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
-        logging.warning("this folder was written with other settings: %s", "; ".join(changed))
-    path.write_text(text, encoding="utf-8")
-    if experiment.data.tokenizer:  # a run answers questions long after its data is gone
-        (workdir / "tokenizer").mkdir(exist_ok=True)
-        tokenizer = epath.Path(experiment.data.tokenizer)
-        (workdir / "tokenizer" / tokenizer.name).write_bytes(tokenizer.read_bytes())
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ymplug_jax")
-    facts = {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": [str(device.device_kind) for device in jax.devices()],
-        "processes": jax.process_count(),
-        "versions": {name: metadata.version(name) for name in names},
-    }
-    (workdir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        path: leaf
-        for key, value in tree.items()
-        for path, leaf in _leaves(value, f"{prefix}.{key}" if prefix else key).items()
-    }

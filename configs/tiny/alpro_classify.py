@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
         model=alpro.sized("tiny", "tiny", **heads),
         data=Data(frames=4, image_size=64, max_tokens=24, threads=2),
         optim=Optim(lr=3e-4, min_lr=1e-5, warmup="30 steps", clip=1.0, no_decay=NO_DECAY[:-1]),
-        train=Train(batch_size=16, duration="300 steps", log_every=20, save_every="300 steps", eval_every="300 steps"),
+        train=Train(
+            batch_size=16, duration="300 steps", log_every="20 steps", save_every="300 steps", eval_every="300 steps"
+        ),
     )
     return to_config_dict(experiment)

@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
         model=alpro.prompter_of(alpro.sized("tiny", "tiny", variant="salesforce", contrastive_width=64)),
         data=Data(frames=4, image_size=64, max_tokens=24, threads=2),
         optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
-        train=Train(batch_size=32, duration="500 steps", log_every=20, save_every="500 steps", eval_every="500 steps"),
+        train=Train(
+            batch_size=32, duration="500 steps", log_every="20 steps", save_every="500 steps", eval_every="500 steps"
+        ),
     )
     return to_config_dict(experiment)

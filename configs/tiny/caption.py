@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         train=Train(
             batch_size=16,
             duration="300 steps",
-            log_every=20,
+            log_every="20 steps",
             save_every="500 steps",
             eval_every="500 steps",
             frozen_dtype="float32",

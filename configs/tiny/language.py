@@ -14,6 +14,6 @@ def get_config() -> ConfigDict:
         model={"llm": mplug_video.LLMS["tiny"]},
         data=Data(max_tokens=64, eval_split="", threads=2),
         optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY[:2]),
-        train=Train(batch_size=32, duration="300 steps", log_every=20, save_every="300 steps"),
+        train=Train(batch_size=32, duration="300 steps", log_every="20 steps", save_every="300 steps"),
     )
     return to_config_dict(experiment)

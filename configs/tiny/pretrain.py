@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         train=Train(
             batch_size=16,
             duration="2400 steps",
-            log_every=20,
+            log_every="20 steps",
             save_every="1200 steps",
             eval_every="1200 steps",
             frozen_dtype="float32",
