@@ -26,10 +26,26 @@ FLOORS = {
         "flops",
         "hlo",
         "preflight",
+        "stop",
     ],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize", "exits", "run_folder"],
+    1: [
+        "config",
+        "sharding",
+        "state",
+        "optim",
+        "checkpoint",
+        "writer",
+        "hosts",
+        "quantize",
+        "exits",
+        "run_folder",
+        "checksums",
+        "leaf_sums",
+        "verified",
+        "stored",
+    ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {

@@ -62,7 +62,11 @@ def test_names_of_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_checkpoints_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, options: seen.append(folder))
-    assert str(checkpoint.Checkpoints("gs://bucket/run").folder) == "gs://bucket/run/checkpoints"
+    checkpoints = checkpoint.Checkpoints("gs://bucket/run")
+    assert str(checkpoints.folder) == "gs://bucket/run/checkpoints" and not seen, (
+        "nothing is made before the first save"
+    )
+    assert checkpoints._manager is None
     assert str(seen[0]) == "gs://bucket/run/checkpoints/steps"
     assert checkpoint.latest_step("gs://bucket/run") is None
     (bucket / "run" / "checkpoints" / "steps" / "7" / "trainable").mkdir(parents=True)

@@ -1,17 +1,20 @@
-"""Orbax checkpoints of a run: the frozen parameters once, the rest every so many steps; strict on names and shapes.
+"""Orbax checkpoints of a run: the frozen parameters once, the rest every so many steps; strict on names, shapes and checksums.
 
 Layout under the run's folder:
     checkpoints/frozen/                    frozen parameters, written once
     checkpoints/steps/<n>/trainable/       float32 parameters after n steps
     checkpoints/steps/<n>/opt_state/       optimizer state
     checkpoints/steps/<n>/progress/        {"step": n, "examples_seen": ...}
+    checkpoints/steps/<n>/checksums/       of every leaf of the three trees
 A step appears under its name only when it is whole (Orbax renames a temporary folder); what a kill leaves behind is
 ignored and removed at the next start. Restoring always goes into an abstract tree that carries shapes, dtypes and
 shardings, so any mesh and any number of hosts can read what another wrote.
 """
 
+import contextlib
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,137 +22,189 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ymplug_jax import sharding
+from ymplug_jax import leaf_sums, sharding, verified
 from ymplug_jax import state as state_lib
-
-FROZEN = "frozen"
-STEPS = "steps"
-CONVERTED = "converted"  # parameters of another program's checkpoint, in a folder of their own
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing or does not fit; the message names the folder, the parameter and the fix."""
+from ymplug_jax.exits import PlaceFailed
+from ymplug_jax.stored import (  # noqa: F401 (some for those who know this module alone)
+    FROZEN,
+    OPT_STATE,
+    STEPS,
+    TRAINABLE,
+    CheckpointError,
+    damaged,
+    fingerprint,
+    fits,
+    folder_of,
+    json_in,
+    latest_step,
+    place_of,
+    places,
+    say_unverified,
+    sources,
+    steps_of,
+    sums_in,
+    sums_of,
+    whole,
+)
+from ymplug_jax.verified import Damaged, stored_in
 
 
 class Checkpoints:
-    """Saves and restores one run. Saving is asynchronous; `close` waits for the last save."""
+    """Saves and restores one run. Saving is asynchronous; `close` waits for the last save.
+
+    Nothing changes on disk before the first save, so that a run can still be refused.
+    """
 
     def __init__(self, workdir: str, *, keep: int = 3):
-        self.folder = whole(workdir) / "checkpoints"
+        self.workdir = whole(workdir)
+        self.folder = self.workdir / "checkpoints"
+        self._keep = keep
+        self._frozen_sums: dict[str, str] | None = None
+        self._read_back = False  # whether a save of this process was
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(self.folder / STEPS, options=options)
-        self._frozen = ocp.StandardCheckpointer()
+        return ocp.CheckpointManager(self.folder / STEPS, options=options)
 
     def latest_step(self) -> int | None:
         """Newest whole step, or None for a fresh run."""
-        return self._manager.latest_step()
+        return latest_step(str(self.workdir))
 
     def save_frozen(self, frozen: state_lib.Params) -> None:
-        """Write the frozen tree unless this run has it already."""
-        if state_lib.flatten(frozen) and not (self.folder / FROZEN).exists():
-            self._frozen.save(self.folder / FROZEN, frozen)
+        """Write the frozen tree and read it back, unless this run has a step and so has it already.
+
+        Raises:
+          PlaceFailed: it cannot be written, or not be read back.
+        """
+        flat = state_lib.flatten(frozen)
+        folder, step = self.folder / FROZEN, self.latest_step()
+        if step is not None:
+            # Those of the step, not of what was read: the setting frozen_dtype may have changed since.
+            self._frozen_sums = (sums_of(self.folder / STEPS / str(step)) or {}).get(FROZEN)
+            return
+        if not flat:
+            return
+        self._frozen_sums = leaf_sums.of_tree(flat)
+        with place_of(folder), ocp.StandardCheckpointer() as writer:
+            # What a run that never reached its first save has left there belongs to no step.
+            writer.save(folder, frozen, force=True)
+            writer.wait_until_finished()
+        _must_read(folder, frozen, self._frozen_sums)
 
     def save(self, state: state_lib.TrainState, step: int, examples_seen: int) -> None:
-        """Start saving the state after `step` steps (a step that is there already is left alone)."""
-        if step in self._manager.all_steps():
+        """Start saving the state after `step` steps (a step that is there already is left alone). The first save is waited for
+        and read back: a place that cannot be read is found now, not at the end.
+
+        Raises:
+          PlaceFailed: this save or the one before it failed.
+        """
+        if step in steps_of(self.workdir):
             return
-        self._frozen.wait_until_finished()  # a step without its frozen half would be no checkpoint
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(state.trainable),
-                opt_state=ocp.args.StandardSave(_wrapped(state.opt_state)),
-                progress=ocp.args.JsonSave({"step": step, "examples_seen": examples_seen}),
-            ),
-        )
+        opt_state = _wrapped(state.opt_state)
+        trainable = state_lib.flatten(state.trainable)
+        sums = {TRAINABLE: leaf_sums.of_tree(trainable), OPT_STATE: leaf_sums.of_tree(verified.named(opt_state))}
+        if self._frozen_sums is not None:
+            sums[FROZEN] = self._frozen_sums
+        with place_of(self.folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(state.trainable),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    progress=ocp.args.JsonSave({"step": step, "examples_seen": examples_seen}),
+                    checksums=ocp.args.JsonSave(sums),
+                ),
+            )
+        if not self._read_back:
+            self.wait()
+            folder = self.folder / STEPS / str(step)
+            _must_read(folder / TRAINABLE, state.trainable, sums[TRAINABLE])
+            _must_read(folder / OPT_STATE, opt_state, sums[OPT_STATE])
+            self._read_back = True
 
     def restore(self, abstract: state_lib.TrainState, step: int) -> tuple[state_lib.TrainState, int]:
         """(state, examples_seen) of a step, placed as `abstract` says.
 
         Raises:
-          CheckpointError: parameter names or shapes differ from `abstract`.
+          CheckpointError: parameter names or shapes differ from `abstract`, or the step is damaged.
         """
-        folder = self.folder / STEPS / str(step) / "trainable"
-        _check(stored_in(folder), state_lib.flatten(abstract.trainable), folder)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardRestore(abstract.trainable),
-                opt_state=ocp.args.StandardRestore(_wrapped(abstract.opt_state)),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
+
+        def read(step: int) -> tuple[state_lib.Params, Any, dict]:
+            folder = self.folder / STEPS / str(step)
+            stored, sums = stored_in(folder / TRAINABLE), sums_of(folder) or {}
+            fits(stored, state_lib.flatten(abstract.trainable), folder / TRAINABLE)
+            progress = json_in(folder / "progress", "its progress")
+            if not isinstance(progress.get("step"), int) or not isinstance(progress.get("examples_seen"), int):
+                raise Damaged("its progress", "has no step and examples_seen")
+            trainable = verified.read(folder / TRAINABLE, abstract.trainable, sums.get(TRAINABLE))
+            return (
+                trainable,
+                verified.read(folder / OPT_STATE, _wrapped(abstract.opt_state), sums.get(OPT_STATE)),
+                progress,
+            )
+
+        try:
+            trainable, opt_state, progress = read(step)
+        except Damaged as error:
+            raise damaged(self.workdir, step, error, read) from None
+        if sums_of(self.folder / STEPS / str(step)) is None:
+            say_unverified(self.folder / STEPS / str(step))
         place = abstract.step.sharding
         state = state_lib.TrainState(
-            step=sharding.on_all_hosts(lambda: jax.numpy.int32(restored.progress["step"]), place),
-            trainable=restored.trainable,
-            opt_state=restored.opt_state["state"],
+            step=sharding.on_all_hosts(lambda: jax.numpy.int32(progress["step"]), place),
+            trainable=trainable,
+            opt_state=opt_state["state"],
         )
-        return state, restored.progress["examples_seen"]
+        return state, progress["examples_seen"]
 
     def wait(self) -> None:
-        """Until every save that was started is whole on disk."""
-        self._frozen.wait_until_finished()
-        self._manager.wait_until_finished()
+        """Until every save that was started is whole on disk.
+
+        Raises:
+          PlaceFailed: one of them failed.
+        """
+        if "_manager" in self.__dict__:
+            with place_of(self.folder):
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish saving and let go of the threads."""
-        self.wait()
-        self._manager.close()
-        self._frozen.close()
+        """Finish saving and let go of the threads. What a save that failed has left is removed."""
+        if "_manager" not in self.__dict__:
+            return
+        try:
+            self.wait()
+        except PlaceFailed:
+            if jax.process_index() == 0:
+                with contextlib.suppress(OSError):
+                    for partial in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
+                        partial.rmtree()
+            raise
+        finally:
+            with contextlib.suppress(Exception):  # it says again what the wait has said
+                self._manager.close()
 
 
-def folder_of(name: str) -> epath.Path:
-    """The folder that a flag or a setting names: local, local as file:///..., or gs://bucket/... (which pathlib would break)."""
-    return epath.Path(str(name).removeprefix("file://")).expanduser()
+def _must_read(folder: epath.Path, tree: Any, sums: Mapping[str, str]) -> None:
+    """What was just saved is read back, in parts, and compared.
 
-
-def whole(name: str) -> epath.Path:
-    """The folder of a name, from the root; epath's own `absolute` takes gs:// for a local name."""
-    folder = folder_of(name)
-    return folder if "://" in str(folder) else folder.absolute()
+    Raises:
+      PlaceFailed: it cannot be read, or is not what was saved.
+    """
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+    try:
+        for _ in verified.groups(folder, abstract, sums):
+            pass
+    except Damaged as error:
+        raise PlaceFailed(
+            f"{folder}: was saved but cannot be read back ({error}); look at the disk, or choose another --workdir"
+        ) from None
 
 
 def _wrapped(opt_state: Any) -> dict:
     return {"state": opt_state}
-
-
-def sources(init_from: str) -> list[tuple[str, str, str]]:
-    """[(subtree, its name in the folder, folder)] of the setting `init_from`: "DIR" is every parameter (subtree ""),
-    "llm=DIR,vision=DIR" are some, "prompter:=DIR" is all that the folder has, put below that name, and
-    "vision/blocks/temporal_attn:vision/blocks/attn=DIR" is a part under another name.
-
-    Raises:
-      CheckpointError: a part that cannot be read so.
-    """
-    parts = [part.strip() for part in init_from.split(",") if part.strip()]
-    pairs = []
-    for part in parts:
-        names, _, folder = part.partition("=") if "=" in part else ("", "", part)
-        subtree, other, stored_as = names.partition(":")
-        pairs.append((subtree, stored_as if other else subtree, folder))
-    if len(pairs) > 1 and any(not subtree for subtree, _, _ in pairs):
-        raise CheckpointError(
-            f'config.train.init_from is {init_from!r}; write one "DIR", or "llm=DIR,vision=DIR" with a name for each'
-        )
-    return pairs
-
-
-def latest_step(workdir: str) -> int | None:
-    """Newest whole step of a run, or None."""
-    folder = whole(workdir) / "checkpoints" / STEPS
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
-    return max(steps, default=None)
-
-
-def places(workdir: str) -> list[epath.Path]:
-    """Item folders that together hold all parameters of the newest checkpoint."""
-    folder = whole(workdir) / "checkpoints"
-    step = latest_step(workdir)
-    possible = [folder / CONVERTED, folder / FROZEN, folder / STEPS / str(step) / "trainable"]
-    return [place for place in possible if place.exists()]
 
 
 def stored_params(workdir: str) -> dict[str, Any]:
@@ -185,7 +240,7 @@ def load_params(
     Raises:
       CheckpointError: no checkpoint there, or a wanted parameter is missing or has another shape.
     """
-    folder = whole(workdir) / "checkpoints"
+    folder = whole(workdir)
     wanted = {
         path: leaf
         for path, leaf in state_lib.flatten(abstract).items()
@@ -196,14 +251,33 @@ def load_params(
         raise CheckpointError(
             f"config.train.init_from: the model has no subtree {subtree!r}; there are {', '.join(tops)}"
         )
-    found = places(workdir)
-    if not found:
+    if not places(workdir):
         raise CheckpointError(
-            f"{workdir}: no checkpoint here (looked for {folder}); give the --workdir of a finished run"
+            f"{workdir}: no checkpoint here (looked for {folder / 'checkpoints'}); give the --workdir of a finished run"
         )
-    here_name, there_name = (
-        f"{name}/" if name else "" for name in (subtree, subtree if stored_as is None else stored_as)
-    )
+    names = (subtree, subtree if stored_as is None else stored_as)
+
+    def load(step: int | None) -> dict[str, jax.Array]:
+        return _load(folder, step, wanted, names, allow_missing, resize)
+
+    step = latest_step(workdir)
+    try:
+        return load(step)
+    except Damaged as error:
+        raise damaged(folder, step, error, load) from None
+
+
+def _load(
+    workdir: epath.Path,
+    step: int | None,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    names: tuple[str, str],
+    allow_missing: Sequence[str],
+    resize: Mapping[str, Callable],
+) -> dict[str, jax.Array]:
+    """`load_params` of one step; `names` are those of the subtree in the model and in the checkpoint."""
+    folder, found = workdir / "checkpoints", places(str(workdir), step)
+    here_name, there_name = (f"{name}/" if name else "" for name in names)
 
     def in_model(path: str) -> str:
         return here_name + path.removeprefix(there_name)
@@ -216,8 +290,8 @@ def load_params(
         for place in found
     }
     there = {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}
-    if subtree and not there.keys() & wanted.keys():
-        raise CheckpointError(f"{folder} has nothing under {there_name!r} that {subtree!r} could take")
+    if names[0] and not there.keys() & wanted.keys():
+        raise CheckpointError(f"{folder} has nothing under {there_name!r} that {names[0]!r} could take")
     wanted = {
         path: leaf
         for path, leaf in wanted.items()
@@ -226,7 +300,7 @@ def load_params(
     other = {
         path for path in wanted if path in resize and path in there and tuple(there[path].shape) != wanted[path].shape
     }
-    _check(there, {path: leaf for path, leaf in wanted.items() if path not in other}, folder, extra_allowed=True)
+    fits(there, {path: leaf for path, leaf in wanted.items() if path not in other}, folder, extra_allowed=True)
 
     def as_stored(path: str) -> jax.ShapeDtypeStruct:
         if path not in other:
@@ -238,47 +312,13 @@ def load_params(
         here = {in_checkpoint(path): as_stored(path) for path in wanted if path in stored[place]}
         if not here:
             continue
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = state_lib.unflatten(here)
-            args = ocp.args.PyTreeRestore(
-                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
-            )
-            read = state_lib.flatten(reader.restore(place, args=args))
+        if (sums := sums_in(place, step)) is None:
+            say_unverified(place)
+        dtypes = {in_checkpoint(path): leaf.dtype for path, leaf in stored[place].items()}
+        read = state_lib.flatten(verified.read(place, state_lib.unflatten(here), sums, dtypes))
         loaded |= {in_model(path): leaf for path, leaf in read.items()}
     for path in other:
         leaf = wanted[path]
         make = jax.jit(lambda x, p=path, w=leaf: resize[p](x, w.shape).astype(w.dtype), out_shardings=leaf.sharding)
         loaded[path] = make(loaded[path])
     return loaded
-
-
-def stored_in(folder: epath.Path) -> dict[str, Any]:
-    """Path -> Orbax metadata (shape, dtype) of the leaves in one item folder."""
-    with ocp.PyTreeCheckpointer() as reader:
-        return state_lib.flatten(reader.metadata(folder).item_metadata.tree)
-
-
-def _check(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path, *, extra_allowed: bool = False
-) -> None:
-    missing = sorted(set(wanted) - set(stored))
-    extra = [] if extra_allowed else sorted(set(stored) - set(wanted))
-    shapes = [
-        f"{p} is {tuple(stored[p].shape)}, wanted {tuple(wanted[p].shape)}"
-        for p in wanted
-        if p in stored and tuple(stored[p].shape) != tuple(wanted[p].shape)
-    ]
-    problems = [
-        f"{name} {_some(items)}"
-        for name, items in (("missing:", missing), ("not in the model:", extra), ("other shape:", shapes))
-        if items
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{folder} does not fit the model of this config; {'; '.join(problems)}. Use the config that wrote it"
-        )
-
-
-def _some(items: Iterable[str], most: int = 4) -> str:
-    items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -15,7 +15,7 @@ from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_flags
 
-from ymplug_jax import hosts
+from ymplug_jax import exits, hosts
 
 HERE = Path(__file__).parent
 CONFIG = config_flags.DEFINE_config_file(
@@ -105,6 +105,9 @@ def main(argv: list[str]) -> int:
                 for one, workdir in runs:
                     train.train(one, workdir)
                 return 0
+    except exits.PlaceFailed as error:
+        logging.error("error: %s", error)
+        return exits.PLACE
     except (ValueError, FileNotFoundError, step_lib.TrainingStopped) as error:
         if not _ours(error):
             raise

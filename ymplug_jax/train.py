@@ -2,49 +2,57 @@
 
 import contextlib
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterator
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ymplug_jax import config, evaluate, plan, run_folder, sharding
+from ymplug_jax import checkpoint, config, evaluate, plan, run_folder, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import step as step_lib
-from ymplug_jax.checkpoint import Checkpoints
+from ymplug_jax.checkpoint import Checkpoints, place_of
 from ymplug_jax.config import Experiment
 from ymplug_jax.data import feed as feed_lib
 from ymplug_jax.data import loader
 from ymplug_jax.data.source import open_split
+from ymplug_jax.exits import PlaceFailed
 from ymplug_jax.run import Run
+from ymplug_jax.stop import Stop as _Stop
+from ymplug_jax.stop import finite_scores, must_have_targets, reading
 from ymplug_jax.writer import Metrics, Writer, draw_curve
 
 
 def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     """Train until the end of `duration`, or go on where this folder's newest checkpoint stands. Returns the last scores.
 
+    The first SIGINT or SIGTERM saves and returns; a second SIGINT ends the process at once. Nothing in the folder changes before the
+    settings, the stored parameters and the compiled step were found to fit.
+
     Raises:
-      TrainingStopped: too many consecutive non-finite steps.
+      Mistake: the folder cannot be used, or holds a run that cannot go on with these settings.
+      TrainingStopped: too many consecutive non-finite steps, a step without any target, or an evaluation that is not finite.
+      PlaceFailed: the data or the folder could not be read or written any more; the run was saved where that was possible.
     """
-    run = run_lib.prepare(experiment)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Checkpoints(str(workdir), keep=experiment.train.keep)) as checkpoints:
-        scores = _train(run, workdir, checkpoints)
-    if jax.process_index() == 0 and (picture := draw_curve(workdir)):
-        logging.info("loss curve: %s", picture)
+    run_folder.check(experiment, workdir)
+    if checkpoint.latest_step(str(workdir)) is None:
+        run_folder.check_init_from(experiment)
+    with _Stop() as stop:
+        run = run_lib.prepare(experiment)
+        with contextlib.closing(Checkpoints(str(workdir), keep=experiment.train.keep)) as checkpoints:
+            scores = _train(run, workdir, checkpoints, stop)
+        with place_of(workdir):
+            if jax.process_index() == 0 and (picture := draw_curve(workdir)):
+                logging.info("loss curve: %s", picture)
     return scores
 
 
-def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str, float]:
+def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: _Stop) -> dict[str, float]:
     experiment = run.experiment
     settings, data = experiment.train, experiment.data
     first = jax.process_index() == 0
-    if first:
-        run_folder.write(experiment, workdir)
     state, frozen, seen, origin = run_lib.initialise(run, checkpoints)
     start = int(state.step)
     logging.info("\n%s", plan.table(run, origin))
@@ -52,10 +60,15 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
     logging.info("\n%s", plan.render_estimate(plan.estimate(run, compiled)))
     if start >= run.total_steps:
         logging.info("step %d of %d is reached already; nothing to train", start, run.total_steps)
+    stop.listen()
+    if first:
+        with place_of(workdir):
+            run_folder.write(experiment, workdir)
     checkpoints.save_frozen(frozen)
     frozen = run_lib.hold(run, frozen)
 
-    writer = Writer(workdir, active=first)
+    with place_of(workdir):
+        writer = Writer(workdir, active=first)
 
     def steps(duration: str) -> int:
         return max(1, config.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
@@ -63,7 +76,6 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
     log_every, save_every, eval_every = map(steps, (settings.log_every, settings.save_every, settings.eval_every))
     key = sharding.on_all_hosts(lambda: jax.random.key(settings.seed), sharding.replicated(run.mesh))
     scores: dict[str, float] = {}
-    stop = _Stop()
     records = open_split(data.path, data.train_split)
     rows = sharding.local_rows(settings.batch_size, run.mesh)
     stream = loader.batches(
@@ -76,10 +88,30 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
     held_out = open_split(data.path, data.eval_split) if data.eval_split else None
 
     def check(step: int) -> None:
-        scores.update(evaluate.losses(run, loss_step, held_out, state.trainable, frozen))
-        writer.write(step, {f"eval/{name}": value for name, value in scores.items()})
-        log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        with saved_first(step), stop.at_once(), reading(data.path):
+            found = evaluate.losses(run, loss_step, held_out, state.trainable, frozen)
+            scores.update(finite_scores(step, found, data.eval_split))
+            log.write(step, {f"eval/{name}": value for name, value in scores.items()})
+            log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         log.restart_clock()
+
+    def save(step: int) -> None:
+        log.flush(step)  # a run of bad steps must not become the last good checkpoint
+        with place_of(workdir):
+            writer.flush()
+        checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
+
+    @contextlib.contextmanager
+    def saved_first(step: int) -> Iterator[None]:
+        """Where the data cannot be read any more after `step`, that step is saved; several processes would wait for each other."""
+        try:
+            yield
+        except PlaceFailed as error:
+            if step == start or not stop.alone:
+                raise
+            save(step)
+            checkpoints.wait()
+            raise PlaceFailed(f"{error}; step {step} is saved, the same command goes on from there") from None
 
     if held_out is not None and start == 0:
         check(0)
@@ -87,7 +119,7 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
         feed_lib.Feed(stream, lambda local: sharding.put_batch(local, rows, settings.batch_size, run.mesh))
     ) as feed:
         for step in range(start + 1, run.total_steps + 1):  # `step` counts finished steps
-            with log.waiting():
+            with saved_first(step - 1), log.waiting(), reading(data.path):
                 batch = next(feed)
             with jax.transfer_guard("disallow"):
                 state, metrics = compiled(state, frozen, batch, key)
@@ -95,32 +127,19 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints) -> dict[str,
             last, stopping = step == run.total_steps, stop.asked(step)
             if step % log_every == 0 or last or stopping:
                 log.flush(step, corrupt=feed.skipped)
-            if held_out is not None and (step % eval_every == 0 or last):
+            if held_out is not None and (step % eval_every == 0 or last) and not stopping:
                 log.flush(step)
                 check(step)
+                stopping = stop.alone and stop.asked(step)
             if step % save_every == 0 or last or stopping:
-                log.flush(step)  # a run of bad steps must not become the last good checkpoint
-                writer.flush()
-                checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
+                save(step)
             if stopping:
                 log.say(f"asked to stop: saving step {step}; the same command goes on from there")
                 break
     log.close()
-    writer.close()
+    with place_of(workdir):
+        writer.close()
     return scores
-
-
-class _Stop:
-    """Notices SIGTERM. On several hosts all of them must stop at the same step, which JAX's preemption sync decides."""
-
-    def __init__(self):
-        self._flag = False
-        self._alone = jax.process_count() == 1
-        if self._alone:
-            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_flag", True))
-
-    def asked(self, step: int) -> bool:
-        return self._flag if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
 
 class _Log:
@@ -162,6 +181,15 @@ class _Log:
         """Leave out what was not training."""
         self._since, self._waited = time.perf_counter(), 0.0
 
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.
+
+        Raises:
+          PlaceFailed: the folder takes it no more.
+        """
+        with place_of(self._checkpoints.workdir):
+            self._writer.write(step, values)
+
     def say(self, text: str) -> None:
         if not self._bar.disable:
             tqdm.write(text, file=sys.stderr)
@@ -171,7 +199,7 @@ class _Log:
         counted).
 
         Raises:
-          TrainingStopped: more than `max_bad_steps` steps in a row were not finite.
+          TrainingStopped: more than `max_bad_steps` steps in a row were not finite, or a batch had no target.
         """
         if not self._pending:
             return
@@ -179,6 +207,7 @@ class _Log:
         fetched = [(number, jax.device_get(metrics)) for number, metrics in self._pending]
         total: Metrics = {}
         for number, metrics in fetched:
+            must_have_targets(number, float(metrics["loss"].weight))
             bad = bool(metrics["skipped"].total)
             self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
             self._skipped += bad
@@ -207,7 +236,7 @@ class _Log:
         }
         if corrupt:
             values["corrupt_total"] = corrupt
-        self._writer.write(step, values)
+        self.write(step, values)
         self._bar.update(len(fetched))
         self._bar.set_postfix_str(
             f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s, "

@@ -5,6 +5,8 @@ Position p of a run is record order[p]: a permutation of the split keyed by seed
 the number of examples seen, and any number of hosts continues the same order.
 """
 
+import multiprocessing
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -186,6 +188,8 @@ class _Source:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state | {"_lock": threading.Lock()}
+        if multiprocessing.parent_process() and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the run decides when these end
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._records.path!r}, {self._records.split!r})"

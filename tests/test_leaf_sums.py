@@ -1,0 +1,62 @@
+"""Checksums of leaves: one value, computed by hand in plain integers, whatever the sharding."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ymplug_jax import leaf_sums
+
+
+def by_hand(words: dict[tuple[int, ...], int]) -> str:
+    """The sixteen digits of {index: bits}, with Python's integers."""
+    full, one, two = 2**32 - 1, 0, 0
+    for index, bits in words.items():
+        place = 0
+        for i in index:
+            place = ((place ^ i) * 2654435761) & full
+            place ^= place >> 15
+        x = bits ^ place
+        x = ((x ^ (x >> 16)) * 2246822507) & full
+        x = ((x ^ (x >> 13)) * 3266489909) & full
+        x ^= x >> 16
+        y = (x * 668265263) & full
+        one, two = (one + x) & full, (two + (y ^ (y >> 15))) & full
+    return f"{one:08x}{two:08x}"
+
+
+def test_values_of_small_arrays():
+    assert leaf_sums.of(np.array([[1.0, -2.0]], np.float32)) == "float32[1,2]+" + by_hand(
+        {(0, 0): 0x3F800000, (0, 1): 0xC0000000}
+    )
+    assert leaf_sums.of(np.array([1.0], ml_dtypes.bfloat16)) == "bfloat16[1]+" + by_hand({(0,): 0x3F80})
+    assert leaf_sums.of(np.int32(-1)) == "int32[]+" + by_hand({(): 0xFFFFFFFF})
+    assert leaf_sums.of(np.array([True, False])) == "bool[2]+" + by_hand({(0,): 1, (1,): 0})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_every_sharding_gives_one_value(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    value = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(dtype)
+    want = leaf_sums.of(value)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    for small in (0, leaf_sums.SMALL):
+        monkeypatch.setattr(leaf_sums, "SMALL", small)
+        for spec in ((), ("a",), (None, "b"), ("a", None, "b")):
+            assert leaf_sums.of(jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))) == want
+    monkeypatch.setattr(leaf_sums, "BLOCK", 24)
+    assert leaf_sums.of(value) == want
+    parts = leaf_sums.part(value[:3], (0, 0, 0)) + leaf_sums.part(value[3:], (3, 0, 0))
+    assert leaf_sums.text(value.dtype, value.shape, parts) == want
+
+
+def test_one_bit_or_two_swapped_elements_change_it():
+    value = np.arange(4096, dtype=np.float32).reshape(64, 64)
+    seen = {leaf_sums.of(value), leaf_sums.of(value.reshape(4096)), leaf_sums.of(value.T)}
+    for i in range(0, 4096, 97):
+        other = value.copy()
+        other.reshape(-1).view(np.uint32)[i] ^= 1 << (i % 32)
+        seen.add(leaf_sums.of(other))
+    swapped = value.copy()
+    swapped[3, [5, 6]] = swapped[3, [6, 5]]
+    assert len(seen | {leaf_sums.of(swapped)}) == 3 + 43 + 1
