@@ -7,7 +7,8 @@
 # One run over the nodes of a SLURM job, one process a node with all its GPUs:
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config configs/mplug_video/pretrain.py:1.3b --workdir /shared/run
 # Five minutes before the time limit this shell (B:) gets SIGTERM and passes it to srun, which passes it to every process; all
-# save, and the job is queued again. So it is when a node is lost; a mistake in the settings (code 2) ends it.
+# save, and the job is queued again. So it is when a node is lost, and a few times when a disk, folder or bucket fails (code 5); a
+# mistake in the settings (code 2) ends it.
 set -uo pipefail
 stopped=
 trap 'stopped=1; kill -TERM "$step" 2>/dev/null' TERM
@@ -18,7 +19,9 @@ code=$?
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal ends a wait
 [ -n "$stopped" ] && { wait "$step"; code=$?; }
 [ "$code" = 2 ] && exit 2
-if [ -n "$stopped" ] || { [ "$code" != 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; }; then
+restarts=20
+[ "$code" = 5 ] && restarts=5
+if [ -n "$stopped" ] || { [ "$code" != 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts" ]; }; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

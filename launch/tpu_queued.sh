@@ -10,6 +10,8 @@ for name in TPU ZONE TYPE RUNTIME SETUP; do
 done
 OPTIONS=${OPTIONS---spot}
 TRIES=${TRIES:-1000}
+PLACE_TRIES=${PLACE_TRIES:-5} # of which so many may end with 5: a disk, folder or bucket failed in the middle of the run
+places=0
 queued() { gcloud compute tpus queued-resources "$1" "$TPU" --zone "$ZONE" "${@:2}"; }
 ready='' # whether the hosts have the code
 for ((try = 1; try <= TRIES; try++)); do
@@ -19,7 +21,9 @@ for ((try = 1; try <= TRIES; try++)); do
       if [ -z "$ready" ] && gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command="$SETUP"; then ready=1; fi
       if [ -n "$ready" ]; then
         TRIES=1 "$(dirname "$0")/tpu_vm.sh" "$@" && exit 0
-        [ $? = 2 ] && exit 2
+        code=$?
+        [ "$code" = 2 ] && exit 2
+        [ "$code" = 5 ] && ((++places >= PLACE_TRIES)) && exit 5
       fi
       ;;
     SUSPENDED | FAILED) # a slice that was taken away does not come back under this request

@@ -8,6 +8,8 @@ set -euo pipefail
 : "${ZONE:?ZONE is missing: the zone of the slice}"
 FOLDER=${FOLDER:-ymplug_jax}
 TRIES=${TRIES:-20}
+PLACE_TRIES=${PLACE_TRIES:-5} # of which so many may end with 5: a disk, folder or bucket failed in the middle of the run
+places=0
 # What a lost connection has left running holds the chips: it is asked to save and end.
 leftover='if [ -s run.pid ] && kill -TERM "$(cat run.pid)" 2>/dev/null; then timeout 600 tail --pid="$(cat run.pid)" -f /dev/null; fi'
 run="exec bash launch/unfinished.sh .venv/bin/python -m ymplug_jax.main $(printf '%q ' "$@")"
@@ -16,7 +18,9 @@ for ((try = 1; try <= TRIES; try++)); do
   gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command="$command" && exit 0
   code=$?
   [ "$code" = 2 ] && exit 2 # a mistake in the settings does not go away
+  [ "$code" = 5 ] && ((++places >= PLACE_TRIES)) && exit 5
   echo "try $try of $TRIES ended with $code" >&2
   [ "$try" = "$TRIES" ] || sleep 60
 done
+[ "$code" = 5 ] && exit 5
 exit 1

@@ -48,6 +48,18 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     assert subprocess.run([LAUNCH / "tpu_vm.sh"], env=env, capture_output=True).returncode != 0
 
 
+def test_a_place_that_fails_is_tried_a_few_times(tmp_path: Path) -> None:
+    env = stub(tmp_path / "bin", "gcloud", 'echo x >> "$LOG"; exit 5') | {"TPU": "a", "ZONE": "z"}
+    stub(tmp_path / "bin", "sleep", "exit 0")
+    assert subprocess.run([LAUNCH / "tpu_vm.sh", "--config", "c.py"], env=env).returncode == 5
+    assert (tmp_path / "bin" / "log").read_text() == "x\n" * 5
+    body = 'case "$*" in *describe*) echo ACTIVE;; *--command=run*) ;; *"get code"*) ;; *) echo x >> "$LOG"; exit 5;; esac'
+    env = stub(tmp_path / "queued", "gcloud", body) | QUEUED
+    stub(tmp_path / "queued", "sleep", "exit 0")
+    assert subprocess.run([LAUNCH / "tpu_queued.sh", "--config", "c.py"], env=env, timeout=60).returncode == 5
+    assert (tmp_path / "queued" / "log").read_text() == "x\n" * 5
+
+
 def test_what_a_host_runs_ends_what_was_left_running(tmp_path: Path) -> None:
     """The command that gcloud would give every host, given to this one while a run of a lost connection is still there."""
     env = stub(tmp_path / "bin", "gcloud", 'for last; do :; done; bash -c "${last#--command=}"') | {
@@ -135,7 +147,15 @@ def test_slurm_saves_and_queues_again_before_the_time_limit(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("code", "restarts", "again"),
-    [(0, "0", False), (2, "0", False), (hosts.LOST, "0", True), (hosts.LOST, "20", False)],
+    [
+        (0, "0", False),
+        (2, "0", False),
+        (hosts.LOST, "0", True),
+        (hosts.LOST, "19", True),
+        (hosts.LOST, "20", False),
+        (5, "4", True),
+        (5, "5", False),
+    ],
 )
 def test_slurm_queues_again_what_may_go_on(tmp_path: Path, code: int, restarts: str, again: bool) -> None:
     env = slurm(tmp_path / "bin", CODE=str(code), SLURM_RESTART_COUNT=restarts)
@@ -143,14 +163,24 @@ def test_slurm_queues_again_what_may_go_on(tmp_path: Path, code: int, restarts: 
     assert ("scontrol requeue 7" in (tmp_path / "bin" / "log").read_text()) == again
 
 
-@pytest.mark.parametrize(("asked", "code", "ends"), [(True, 0, 75), (True, 4, 4), (False, 0, 0), (False, 4, 4)])
-def test_a_run_that_was_asked_to_stop_is_unfinished(tmp_path: Path, asked: bool, code: int, ends: int) -> None:
+@pytest.mark.parametrize(
+    ("asked", "code", "ends"),
+    [
+        (signal.SIGTERM, 0, 75),
+        (signal.SIGINT, 0, 75),
+        (signal.SIGTERM, 4, 4),
+        (None, 0, 0),
+        (None, 4, 4),
+        (None, 5, 5),
+    ],
+)
+def test_a_run_that_was_asked_to_stop_is_unfinished(tmp_path: Path, asked: int | None, code: int, ends: int) -> None:
     env = slurm(tmp_path / "bin", AFTER=str(code), CODE="" if asked else str(code))
     process = subprocess.Popen([LAUNCH / "unfinished.sh", "srun"], env=env)
     if asked:
         while not (tmp_path / "bin" / "log.ready").exists():
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(asked)
     assert process.wait(timeout=60) == ends
 
 
