@@ -53,7 +53,9 @@ def test_a_place_that_fails_is_tried_a_few_times(tmp_path: Path) -> None:
     stub(tmp_path / "bin", "sleep", "exit 0")
     assert subprocess.run([LAUNCH / "tpu_vm.sh", "--config", "c.py"], env=env).returncode == 5
     assert (tmp_path / "bin" / "log").read_text() == "x\n" * 5
-    body = 'case "$*" in *describe*) echo ACTIVE;; *--command=run*) ;; *"get code"*) ;; *) echo x >> "$LOG"; exit 5;; esac'
+    body = (
+        'case "$*" in *describe*) echo ACTIVE;; *--command=run*) ;; *"get code"*) ;; *) echo x >> "$LOG"; exit 5;; esac'
+    )
     env = stub(tmp_path / "queued", "gcloud", body) | QUEUED
     stub(tmp_path / "queued", "sleep", "exit 0")
     assert subprocess.run([LAUNCH / "tpu_queued.sh", "--config", "c.py"], env=env, timeout=60).returncode == 5

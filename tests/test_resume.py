@@ -79,7 +79,8 @@ def test_resume_on_another_mesh(straight: Path, killed: Path, data: list[str], t
     np.testing.assert_allclose([got[step] for step in range(11, 21)], [want[step] for step in range(11, 21)], rtol=1e-4)
 
 
-def test_sigterm_saves_and_exits_cleanly(straight: Path, data: list[str], tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly(straight: Path, data: list[str], tmp_path: Path, number: int):
     workdir = tmp_path / "run"
     process = runs.start(
         workdir,
@@ -93,9 +94,9 @@ def test_sigterm_saves_and_exits_cleanly(straight: Path, data: list[str], tmp_pa
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert process.returncode == 0 and "Traceback" not in errors, errors
     (step,) = (int(path.name) for path in (workdir / "checkpoints" / "steps").iterdir())
     assert 5 <= step < 4000
     progress = json.loads((workdir / "checkpoints" / "steps" / str(step) / "progress" / "metadata").read_text())
@@ -119,5 +120,12 @@ def test_a_run_that_cannot_stay_finite_stops_with_its_place(data: list[str], tmp
 def test_checkpoint_of_another_model_is_refused(straight: Path, data: list[str], tmp_path: Path):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    done = runs.run(workdir, data, END, "--config.model.abstractor.queries=5", code=2)
+    assert "config.model.abstractor.queries 4 -> 5" in done.stderr and "Traceback" not in done.stderr
+    # Without the settings that it was written with, the shapes say so.
+    (workdir / "config.json").unlink()
     done = runs.run(workdir, data, END, "--config.model.abstractor.queries=5", code=2)
     assert "abstractor/queries is (4, 16), wanted (5, 16)" in done.stderr and "Traceback" not in done.stderr
+    del before[workdir / "config.json"]
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before

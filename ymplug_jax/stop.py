@@ -83,8 +83,6 @@ class Stop:
     def at_once(self) -> Iterator[None]:
         """Around what nothing depends on, such as an evaluation: a signal leaves it. Alone only; several processes must stay together."""
         try:
-            if self._flag:
-                raise _Asked
             self._at_once = self.alone
             yield
         except _Asked:

@@ -88,6 +88,8 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: _Stop)
     held_out = open_split(data.path, data.eval_split) if data.eval_split else None
 
     def check(step: int) -> None:
+        if stop.alone and stop.asked(step):
+            return
         with saved_first(step), stop.at_once(), reading(data.path):
             found = evaluate.losses(run, loss_step, held_out, state.trainable, frozen)
             scores.update(finite_scores(step, found, data.eval_split))
