@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from ymplug_jax import checkpoint, config, run_folder
@@ -167,7 +166,7 @@ def test_init_from_another_tokenizer(folder: Path):
         check("runs/lr=1e-3")
     with pytest.raises(Mistake, match="init_from: run: no checkpoint here"):
         check("run")
-    checkpoint.Checkpoints("run").save_frozen({"w": np.zeros(2, np.float32)})
+    checkpoint.Checkpoints("run").save_frozen({"w": jax.numpy.zeros(2)})
     check("run")
     Path("a.model").write_bytes(b"changed")
     with pytest.raises(Mistake, match="run was trained with another tokenizer than a.model, .*other_tokenizer=True"):
