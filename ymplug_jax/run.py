@@ -13,6 +13,7 @@ from ymplug_jax import config, optim, quantize, sharding
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.source import open_split
+from ymplug_jax.exits import Mistake
 from ymplug_jax.state import Params, TrainState
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
@@ -89,8 +90,10 @@ def prepare(experiment: Experiment, devices: list | None = None) -> Run:
         raise ValueError(
             f"config.train.batch_size {train.batch_size} is larger than the training split ({examples} examples)"
         )
-    total = config.steps_in(train.duration, steps_per_epoch=per_epoch)
-    warmup = config.steps_in(experiment.optim.warmup, steps_per_epoch=per_epoch, total=total)
+    total = _total(train, per_epoch)
+    warmup = config.steps_in(
+        experiment.optim.warmup, steps_per_epoch=per_epoch, total=total, setting="config.optim.warmup"
+    )
 
     patterns = task.frozen if train.frozen is None else train.frozen
     params = state_lib.cast_frozen(jax.eval_shape(task.init, jax.random.key(0)), patterns, _stored(train))
@@ -109,6 +112,23 @@ def prepare(experiment: Experiment, devices: list | None = None) -> Run:
     rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
     held = quantize.abstract(frozen, task.axes) if train.frozen_dtype == "int8" else frozen
     return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held)
+
+
+def _total(train: config.Train, per_epoch: int) -> int:
+    """Steps of the run; all durations of the settings are read, so that none is found wrong after the step is compiled."""
+    if "%" in train.duration:
+        raise Mistake(
+            f'config.train.duration: {train.duration!r} is a share of itself; write "2000 steps" or "10 epochs"'
+        )
+    total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
+    if not total:
+        raise Mistake(f"config.train.duration: {train.duration!r} are 0 steps of this data; train for 1 step or more")
+    for name in ("save_every", "eval_every"):
+        value, setting = getattr(train, name), f"config.train.{name}"
+        config.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
+        if config.is_zero(value):  # a share that is less than one step is each step
+            raise Mistake(f"{setting}: {value!r} is no interval; write 1 step or more")
+    return total
 
 
 def _stored(train: config.Train) -> str:
