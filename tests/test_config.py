@@ -128,7 +128,7 @@ def settings(**groups) -> dict:
         ({"train": {"batch_size": 8.0}}, "config.train.batch_size: 8.0 is not a whole number"),
         ({"train": {"batch_size": True}}, "config.train.batch_size: True is not a whole number"),
         ({"train": {"batch_size": 0}}, "config.train.batch_size: 0 is too small; give 1 or more"),
-        ({"train": {"log_every": 0}}, "config.train.log_every: 0 is too small; give 1 or more"),
+        ({"train": {"max_bad_steps": 0}}, "config.train.max_bad_steps: 0 is too small; give 1 or more"),
         ({"train": {"duration": 10}}, "config.train.duration: 10 is not a text"),
         ({"optim": {"lr": "1e-4"}}, "config.optim.lr: '1e-4' is not a number"),
         ({"optim": {"lr": float("nan")}}, "config.optim.lr: nan is no finite number"),

@@ -29,7 +29,20 @@ FLOORS = {
     ],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize", "exits", "run_folder"],
+    1: [
+        "config",
+        "sharding",
+        "state",
+        "optim",
+        "checkpoint",
+        "writer",
+        "hosts",
+        "quantize",
+        "exits",
+        "run_folder",
+        "command_line",
+        "config_file",
+    ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {

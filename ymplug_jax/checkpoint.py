@@ -35,7 +35,7 @@ class Checkpoints:
     """Saves and restores one run. Saving is asynchronous; `close` waits for the last save."""
 
     def __init__(self, workdir: str, *, keep: int = 3):
-        self.folder = _whole(workdir) / "checkpoints"
+        self.folder = whole(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
@@ -106,8 +106,8 @@ def folder_of(name: str) -> epath.Path:
     return epath.Path(str(name).removeprefix("file://")).expanduser()
 
 
-def _whole(name: str) -> epath.Path:
-    """The same from the root; epath's own `absolute` takes gs:// for a local name."""
+def whole(name: str) -> epath.Path:
+    """The folder of a name, from the root; epath's own `absolute` takes gs:// for a local name."""
     folder = folder_of(name)
     return folder if "://" in str(folder) else folder.absolute()
 
@@ -139,14 +139,14 @@ def sources(init_from: str) -> list[tuple[str, str, str]]:
 
 def latest_step(workdir: str) -> int | None:
     """Newest whole step of a run, or None."""
-    folder = _whole(workdir) / "checkpoints" / STEPS
+    folder = whole(workdir) / "checkpoints" / STEPS
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     return max(steps, default=None)
 
 
 def places(workdir: str) -> list[epath.Path]:
     """Item folders that together hold all parameters of the newest checkpoint."""
-    folder = _whole(workdir) / "checkpoints"
+    folder = whole(workdir) / "checkpoints"
     step = latest_step(workdir)
     possible = [folder / CONVERTED, folder / FROZEN, folder / STEPS / str(step) / "trainable"]
     return [place for place in possible if place.exists()]
@@ -171,6 +171,7 @@ def load_params(
     stored_as: str | None = None,
     allow_missing: Sequence[str] = (),
     resize: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = MappingProxyType({}),
+    values: bool = True,
 ) -> dict[str, jax.Array]:
     """Parameters of a run or a converted checkpoint, flat by path, placed and cast as `abstract` says.
 
@@ -181,11 +182,12 @@ def load_params(
       stored_as: the name of that subtree in the checkpoint where it is another, "" for all that is there.
       allow_missing: path regexes that the checkpoint may lack; they are then not in the result.
       resize: path -> function (stored value, wanted shape) for tables that may be stored in another size.
+      values: False compares names and shapes, reads no value and returns nothing.
 
     Raises:
       CheckpointError: no checkpoint there, or a wanted parameter is missing or has another shape.
     """
-    folder = _whole(workdir) / "checkpoints"
+    folder = whole(workdir) / "checkpoints"
     wanted = {
         path: leaf
         for path, leaf in state_lib.flatten(abstract).items()
@@ -227,6 +229,8 @@ def load_params(
         path for path in wanted if path in resize and path in there and tuple(there[path].shape) != wanted[path].shape
     }
     _check(there, {path: leaf for path, leaf in wanted.items() if path not in other}, folder, extra_allowed=True)
+    if not values:
+        return {}
 
     def as_stored(path: str) -> jax.ShapeDtypeStruct:
         if path not in other:

@@ -81,6 +81,7 @@ class Train:
     keep: int = 3  # newest checkpoints kept
     max_bad_steps: int = 20  # consecutive steps with a non-finite loss or gradient before the run stops
     init_from: str = ""  # "DIR" (every parameter), "llm=DIR,vision=DIR" (named subtrees), "NAME:STORED=DIR"
+    other_tokenizer: bool = False  # init_from may have been trained with another tokenizer
     frozen: tuple[str, ...] | None = None  # path regexes; None: what the task freezes by itself
     keep_logits: bool = (
         False  # keep the logits for the backward pass instead of computing them again: faster, more memory
@@ -137,13 +138,14 @@ def settings_of(value: Any) -> Any:
     return value
 
 
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of types, for messages
 # The least value of settings that have one. A value below it fails late or trains nothing.
 LEAST = {
     "config.data": {"examples": 0, "frames": 1, "image_size": 1, "max_tokens": 2, "max_words": 1, "threads": 1, "workers": 0},
     "config.optim": {"lr": 0, "min_lr": 0, "weight_decay": 0, "eps": 1e-30, "clip": 1e-30},
     "config.mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     "config.train": {
-        "batch_size": 1, "accumulate": 1, "seed": 0, "log_every": 1, "eval_examples": 0, "keep": 1, "max_bad_steps": 1
+        "batch_size": 1, "accumulate": 1, "seed": 0, "eval_examples": 0, "keep": 1, "max_bad_steps": 1
     },
     "config.options": {
         "beams": 1, "prompt_tokens": 1, "new_tokens": 1, "top_k": 0, "top_p": 0, "temperature": 1e-30, "best": 0, "group": 0,
@@ -183,6 +185,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is dataclasses.MISSING:
             raise Mistake(f"{where}.{field.name} is missing")
+    hints |= {"log_every": int | str} if cls is Train else {}  # it was a number of steps once
     made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
     for name, least in LEAST.get(where, {}).items():
         if made.get(name, least) < least:
@@ -211,9 +214,10 @@ def checked(value: Any, kind: Any, where: str) -> Any:
     """
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in get_args(kind):
-            return None
-        kind = next(part for part in get_args(kind) if part is not type(None))
+        kinds = get_args(kind)
+        if type(value) in kinds:
+            return value
+        kind = kinds[0]
         origin = get_origin(kind)
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -223,11 +227,10 @@ def checked(value: Any, kind: Any, where: str) -> Any:
         if len(each) != len(value):
             raise Mistake(f"{where}: {value!r} has {len(value)} parts, {len(each)} are needed")
         return tuple(checked(part, one, where) for part, one in zip(value, each, strict=True))
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if kind in names:
+    if kind in NAMES:
         allowed = (int, float) if kind is float else kind
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            raise Mistake(f"{where}: {value!r} is not {names[kind]}")
+            raise Mistake(f"{where}: {value!r} is not {NAMES[kind]}")
         if kind is float and not math.isfinite(value):
             raise Mistake(f"{where}: {value!r} is no finite number")
         return float(value) if kind is float else value
