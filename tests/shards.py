@@ -1,5 +1,6 @@
 """Small data sets written byte by byte, as the builder would, for tests that need shards but no videos."""
 
+import json
 from pathlib import Path
 
 import cv2
@@ -44,8 +45,10 @@ def frame(payload: bytes) -> bytes:
     return size + next(crcs) + payload + next(crcs)
 
 
-def write(folder: Path, counts: tuple[int, ...] = (5, 4), split: str = "train", first: int = 0) -> Path:
-    """Shards with so many records each, and their indices."""
+def write(
+    folder: Path, counts: tuple[int, ...] = (5, 4), split: str = "train", first: int = 0, kind: str = "pretrain"
+) -> Path:
+    """Shards with so many records each, their indices, and a manifest that calls them of a kind (records have all columns)."""
     folder.mkdir(parents=True, exist_ok=True)
     i = first
     for number, count in enumerate(counts):
@@ -58,7 +61,14 @@ def write(folder: Path, counts: tuple[int, ...] = (5, 4), split: str = "train", 
             i += 1
         file.write_bytes(data)
         np.save(file.with_name(file.name + schema.INDEX_SUFFIX), np.array(index, np.int64).reshape(-1, 2))
+    call(folder, kind)
     return folder
+
+
+def call(folder: Path, kind: str) -> None:
+    """The manifest again, with another kind."""
+    facts = {"schema_version": schema.SCHEMA_VERSION, "kind": kind}
+    (folder / schema.MANIFEST).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def tokenizer(file: Path) -> Path:

@@ -42,6 +42,7 @@ def python(*command: str | Path, devices: int = 1, code: int = 0) -> subprocess.
 def main(
     home: Path, task: str, workdir: str, *more: str, devices: int = 1, code: int = 0
 ) -> subprocess.CompletedProcess:
+    shards.call(home / "data", "classification" if task == "alpro_classify" else "pretrain")
     data = [f"--config.data.path={home / 'data'}", f"--config.data.tokenizer={home / 'vocab.txt'}"]
     base = [f"--config=configs/tiny/{task}.py", f"--workdir={home / workdir}", *data, *SMALL]
     return python("ymplug_jax.main", *base, *more, devices=devices, code=code)

@@ -45,6 +45,8 @@ FLOORS = {
         "leaf_sums",
         "verified",
         "stored",
+        "command_line",
+        "config_file",
     ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

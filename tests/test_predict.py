@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import runs
+import shards
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "data_prep"))
@@ -31,7 +32,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of three tasks, and a folder of videos."""
     home = tmp_path_factory.mktemp("predict")
     data = runs.make_data(home)
-    for task in ("classify", "caption", "retrieve"):
+    for task, kind in (("classify", "classification"), ("caption", "captioning"), ("retrieve", "retrieval")):
+        shards.call(home / "data", kind)
         more = ["--config.options.new_tokens=6"] if task == "caption" else []
         python(
             "ymplug_jax.main", f"--config=configs/tiny/{task}.py", f"--workdir={home / task}", *data, *SMALL, *more
@@ -161,6 +163,7 @@ def test_a_checkpoint_without_training_is_scored_as_it_stands(home: Path) -> Non
         "--config.model.vision.frames=4",
         "--config.options.new_tokens=6",
     ]
+    shards.call(home / "data", "captioning")
     flags = ["ymplug_jax.main", "--config=configs/tiny/caption.py", f"--workdir={home / 'fresh'}", *SMALL, *data]
     done = python(*flags, "--mode=eval")
     assert "scoring config.train.init_from as it stands" in done.stderr

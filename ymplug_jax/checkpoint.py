@@ -226,6 +226,7 @@ def load_params(
     stored_as: str | None = None,
     allow_missing: Sequence[str] = (),
     resize: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = MappingProxyType({}),
+    values: bool = True,
 ) -> dict[str, jax.Array]:
     """Parameters of a run or a converted checkpoint, flat by path, placed and cast as `abstract` says.
 
@@ -236,6 +237,7 @@ def load_params(
       stored_as: the name of that subtree in the checkpoint where it is another, "" for all that is there.
       allow_missing: path regexes that the checkpoint may lack; they are then not in the result.
       resize: path -> function (stored value, wanted shape) for tables that may be stored in another size.
+      values: False compares names and shapes, reads no value and returns nothing.
 
     Raises:
       CheckpointError: no checkpoint there, or a wanted parameter is missing or has another shape.
@@ -258,7 +260,7 @@ def load_params(
     names = (subtree, subtree if stored_as is None else stored_as)
 
     def load(step: int | None) -> dict[str, jax.Array]:
-        return _load(folder, step, wanted, names, allow_missing, resize)
+        return _load(folder, step, wanted, names, allow_missing, resize, values)
 
     step = latest_step(workdir)
     try:
@@ -274,6 +276,7 @@ def _load(
     names: tuple[str, str],
     allow_missing: Sequence[str],
     resize: Mapping[str, Callable],
+    values: bool,
 ) -> dict[str, jax.Array]:
     """`load_params` of one step; `names` are those of the subtree in the model and in the checkpoint."""
     folder, found = workdir / "checkpoints", places(str(workdir), step)
@@ -301,6 +304,8 @@ def _load(
         path for path in wanted if path in resize and path in there and tuple(there[path].shape) != wanted[path].shape
     }
     fits(there, {path: leaf for path, leaf in wanted.items() if path not in other}, folder, extra_allowed=True)
+    if not values:
+        return {}
 
     def as_stored(path: str) -> jax.ShapeDtypeStruct:
         if path not in other:

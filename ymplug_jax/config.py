@@ -6,12 +6,18 @@ code takes only the dataclass it needs.
 """
 
 import dataclasses
+import difflib
 import json
+import math
 import re
-from collections.abc import Mapping
-from typing import Any
+import types
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
+
+from ymplug_jax.exits import Mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,29 +148,103 @@ def settings_of(value: Any) -> Any:
     return value
 
 
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of types, for messages
+# The least value of settings that have one. A value below it fails late or trains nothing.
+LEAST = {
+    "config.data": {"examples": 0, "frames": 1, "image_size": 1, "max_tokens": 2, "max_words": 1, "threads": 1, "workers": 0},
+    "config.optim": {"lr": 0, "min_lr": 0, "weight_decay": 0, "eps": 1e-30, "clip": 1e-30},
+    "config.mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+    "config.train": {
+        "batch_size": 1, "accumulate": 1, "seed": 0, "eval_examples": 0, "keep": 1, "max_bad_steps": 1
+    },
+    "config.options": {
+        "beams": 1, "prompt_tokens": 1, "new_tokens": 1, "top_k": 0, "top_p": 0, "temperature": 1e-30, "best": 0, "group": 0,
+        "masked_share": 0
+    },
+}  # fmt: skip
+
+
 def to_config_dict(experiment: Experiment) -> ConfigDict:
     """Locked ConfigDict with every setting of the experiment, for command-line overrides."""
-    return ConfigDict(settings_of(experiment), convert_dict=True).lock()
+    made = ConfigDict(settings_of(experiment), convert_dict=True)
+    if made.train.frozen is None:  # ConfigDict knows the type of a setting by its value
+        made.train.frozen = config_dict.placeholder(tuple)
+    return made.lock()
 
 
 def from_config_dict(config: ConfigDict | Mapping) -> Experiment:
-    """Experiment from a (possibly overridden) ConfigDict.
+    """Experiment from a (possibly overridden) ConfigDict. An int given for a float setting becomes a float.
 
     Raises:
-      ValueError: a key that no setting has.
+      Mistake: a key that no setting has, a value of another type, or one that is too small; the message names the setting.
     """
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     parts = {"data": Data, "optim": Optim, "mesh": Mesh, "train": Train, "options": Options}
     for key, cls in parts.items():
-        plain[key] = _build(cls, plain.get(key, {}), key)
+        plain[key] = _build(cls, plain.get(key, {}), f"config.{key}")
     return _build(Experiment, plain, "config")
 
 
-def _build(cls: type, values: Mapping, where: str) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{where}: no setting named {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    return cls(**{k: _as_tuples(v) for k, v in values.items()})
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise Mistake(f"{where}: {values!r} is no group of settings; set them one by one, as {where}.NAME")
+    hints = get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise Mistake(unknown(name, hints, where))
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise Mistake(f"{where}.{field.name} is missing")
+    hints |= {"log_every": int | str} if cls is Train else {}  # it was a number of steps once
+    made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
+    for name, least in LEAST.get(where, {}).items():
+        if made.get(name, least) < least:
+            below = "it must be above 0" if 0 < least < 1 else f"give {least} or more"
+            raise Mistake(f"{where}.{name}: {made[name]!r} is too small; {below}")
+    return cls(**made)
+
+
+def unknown(name: str, known: Iterable[str], where: str) -> str:
+    """What to say about a setting that there is not: the nearest one if one is near, else all there are."""
+    near = difflib.get_close_matches(name, known, 1)
+    names = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+    return f"{where}: no setting named {name!r}; {names}"
+
+
+def checked(value: Any, kind: Any, where: str) -> Any:
+    """The value of a setting as its annotation wants it: lists become tuples, ints become floats.
+
+    Args:
+      value: from the command line, a config file or JSON.
+      kind: the annotation: bool, int, float, str, a tuple of these, or a union with None; any other takes every value.
+      where: name of the setting.
+
+    Raises:
+      Mistake: a value of another type, or a float that is not finite.
+    """
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        kinds = get_args(kind)
+        if type(value) in kinds:
+            return value
+        kind = kinds[0]
+        origin = get_origin(kind)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise Mistake(f"{where}: {value!r} is no list; write ('a', 'b')")
+        parts = get_args(kind)
+        each = (parts[0],) * len(value) if parts[-1] is ... else parts
+        if len(each) != len(value):
+            raise Mistake(f"{where}: {value!r} has {len(value)} parts, {len(each)} are needed")
+        return tuple(checked(part, one, where) for part, one in zip(value, each, strict=True))
+    if kind in NAMES:
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            raise Mistake(f"{where}: {value!r} is not {NAMES[kind]}")
+        if kind is float and not math.isfinite(value):
+            raise Mistake(f"{where}: {value!r} is no finite number")
+        return float(value) if kind is float else value
+    return _as_tuples(value)
 
 
 def _as_tuples(value: Any) -> Any:
@@ -177,20 +257,43 @@ def to_json(experiment: Experiment) -> str:
 
 
 def from_json(text: str) -> Experiment:
-    """Inverse of `to_json`."""
-    return from_config_dict(json.loads(text))
-
-
-def steps_in(duration: str, *, steps_per_epoch: int, total: int = 0) -> int:
-    """Number of optimizer steps in "2000 steps", "10 epochs" or "5%" (of `total` steps).
+    """Inverse of `to_json`.
 
     Raises:
-      ValueError: the text is none of these.
+      ValueError: no JSON of settings.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*", duration)
+    read = json.loads(text)
+    if not isinstance(read, dict):
+        raise Mistake("no settings in it")
+    return from_config_dict(read)
+
+
+def steps_in(duration: str, *, steps_per_epoch: int, total: int = 0, setting: str = "") -> int:
+    """Number of whole optimizer steps in "2000 steps", "10 epochs" or "5%" (of `total` steps).
+
+    What a share or a part of an epoch has beyond whole steps is cut off, as the reference does: 10 % of 57 steps are 5.
+
+    Args:
+      duration: the text. A number is digits with at most one decimal point; blanks around it do not matter.
+      steps_per_epoch: steps in one epoch.
+      total: steps of the run; 0 where a share makes no sense.
+      setting: name for the messages, e.g. "config.train.duration".
+
+    Raises:
+      Mistake: the text is none of these, or a share of more than 100 %.
+    """
+    name = f"{setting}: " if setting else ""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(steps?|epochs?|%)\s*", duration)
     if not match:
-        raise ValueError(f'cannot read the duration {duration!r}; write "2000 steps", "10 epochs" or "5%"')
-    number, unit = float(match[1]), match[2]
-    if unit == "%":
-        return round(number / 100 * total)
-    return round(number * (steps_per_epoch if unit.startswith("epoch") else 1))
+        raise Mistake(f'{name}cannot read the duration {duration!r}; write "2000 steps", "10 epochs" or "5%"')
+    number, unit = Fraction(match[1]), match[2]  # exact: 7 % of 100 are 7, where floats give 7.000000000000001
+    if unit != "%":
+        return int(number * (steps_per_epoch if unit.startswith("epoch") else 1))
+    if number > 100:
+        raise Mistake(f"{name}{duration!r} is more than the whole run; give at most 100%")
+    return int(number * total / 100)
+
+
+def is_zero(duration: str) -> bool:
+    """Whether a duration that `steps_in` can read is none at all: "0 steps", "0 epochs", "0%"."""
+    return steps_in(duration, steps_per_epoch=10**9, total=10**9) == 0

@@ -72,7 +72,7 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
     Returns:
       Scores, with the split, the step and the number of examples they were taken over; None where nothing was counted.
     """
-    run = run_lib.prepare(experiment)
+    run = run_lib.prepare(experiment, training=False)
     trainable, frozen = state_lib.split(load(run, workdir), run.frozen_patterns)
     frozen = run_lib.hold(run, frozen)
     split = experiment.data.eval_split

@@ -1,135 +1,166 @@
 """Entry point: `python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR --mode train|eval|plan|compile|bench`.
 
-For all modes but train the last line on stdout is one JSON object; everything else goes to stderr. On a pod the same
-command runs on every host.
+`--workdir DIR` alone goes on with the run in that folder, or evaluates it with `--mode eval`: its settings are kept there. For all
+modes but train the last line on stdout is one JSON object; everything else goes to stderr. On a pod the same command runs on every
+host. Exit codes: 0, 1 for an error in the program, and those of `exits.py`.
 """
 
+import argparse
+import dis
+import errno
 import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import app, flags
-from absl import logging as absl_logging
-from etils import epath
-from ml_collections import config_flags
-
-from ymplug_jax import exits, hosts
+from ymplug_jax import command_line, exits, hosts
+from ymplug_jax.config import Experiment
 
 HERE = Path(__file__).parent
-CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="configs/<model>/<task>.py[:size]; settings follow as --config.data.path=..."
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (local or gs://): checkpoints, metrics, settings.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "compile", "bench"], "What to do.")
-TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5e:4x4", "With --mode=compile: the TPU slice, e.g. v5e:4x8, v5p:4x4x4, v6e:8x8."
-)
-SLICES = flags.DEFINE_integer(
-    "slices", 1, "With --mode=compile: so many of them; data runs over the network between them."
-)
-STEPS = flags.DEFINE_integer("steps", 30, "With --mode=bench: steps that are timed, after three to warm up.")
-EXAMPLES = flags.DEFINE_integer("examples", 0, "Evaluate only this many examples; 0: the whole split.")
-SEEDS = flags.DEFINE_integer(
-    "seeds",
-    1,
-    "Runs with config.train.seed and the ones after it, in folders seed_N of --workdir; eval: mean and deviation.",
-)
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for plain hosts; TPU pods need none.")
-PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
-START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds until every process must have come, with several.")
-HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Seconds of silence after which a process counts as dead.")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)  # a write that fails names no file
 
 
-def main(argv: list[str]) -> int:
-    """Runs one mode. Mistakes of the user (settings, paths, data) end in one line on stderr and exit code 2."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"do not know what to do with {argv[1]!r}; settings are written as --config.train.batch_size=8"
-        )
+def main(argv: Sequence[str]) -> int:
+    """Runs one mode. Mistakes of the user (settings, paths, data) end in one line on stderr and exit code 2.
+
+    Args:
+      argv: the program's name and its arguments.
+    """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
+    started = False  # what fails before is the user's to mend, what fails later is a place that has worked
+    try:
+        flags, settings = command_line.parse(argv[1:], __doc__)
+        _quiet()
+        if flags.mode == "compile":
+            # The compiler is asked, no chip: JAX must not look for one.
+            os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+            os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor is the library held by one process
+        experiment = command_line.experiment_of(flags, settings)
+        if flags.mode != "compile":
+            _join(flags)
+        runs = _accepted(flags, experiment)
+        started = True
+        result = _run(flags, experiment, runs)
+    except Exception as error:
+        if (code := _code(error, started)) is None:
+            raise
+        logging.error("error: %s", _line(error))
+        return code
+    import jax
+
+    if result is not None and jax.process_index() == 0:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+    return exits.DOES_NOT_FIT if flags.mode == "compile" and not result["fits"] else 0
+
+
+def _quiet() -> None:
+    from absl import logging as absl_logging
+
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of metadata that a part of a checkpoint never has
     for noisy in ("jax", "orbax", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if MODE.value == "compile":
-        # The compiler is asked, no chip: JAX must not look for one.
-        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor is the library held by one process
-    # After the flags: a wrong flag is answered at once, and importing this module stays quick.
+
+
+def _join(flags: argparse.Namespace) -> None:
+    """Meet the other processes, where there are any."""
+    meeting = hosts.find(flags.coordinator, flags.processes, flags.process_id, flags.start_timeout)
+    if meeting:
+        hosts.join(meeting, flags.start_timeout, flags.heartbeat)
     import jax
 
-    from ymplug_jax import config, plan, run
-    from ymplug_jax import step as step_lib
-
-    try:
-        meeting = None
-        if MODE.value != "compile":
-            meeting = hosts.find(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value, START_TIMEOUT.value)
-        if meeting:
-            hosts.join(meeting, START_TIMEOUT.value, HEARTBEAT.value)
-    except (ValueError, hosts.HostsError) as error:
-        logging.error("error: %s", error)
-        return hosts.LOST if isinstance(error, hosts.HostsError) else 2
     if jax.process_index() != 0:
         logging.getLogger().setLevel(logging.WARNING)
-    try:
-        experiment = config.from_config_dict(CONFIG.value)
-        if MODE.value == "plan":
-            ready = run.prepare(experiment)
-            logging.info("%s", plan.table(ready))
-            facts = plan.estimate(ready, step_lib.compile_step(ready))
-            logging.info("%s", plan.render_estimate(facts))
-            result = facts
-        elif MODE.value == "compile":
-            from ymplug_jax import aot
 
-            result = aot.compile_for(experiment, TOPOLOGY.value, SLICES.value)
-            logging.info("%s", aot.render(result))
-        elif MODE.value == "bench":
-            from ymplug_jax import bench  # needs neither Orbax nor anything that reads data
 
-            result = bench.bench(experiment, STEPS.value, epath.Path(WORKDIR.value) if WORKDIR.value else None)
-            logging.info("%s", bench.render(result))
-        else:
-            from ymplug_jax import checkpoint, evaluate, train
+def _accepted(flags: argparse.Namespace, experiment: Experiment) -> list[tuple[Experiment, Any]]:
+    """(settings, folder) of each run to train or evaluate; all are checked before the first one starts."""
+    if flags.mode not in ("train", "eval"):
+        return []
+    if not flags.workdir:
+        raise exits.Mistake(f"--workdir: missing; give the folder of the run that --mode {flags.mode} works in")
+    if flags.examples < 0:
+        raise exits.Mistake(f"--examples: {flags.examples} is too small; give 0 for the whole split, or more")
+    from ymplug_jax import checkpoint, preflight, run
 
-            if not WORKDIR.value:
-                raise ValueError(f"--workdir is missing: the folder of the run that --mode={MODE.value} works in")
-            folder = checkpoint.folder_of(WORKDIR.value)
-            runs = run.seeds(experiment, folder, SEEDS.value)
-            if MODE.value == "eval":
-                result = evaluate.evaluate_all(runs, folder, examples=EXAMPLES.value)
-            else:
-                for one, workdir in runs:
-                    train.train(one, workdir)
-                return 0
-    except exits.PlaceFailed as error:
-        logging.error("error: %s", error)
+    runs = run.seeds(experiment, checkpoint.folder_of(flags.workdir), flags.seeds)
+    for one, workdir in runs:
+        preflight.check(one, workdir, flags.mode)
+    return runs
+
+
+def _run(flags: argparse.Namespace, experiment: Experiment, runs: list) -> dict[str, Any] | None:
+    """What the mode prints as JSON."""
+    if flags.mode == "plan":
+        from ymplug_jax import plan, run
+        from ymplug_jax import step as step_lib
+
+        ready = run.prepare(experiment)
+        logging.info("%s", plan.table(ready))
+        facts = plan.estimate(ready, step_lib.compile_step(ready))
+        logging.info("%s", plan.render_estimate(facts))
+        return facts
+    if flags.mode == "compile":
+        from ymplug_jax import aot
+
+        result = aot.compile_for(experiment, flags.topology, flags.slices)
+        logging.info("%s", aot.render(result))
+        return result
+    if flags.mode == "bench":
+        from etils import epath
+
+        from ymplug_jax import bench  # needs neither Orbax nor anything that reads data
+
+        result = bench.bench(experiment, flags.steps, epath.Path(flags.workdir) if flags.workdir else None)
+        logging.info("%s", bench.render(result))
+        return result
+    from ymplug_jax import checkpoint, evaluate, train
+
+    if flags.mode == "eval":
+        return evaluate.evaluate_all(runs, checkpoint.folder_of(flags.workdir), examples=flags.examples)
+    for one, workdir in runs:
+        train.train(one, workdir)
+    return None
+
+
+def _code(error: Exception, started: bool) -> int | None:
+    """Exit code of an error that has a message for the user; None for a bug, which keeps its traceback."""
+    if isinstance(error, exits.Mistake):
+        return exits.MISTAKE
+    if isinstance(error, exits.PlaceFailed):
         return exits.PLACE
-    except (ValueError, FileNotFoundError, step_lib.TrainingStopped) as error:
-        if not _ours(error):
-            raise
-        logging.error("error: %s", error)
-        return 2
-    if jax.process_index() == 0:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
-    return 3 if MODE.value == "compile" and not result["fits"] else 0
+    if isinstance(error, hosts.HostsError):
+        return exits.LOST
+    if _on_purpose(error) and isinstance(error, ValueError | FileNotFoundError):
+        return exits.MISTAKE
+    if _on_purpose(error) and type(error).__name__ == "TrainingStopped":  # its module imports JAX
+        return exits.MISTAKE
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK or _on_purpose(error)):
+        return exits.PLACE if started else exits.MISTAKE
+    return None
 
 
-def _ours(error: BaseException) -> bool:
-    """Whether this package raised the error on purpose, with a message for the user; anything else is a bug and keeps its traceback."""
+def _line(error: Exception) -> str:
+    """The message in one line; of an error of the system, the place and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror or error}; look at the place and its permissions"
+    return " ".join(str(error).splitlines())
+
+
+def _on_purpose(error: BaseException) -> bool:
+    """Whether a `raise` of this package raised the error, with a message for the user. What Python or a library raises is a bug."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename).parent in (
-        HERE,
-        *(p for p in HERE.iterdir() if p.is_dir()),
-    )
+    if trace is None:
+        return False
+    code = trace.tb_frame.f_code
+    raised = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return raised and Path(code.co_filename).is_relative_to(HERE)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     hosts.without_accelerator()  # config files import JAX
-    app.run(hosts.announced(main))
+    sys.exit(hosts.announced(main)(sys.argv))

@@ -13,12 +13,15 @@ from ymplug_jax import config, optim, quantize, sharding
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.source import open_split
+from ymplug_jax.exits import Mistake
 from ymplug_jax.state import Params, TrainState
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
 
 if TYPE_CHECKING:
     from ymplug_jax import checkpoint
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")  # of frozen parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +62,20 @@ def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple
     ]
 
 
-def prepare(experiment: Experiment, devices: list | None = None) -> Run:
+def prepare(experiment: Experiment, devices: list | None = None, *, training: bool = True) -> Run:
     """Check the settings against each other and lay the run out.
 
     Args:
       experiment: resolved settings.
       devices: of the mesh; None: all there are.
+      training: False for an evaluation, which needs no training split: examples and steps are 0 then.
 
     Raises:
       ValueError: settings that contradict each other, with the key to change.
     """
     train = experiment.train
+    if train.frozen_dtype not in DTYPES:
+        raise Mistake(f"config.train.frozen_dtype is {train.frozen_dtype!r}; there are {', '.join(DTYPES)}")
     task = task_lib.get(experiment)
     axes = experiment.mesh
     mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, devices)
@@ -79,21 +85,12 @@ def prepare(experiment: Experiment, devices: list | None = None) -> Run:
             f"config.train.batch_size {train.batch_size} is no multiple of accumulate {train.accumulate} x mesh data x fsdp "
             f"{mesh.shape['data'] * mesh.shape['fsdp']}"
         )
-    if experiment.data.path:
-        examples = len(open_split(experiment.data.path, experiment.data.train_split))
-    elif not (examples := experiment.data.examples):
-        raise ValueError(
-            "config.data.path is empty; give the folder of the shards, or config.data.examples to plan without them"
-        )
-    if (per_epoch := examples // train.batch_size) == 0:
-        raise ValueError(
-            f"config.train.batch_size {train.batch_size} is larger than the training split ({examples} examples)"
-        )
-    total = config.steps_in(train.duration, steps_per_epoch=per_epoch)
-    warmup = config.steps_in(experiment.optim.warmup, steps_per_epoch=per_epoch, total=total)
+    examples, per_epoch, total, warmup = _steps(experiment) if training else (0, 0, 0, 0)
 
     patterns = task.frozen if train.frozen is None else train.frozen
-    params = state_lib.cast_frozen(jax.eval_shape(task.init, jax.random.key(0)), patterns, _stored(train))
+    # The key is made under eval_shape too: nothing is compiled here.
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    params = state_lib.cast_frozen(params, patterns, _stored(train))
     params = _placed(params, sharding.param_shardings(params, task.axes, dict(axes.rules), mesh))
     trainable, frozen = state_lib.split(params, patterns)
     tx = optim.make(experiment.optim, trainable)
@@ -109,6 +106,38 @@ def prepare(experiment: Experiment, devices: list | None = None) -> Run:
     rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
     held = quantize.abstract(frozen, task.axes) if train.frozen_dtype == "int8" else frozen
     return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held)
+
+
+def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
+    """(examples, steps of an epoch, of the run, of the warm-up). All durations of the settings are read, so that none is found
+    wrong after the step is compiled."""
+    train = experiment.train
+    if experiment.data.path:
+        examples = len(open_split(experiment.data.path, experiment.data.train_split))
+    elif not (examples := experiment.data.examples):
+        raise Mistake(
+            "config.data.path is empty; give the folder of the shards, or config.data.examples to plan without them"
+        )
+    if (per_epoch := examples // train.batch_size) == 0:
+        raise Mistake(
+            f"config.train.batch_size {train.batch_size} is larger than the training split ({examples} examples)"
+        )
+    if "%" in train.duration:
+        raise Mistake(
+            f'config.train.duration: {train.duration!r} is a share of itself; write "2000 steps" or "10 epochs"'
+        )
+    total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
+    if not total:
+        raise Mistake(f"config.train.duration: {train.duration!r} are 0 steps of this data; train for 1 step or more")
+    for name in ("save_every", "eval_every"):
+        value, setting = getattr(train, name), f"config.train.{name}"
+        config.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
+        if config.is_zero(value):  # a share that is less than one step is each step
+            raise Mistake(f"{setting}: {value!r} is no interval; write 1 step or more")
+    warmup = config.steps_in(
+        experiment.optim.warmup, steps_per_epoch=per_epoch, total=total, setting="config.optim.warmup"
+    )
+    return examples, per_epoch, total, warmup
 
 
 def _stored(train: config.Train) -> str:
@@ -161,24 +190,10 @@ def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainSt
 
 def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
     """(parameters, origin of each path): from `init_from` where it has them, else initialised by seed."""
-    from ymplug_jax import checkpoint
-
     train = run.experiment.train
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    loaded: dict[str, jax.Array] = {}
-    origin: dict[str, str] = {}
-    for subtree, stored_as, folder in checkpoint.sources(train.init_from):
-        part = checkpoint.load_params(
-            folder,
-            abstract,
-            subtree=subtree,
-            stored_as=stored_as,
-            allow_missing=run.task.fresh,
-            resize=run.task.resize,
-        )
-        loaded |= part
-        origin |= dict.fromkeys(part, checkpoint.folder_of(folder).name)
+    loaded, origin = init_from(run)
     flat = state_lib.flatten(abstract)
     missing = [path for path in flat if path not in loaded]
     fresh = state_lib.init_params(
@@ -186,3 +201,33 @@ def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
     )
     origin |= dict.fromkeys(missing, "fresh")
     return state_lib.unflatten(loaded | state_lib.flatten(fresh)), {path: origin[path] for path in flat}
+
+
+def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], dict[str, str]]:
+    """(parameters by path, folder name by path) that `config.train.init_from` gives.
+
+    Args:
+      run: with abstract trees.
+      values: False compares names and shapes, reads no value and returns nothing.
+
+    Raises:
+      CheckpointError: a folder without a checkpoint, or one that does not fit the model.
+    """
+    from ymplug_jax import checkpoint
+
+    abstract = state_lib.merge(run.state.trainable, run.frozen)
+    loaded: dict[str, jax.Array] = {}
+    origin: dict[str, str] = {}
+    for subtree, stored_as, folder in checkpoint.sources(run.experiment.train.init_from):
+        part = checkpoint.load_params(
+            folder,
+            abstract,
+            subtree=subtree,
+            stored_as=stored_as,
+            allow_missing=run.task.fresh,
+            resize=run.task.resize,
+            values=values,
+        )
+        loaded |= part
+        origin |= dict.fromkeys(part, checkpoint.folder_of(folder).name)
+    return loaded, origin

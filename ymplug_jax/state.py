@@ -14,6 +14,8 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ymplug_jax.exits import Mistake
+
 Params = dict  # nested dicts of arrays
 
 
@@ -40,14 +42,17 @@ def matching(paths: Iterable[str], patterns: Sequence[str], where: str) -> set[s
     """Paths that at least one regex matches in full.
 
     Raises:
-      ValueError: a pattern that matches no path (it froze or exempted less than its author meant).
+      Mistake: a pattern that matches no path (it froze or exempted less than its author meant), or no regex.
     """
     paths = list(paths)
     found: set[str] = set()
     for pattern in patterns:
-        hits = {path for path in paths if re.fullmatch(pattern, path)}
+        try:
+            hits = {path for path in paths if re.fullmatch(pattern, path)}
+        except re.error as error:
+            raise Mistake(f"{where}: {pattern!r} is no regular expression: {error}") from None
         if not hits:
-            raise ValueError(
+            raise Mistake(
                 f"{where}: the pattern {pattern!r} matches no parameter; the first ones are {', '.join(paths[:3])}"
             )
         found |= hits
@@ -61,7 +66,7 @@ def split(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
       ValueError: a pattern that matches nothing.
     """
     flat = flatten(params)
-    frozen = matching(flat, patterns, "frozen")
+    frozen = matching(flat, patterns, "config.train.frozen")
     return unflatten({k: v for k, v in flat.items() if k not in frozen}), unflatten(
         {k: v for k, v in flat.items() if k in frozen}
     )
@@ -75,7 +80,7 @@ def merge(trainable: Params, frozen: Params) -> Params:
 def cast_frozen(params: Params, patterns: Sequence[str], dtype: str) -> Params:
     """Float leaves of the frozen part in `dtype`, the rest in float32. Works on arrays and on ShapeDtypeStructs."""
     flat = flatten(params)
-    frozen = matching(flat, patterns, "frozen")
+    frozen = matching(flat, patterns, "config.train.frozen")
 
     def cast(path: str, leaf: jax.Array) -> jax.Array:
         target = jnp.dtype(dtype) if path in frozen else jnp.dtype("float32")

@@ -48,8 +48,10 @@ class Records:
         self.path, self.split = path.rstrip("/"), split
         self._folder = _Bucket(self.path) if "://" in path else _Disk(self.path)
         names = self._folder.names()
+        self.kind = ""  # of the CSV that the split was built from, see schema.COLUMNS; "" without a manifest
         if schema.MANIFEST in names:
-            _check_version(f"{self.path}/{schema.MANIFEST}", self._folder.read_all([schema.MANIFEST])[0])
+            manifest = _manifest(f"{self.path}/{schema.MANIFEST}", self._folder.read_all([schema.MANIFEST])[0])
+            self.kind = _kind(manifest, split)
         self._shards = _shards_of(self.path, split, names)
         indices = _indices_of(self.path, self._shards, names, self._folder)  # int64[n, 2] each
         self._places = np.concatenate(indices)  # int64[records, 2]: 16 bytes a record stay in memory
@@ -150,15 +152,24 @@ def _no_folder(path: Path | str) -> str:
     return f"{path}: no such folder; build it with python -m data_prep.build_shards and set config.data.path"
 
 
-def _check_version(file: str, manifest: bytes) -> None:
+def _manifest(file: str, content: bytes) -> dict:
     try:
-        version = str(json.loads(manifest)["schema_version"])
+        manifest = json.loads(content)
+        version = str(manifest["schema_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: no manifest of data_prep ({error!r}); build the shards again") from None
     if version.split(".")[0] != schema.SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
             f"{file}: schema_version {version}, this reader knows {schema.SCHEMA_VERSION}; build the shards again"
         )
+    return manifest
+
+
+def _kind(manifest: dict, split: str) -> str:
+    """Kind of a split: its own where the manifest says so, as splits are built one by one."""
+    splits = manifest.get("splits")
+    own = splits.get(split) if isinstance(splits, dict) else None
+    return str((own.get("kind") if isinstance(own, dict) else None) or manifest.get("kind") or "")
 
 
 def _shards_of(path: str, split: str, names: set[str]) -> list[str]:

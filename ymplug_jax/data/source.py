@@ -10,6 +10,8 @@ from ymplug_jax.data.records import Record, Records
 class Texts:
     """A UTF-8 text file as records: one title a line, nothing else. Held in memory."""
 
+    kind = "text"  # as `Records.kind`
+
     def __init__(self, path: str):
         """Read the file.
 

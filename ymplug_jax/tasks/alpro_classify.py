@@ -63,6 +63,7 @@ def make(experiment: Experiment) -> Task:
 
     row = inputs.row_spec(length)
     return Task(
+        kinds=("classification", "question") if experiment.options.answers else ("classification",),
         axes=alpro.AXES,
         frozen=(),
         init=lambda key: alpro.init(model, key),

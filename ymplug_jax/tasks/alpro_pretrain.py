@@ -16,7 +16,7 @@ from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import align, inputs, losses, pair_losses, retrieve
-from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task
+from ymplug_jax.tasks.task import TITLED, Batch, Example, Report, Row, Task
 from ymplug_jax.writer import Mean, Metrics
 
 
@@ -64,6 +64,7 @@ def make(experiment: Experiment) -> Task:
     row = inputs.row_spec(length)
     spec = {"video": inputs.video_spec(data), "ids": row, "mask": row, "clip": inputs.row_spec(2)}
     return Task(
+        kinds=TITLED,
         axes=alpro.AXES,
         frozen=alpro.TEACHER if model.entities else (),
         init=lambda key: started(model, key, entities),

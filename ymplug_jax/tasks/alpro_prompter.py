@@ -20,7 +20,7 @@ from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import align, inputs, losses, retrieve
-from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task
+from ymplug_jax.tasks.task import TITLED, Batch, Example, Report, Row, Task
 from ymplug_jax.writer import Mean, Metrics
 
 PROMPTS = 512  # texts that are read at once
@@ -33,6 +33,8 @@ def make(experiment: Experiment) -> Task:
     if not model.contrastive_width or alpro.prompter_of(model) != model:
         raise ValueError("config.model: the prompter has contrastive heads alone; see models/alpro.py, prompter_of")
     tokenizer, length = align.tokenizer_of(data, model), data.max_tokens
+    if experiment.options.prompts:
+        read_prompts(experiment.options.prompts)  # used after the last batch; what is wrong with it is found now
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         title = clean_text(record.title, data.max_words)
@@ -67,6 +69,7 @@ def make(experiment: Experiment) -> Task:
 
     row = inputs.row_spec(length)
     return Task(
+        kinds=TITLED,
         axes=alpro.AXES,
         frozen=(),
         init=lambda key: alpro.init(model, key),

@@ -17,7 +17,7 @@ from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import align, inputs, match, pair_losses, pairs, retrieve
-from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task
+from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Report, Row, Task
 from ymplug_jax.writer import Metrics
 
 
@@ -56,6 +56,7 @@ def make(experiment: Experiment) -> Task:
 
     row = inputs.row_spec(length)
     return Task(
+        kinds=(*CAPTIONED, *TITLED),
         axes=alpro.AXES,
         frozen=(),
         init=lambda key: alpro.init(model, key),

@@ -14,7 +14,7 @@ from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import caption_metrics, inputs, losses
-from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
+from ymplug_jax.tasks.task import CAPTIONED, Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Mean, Metrics
 
 SEARCHES = ("beam", "beam_by_length", "greedy", "sample")
@@ -90,6 +90,7 @@ def make(experiment: Experiment) -> Task:
     spec = {"video": inputs.video_spec(data), "ids": row, "mask": row}
     spec |= {"prompt_length": jax.ShapeDtypeStruct((), jnp.int32), "labelled": jax.ShapeDtypeStruct((), jnp.bool_)}
     return Task(
+        kinds=CAPTIONED,
         axes=mplug_video.AXES,
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),

@@ -89,6 +89,7 @@ def make(experiment: Experiment) -> Task:
     row = inputs.row_spec(length)
     spec = {"video": inputs.video_spec(data), "ids": row, "mask": row, "prompt_length": scalar, "label": scalar}
     return Task(
+        kinds=("classification",),
         axes=mplug_video.AXES,
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),

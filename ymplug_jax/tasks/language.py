@@ -16,7 +16,7 @@ from ymplug_jax.models import gpt3
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import inputs, losses
-from ymplug_jax.tasks.task import Batch, Example, Task, build
+from ymplug_jax.tasks.task import TITLED, Batch, Example, Task, build
 from ymplug_jax.writer import Mean, Metrics
 
 
@@ -52,6 +52,7 @@ def make(experiment: Experiment) -> Task:
         return mean.total / jnp.maximum(mean.weight, 1.0), {"loss": mean}
 
     return Task(
+        kinds=(*TITLED, "text"),
         axes=tuple((f"llm/{path}", words) for path, words in gpt3.AXES),
         frozen=(),
         init=lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"],

@@ -20,7 +20,7 @@ from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import candidates, inputs, losses, metrics, pair_losses, pairs
 from ymplug_jax.tasks.retrieve import clips_of, text_of
-from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
+from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Metrics
 
 YES, NO = "是", "否"
@@ -138,6 +138,7 @@ def make(experiment: Experiment) -> Task:
     row, pair = inputs.row_spec(length), jax.ShapeDtypeStruct((2, length), jnp.int32)
     spec = {"video": inputs.video_spec(data), "ids": pair, "mask": pair, "prompt_length": inputs.row_spec(2)}
     return Task(
+        kinds=(*CAPTIONED, *TITLED),
         axes=mplug_video.AXES,
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),

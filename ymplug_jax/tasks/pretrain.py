@@ -18,7 +18,7 @@ from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import inputs, losses
-from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
+from ymplug_jax.tasks.task import TITLED, Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Mean, Metrics
 
 
@@ -77,6 +77,7 @@ def make(experiment: Experiment) -> Task:
 
     spec = {"video": inputs.video_spec(data), "ids": inputs.row_spec(length), "mask": inputs.row_spec(length)}
     return Task(
+        kinds=TITLED,
         axes=mplug_video.AXES,
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),

@@ -16,7 +16,7 @@ from ymplug_jax.models import mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import inputs, losses, metrics, ranking
-from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
+from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Mean, Metrics
 
 # Queries, abstractor and connector stay in the checkpoint; this task neither uses nor updates them.
@@ -61,6 +61,7 @@ def make(experiment: Experiment) -> Task:
 
     row = inputs.row_spec(length)
     return Task(
+        kinds=(*CAPTIONED, *TITLED),
         axes=mplug_video.AXES,
         frozen=FROZEN,
         init=lambda key: mplug_video.init(model, key),

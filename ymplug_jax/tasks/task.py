@@ -10,7 +10,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from ymplug_jax import config
 from ymplug_jax.config import Experiment
+from ymplug_jax.exits import Mistake
 from ymplug_jax.sharding import AxisRules
 from ymplug_jax.state import Params
 from ymplug_jax.writer import Metrics
@@ -18,6 +20,9 @@ from ymplug_jax.writer import Metrics
 Batch = dict[str, jax.Array]  # fixed shapes, leading axis B, always has valid: bool[B]
 Example = dict[str, np.ndarray]
 
+# Kinds of shards by what their records have. All have frames.
+TITLED = ("pretrain", "classification", "question")  # a title; of questions it is the question
+CAPTIONED = ("captioning", "retrieval")  # captions
 
 Resize = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (stored value, wanted shape) -> value
 Row = dict[str, np.ndarray]  # one example's predictions, without B; "index" is its place in the split
@@ -36,6 +41,7 @@ class Report:
 class Task:
     """One task on one model: everything that the programs (train, evaluate, predict) need to know about either."""
 
+    kinds: tuple[str, ...]  # of shards (schema.COLUMNS) whose columns are what `example` reads; "text" is a text file
     axes: AxisRules  # AXES of the model file
     frozen: tuple[str, ...]  # path regexes, full match
     init: Callable[[jax.Array], Params]  # key -> fresh parameters, float32
@@ -66,11 +72,11 @@ def get(experiment: Experiment) -> Task:
     """The task that the experiment names, with its model.
 
     Raises:
-      ValueError: no such task file, or a model setting that the model does not have.
+      Mistake: no such task file, or a model setting that the model does not have.
     """
     known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in HELPERS)
     if experiment.task not in known:
-        raise ValueError(f"config.task is {experiment.task!r}; there are {', '.join(known)}")
+        raise Mistake(f"config.task is {experiment.task!r}; there are {', '.join(known)}")
     return importlib.import_module(f"ymplug_jax.tasks.{experiment.task}").make(experiment)
 
 
@@ -78,21 +84,22 @@ def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> A
     """A linen module from nested settings: the fields of a module are its settings.
 
     Raises:
-      ValueError: a setting that the module does not have, named with the ones it has.
+      Mistake: a setting that the module does not have, or a value of another type; the message names it.
     """
     if isinstance(settings, cls):
         return settings
+    if not isinstance(settings, Mapping):
+        raise Mistake(f"{where}: {settings!r} are no settings of {cls.__name__}")
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"{where}: {cls.__name__} has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    for name in settings:
+        if name not in known:
+            raise Mistake(config.unknown(name, known, where))
 
     def value(key: str) -> Any:
         kind = hints[key]
-        return (
-            build(kind, settings[key], f"{where}.{key}")
-            if isinstance(kind, type) and issubclass(kind, nn.Module)
-            else settings[key]
-        )
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            return build(kind, settings[key], f"{where}.{key}")
+        return config.checked(settings[key], kind, f"{where}.{key}")
 
     return cls(**{key: value(key) for key in settings})

@@ -1,0 +1,450 @@
+"""The commonest mistakes: each ends in one line and exit code 2, before anything is compiled and before a folder is made.
+
+`--durations=0` shows the seconds of each; those of a whole process are in `test_as_a_process`.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import runs
+import shards
+from ymplug_jax import command_line, config, main, preflight, run_folder
+from ymplug_jax import run as run_lib
+from ymplug_jax.checkpoint import Checkpoints
+from ymplug_jax.data import schema
+from ymplug_jax.tasks import task as task_lib
+
+COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: COMPILED.append(event) if "backend_compile" in event else None
+)
+# Of the small model, what every task has.
+SMALL = [flag for flag in runs.SMALL if not flag.startswith("--config.model.abstractor")]
+ALPRO = [
+    "--config.model.vision.image_size=16", "--config.model.vision.patch_size=8", "--config.model.vision.frames=2",
+    "--config.data.frames=2", "--config.data.image_size=16", "--config.data.max_tokens=12", "--config.optim.warmup=1 steps",
+    "--config.train.batch_size=8", "--config.options.group=4",
+]  # fmt: skip
+LANGUAGE = [flag for flag in SMALL if "llm" in flag or "data.max_tokens" in flag or "optim" in flag or "batch" in flag]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of each kind, tokenizers, and a run of the language model."""
+    home = tmp_path_factory.mktemp("home")
+    runs.make_data(home)
+    shards.vocabulary(home / "vocab.txt")
+    for kind in schema.COLUMNS:
+        for split in ("train", "validation"):
+            shards.write(home / kind, (9,), split=split, kind=kind)
+    (home / "titles.txt").write_text("红色的圆形\n" * 20, encoding="utf-8")
+    data = [f"--config.data.path={home / 'titles.txt'}", f"--config.data.tokenizer={home / 't.model'}"]
+    flags, settings = command_line.parse(["--config", str(runs.ROOT / "configs/tiny/language.py"), *data, *LANGUAGE])
+    a_run(home / "language", command_line.experiment_of(flags, settings))
+    return home
+
+
+def a_run(folder: Path, experiment: config.Experiment) -> None:
+    """The folder of a run that has not taken a step."""
+    run = run_lib.prepare(experiment)
+    run_folder.write(experiment, folder)
+    checkpoints = Checkpoints(str(folder))
+    state, frozen, seen, _ = run_lib.initialise(run, checkpoints)
+    checkpoints.save_frozen(frozen)
+    checkpoints.save(state, 1, seen)
+    checkpoints.close()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    handlers, level = list(logging.root.handlers), logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+class Refused:
+    """Calls main with flags for a folder that must not be made."""
+
+    def __init__(self, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+        self.home, self.tmp_path, self.capsys = home, tmp_path, capsys
+
+    def __call__(self, *flags: str, task: str = "", workdir: str = "run") -> str:
+        """The one line, without "error: ". With a task: its tiny config, whole settings, and shards that fit it."""
+        flags = tuple(flag.format(home=self.home, tmp=self.tmp_path) for flag in flags)
+        if task:
+            flags = (*base(self.home, task), f"--workdir={self.tmp_path / workdir}", *flags)
+        before, _ = tree(self.tmp_path), COMPILED.clear()
+        code = main.main(["ymplug_jax.main", *flags])
+        out, err = self.capsys.readouterr()
+        assert code == 2, err
+        assert out == "" and COMPILED == [] and tree(self.tmp_path) == before
+        (line,) = err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Refused:
+    return Refused(home, tmp_path, capsys)
+
+
+KINDS = {
+    "classify": "classification",
+    "caption": "captioning",
+    "retrieve": "retrieval",
+    "alpro_classify": "classification",
+}
+
+
+def base(home: Path, task: str) -> list[str]:
+    """Flags of a run that would train."""
+    alpro = task.startswith("alpro")
+    kind, tokenizer = KINDS.get(task, "pretrain"), "vocab.txt" if alpro else "t.model"
+    small = ALPRO if alpro else LANGUAGE if task == "language" else runs.SMALL
+    if task == "alpro_classify":
+        small = [flag for flag in small if "group" not in flag]
+    data = [f"--config.data.path={home / kind}", f"--config.data.tokenizer={home / tokenizer}"]
+    return [f"--config={runs.ROOT}/configs/tiny/{task}.py", *data, *small, "--config.train.duration=2 steps"]
+
+
+SETTINGS = {
+    "wrong path": (["--config.data.path={tmp}/nowhere"], "{tmp}/nowhere: no such folder; build it with"),
+    "no path": (["--config.data.path="], "config.data.path is empty; give the folder"),
+    "a file as path": (["--config.data.path={home}/t.model"], "{home}/t.model: no such folder"),
+    "missing split": (["--config.data.train_split=test"], "{home}/pretrain: no split 'test' here, there are: train, validation"),
+    "missing evaluation split": (["--config.data.eval_split=test"], "{home}/pretrain: no split 'test' here"),
+    "missing tokenizer": (["--config.data.tokenizer={tmp}/t.model"], "tokenizer {tmp}/t.model: no such file; set"),
+    "no tokenizer": (["--config.data.tokenizer="], "config.data.tokenizer is empty; give"),
+    "no tokenizer in it": (["--config.data.tokenizer={home}/titles.txt"], "tokenizer {home}/titles.txt: has no [UNK]"),
+    "other tokenizer": (["--config.model.llm.vocab=16"], "{home}/t.model has 26 tokens, the model only 16; raise"),
+    "wrong init_from": (["--config.train.init_from={tmp}/no"], "config.train.init_from: {tmp}/no: no such folder; give"),
+    "init_from without checkpoint": (
+        ["--config.train.init_from=llm={home}/pretrain"],
+        "config.train.init_from: {home}/pretrain: no checkpoint here; give the --workdir of a run",
+    ),
+    "init_from of another task": (
+        ["--config.train.init_from={home}/language"],
+        "{home}/language/checkpoints does not fit the model of this config; missing: ",
+    ),
+    "init_from of another size": (
+        ["--config.train.init_from=llm={home}/language", "--config.model.llm.width=64"],
+        "{home}/language/checkpoints does not fit the model of this config; other shape: ",
+    ),
+    "init_from of another name": (
+        ["--config.train.init_from=lm={home}/language"],
+        "config.train.init_from: the model has no subtree 'lm'; there are abstractor, ",
+    ),
+    "wrong key": (["--config.train.batch_sise=3"], "config.train: no setting named 'batch_sise'; did you mean 'batch_size'?"),
+    "wrong group": (["--config.trian.batch_size=3"], "config: no setting named 'trian'; did you mean 'train'?"),
+    "wrong key of the model": (["--config.model.llm.rank=3"], "config.model.llm: no setting named 'rank'; there are depth, "),
+    "key below a value": (["--config.train.batch_size.x=3"], "config.train.batch_size: a value, not a group of settings"),
+    "text for a number": (["--config.train.batch_size=abc"], "config.train.batch_size: 'abc' is not a whole number"),
+    "float for an int": (["--config.train.batch_size=8.5"], "config.train.batch_size: '8.5' is not a whole number"),
+    "text for a float": (["--config.optim.lr=fast"], "config.optim.lr: 'fast' is not a number"),
+    "text for a bool": (["--config.data.augment=maybe"], "config.data.augment: 'maybe' is not true or false"),
+    "text for a group": (["--config.model=fast"], "config.model: 'fast' is not a group of settings"),
+    "no list": (["--config.optim.no_decay=('a', b"], "config.optim.no_decay: \"('a', b\" is not a list as ('a', 'b')"),
+    "no value": (["--config.data.path"], "config.data.path: a value is missing; write --config.data.path=VALUE"),
+    "batch of nothing": (["--config.train.batch_size=0"], "config.train.batch_size: 0 is too small; give 1 or more"),
+    "batch too large": (["--config.train.batch_size=7000"], "config.train.batch_size 7000 is larger than the training split"),
+    "batch and accumulate": (["--config.train.accumulate=3"], "config.train.batch_size 8 is no multiple of accumulate 3"),
+    "mesh": (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 x tensor=1 does not make"),
+    "frames": (["--config.data.frames=3"], "config.data gives 3 frames of 16 px, config.model.vision takes 2 of 16"),
+    "too many tokens": (["--config.data.max_tokens=4000"], "4 queries + 4000 tokens (config.data.max_tokens or"),
+    "duration": (["--config.train.duration=forever"], "config.train.duration: cannot read the duration 'forever'; write"),
+    "no duration": (["--config.train.duration=0 steps"], "config.train.duration: '0 steps' are 0 steps of this data"),
+    "no interval": (["--config.train.save_every=0 steps"], "config.train.save_every: '0 steps' is no interval"),
+    "warm-up": (["--config.optim.warmup=10"], "config.optim.warmup: cannot read the duration '10'"),
+    "schedule": (["--config.optim.schedule=cosin"], "config.optim.schedule is 'cosin'; write"),
+    "task": (["--config.task=dance"], "config.task is 'dance'; there are alpro_classify, "),
+    "frozen pattern": (["--config.train.frozen=lm/.*"], "config.train.frozen: the pattern 'lm/.*' matches no parameter"),
+    "frozen dtype": (["--config.train.frozen_dtype=int4"], "config.train.frozen_dtype is 'int4'; there are float32, "),
+    "candidates": (["--config.options.candidates={tmp}/i.npz"], "config.options.candidates {tmp}/i.npz: no such file"),
+    "no index": (["--config.options.candidates={home}/t.model"], "config.options.candidates {home}/t.model: no .npz file ("),
+    "classes": (["--config.data.classes={tmp}/names.txt"], "config.data.classes {tmp}/names.txt: No such file"),
+    "unknown flag": (["--wrokdir=x"], "--wrokdir: no such flag; did you mean --workdir?"),
+    "unknown mode": (["--mode=trian"], "--mode: 'trian' is no mode; did you mean train?"),
+    "text as steps": (["--steps", "abc"], "--steps: 'abc' is not a whole number"),
+    "no seed": (["--seeds=0"], "--seeds 0: give 1 or more"),
+    "fewer than no examples": (["--mode=eval", "--examples=-1"], "--examples: -1 is too small"),
+    "a word too many": (["train"], "'train': nothing takes this; settings are written as"),
+    "one process of many": (["--processes=2"], "--coordinator, --processes and --process_id belong together"),
+    "evaluation before training": (["--mode=eval"], "{tmp}/run: no checkpoint here; give the --workdir of a run, or"),
+    "evaluation of no split": (
+        ["--mode=eval", "--config.train.init_from=llm={home}/language", "--config.data.eval_split="],
+        "config.data.eval_split is empty; name the split to score",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_and_flags(refused: Refused, name: str):
+    flags, message = SETTINGS[name]
+    assert refused(*flags, task="pretrain").startswith(message.format(home=refused.home, tmp=refused.tmp_path))
+
+
+CONFIGS = {
+    "missing": ("{root}/configs/tiny/pretrian.py", "no such file; did you mean '{root}/configs/tiny/pretrain.py'?"),
+    "missing suffix": ("{root}/configs/tiny/pretrain", "no such file; did you mean '{root}/configs/tiny/pretrain.py'?"),
+    "missing folder": ("{tmp}/no/pretrain.py", "no such file, and no folder {tmp}/no"),
+    "a folder": ("{root}/configs/tiny", "a folder, not a file; there are alpro_classify.py, "),
+    "unknown size": ("{root}/configs/mplug_video/pretrain.py:13b", "size '13b' is unknown; there are 1.3b, 2.7b"),
+    "unknown vision tower": ("{root}/configs/mplug_video/pretrain.py:1.3b,h14", "size '1.3b' x 'h14' is unknown; language models: 1.3b, "),
+    "unknown slice": ("{root}/configs/mplug_video/pretrain.py:1.3b@v9-16", "slice 'v9-16' is unknown; there are v5e-16"),
+    "unknown variant": ("{root}/configs/alpro/pretrain.py:youtube", "'youtube' is unknown; there are youku, salesforce"),
+    "size of a config without": ("{root}/configs/tiny/pretrain.py:1.3b", "its get_config takes no argument, '1.3b' was given"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_files(refused: Refused, name: str):
+    file, message = (text.format(root=runs.ROOT, tmp=refused.tmp_path, home=refused.home) for text in CONFIGS[name])
+    line = refused("--config", file, f"--workdir={refused.tmp_path}/run")
+    assert line.startswith(f"--config {file.partition(':')[0]}") and message in line
+
+
+SOURCES = {
+    "syntax": ("def get_config(:\n  pass\n", "line 1 of {file}: invalid syntax"),
+    "an import that is not there": ("import nothing_like_it\n", "ModuleNotFoundError: No module named 'nothing_like_it' (line 1)"),
+    "an exception": ("def get_config():\n    return {{}}['size']\n", "KeyError: 'size' (line 2)"),
+    "no function": ("config = 3\n", "no function get_config in it; it returns the settings"),
+    "no settings": ("def get_config():\n    pass\n", "get_config returns NoneType, not settings; return to_config_dict("),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_own_config_files(refused: Refused, name: str):
+    file = refused.tmp_path / "mine.py"
+    source, message = (text.format(file=file) for text in SOURCES[name])
+    file.write_text(source, encoding="utf-8")
+    line = refused(f"--config={file}", "--mode=plan")
+    assert line.startswith(f"--config {file}") and message in line
+
+
+def test_no_config_and_no_run(refused: Refused):
+    assert refused("--mode=plan").startswith("--config: missing; give a file, as --config configs/tiny/pretrain.py, or")
+    line = refused(f"--workdir={refused.tmp_path}/run", "--mode=eval")
+    assert line.startswith(f"--config: missing, and --workdir {refused.tmp_path}/run holds no run whose settings")
+    assert refused("--config", f"{runs.ROOT}/configs/tiny/pretrain.py").startswith(
+        "--workdir: missing; give the folder"
+    )
+
+
+# What each task reads: a title, captions, or a label. Anything else trains on empty texts, or on no target at all.
+TITLE, CAPTION = {"pretrain", "classification", "question"}, {"captioning", "retrieval"}
+TAKES = {
+    "language": TITLE,
+    "pretrain": TITLE,
+    "caption": CAPTION,
+    "classify": {"classification"},
+    "retrieve": TITLE | CAPTION,
+    "match": TITLE | CAPTION,
+    "alpro_classify": {"classification"},
+    "alpro_pretrain": TITLE,
+    "alpro_prompter": TITLE,
+    "alpro_retrieve": TITLE | CAPTION,
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [(task, kind) for task in TAKES for kind in sorted((TITLE | CAPTION) - TAKES[task])]
+)
+def test_shards_of_another_kind(refused: Refused, task: str, kind: str):
+    line = refused(f"--config.data.path={refused.home / kind}", "--config.data.eval_split=", task=task)
+    assert line.startswith(f"{refused.home / kind}: split 'train' is of kind '{kind}', config.task='{task}' takes '")
+    assert all(f"'{good}'" in line for good in TAKES[task]) and "data_prep.build_shards --config" in line
+
+
+def experiment(home: Path, task: str, *more: str) -> config.Experiment:
+    flags, settings = command_line.parse([*base(home, task), *more])
+    return command_line.experiment_of(flags, settings)
+
+
+@pytest.mark.parametrize("task", TAKES)
+def test_shards_that_fit(home: Path, task: str):
+    assert set(task_lib.get(experiment(home, task)).kinds) - {"text"} == TAKES[task]
+
+
+def test_every_task_says_what_it_takes():
+    known = {p.stem for p in Path(task_lib.__file__).parent.glob("*.py")} - set(task_lib.HELPERS)
+    assert known == set(TAKES)
+
+
+def test_a_text_file_is_for_the_language_model_alone(refused: Refused):
+    texts = f"--config.data.path={refused.home}/titles.txt"
+    preflight.check(experiment(refused.home, "language", texts), refused.tmp_path / "run", "train")
+    line = refused(texts, task="pretrain")
+    assert line.startswith(f"{refused.home}/titles.txt: split 'train' is of kind 'text', config.task='pretrain' takes")
+
+
+def test_questions_with_a_list_of_answers(home: Path, tmp_path: Path, refused: Refused):
+    (tmp_path / "answers.txt").write_text("是\n否\n", encoding="utf-8")
+    questions = f"--config.data.path={home / 'question'}"
+    answers = f"--config.options.answers={tmp_path / 'answers.txt'}"
+    preflight.check(experiment(home, "alpro_classify", questions, answers), tmp_path / "run", "train")
+    missing = f"--config.options.answers={tmp_path}/answer.txt"
+    line = refused(questions, missing, task="alpro_classify")
+    assert line == (
+        f"config.options.answers {tmp_path}/answer.txt: no such file; did you mean '{tmp_path}/answers.txt'?"
+    )
+
+
+def test_splits_of_two_kinds_in_one_folder(home: Path, tmp_path: Path, refused: Refused):
+    """Each split is built by itself; the manifest's own kind is that of the last one."""
+    folder = shutil.copytree(home / "captioning", tmp_path / "data")
+    splits = {"train": {"kind": "captioning"}, "validation": {"kind": "classification"}}
+    facts = {"schema_version": schema.SCHEMA_VERSION, "kind": "captioning", "splits": splits}
+    (folder / schema.MANIFEST).write_text(json.dumps(facts), encoding="utf-8")
+    line = refused(f"--config.data.path={folder}", task="caption")
+    assert line.startswith(f"{folder}: split 'validation' is of kind 'classification', config.task='caption' takes")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (None, "manifest.json is missing or names no kind; copy it too, or build the shards again"),
+        ('{"schema_version": "1.0.0"}', "manifest.json is missing or names no kind"),
+        ('{"schema_version": "1.0.0", "kind": "pretr', "manifest.json: no manifest of data_prep ("),
+        ("", "manifest.json: no manifest of data_prep ("),
+        ("[1]", "manifest.json: no manifest of data_prep ("),
+        ("\udc80", "manifest.json: no manifest of data_prep ("),
+        ('{"schema_version": "2.0.0", "kind": "pretrain"}', "manifest.json: schema_version 2.0.0, this reader knows 1.0.0"),
+    ],
+)  # fmt: skip
+def test_manifests(home: Path, tmp_path: Path, refused: Refused, manifest: str | None, message: str):
+    folder = shutil.copytree(home / "pretrain", tmp_path / "data")
+    (folder / schema.MANIFEST).unlink()
+    if manifest is not None:
+        (folder / schema.MANIFEST).write_bytes(manifest.encode("utf-8", "surrogateescape"))
+    line = refused(f"--config.data.path={folder}", task="pretrain")
+    assert line.startswith(f"{folder}/{message}")
+
+
+def test_a_split_without_records(tmp_path: Path, refused: Refused):
+    shards.write(tmp_path / "data", (9,))
+    shards.write(tmp_path / "data", (0,), split="validation")
+    line = refused(f"--config.data.path={tmp_path}/data", task="pretrain")
+    assert line.startswith(f"{tmp_path}/data: split 'validation' has no records")
+
+
+def test_an_evaluation_needs_its_own_split_alone(home: Path, tmp_path: Path):
+    shards.write(tmp_path / "data", (3,), split="test")
+    more = ["--config.data.eval_split=test", f"--config.train.init_from=llm={home}/language"]
+    made = experiment(home, "pretrain", f"--config.data.path={tmp_path}/data", *more)
+    preflight.check(made, tmp_path / "run", "eval")
+    with pytest.raises(FileNotFoundError, match="no split 'train' here, there are: test"):
+        preflight.check(made, tmp_path / "run", "train")
+
+
+def test_arrays_that_an_index_lacks(tmp_path: Path, refused: Refused):
+    np.savez(tmp_path / "index.npz", video=np.zeros((2, 3)))
+    line = refused(f"--config.options.entities={tmp_path}/index.npz", task="pretrain")
+    assert line.startswith(f"config.options.entities {tmp_path}/index.npz: no 'entity_features' in it; give")
+
+
+def test_prompts_that_are_none(tmp_path: Path, refused: Refused):
+    """They are read when the scores are made, after all else."""
+    (tmp_path / "prompts.json").write_text("[]", encoding="utf-8")
+    line = refused(f"--config.options.prompts={tmp_path}/prompts.json", task="alpro_prompter")
+    assert line.startswith(f"{tmp_path}/prompts.json (config.options.prompts) is no file of data_prep.entity_prompts")
+
+
+def test_the_folder_of_another_task(home: Path, tmp_path: Path, refused: Refused):
+    shutil.copytree(home / "language", tmp_path / "run")
+    for mode in ("train", "eval"):
+        line = refused(f"--mode={mode}", task="pretrain")
+        assert line.startswith(
+            f"{tmp_path}/run holds a run with config.task='language', not 'pretrain'; use its settings"
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "damaged, not JSON"),
+        ('{"task": "pretrain", "model": {', "damaged, not JSON"),
+        ("[]", "damaged"),
+        (
+            '{"task": "language", "model": {}, "train": {"batch_size": "8"}}',
+            "config.train.batch_size: '8' is not a whole",
+        ),
+        ('{"task": "language", "model": {}, "trian": {}}', "config: no setting named 'trian'"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_damaged_config_json(home: Path, tmp_path: Path, refused: Refused, content: str, message: str, mode: str):
+    shutil.copytree(home / "language", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(content, encoding="utf-8")
+    for with_config in (True, False):
+        flags = base(home, "language") if with_config else []
+        line = refused(*flags, f"--workdir={tmp_path}/run", f"--mode={mode}")
+        assert line.startswith(f"{tmp_path}/run/config.json: damaged") and message in line
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file/run", "{tmp}/file is a file, not a folder"),
+        ("file", "{tmp}/file is a file, not a folder"),
+        ("a[b]", "'['"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_place_that_cannot_be_a_folder(tmp_path: Path, refused: Refused, place: str, message: str, mode: str):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    line = refused(f"--mode={mode}", task="pretrain", workdir=place)
+    assert line.startswith(f"--workdir {'' if 'file' in place else chr(39)}{tmp_path}/{place}")
+    assert message.format(tmp=tmp_path) in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(tmp_path: Path, refused: Refused):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert "no permission to write" in refused(task="pretrain", workdir="closed/run")
+
+
+def test_each_of_several_seeds_is_checked(home: Path, tmp_path: Path, refused: Refused):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "seed_43").write_text("", encoding="utf-8")
+    line = refused("--seeds=2", task="pretrain")
+    assert line.startswith(f"--workdir {tmp_path}/run/seed_43: {tmp_path}/run/seed_43 is a file")
+
+
+PROCESSES = {
+    "unknown flag": (["--confg=x"], "--confg: no such flag; did you mean --config?"),
+    "wrong path": (["--config={root}/configs/tiny/pretrain.py", "--config.data.path=nowhere", "--config.data.tokenizer={home}/t.model",
+                    "--workdir=run"], "nowhere: no such folder; build it with"),
+    "misspelt setting": (["--config={root}/configs/tiny/pretrain.py", "--config.train.batch_sise=3"], "config.train: no setting"),
+    "other kind": (["--config={root}/configs/tiny/caption.py", "--config.data.path={home}/classification",
+                    "--config.data.tokenizer={home}/t.model", "--workdir=run", "--config.train.batch_size=2",
+                    "--config.optim.warmup=1 steps"],
+                   "{home}/classification: split 'train' is of kind 'classification', config.task='caption' takes"),
+    "no run": (["--workdir=run", "--mode=eval"], "--config: missing, and --workdir run holds no run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_as_a_process(home: Path, tmp_path: Path, name: str):
+    """The exit code as the launch scripts see it, from a folder outside the checkout."""
+    flags, message = PROCESSES[name]
+    command = [sys.executable, "-m", "ymplug_jax.main", *(flag.format(root=runs.ROOT, home=home) for flag in flags)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=runs.environment() | {"PYTHONPATH": str(runs.ROOT)}, text=True, capture_output=True, timeout=60
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: " + message.format(home=home))
