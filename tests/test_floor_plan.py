@@ -29,7 +29,19 @@ FLOORS = {
     ],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize", "exits", "run_folder"],
+    1: [
+        "config",
+        "sharding",
+        "state",
+        "optim",
+        "checkpoint",
+        "writer",
+        "hosts",
+        "quantize",
+        "exits",
+        "run_folder",
+        "checksums",
+    ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {
