@@ -41,6 +41,7 @@ FLOORS = {
         "exits",
         "run_folder",
         "checksums",
+        "text_files",
     ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
