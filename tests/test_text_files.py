@@ -44,7 +44,7 @@ def test_mistakes_name_the_file(tmp_path: Path):
         ("标题\n".encode("gb18030"), r"x\.txt: not UTF-8 \(byte 0\); save it as UTF-8"),
         (b"abc\xff", r"x\.txt: not UTF-8 \(byte 3\)"),
         ("a\n".encode("utf-16"), r"x\.txt: UTF-16, not UTF-8; save it as UTF-8"),
-        (POINTER, r"x\.txt: a Git LFS pointer, .* of 3,000,000,000 bytes; run `git lfs install && git lfs pull`"),
+        (POINTER, r"x\.txt: a Git LFS pointer, .* \(3,000,000,000 bytes\); run `git lfs install && git lfs pull`"),
         (POINTER.replace(b"\n", b"\r\n"), r"x\.txt: a Git LFS pointer"),
     ):
         file.write_bytes(data)

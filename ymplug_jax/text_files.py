@@ -50,7 +50,7 @@ def lfs_pointer(head: bytes) -> str:
     if not head.startswith(b"version https://git-lfs.github.com/"):
         return ""
     size = re.search(rb"^size (\d+)\r?$", head[:1024], re.MULTILINE)
-    whole = f" of {int(size[1]):,} bytes" if size else ""
+    whole = f" ({int(size[1]):,} bytes)" if size else ""
     return f"a Git LFS pointer, not the file itself{whole}; run `git lfs install && git lfs pull` in its repository"
 
 

@@ -187,7 +187,7 @@ def test_a_tokenizer_with_a_byte_order_mark(tmp_path: Path):
 def test_files_that_stand_for_a_tokenizer(tmp_path: Path, name: str):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 109540\n"
     for data, message in (
-        (pointer, "a Git LFS pointer, not the file itself of 109,540 bytes; run `git lfs install && git lfs pull`"),
+        (pointer, "a Git LFS pointer, not the file itself \\(109,540 bytes\\); run `git lfs install && git lfs pull`"),
         (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", "a web page"),
         (b"", "empty; fetch it again"),
     ):
