@@ -60,8 +60,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.check:
         from ymplug_jax.convert.check import check
     wish = Wish(
-        heads=dict(args.heads),
-        dtype=dict(args.dtype),
+        heads=dict(map(_heads, args.heads)),
+        dtype=dict(map(_dtype, args.dtype)),
         image_size=args.image_size,
         frames=args.frames,
         adapter=args.lora,
@@ -92,9 +92,7 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="compare with PyTorch, module by module (needs transformers)"
     )
-    parser.add_argument(
-        "--dtype", nargs="*", type=_dtype, default=[], metavar="SUBTREE=TYPE", help="e.g. frozen=bfloat16"
-    )
+    parser.add_argument("--dtype", nargs="*", default=[], metavar="SUBTREE=TYPE", help="e.g. frozen=bfloat16")
     parser.add_argument("--image_size", type=_count, help="resize the table of positions, in pixels of the video")
     parser.add_argument("--frames", type=_count, help="resize the table of times")
     parser.add_argument("--lora", type=Path, help="folder of an adapter that PEFT wrote, to be added to the weights")
@@ -108,7 +106,6 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--heads",
         nargs="*",
-        type=_heads,
         metavar="NAME=N",
         default=[],
         help="heads of sizes we do not know: llm=N vision=N text=N",
@@ -149,16 +146,14 @@ def _regex(text: str) -> str:
 def _heads(text: str) -> tuple[str, int]:
     name, _, count = text.partition("=")
     if name not in HEADS or not re.fullmatch(r"0*[1-9][0-9]*", count):
-        raise argparse.ArgumentTypeError(f"{text}: write NAME=NUMBER with one of {', '.join(HEADS)}, e.g. llm=32")
+        raise exits.Mistake(f"--heads {text}: write NAME=NUMBER with one of {', '.join(HEADS)}, e.g. llm=32")
     return name, int(count)
 
 
 def _dtype(text: str) -> tuple[str, str]:
     subtree, _, name = text.rpartition("=")
     if not subtree or name not in TYPES:
-        raise argparse.ArgumentTypeError(
-            f"{text}: write SUBTREE=TYPE with one of {', '.join(TYPES)}, e.g. frozen=bfloat16"
-        )
+        raise exits.Mistake(f"--dtype {text}: write SUBTREE=TYPE with one of {', '.join(TYPES)}, e.g. frozen=bfloat16")
     return subtree, name
 
 
