@@ -129,10 +129,10 @@ def test_too_little_room_is_found_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=600_000))
     convert(source, tmp_path / "out", code=2)
-    assert "GiB are to be written, but only 0.00 GiB are free; give another folder" in line_of(capsys)
+    assert "bytes are to be written, but only 600,000 are free; make room or give another folder" in line_of(capsys)
     assert not (tmp_path / "out").exists()
     back = ["--model", "gpt3", "--source", str(converted), "--to", "torch", "--out", str(tmp_path / "back")]
-    assert command.main(back) == 2 and "GiB are free" in line_of(capsys)
+    assert command.main(back) == 2 and "only 600,000 are free" in line_of(capsys)
     assert not list(tmp_path.rglob("*.safetensors*"))
 
 

@@ -2,12 +2,13 @@
 
     --model mplug_video   Youku-mPLUG's mp_rank_00_model_states.pt, any size, any task's heads
     --model alpro         ALPRO: Youku-mPLUG's classes, Salesforce's release, its prompter, its QA model
-    --model gpt3          ModelScope's nlp_gpt3_text-generation_*: model/mp_rank_*_model_states.pt, 1 or more pieces
+    --model gpt3          ModelScope's nlp_gpt3_text-generation_*: model/mp_rank_*_model_states.pt, all pieces, ordered by rank
     --model clip          CLIP, OpenAI's file or the Hugging Face layout: the spatial part of the video encoder
     --model vit           ViT of timm: the spatial part of the video encoder
     --model bloom         BLOOM and BLOOMZ in the Hugging Face layout, with or without LoRA adapters
     --model bert          BERT in the Hugging Face layout: text and fusion encoder of the baselines
 
+A source is one or more files, an index of shards, or a folder that holds one model.
 What comes out is read by `--config.train.init_from=DIR`, whole or by subtree (`llm=DIR,vision=DIR`).
 """
 

@@ -57,7 +57,8 @@ class Store:
         self._made = [path for path in (self._final.parent, out, *out.parents) if not os.path.exists(path)]
         try:
             lines = self._begun(identity)
-            self._check_room(out, size)
+            done = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+            check_room(out, size - done)
             self._folder.mkdir(parents=True, exist_ok=True)
             journal = self._folder / JOURNAL
             journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -92,15 +93,6 @@ class Store:
         if self._folder.exists():
             shutil.rmtree(self._folder)
         return [first]
-
-    def _check_room(self, out: Path, size: int) -> None:
-        there = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
-        done = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
-        free = shutil.disk_usage(there).free
-        if size - done > free:
-            raise exits.Mistake(
-                f"--out {out}: {size / 2**30:.2f} GiB are to be written, but only {free / 2**30:.2f} GiB are free; give another folder"
-            )
 
     def discard(self) -> None:
         """Remove what was written, and the folders that were made for it: its source turned out to be bad."""
@@ -231,3 +223,17 @@ class Store:
             if file.is_file():
                 shutil.copy(file, self._folder)
         shutil.rmtree(skeleton)
+
+
+def check_room(out: Path, size: int) -> None:
+    """Whether so many bytes fit beside what is there.
+
+    Raises:
+      exits.Mistake: they do not.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise exits.Mistake(
+            f"--out {out}: {size:,} bytes are to be written, but only {free:,} are free; make room or give another folder"
+        )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ymplug_jax.convert import rules
 from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.plan import Layout, map_of
 from ymplug_jax.convert.source_files import SourceError, read_json
+from ymplug_jax.convert.store import check_room
 
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -95,15 +95,11 @@ def _write(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     partial = file.with_name(file.name + ".partial")
+    check_room(file.parent, end)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(file.parent).free
     except OSError as error:
         raise exits.Mistake(f"--out {file.parent}: cannot be made: {error.strerror}; give another folder") from None
-    if end > free:
-        raise exits.Mistake(
-            f"--out {file.parent}: {end / 2**30:.2f} GiB are to be written, but only {free / 2**30:.2f} GiB are free; give another folder"
-        )
     try:
         with partial.open("wb") as stream, tqdm(total=end, unit="B", unit_scale=True, desc=file.name) as bar:
             stream.write(len(text).to_bytes(8, "little") + text)
