@@ -47,6 +47,7 @@ FLOORS = {
         "stored",
         "command_line",
         "config_file",
+        "text_files",
     ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

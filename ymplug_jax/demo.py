@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from ymplug_jax import text_files
 from ymplug_jax.writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def report(out: Path) -> str:
     evals = [line for line in read_metrics(out / "pretrain") if "eval/loss" in line]
     folder = out / "pretrain" / "eval" / "validation"
     scores = scores_of(out, "pretrain")
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in text_files.read_lines(folder / "predictions.jsonl")]
     shown = "\n".join(
         f"  {'right' if r['title'] == r['generated'] else 'WRONG'}  {r['title']}  ->  {r['generated']}"
         for r in rows[:12]

@@ -12,6 +12,8 @@ import numpy as np
 from etils import epath
 from flax import struct
 
+from ymplug_jax import text_files
+
 
 @struct.dataclass
 class Mean:
@@ -97,7 +99,7 @@ def read_metrics(workdir: epath.Path) -> list[dict]:
     """Lines of `metrics.jsonl`, oldest first; of steps written twice (a resumed run) the later line stays."""
     path = workdir / "metrics.jsonl"
     lines: dict[tuple, dict] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in text_files.read_lines(path) if path.exists() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:  # cut off by a kill

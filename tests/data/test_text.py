@@ -140,6 +140,63 @@ def test_bert(tmp_path: Path):
     assert tokenizer.eos not in tokenizer.encode("红[SEP]")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_id_of_a_token_of_bert_is_its_line(tmp_path: Path, end: str, mark: str):
+    """bert-base-chinese has the token U+2028; a line ends at "\\n" only, an empty one keeps its id."""
+    lines = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "一",
+        "\u2028",
+        "",
+        "##\u2028",
+        "\x85",
+        "大",
+        "",
+        "象",
+        "",
+        "",
+    ]
+    (tmp_path / "vocab.txt").write_bytes((mark + "".join(line + end for line in lines)).encode())
+    tokenizer = text.load_tokenizer(str(tmp_path / "vocab.txt"))
+    assert tokenizer.encode("一大象") == [5, 10, 12] and tokenizer.decode([5, 10, 12]) == "一 大 象"
+    assert (tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos, tokenizer.mask) == (0, 1, 2, 3, 4)
+    assert tokenizer.vocab_size == 13, "empty lines at the end are no ids"
+
+
+def test_a_token_of_bert_that_stands_twice_is_refused(tmp_path: Path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "大", "象", "大"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"vocab\.txt: the token '大' stands in line 5 and in line 7") as caught:
+        text.load_tokenizer(str(tmp_path / "vocab.txt"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_with_a_byte_order_mark(tmp_path: Path):
+    file = json_file(tmp_path, GPT3)
+    ids = text.load_tokenizer(str(file)).encode("红色的圆形 move")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert text.load_tokenizer(str(file)).encode("红色的圆形 move") == ids
+
+
+@pytest.mark.parametrize("name", ["x.model", "tokenizer.json", "vocab.txt"])
+def test_files_that_stand_for_a_tokenizer(tmp_path: Path, name: str):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 109540\n"
+    for data, message in (
+        (pointer, "a Git LFS pointer, not the file itself \\(109,540 bytes\\); run `git lfs install && git lfs pull`"),
+        (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", "a web page"),
+        (b"", "empty; fetch it again"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"tokenizer .*{name}: {message}") as caught:
+            text.load_tokenizer(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
 def test_mistakes_are_named(tmp_path: Path):
     with pytest.raises(
         FileNotFoundError, match=r"gone.model: no such file; .*\*.model .*, tokenizer.json or vocab.txt"
@@ -158,6 +215,9 @@ def test_mistakes_are_named(tmp_path: Path):
     json_file(tmp_path, ["<unk>", "<sep>"])
     with pytest.raises(ValueError, match="tokenizer.json: has none of the known sets of special tokens"):
         text.load_tokenizer(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "vocab.txt").write_text("红\n色\n", encoding="gb18030")
+    with pytest.raises(ValueError, match=r"^tokenizer .*vocab.txt: not UTF-8 \(byte 0\)"):
+        text.load_tokenizer(str(tmp_path / "vocab.txt"))
     (tmp_path / "vocab.txt").write_text("红\n色\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"vocab.txt: has no \[UNK\]"):
         text.load_tokenizer(str(tmp_path / "vocab.txt"))

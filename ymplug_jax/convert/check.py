@@ -13,8 +13,9 @@ import torch
 from flax.traverse_util import unflatten_dict
 
 from ymplug_jax import checkpoint, state
+from ymplug_jax.convert.leaves import verified
+from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
-from ymplug_jax.convert.torch_file import SourceError
 from ymplug_jax.models.bert import MaskedHead
 
 TOLERANCE = 1e-3  # of the largest value of a module's output
@@ -30,10 +31,10 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
     """Print the largest relative difference of every module; whether all are small enough.
 
     Raises:
-      SourceError: a conversion that resized a table, or lacks parameters.
+      SourceError: a source that cannot be compared.
+      exits.Mistake: a parameter of the conversion is damaged.
     """
-    if wish.image_size or wish.frames or wish.allow_missing:
-        raise SourceError("--check compares whole models: convert without --image_size, --frames and --allow_missing")
+    verified(out)
     opened = open_source(model, files, wish)
     merged = open_source(model, files, wish._replace(keep_adapter=False))
 

@@ -1,6 +1,5 @@
 """Adapters in the PEFT layout: a folder with adapter_config.json and adapter_model.safetensors (or .bin)."""
 
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ymplug_jax.convert.torch_file import Source, SourceError
+from ymplug_jax.convert.source_files import SourceError, read_json
+from ymplug_jax.convert.torch_file import Source
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -33,7 +33,9 @@ def read(folder: Path, rename: Sequence[tuple[str, str]]) -> Adapter:
     settings = folder / "adapter_config.json"
     if not settings.is_file():
         raise SourceError(f"{folder}: no adapter_config.json; give the folder that PEFT wrote")
-    config = json.loads(settings.read_text(encoding="utf-8"))
+    config = read_json(settings)
+    if not isinstance(config, dict):
+        raise SourceError(f"{settings}: damaged, no settings of an adapter; fetch it again")
     kind = str(config.get("peft_type", "LORA"))
     odd = [
         key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(key)
@@ -44,6 +46,8 @@ def read(folder: Path, rename: Sequence[tuple[str, str]]) -> Adapter:
             or f"peft_type {kind}, bias {config.get('bias')}, modules_to_save {config.get('modules_to_save')}"
         )
         raise SourceError(f"{settings}: only plain LoRA is read, not {what}; merge it with PEFT first")
+    if not all(isinstance(config.get(name), int | float) and config[name] > 0 for name in ("r", "lora_alpha")):
+        raise SourceError(f"{settings}: damaged, no r and lora_alpha; fetch it again")
     files = [folder / name for name in FILES if (folder / name).is_file()]
     if not files:
         raise SourceError(f"{folder}: no {' or '.join(FILES)}")
@@ -52,7 +56,8 @@ def read(folder: Path, rename: Sequence[tuple[str, str]]) -> Adapter:
     for name in source.shapes():
         if match := re.fullmatch(r"(.*)\.lora_A(\.weight)", name):
             pairs[match[1] + match[2]] = (name, f"{match[1]}.lora_B.weight")
-    others = set(source.shapes()) - {name for pair in pairs.values() for name in pair}
+    paired = {name for pair in pairs.values() for name in pair}
+    others = set(source.shapes()) ^ paired
     if not pairs or others:
         raise SourceError(f"{files[0]}: no pairs of lora_A and lora_B only; also {', '.join(sorted(others)[:4])}")
     return Adapter(source, config["lora_alpha"] / config["r"], pairs, config)

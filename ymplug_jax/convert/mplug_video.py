@@ -121,7 +121,7 @@ def llm_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[st
     vocab, width = need(shapes, f"{prefix}.embedding.word_embeddings.weight")
     if shapes.get(f"{prefix}.encoder.layers.0.mlp.dense_h_to_4h.weight", (4 * width, width))[0] != 4 * width:
         raise UnknownModel(
-            "this is one of several tensor-parallel pieces; give all mp_rank_*_model_states.pt of the model, in order"
+            "this is one of several tensor-parallel pieces; give all mp_rank_*_model_states.pt of the model, or their folder"
         )
     return GPT3Model(
         vocab=vocab,

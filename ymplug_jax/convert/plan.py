@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 
+from ymplug_jax import exits
 from ymplug_jax.convert.rules import Rule
 
 _BESIDE = ("__init__", "__main__", "check", "lora", "oracles", "plan", "rules", "store", "to_orbax", "to_torch")
-_BESIDE += ("torch_file", "torch_script")
+_BESIDE += ("torch_file", "torch_script", "tensor_file", "source_files", "pieces", "leaves")
 MODELS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _BESIDE)
 
 
@@ -33,7 +34,7 @@ class Plan(NamedTuple):
     model: nn.Module | tuple[nn.Module, ...]  # the modules that have these parameters
 
 
-class UnknownModel(ValueError):
+class UnknownModel(exits.Mistake):
     """Tensors that are not those of the model that was named."""
 
 

@@ -4,57 +4,143 @@ A parameter is a zarr array with a chunk for each layer (large tables: for some 
 into a folder of another name that becomes the checkpoint when it is complete; what a killed conversion left is gone on with.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 from flax.traverse_util import unflatten_dict
 
-JOURNAL = "converted.jsonl"  # names of the source tensors that are written
+from ymplug_jax import checksums, exits
+
+JOURNAL = "converted.jsonl"  # names of the source tensors that are written, and checksums up to there
 CHUNK = 256 * 2**20  # bytes of a chunk of a parameter without layers, at most
+
+
+class _Written(NamedTuple):
+    """How much of a parameter was handed over: layers (or 1), and the CRC-32C of their bytes."""
+
+    layers: int
+    crc: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Store:
     """The checkpoint in the making."""
 
-    def __init__(self, out: Path, identity: Mapping[str, Any]):
+    def __init__(self, out: Path, identity: Mapping[str, Any], size: int = 0):
         """Begin, or go on with a conversion of the same identity (sources, model, types).
 
+        Args:
+          out: folder of the conversion.
+          identity: what makes two conversions the same.
+          size: bytes that will be written in all.
+
         Raises:
-          FileExistsError: there is a checkpoint already.
+          exits.Mistake: there is a checkpoint already, the folder cannot be made or written, or the disk has not enough room.
         """
         self._final = out / "checkpoints" / "converted"
-        if self._final.exists():
-            raise FileExistsError(f"{self._final} is there already; remove it or give another --out")
+        if os.path.exists(self._final):
+            raise exits.Mistake(f"{self._final} is there already; remove it or give another --out")
         self._folder = self._final.with_name("converted.partial")
-        journal = self._folder / JOURNAL
-        self.done: set[str] = set()
-        if journal.exists():
-            first, *names = journal.read_text(encoding="utf-8").splitlines()
-            if json.loads(first) == json.loads(json.dumps(identity)):
-                self.done = set(names)
-        if not self.done:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
-            journal.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-        self._journal = journal.open("a", encoding="utf-8")
+        self._made = [path for path in (self._final.parent, out, *out.parents) if not os.path.exists(path)]
+        try:
+            lines = self._begun(identity)
+            done = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+            check_room(out, size - done)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            journal = self._folder / JOURNAL
+            journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            self._journal = journal.open("a", encoding="utf-8")
+        except OSError as error:
+            self._remove()
+            raise exits.Mistake(f"--out {out}: cannot be written: {error.strerror}; give another folder") from None
+        self.done = {line["tensor"] for line in lines[1:]}
+        self._written: dict[str, _Written] = {}
+        for line in lines[1:]:
+            self._written |= {path: _Written(*value) for path, value in line["written"].items()}
         self._arrays: dict[str, Any] = {}
         self._pending: list[Any] = []
         self._unfinished: list[Any] = []
-        self._last = ""
+        self._fresh: set[str] = set()  # parameters that the tensor at hand went into
+        self._last: dict[str, Any] = {}
         # Written to the disk once, at the end; nothing is kept in memory.
         self._context = tensorstore.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
 
+    def _begun(self, identity: Mapping[str, Any]) -> list[Any]:
+        """Lines of the journal to go on with; a beginning of anything else is removed."""
+        first = json.loads(json.dumps(identity))
+        journal = self._folder / JOURNAL
+        lines: list[Any] = []
+        for text in journal.read_bytes().split(b"\n") if journal.is_file() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:  # the end, cut off by a kill
+                break
+        if len(lines) > 1 and lines[0] == first:
+            return lines
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+        return [first]
+
+    def discard(self) -> None:
+        """Remove what was written, and the folders that were made for it: its source turned out to be bad."""
+        self._journal.close()
+        for future in (*self._pending, *self._unfinished):
+            with contextlib.suppress(ValueError):
+                future.result()
+        self._arrays.clear()
+        self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        for path in self._made:
+            with contextlib.suppress(OSError):  # holds something else by now
+                path.rmdir()
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """Errors of the disk in one line. TensorStore has them as ValueErrors with the system's code."""
+        try:
+            yield
+        except OSError as error:
+            raise exits.PlaceFailed(self._failed(error.strerror or str(error))) from None
+        except ValueError as error:
+            if not (found := re.search(r"([^:\[\]]+) \[.*os_error_code", str(error))):
+                raise
+            raise exits.PlaceFailed(self._failed(found[1].strip())) from None
+
+    def _failed(self, reason: str) -> str:
+        return f"{self._folder}: cannot be written: {reason}; make room or mend the disk, the same command goes on from there"
+
     def write(self, path: str, layer: int | None, value: np.ndarray, shape: tuple[int, ...]) -> None:
-        """One parameter, or one layer of it; `shape` is that of the whole. Writing goes on when this returns; `wrote` waits."""
+        """One parameter, or one layer of it; `shape` is that of the whole. Writing goes on when this returns; `wrote` waits.
+
+        Layers come in order, so that the checksum of the whole follows from theirs.
+
+        Raises:
+          exits.PlaceFailed: the disk is full or fails.
+        """
+        before = self._written.get(path, _Written(0, 0, value.dtype.name, shape))
+        if (layer or 0) != before.layers or value.dtype.name != before.dtype:
+            raise AssertionError(f"{path}: layer {layer} of {value.dtype.name} after {before}")
+        with self._place():
+            self._write(path, layer, value, shape)
+        self._written[path] = before._replace(layers=before.layers + 1, crc=checksums.extended(before.crc, value))
+        self._fresh.add(path)
+
+    def _write(self, path: str, layer: int | None, value: np.ndarray, shape: tuple[int, ...]) -> None:
         if path not in self._arrays:
             chunks = list(shape) if layer is None else [1, *shape[1:]]
             if layer is None and value.nbytes > CHUNK:
@@ -81,24 +167,49 @@ class Store:
                 array[i : i + step].write(value[i : i + step]).result()
 
     def wrote(self, name: str) -> None:
-        """All parts of a source tensor are handed over; those of the one before are on disk."""
-        self._settle()
+        """All parts of a source tensor are handed over; those of the one before are on disk.
+
+        Raises:
+          exits.PlaceFailed: the disk is full or fails.
+        """
+        with self._place():
+            self._settle()
         self._unfinished, self._pending = [*self._pending], []
-        self._last = name
+        self._last = {"tensor": name, "written": {path: self._written[path] for path in sorted(self._fresh)}}
+        self._fresh.clear()
 
     def _settle(self) -> None:
         """Wait for the tensor that is being written and note it."""
         for future in self._unfinished:
             future.result()
         if self._last:
-            self._journal.write(self._last + "\n")
+            self._journal.write(json.dumps(self._last) + "\n")
         self._journal.flush()
 
     def finish(self, paths: list[str], facts: Mapping[str, Any]) -> Path:
-        """Add what Orbax needs, the record of the conversion, and make the folder the checkpoint."""
+        """Add what Orbax needs, the checksums and the record of the conversion, and make the folder the checkpoint.
+
+        Raises:
+          exits.PlaceFailed: the disk is full or fails.
+        """
         self.wrote("")
-        self._journal.close()
-        self._arrays.clear()
+        with self._place():
+            self._journal.close()
+            self._arrays.clear()
+            self._describe(paths)
+            record = self._final.parent.parent / "conversion.json"
+            record.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            sums = {path: checksums.text(part.dtype, part.shape, part.crc) for path, part in self._written.items()}
+            partial = epath.Path(self._folder)
+            checksums.write(partial, sums)
+            checksums.file_of(partial).replace(checksums.file_of(epath.Path(self._final)))
+            os.sync()
+            (self._folder / JOURNAL).unlink()
+            self._folder.rename(self._final)
+        return self._final
+
+    def _describe(self, paths: list[str]) -> None:
+        """Write the files by which Orbax knows the arrays."""
         skeleton = self._folder.with_name("converted.skeleton")
         shutil.rmtree(skeleton, ignore_errors=True)
         tree = unflatten_dict({tuple(path.split("/")): np.zeros(1, np.float32) for path in paths})
@@ -112,10 +223,17 @@ class Store:
             if file.is_file():
                 shutil.copy(file, self._folder)
         shutil.rmtree(skeleton)
-        (self._folder / JOURNAL).unlink()
-        (self._final.parent.parent / "conversion.json").write_text(
-            json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+
+
+def check_room(out: Path, size: int) -> None:
+    """Whether so many bytes fit beside what is there.
+
+    Raises:
+      exits.Mistake: they do not.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise exits.Mistake(
+            f"--out {out}: {size:,} bytes are to be written, but only {free:,} are free; make room or give another folder"
         )
-        os.sync()
-        self._folder.rename(self._final)
-        return self._final

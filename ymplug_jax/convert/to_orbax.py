@@ -1,5 +1,6 @@
 """One direction: PyTorch tensors into an Orbax checkpoint, one at a time."""
 
+import contextlib
 import dataclasses
 import re
 import sys
@@ -17,10 +18,12 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 import ymplug_jax
+from ymplug_jax import exits
 from ymplug_jax.convert import lora, rules
 from ymplug_jax.convert.plan import MODELS, Layout, Plan, UnknownModel, extra, map_of
+from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.store import Store
-from ymplug_jax.convert.torch_file import Source, SourceError
+from ymplug_jax.convert.torch_file import Source
 
 
 class Wish(NamedTuple):
@@ -55,6 +58,7 @@ def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
     module = map_of(model)
     rename = extra(module, "RENAME", ())
     source = Source(files, extra(module, "MERGE"), rename)
+    source.check_pieces()
     adapter = lora.read(wish.adapter, rename) if wish.adapter else None
     if adapter and wish.keep_adapter:
         source.join(adapter.source)
@@ -83,12 +87,14 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
     """Convert one model, tensor by tensor; returns the checkpoint's folder. conversion.json beside it records what was done.
 
     Raises:
-      SourceError, UnknownModel, FileExistsError: see there; also tensors that are missing, unexpected or of another shape.
+      SourceError, UnknownModel: see there; also tensors that are missing, unexpected or of another shape.
+      exits.Mistake: there is a checkpoint already, the folder cannot be made, or the disk has not enough room.
+      exits.PlaceFailed: a disk fails on the way; the same call goes on.
     """
     module, opened = map_of(model), open_source(model, files, wish)
     source, entries = opened.source, opened.entries
     table = compared(opened, wish)
-    print(table.text, file=sys.stderr)
+    print(*source.notes, table.text, sep="\n", file=sys.stderr)
     if table.bad:
         raise SourceError(
             f"{files[0]} does not fit model {model}: {table.bad}. See --allow_missing, --allow_unexpected"
@@ -108,10 +114,11 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
         "files": source.identity(),
         "asked": {name: str(value) for name, value in wish._asdict().items()},
     }
-    store = Store(out, identity)
+    store = Store(out, identity, sum(_size(source, name, entries[name], whole, casts) for name in table.taken))
     total = sum(_bytes(source, name) for name in table.taken)
     written: set[str] = set()
     with (
+        _discarded_if_bad(store),
         ThreadPoolExecutor(1) as beside,
         tqdm(total=total, unit="B", unit_scale=True, desc="convert", file=sys.stderr) as bar,
     ):
@@ -142,6 +149,16 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
             "adapter": opened.adapter.config | {"kept": wish.keep_adapter} if opened.adapter else None,
         }
     return store.finish(sorted(written), facts)
+
+
+@contextlib.contextmanager
+def _discarded_if_bad(store: Store) -> Iterator[None]:
+    """A source that proves bad leaves nothing; all other ends leave what a later run goes on with."""
+    try:
+        yield
+    except exits.Mistake:
+        store.discard()
+        raise
 
 
 class Table(NamedTuple):
@@ -188,6 +205,12 @@ def compared(opened: Opened, wish: Wish) -> Table:
         "other shape": mismatch.reshaped,
     }
     lines += [f"{kind:<14}{len(names):>8}  {_some(names)}".rstrip() for kind, names in listed.items()]
+    layers = {path for name in taken for path in entries[name].rule.targets if entries[name].layer is not None}
+    wrong["missing"] += [
+        f"{name} (of a parameter whose other layers are there)"
+        for name in mismatch.missing
+        if _any(name, wish.allow_missing) and layers.intersection(entries[name].rule.targets) - {None}
+    ]
     bad = "; ".join(f"{kind}: {_some(names)}" for kind, names in wrong.items() if names)
     return Table(taken, tied, dropped, mismatch.missing, mismatch.unexpected, bad, "\n".join(lines))
 
@@ -199,6 +222,17 @@ def _digests(opened: Opened) -> dict[str, str]:
 
 def _bytes(source: Source, name: str) -> int:
     return int(np.prod(source.shape(name))) * np.dtype(source.dtype(name)).itemsize
+
+
+def _size(
+    source: Source, name: str, entry: rules.Entry, whole: Mapping[str, tuple[int, ...]], casts: Mapping[str, Any]
+) -> int:
+    """Bytes that a tensor of the source has as parameters."""
+    size = 0
+    for path in filter(None, entry.rule.targets):
+        shape = whole[path] if entry.layer is None else whole[path][1:]
+        size += int(np.prod(shape)) * np.dtype(casts.get(path, source.dtype(name))).itemsize
+    return size
 
 
 def _bits(value: np.ndarray) -> np.ndarray:

@@ -1,20 +1,21 @@
 """The other direction: a run's or a converted folder's parameters as safetensors under the names of the source."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tensorstore
-from etils import epath
 from tqdm import tqdm
 
-from ymplug_jax import checkpoint, state
+from ymplug_jax import exits, state
 from ymplug_jax.convert import rules
+from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.plan import Layout, map_of
-from ymplug_jax.convert.torch_file import SourceError
+from ymplug_jax.convert.source_files import SourceError, read_json
+from ymplug_jax.convert.store import check_room
 
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -29,18 +30,19 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
       layout: names to write; None: those that the conversion read, else the first that the map knows.
 
     Raises:
-      SourceError, CheckpointError: no checkpoint there, or not of this model.
-      FileExistsError: the file is there.
+      exits.Mistake: no checkpoint there, a damaged one, or not of this model; `out` cannot be made, has not enough room, or holds
+        the file already.
+      exits.PlaceFailed: a disk fails on the way; nothing half-written stays.
     """
     module, record = map_of(model), folder / "conversion.json"
-    facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if facts.get("model") != model:
+    facts = read_json(record) if record.is_file() else {}
+    if not isinstance(facts, dict) or facts.get("model") != model:
         facts = {}
     layout = layout or facts.get("layout") or next(iter(module.LAYOUTS))
     if layout not in module.LAYOUTS:
         raise SourceError(f"--layout {layout}: model {model} has {', '.join(module.LAYOUTS)}")
     named: Layout = module.LAYOUTS[layout]
-    leaves = _leaves(folder)
+    leaves = verified(folder)
     wanted = {path for rule in named.rules for path in rule.targets} & set(leaves)
     if not wanted:
         raise SourceError(f"{folder}: none of its parameters belong to model {model}")
@@ -73,29 +75,12 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
         entry = entries[sources[name]]
         return leaves[next(p for p in entry.rule.targets if p)].dtype.name, entry.shape
 
+    for path, _ in files:
+        if os.path.exists(path):
+            raise exits.Mistake(f"{path} is there already; remove it or give another --out")
     for path, names in files:
-        if path.exists():
-            raise FileExistsError(f"{path} is there already; remove it or give another --out")
         _write(path, {name: form(name) for name in names}, ((name, tensor(name)) for name in names))
     return [path for path, _ in files]
-
-
-def _leaves(folder: Path) -> dict[str, tensorstore.TensorStore]:
-    """Every stored parameter, opened and not read."""
-    leaves = {}
-    for place in checkpoint.places(str(folder)):
-        metadata = json.loads((place / "_METADATA").read_text())
-        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        for path in checkpoint.stored_in(place):
-            name = path.replace("/", ".")
-            base = str(place) if "://" in str(place) else f"file://{place}"
-            if (place / "manifest.ocdbt").exists():
-                kvstore: Any = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
-            else:
-                kvstore = f"{base}/{name}/"
-            context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
-            leaves[path] = tensorstore.open({"driver": driver, "kvstore": kvstore}, open=True, context=context).result()
-    return leaves
 
 
 def _write(
@@ -109,11 +94,22 @@ def _write(
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = epath.Path(file.with_name(file.name + ".partial"))
-    with partial.open("wb") as stream, tqdm(total=end, unit="B", unit_scale=True, desc=file.name) as bar:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for _, value in tensors:
-            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-            bar.update(value.nbytes)
-    partial.rename(file)
+    partial = file.with_name(file.name + ".partial")
+    check_room(file.parent, end)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise exits.Mistake(f"--out {file.parent}: cannot be made: {error.strerror}; give another folder") from None
+    try:
+        with partial.open("wb") as stream, tqdm(total=end, unit="B", unit_scale=True, desc=file.name) as bar:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for _, value in tensors:
+                stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+                bar.update(value.nbytes)
+        partial.rename(file)
+    except OSError as error:
+        raise exits.PlaceFailed(
+            f"{file}: cannot be written: {error.strerror}; make room and run the same command again"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,50 +1,19 @@
-"""Tensors of PyTorch files, one at a time and without running anything that a file may carry.
+"""Tensors of PyTorch files, one at a time: a tensor's bytes are read from the disk when it is asked for, so that memory holds one."""
 
-Only names, shapes and places are read when a file is opened; a tensor's bytes are read from the disk when it is asked for, so
-that memory holds one tensor. What `torch.save` wrote is opened with `weights_only=True`, TorchScript archives by
-`torch_script`, safetensors through their header, shards through their index. A file that can only be read by unpickling
-arbitrary objects is refused. Files older than PyTorch 1.6 have no directory and stand in memory as a whole.
-"""
-
-import argparse
 import hashlib
-import json
-import pickle
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ymplug_jax.convert import torch_script
+from ymplug_jax import exits
+from ymplug_jax.convert import pieces, source_files
+from ymplug_jax.convert.source_files import SourceError
+from ymplug_jax.convert.tensor_file import FLOATS, Stored, open_file, read
 
-NESTS = ("model", "module", "state_dict")  # where training programs keep the tensors
-FLOATS = ("float32", "float16", "bfloat16")
-_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-torch.serialization.add_safe_globals([argparse.Namespace])  # the settings of a run, which some programs store beside
-
-
-class SourceError(ValueError):
-    """A source that cannot be used; the message names the file and the fix."""
-
-
-class Stored(NamedTuple):
-    """Where a tensor is: `shape` and `strides` (in elements) at a byte offset of a file, or an array in memory."""
-
-    file: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] | None  # None: row by row
-    crc: int = 0  # of exactly these bytes; 0: unknown
-    array: np.ndarray | None = None
+DRIFT = 1e-2  # of the largest value: the most that copies of a parameter in two pieces differ
 
 
 class Source:
@@ -59,27 +28,102 @@ class Source:
         """Open the files; nothing but names and shapes is read.
 
         Args:
-          paths: files, or one `*.index.json` that names them.
-          merge: regex of a name (full match) -> axis: files with the same names are tensor-parallel pieces, in the order
-            given; a name that no regex matches is the same in all of them.
+          paths: files, an `*.index.json` that names them, or a folder that holds one model.
+          merge: regex of a name (full match) -> axis: files with the same names are tensor-parallel pieces, which are put
+            together by their ranks; a name that no regex matches is the same in all of them.
           rename: (regex, replacement) pairs that bring the spellings of other releases to one.
 
         Raises:
-          SourceError: a file that is missing, broken, unsafe, or of no known kind.
+          exits.Mistake: a file that is missing, broken, unsafe, or of no known kind, or files that are not one model.
         """
-        self.files = [file for path in paths for file in _listed(path)]
-        parts = [_open(file) for file in self.files]
+        found, self.notes = source_files.listed(paths)  # notes: what was chosen, for people
+        opened = {file: open_file(file) for file, _ in found}
+        for file, names in found:
+            if names is not None and (absent := sorted(names - set(opened[file][0]))):
+                raise SourceError(
+                    f"{file}: lacks {absent[0]}, which the index says it holds; fetch the files of one model again"
+                )
+        self.files = list(opened)
         self._merge = dict(merge or {})
         self._changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
         self._where: dict[str, list[Stored]] = {}
-        for part in parts:
-            for name, stored in part.items():
+        given = list(self.files)
+        if self._are_pieces({file: set(tensors) for file, (tensors, _) in opened.items()}):
+            self.files = pieces.order(given, {file: facts for file, (_, facts) in opened.items()})
+        elif self._merge and len(given) == 1:
+            pieces.check_whole(given[0], opened[given[0]][1])
+        if self.files != given:
+            self.notes.append(f"pieces by rank: {' '.join(map(str, self.files))}")
+        for file in self.files:
+            for name, stored in opened[file][0].items():
                 for pattern, replacement in rename:
                     name = re.sub(pattern, replacement, name)
                 self._where.setdefault(name, []).append(stored)
-        twice = [name for name, where in self._where.items() if len(where) > 1]
-        if twice and not all(len(self._where[name]) == len(self.files) for name in twice):
-            raise SourceError(f"{twice[0]} stands in some of the files twice; give the pieces of one model only")
+
+    def _are_pieces(self, names: Mapping[Path, set[str]]) -> bool:
+        """Whether the files are tensor-parallel pieces: they hold the same names.
+
+        Raises:
+          SourceError: they share only some, or no tensor that is cut.
+        """
+        files = list(names)
+        pairs = ((one, two) for i, one in enumerate(files) for two in files[i + 1 :] if names[one] & names[two])
+        if (pair := next(pairs, None)) is None:
+            return False
+        both = names[pair[0]] & names[pair[1]]
+        alike = all(held == names[files[0]] for held in names.values())
+        if not alike or not any(self._axis(name) is not None for name in both):
+            raise SourceError(
+                f"{pair[0]} and {pair[1]} both hold {min(both)}; give every tensor once, from the files of one model only"
+            )
+        return True
+
+    def check_pieces(self) -> None:
+        """Compare the pieces: no two are copies, and what is not cut is the same in all. Reads what has no checksum in its archive.
+
+        Raises:
+          SourceError: copies, or pieces of different models.
+        """
+        cut = [name for name, where in self._where.items() if len(where) > 1 and self._axis(name) is not None]
+        alike = [list(range(len(self.files)))] if cut else []
+        for name in cut:  # as a rule the first tensor tells all pieces apart
+            groups: dict[Any, list[int]] = {}
+            for number, group in enumerate(alike):
+                for i in group:
+                    groups.setdefault((number, self._content(name, i)), []).append(i)
+            alike = [group for group in groups.values() if len(group) > 1]
+            if not alike:
+                break
+        if alike:
+            one, two = (self.files[i] for i in alike[0][:2])
+            raise SourceError(f"{one} and {two} hold the same tensors; give every piece once")
+        for name, where in self._where.items():
+            if len(where) == 1:
+                continue
+            axis = self._axis(name)
+            forms = [(stored.dtype, [n for d, n in enumerate(stored.shape) if d != axis]) for stored in where]
+            for i, stored in enumerate(where[1:], 1):
+                if forms[i] != forms[0]:
+                    one, two = (f"{part.file} ({part.dtype} {part.shape})" for part in (where[0], stored))
+                    raise SourceError(f"{name} differs in {one} and {two}; give the pieces of one model only")
+                if axis is None and self._content(name, 0) != self._content(name, i):
+                    self._check_near(name, where[0], stored)
+
+    def _content(self, name: str, i: int) -> Any:
+        """What tells the content of piece i of a tensor from others: its checksum in the archive, else a hash of its values."""
+        stored = self._where[name][i]
+        if all(piece.crc for piece in self._where[name]):
+            return stored.dtype, stored.shape, stored.crc
+        if stored.dtype not in FLOATS:
+            return stored.dtype, stored.shape
+        return hashlib.sha256(np.ascontiguousarray(read(name, stored)).view(np.uint8)).digest()
+
+    def _check_near(self, name: str, first: Stored, other: Stored) -> None:
+        """Copies of a parameter drift apart by roundings in some programs; those of another model are far from each other."""
+        one, two = (read(name, stored).astype(np.float32) for stored in (first, other))
+        if np.abs(one - two).max() > DRIFT * np.abs(one).max():
+            raise SourceError(f"{name} differs in {first.file} and {other.file}; give the pieces of one model only")
+        self.notes.append(f"{name} differs a little in {first.file} and {other.file}; the former's is taken")
 
     def join(self, other: "Source") -> None:
         """Take the tensors of another source in."""
@@ -128,7 +172,7 @@ class Source:
         """
         self.dtype(name)
         where, axis = self._where[name], self._axis(name)
-        parts = [_read(name, stored) for stored in (where if axis is not None else where[:1])]
+        parts = [read(name, stored) for stored in (where if axis is not None else where[:1])]
         value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
         return self._changes[name](value) if name in self._changes else value
 
@@ -141,166 +185,9 @@ class Source:
         found, names = {}, [file.name for file in self.files]
         for file in self.files:
             name = file.name if names.count(file.name) == 1 else f"{file.parent.name}/{file.name}"
-            with file.open("rb") as stream:
-                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            try:
+                with file.open("rb") as stream:
+                    found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise exits.PlaceFailed(f"{file}: cannot be read: {error.strerror}; the same command goes on") from None
         return found
-
-
-def _listed(path: Path) -> list[Path]:
-    if not path.is_file():
-        raise SourceError(f"{path}: no such file")
-    if not path.name.endswith(".index.json"):
-        return [path]
-    try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
-        raise SourceError(f"{path}: no index of shards; it should be JSON with a weight_map") from None
-    files = [path.parent / name for name in names]
-    if escaped := [name for name in names if Path(name).name != name]:
-        raise SourceError(f"{path}: names a file outside its folder: {escaped[0]}")
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise SourceError(f"{path}: {len(missing)} of its {len(files)} files are missing, the first is {missing[0]}")
-    return files
-
-
-def _open(file: Path) -> Mapping[str, Stored]:
-    try:
-        if file.suffix == ".safetensors":
-            return _safetensors(file)
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-                if "constants.pkl" in members:
-                    found = torch_script.tensors(file, archive)
-                    return {name: _with_crc(Stored(file, *rest), archive, crc) for name, (*rest, crc) in found.items()}
-                return _zipped(file, archive)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, torch_script.Unsafe) as error:
-        reason = str(error).splitlines()[0]
-        raise SourceError(
-            f"{file}: holds more than tensors and would have to be unpickled, which can run any program; save its state "
-            f"dict alone, or as safetensors ({reason})"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        kind = "safetensors" if file.suffix == ".safetensors" else "torch.save"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SourceError(f"{file}: no file of {kind}, or broken or cut off: {reason}") from None
-    return {
-        name: Stored(file, 0, _dtype(tensor), tuple(tensor.shape), None, array=_numpy(tensor))
-        for name, tensor in _unnested(loaded, file).items()
-    }
-
-
-def _safetensors(file: Path) -> dict[str, Stored]:
-    with safe_open(str(file), framework="np"):  # checks the header against the size of the file
-        pass
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: Stored(
-            file,
-            8 + length + entry["data_offsets"][0],
-            _SAFETENSORS.get(entry["dtype"], entry["dtype"]),
-            tuple(entry["shape"]),
-            None,
-        )
-        for name, entry in header.items()
-    }
-
-
-def _zipped(file: Path, archive: zipfile.ZipFile) -> dict[str, Stored]:
-    """What `torch.save` wrote: fake tensors know their storage's offset, and no byte of it is read."""
-    with FakeTensorMode():
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    by_offset = {torch_script.data_offset(file, info): info for info in archive.infolist()}
-    found = {}
-    for name, tensor in _unnested(loaded, file).items():
-        storage = tensor.untyped_storage()
-        stored = Stored(
-            file,
-            storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize,
-            _dtype(tensor),
-            tuple(tensor.shape),
-            None if tensor.is_contiguous() else tuple(tensor.stride()),
-        )
-        info = by_offset.get(storage._checkpoint_offset)
-        found[name] = _with_crc(stored, archive, info.filename if info else "")
-    return found
-
-
-def _with_crc(stored: Stored, archive: zipfile.ZipFile, member: str) -> Stored:
-    """The archive's checksum, where the tensor is all of its member."""
-    if not member or stored.strides is not None or stored.dtype not in FLOATS:
-        return stored
-    info = archive.getinfo(member)
-    size = int(np.prod(stored.shape)) * np.dtype(stored.dtype).itemsize
-    return stored._replace(crc=info.CRC) if info.file_size == size else stored
-
-
-def _unnested(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
-    for key in NESTS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict):
-        raise SourceError(f"{file}: holds a {type(loaded).__name__}, no state dict")
-    tensors = dict(_flat(loaded))
-    if not tensors:
-        raise SourceError(f"{file}: holds no tensors; its keys are {', '.join(map(str, list(loaded)[:5]))}")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of nested dicts, as Megatron stores them; what else a training program keeps is passed over."""
-    for name, value in tree.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, dict) and name != "optimizer":
-            yield from _flat(value, f"{prefix}{name}.")
-
-
-def _read(name: str, stored: Stored) -> np.ndarray:
-    if stored.array is not None:
-        value = stored.array
-    else:
-        count = int(np.prod(stored.shape))
-        if stored.strides is not None:
-            count = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True)) if count else 0
-        flat = np.fromfile(stored.file, np.dtype(stored.dtype), count, offset=stored.offset)
-        if flat.size != count:
-            raise SourceError(f"{stored.file}: broken or cut off: {name} ends after {flat.size} of {count} values")
-        if stored.crc and zlib.crc32(flat.view(np.uint8).data) != stored.crc:
-            raise SourceError(f"{stored.file}: broken: the checksum of {name} is wrong; fetch the file again")
-        if stored.strides is None:
-            value = flat.reshape(stored.shape)
-        else:
-            steps = [step * flat.itemsize for step in stored.strides]
-            value = np.lib.stride_tricks.as_strided(flat, stored.shape, steps, writeable=False)
-    if not _finite(value):
-        raise SourceError(f"{stored.file}: {name} holds values that are no finite numbers; the file is damaged")
-    return value
-
-
-def _finite(value: np.ndarray, block: int = 1 << 18) -> bool:
-    """Whether no value is infinite or not a number: without its sign, its bits are below those of infinity."""
-    bits, infinity = {
-        "float32": (np.uint32, 0x7F800000),
-        "float16": (np.uint16, 0x7C00),
-        "bfloat16": (np.uint16, 0x7F80),
-    }[value.dtype.name]
-    flat, magnitude = value.reshape(-1).view(bits), bits(np.iinfo(bits).max >> 1)
-    return all((flat[i : i + block] & magnitude).max() < infinity for i in range(0, flat.size, block))
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

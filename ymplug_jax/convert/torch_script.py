@@ -94,6 +94,8 @@ def tensors(file: Path, archive: zipfile.ZipFile) -> dict[str, Place]:
         if isinstance(value, _Tensor):
             dtype, key = value.storage
             info = archive.getinfo(f"{root}data/{key}")
+            if not all(isinstance(n, int) and n >= 0 for n in (value.offset, *value.shape, *value.strides)):
+                raise ValueError(f"{prefix} has a shape that no tensor has")
             at = data_offset(file, info) + value.offset * _BYTES.get(dtype, 1)
             dense = value.strides == _dense(value.shape)
             found[prefix] = (at, dtype, tuple(value.shape), None if dense else tuple(value.strides), info.filename)

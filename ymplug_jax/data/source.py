@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ymplug_jax import text_files
 from ymplug_jax.data.records import Record, Records
 
 
@@ -17,15 +18,12 @@ class Texts:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: not UTF-8, or no text in it.
+          ValueError: not UTF-8, a Git LFS pointer, or no text in it.
         """
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"{path}: no such text file; set config.data.path")
-        try:
-            self._lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        self._lines = [line.strip() for line in text_files.read_lines(file) if line.strip()]
         if not self._lines:
             raise ValueError(f"{path}: no text in it")
         self.path, self.split = path, "text"

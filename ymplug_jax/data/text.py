@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ymplug_jax import exits, text_files
+
 
 class Tokenizer(Protocol):
     """Text to ids and back, and picklable.
@@ -28,11 +30,12 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     """Tokenizer by file name: `*.model` sentencepiece; `tokenizer.json` Hugging Face, where begin, end and padding are
     <sep>, <|endoftext|>, <|endoftext|> (the GPT-3 of ModelScope) or <s>, </s>, <pad> or [CLS], [SEP], [PAD]; `vocab.txt`
-    BERT WordPiece, which `lower_case` has fold letters to lower case without accents.
+    BERT WordPiece, which `lower_case` has fold letters to lower case without accents: the id of a token is the number of its
+    line from 0, an empty line is an id without a token, empty lines at the end do not count.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: another kind of file, or one that cannot be read, or without the special tokens.
+      ValueError: another kind of file, or one that cannot be read, or without the special tokens, or with a token twice.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -45,18 +48,24 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
         raise ValueError(
             f"tokenizer {path}: not a known kind; give a *.model (sentencepiece), tokenizer.json or vocab.txt"
         )
+    with file.open("rb") as stream:
+        head = stream.read(1024)
+    if found := text_files.lfs_pointer(head) or text_files.web_page(head) or ("" if head else "empty; fetch it again"):
+        raise ValueError(f"tokenizer {path}: {found}")
     try:
         more = {"lower_case": lower_case} if file.suffix == ".txt" else {}
         return kinds[file.suffix](str(file), **more)
-    except _NoSpecials as error:
+    except _Unfit as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
+    except exits.Mistake as error:
+        raise ValueError(f"tokenizer {error}") from None
     except Exception as error:  # the libraries raise bare Exception, RuntimeError and others on broken files
         what = {".model": "a sentencepiece model", ".json": "a tokenizer.json", ".txt": "a BERT vocab.txt"}[file.suffix]
-        raise ValueError(f"tokenizer {path}: cannot be read as {what}: {error}") from error
+        raise ValueError(f"tokenizer {path}: cannot be read as {what}: {' '.join(str(error).split())}") from error
 
 
-class _NoSpecials(ValueError):
-    """A file that can be read but lacks the tokens it needs; says which."""
+class _Unfit(ValueError):
+    """A file that can be read but does not hold the tokens it needs; says which."""
 
 
 class _SentencePiece:
@@ -68,7 +77,7 @@ class _SentencePiece:
         self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
         self.pad = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos
         if min(self.bos, self.eos) < 0:
-            raise _NoSpecials("has no begin or end token; train it with bos_id and eos_id")
+            raise _Unfit("has no begin or end token; train it with bos_id and eos_id")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -97,10 +106,10 @@ class _HuggingFace:
                 self.bos, self.eos, self.pad = (ids[name] for name in names)
                 return
         known = " or ".join("/".join(dict.fromkeys(names)) for names in self.SPECIALS)
-        raise _NoSpecials(f"has none of the known sets of special tokens ({known})")
+        raise _Unfit(f"has none of the known sets of special tokens ({known})")
 
     def _load(self, tokenizers, path: str):
-        return tokenizers.Tokenizer.from_file(path)
+        return tokenizers.Tokenizer.from_str(text_files.read_text(Path(path)))
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state
@@ -122,10 +131,17 @@ class _BertWordPiece(_HuggingFace):
         super().__init__(path)
 
     def _load(self, tokenizers, path: str):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()  # the id of a token is its line
-        vocab = {token: i for i, token in enumerate(lines)}
+        vocab: dict[str, int] = {}
+        for i, token in enumerate(text_files.read_lines(Path(path))):
+            if token in vocab:
+                raise _Unfit(
+                    f"the token {token!r} stands in line {vocab[token] + 1} and in line {i + 1}, so its id is not clear; put a "
+                    "token that occurs nowhere else, such as [unused_again], into the line that the model was not trained with"
+                )
+            if token:
+                vocab[token] = i
         if "[UNK]" not in vocab:
-            raise _NoSpecials("has no [UNK]; it is no BERT vocabulary")
+            raise _Unfit("has no [UNK]; it is no BERT vocabulary")
         model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
         # Chinese characters are split one by one.
         model.normalizer = tokenizers.normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=self._lower_case)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ymplug_jax import text_files
 from ymplug_jax.config import Experiment, Options
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.schema import CLASS_NAMES
@@ -95,7 +96,7 @@ def class_names(options: Options, planned: int = 0) -> Sequence[str]:
         if planned:
             return [str(number) for number in range(planned)]
         raise FileNotFoundError(f"{file}: no such file; config.options.answers names one answer a line")
-    names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in text_files.read_lines(file) if line.strip()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{file}: the answer {twice!r} stands twice")

@@ -83,7 +83,10 @@ def tokenizer_for(data: Data, vocab: int, setting: str = "config.model.llm.vocab
         return None
     tokenizer = text.load_tokenizer(data.tokenizer, lower_case=data.lower_case)
     if tokenizer.vocab_size > vocab:
-        raise ValueError(f"{data.tokenizer} has {tokenizer.vocab_size} tokens, the model only {vocab}; raise {setting}")
+        raise ValueError(
+            f"{data.tokenizer} has {tokenizer.vocab_size} tokens, the model only {vocab}; give the tokenizer that the model was "
+            f"trained with (only for a model that starts from no checkpoint: raise {setting})"
+        )
     return tokenizer
 
 
