@@ -86,8 +86,27 @@ def clips_of(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return clip, np.unique(clip, return_index=True)[1]
 
 
+def gallery_of(records: Sequence[Record], videos: int) -> dict[str, object]:
+    """What the recalls of these records were taken over, for scores.json."""
+    scores: dict[str, object] = {"modalities": "video, text", "videos": videos, "texts": len(records)}
+    if more := sum(len(record.captions) > 1 for record in records):
+        scores["note"] = (
+            f"{more} rows have several captions, of which the first is the query; build the shards with one caption a row to "
+            "score all of them"
+        )
+    return scores
+
+
 def rank_all(rows: list[Row], records: Sequence[Record]) -> Report:
-    """Every text against every clip and back; a clip that has several rows stands in the gallery once."""
+    """Every text against every clip and back; a clip that has several rows stands in the gallery once.
+
+    For a clip the texts of all its rows are right. A text is a query of its own, and only its own clip is right for it: a
+    clip that another row describes with the same words is wrong. Ties count against the model (`metrics.ranks_in`).
+
+    Raises:
+      Mistake: vectors that are not finite; the message names the first example.
+    """
+    metrics.check_rows(rows, records, "video", "text")
     found = [records[int(row["index"])] for row in rows]
     clip, first = clips_of([record.media_id for record in found])
     texts = np.stack([row["text"] for row in rows])
@@ -104,7 +123,7 @@ def rank_all(rows: list[Row], records: Sequence[Record]) -> Report:
         answer["v2t_rank"] = int(v2t[clip[r]])
         answer["retrieved_texts"] = [text_of(found[t]) for t in best_texts[clip[r]][:5]]
         readable.append(answer)
-    scores = {"modalities": "video, text", "videos": len(first), "texts": len(rows), **metrics.recalls(v2t, t2v)}
+    scores = gallery_of(found, len(first)) | metrics.recalls(v2t, t2v)
     arrays = {
         "video": videos,
         "video_id": np.array(names),
