@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     """Shards whose manifest names three classes, their names in a file, and two tokenizers."""
     shards.write(tmp_path / "data", (4,))
     manifest(tmp_path, NAMES)
-    (tmp_path / "names.txt").write_bytes("\ufeff圆形\r\n方形 \n\n三角形".encode())
+    (tmp_path / "names.txt").write_bytes("\ufeff圆形\r\n方形\n三角形".encode())
     shards.tokenizer(tmp_path / "t.model")
     shards.vocabulary(tmp_path / "vocab.txt")
     return tmp_path
@@ -77,10 +77,12 @@ def record(index: int, text: str) -> Record:
 def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
     assert inputs.class_names(Data()) == schema.CLASS_NAMES and len(schema.CLASS_NAMES) == 45
     file = tmp_path / "names.txt"
-    file.write_bytes("\ufeff猫 和 狗\r\n一\u2028二\n\n三\x0b四\n".encode())
+    file.write_bytes("\ufeff猫 和 狗\r\n一\u2028二\n三\x0b四\n".encode())
     assert inputs.class_names(Data(classes=str(file))) == ("猫 和 狗", "一\u2028二", "三\x0b四")
     for content, message in (
         (b"\n \n", "no name in it"),
+        ("猫\n\n狗\n".encode(), "line 2 is empty or has blanks"),
+        ("猫\n狗 \n".encode(), "line 2 is empty or has blanks"),
         ("猫\n狗\n猫\n".encode(), "the class '猫' stands twice"),
         (b"\xff\xfe", "not UTF-8"),
     ):

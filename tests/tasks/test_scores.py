@@ -89,6 +89,8 @@ def test_matching_counts_by_clip_and_ties_against_the_model() -> None:
     assert report.scores["match/v2t_mean_rank"] == 2
     assert [row["retrieved"] for row in report.rows] == [["a", "b"]] * 3
     assert report.rows[1]["retrieved_texts"] == ["丙", "甲", "乙"]
+    assert report.rows[1]["retrieved_texts_right"] == [False, False, True]
+    assert report.rows[1]["text_match_score"] == [1, 0, 0]
 
 
 def test_pairs_that_were_not_scored_come_last_in_the_order_of_the_similarity() -> None:
@@ -102,6 +104,7 @@ def test_pairs_that_were_not_scored_come_last_in_the_order_of_the_similarity() -
     )
     report = match.score(pairs_of(records, scores, scored, fallback=fallback), records, ("match",))
     assert report.rows[1]["retrieved"] == ["0", "1", "2", "3"] and report.rows[1]["t2v_rank"] == 2
+    assert report.rows[1]["match_score"] == [-9000, None, None, None]  # the page says that they were not scored
     assert report.rows[3]["t2v_rank"] == 4  # one video was scored, and two tie with it
 
 

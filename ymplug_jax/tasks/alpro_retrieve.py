@@ -126,6 +126,7 @@ def score(rows: list[Row], records: Sequence[Record]) -> Report:
     readable = []
     for r, (first, second) in enumerate(zip(by_similarity.rows, by_match.rows, strict=True)):
         answer = first | second | {"similarity_rank": first["t2v_rank"]}
+        del answer["text_similarity"]  # in the order of the first stage, which is not kept
         answer["similarity"] = [round(float(places[i]["fallback"][r]), 4) for i in second["retrieved_index"]]
         readable.append(answer)
     return Report(by_match.scores | by_similarity.scores, readable, by_similarity.arrays)

@@ -159,7 +159,7 @@ def class_names(data: Data) -> tuple[str, ...]:
 
 
 def names_in(path: str, setting: str, what: str) -> tuple[str, ...]:
-    """One name a line of a UTF-8 file: lines end at a line feed alone, blank ones do not count.
+    """One name a line of a UTF-8 file, line i is class i, as the builder of the shards reads it: lines end at a line feed alone.
 
     Args:
       path: of the file.
@@ -168,18 +168,20 @@ def names_in(path: str, setting: str, what: str) -> tuple[str, ...]:
 
     Raises:
       FileNotFoundError: no such file.
-      Mistake: not UTF-8, no name, or a name that stands twice.
+      Mistake: not UTF-8, no name, an empty line, blanks around a name, or a name that stands twice.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such file; {setting} names a file with one {what} a line")
     try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+        lines = file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise Mistake(f"{path} ({setting}): not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    names = [name for line in lines if (name := line.strip())]
-    if not names:
+    names = [line.removesuffix("\r") for line in lines]
+    if not any(name.strip() for name in names):
         raise Mistake(f"{path} ({setting}): no name in it; write one {what} a line")
+    if bad := next((i for i, name in enumerate(names, 1) if not name or name != name.strip()), 0):
+        raise Mistake(f"{path} ({setting}): line {bad} is empty or has blanks around its name; write one {what} a line")
     if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
         raise Mistake(f"{path} ({setting}): the {what} {twice!r} stands twice; keep one of them")
     return tuple(names)

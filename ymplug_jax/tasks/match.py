@@ -230,13 +230,17 @@ def score(rows: list[Row], records: Sequence[Record], names: Sequence[str] = NAM
     v2t, t2v = ranks[names[-1]]
     readable = []
     for r, (row, record) in enumerate(zip(rows, found, strict=True)):
-        best = metrics.order(orders[names[-1]][:, r])[:10]
+        column, line = orders[names[-1]][:, r], orders[names[-1]][clip[r]]
+        best = metrics.order(column)[:10]
         answer = {"index": int(row["index"]), "id": record.media_id, "text": text_of(record)}
         answer |= {"t2v_rank": int(t2v[r]), "v2t_rank": int(v2t[clip[r]])}
         answer["retrieved"] = [found[first[v]].media_id for v in best]
         answer["retrieved_index"] = [int(rows[first[v]]["index"]) for v in best]
-        texts = metrics.order(orders[names[-1]][clip[r]])[:5]
+        answer["match_score"] = [round(float(column[v]), 4) if scored[v, r] else None for v in best]
+        texts = metrics.order(line)[:5]
         answer["retrieved_texts"] = [text_of(found[t]) for t in texts]
+        answer["retrieved_texts_right"] = [bool(clip[t] == clip[r]) for t in texts]
+        answer["text_match_score"] = [round(float(line[t]), 4) if scored[clip[r], t] else None for t in texts]
         readable.append(answer)
     return Report(scores, readable)
 
