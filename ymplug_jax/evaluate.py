@@ -17,6 +17,7 @@ from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data import loader
 from ymplug_jax.data.source import open_split
+from ymplug_jax.exits import Mistake
 from ymplug_jax.run import Run
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import metrics as metrics_lib
@@ -36,12 +37,16 @@ def make_loss_step(run: Run) -> LossStep:
 
 
 def losses(run: Run, step: LossStep, records: Any, trainable: Params, frozen: Params) -> dict[str, float]:
-    """Mean of every metric of the task over the head of the evaluation split (`eval_examples` at most), without dropout."""
-    total: Metrics = {}
-    for batch, _ in _batches(run, records, run.experiment.train.eval_examples, "evaluation"):
-        metrics = step(trainable, frozen, batch)
-        total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
-    return {name: mean.value() for name, mean in jax.device_get(total).items()}
+    """Mean of every metric of the task over the head of the evaluation split (`eval_examples` at most), without dropout.
+
+    A metric that nothing in the split counts for is left out.
+
+    Raises:
+      Mistake: a metric is not finite; the message names it and the first batch where it is not.
+    """
+    batches = _batches(run, records, run.experiment.train.eval_examples, "evaluation")
+    found = [(start, step(trainable, frozen, batch)) for batch, start in batches]
+    return _means(found, records, run.experiment)[0]
 
 
 def evaluate_all(
@@ -70,8 +75,15 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
       examples: stop after this many; 0: the whole split.
 
     Returns:
-      Scores, with the split, the step and the number of examples they were taken over; None where nothing was counted.
+      Scores, with the split, the step and the number of examples they were taken over. A metric that nothing in the split
+      counts for is left out and named in "note".
+
+    Raises:
+      Mistake: something that would be written is not finite; the message names the score and the first example.
+      ValueError: no example to score.
     """
+    if examples < 0:
+        raise Mistake(f"--examples {examples}: give 1 or more, or 0 for the whole split")
     run = run_lib.prepare(experiment, training=False)
     trainable, frozen = state_lib.split(load(run, workdir), run.frozen_patterns)
     frozen = run_lib.hold(run, frozen)
@@ -82,28 +94,32 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
         lambda t, f, batch: run.task.predict(state_lib.merge(t, f), batch), out_shardings=whole
     )
     loss_step = make_loss_step(run)
-    total: Metrics = {}
+    found: list[tuple[int, Metrics]] = []
     rows: list[Row] = []
     for batch, start in _batches(run, records, examples, f"evaluate {split}"):
-        metrics = loss_step(trainable, frozen, batch)
-        total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
+        found.append((start, loss_step(trainable, frozen, batch)))
         if predict:
-            rows += _rows(jax.device_get(predict(trainable, frozen, batch)), start)
+            rows += _checked(_rows(jax.device_get(predict(trainable, frozen, batch)), start), records)
+    means, note = _means(found, records, experiment)
+    if predict and not rows:
+        raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record to score; build it again")
     report = Report({}, [])
     if run.task.rescore:
         with jax.set_mesh(run.mesh):
             rows = run.task.rescore(state_lib.merge(trainable, frozen), rows)
     if run.task.score:
         report = run.task.score(rows, records)
-    means = {name: mean.value() for name, mean in jax.device_get(total).items()}
     scores: dict[str, Any] = {
         "task": experiment.task,
         "split": split,
         "step": checkpoint.latest_step(str(workdir)) or 0,
         "examples": len(rows) if predict else _size(records, examples),
-        **{name: value if np.isfinite(value) else None for name, value in means.items()},
+        **means,
         **report.scores,
     }
+    if note:
+        scores["note"] = "; ".join(filter(None, (scores.get("note"), note)))
+    _check_written(scores, report, records)
     if jax.process_index() == 0:
         _write(workdir / "eval" / split, scores, report)
         page.write(workdir / "eval" / split / "report.html", scores, report.rows, records)
@@ -122,6 +138,59 @@ def load(run: Run, workdir: epath.Path) -> Params:
         return run_lib.fresh_params(run)[0]
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
+
+
+def _means(found: list[tuple[int, Metrics]], records: Any, experiment: Experiment) -> tuple[dict[str, float], str]:
+    """(mean of every metric that anything counted for, note about the others), from the metrics of each batch with the place of
+    its first example.
+
+    Raises:
+      Mistake: a metric is not finite; the message names it and the first batch where it is not.
+    """
+    total: Metrics = {}
+    for start, metrics in jax.device_get(found):
+        for name, mean in metrics.items():
+            if not (np.isfinite(mean.total) and np.isfinite(mean.weight)):
+                last = min(start + experiment.train.batch_size, len(records)) - 1
+                raise Mistake(
+                    f"{records[start].media_id}: {name} is {mean.total} in the batch of examples {start} to {last} of split "
+                    f"{records.split!r}, of which this is the first; nothing was scored: evaluate an earlier checkpoint, or "
+                    "train again with a lower config.optim.lr"
+                )
+        total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
+    means = {name: mean.value() for name, mean in total.items() if mean.weight}
+    absent = ", ".join(sorted(total.keys() - means.keys()))
+    return means, f"no example of this split counts for {absent}" if absent else ""
+
+
+def _checked(rows: list[Row], records: Any) -> list[Row]:
+    """The rows of a batch, once all their floats are finite: a model that has diverged is found at its first batch."""
+    floats = [key for key, value in rows[0].items() if jax.numpy.issubdtype(value.dtype, np.floating)] if rows else []
+    metrics_lib.check_rows(rows, records, *floats)
+    return rows
+
+
+def _check_written(scores: dict[str, Any], report: Report, records: Any) -> None:
+    """Everything that is about to be written is finite, or a Mistake names it: JSON has no NaN."""
+
+    def wrong(value: Any) -> bool:
+        if isinstance(value, dict):
+            return any(wrong(part) for part in value.values())
+        if isinstance(value, list | tuple):
+            return any(wrong(part) for part in value)
+        return isinstance(value, float | np.floating) and not np.isfinite(value)
+
+    for name, value in scores.items():
+        if wrong(value):
+            raise Mistake(
+                f"{scores['split']}: the score {name!r} is {value}; nothing was written, look at the model's answers"
+            )
+    for row in report.rows:
+        if bad := next((name for name, value in row.items() if wrong(value)), None):
+            raise Mistake(
+                f"{metrics_lib.example_name(row, records)}: {bad!r} is {row[bad]}; nothing was written, look at the model's "
+                "answers"
+            )
 
 
 def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:

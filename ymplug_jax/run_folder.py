@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax import checkpoint, config
+from ymplug_jax import checkpoint, config, text_files
 from ymplug_jax.config import Experiment
 from ymplug_jax.exits import Mistake
 
@@ -237,14 +237,14 @@ def class_names(path: str) -> list[str]:
       Mistake: no such file, or not UTF-8.
     """
     try:
-        text = checkpoint.folder_of(path).read_bytes().decode("utf-8-sig")
+        lines = text_files.read_lines(checkpoint.folder_of(path))
     except OSError as error:
         raise Mistake(
             f"config.data.classes {path}: {error.strerror or error}; give a file of class names, one a line"
         ) from None
-    except UnicodeDecodeError as error:
-        raise Mistake(f"config.data.classes {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def write(experiment: Experiment, workdir: str | epath.Path) -> None:

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax import text_files
 from ymplug_jax.config import Experiment, Options
 from ymplug_jax.data.records import Record
-from ymplug_jax.data.schema import CLASS_NAMES
 from ymplug_jax.data.text import clean_text
+from ymplug_jax.exits import Mistake
 from ymplug_jax.models import alpro
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import align, classify, inputs, losses
@@ -24,12 +23,29 @@ from ymplug_jax.writer import Mean, Metrics
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of ALPRO with a classifier: 45 classes, or as many as there are answers."""
-    data = experiment.data
+    """The task for `experiment.model` = fields of ALPRO with a classifier of as many classes as there are names.
+
+    Names are those of `config.data.classes`, else the 45 categories, or the possible answers. A head may have room for more
+    answers than there are.
+    """
+    data, answers = experiment.data, experiment.options.answers
     model = align.model_of(experiment)
     if not model.classes:
-        raise ValueError(f"config.model.classes is 0; the categories are {len(CLASS_NAMES)}")
-    names = class_names(experiment.options, model.classes if not data.path else 0)
+        raise ValueError(f"config.model.classes is 0; the categories are {len(inputs.class_names(data))}")
+    if answers and data.classes:
+        raise Mistake(
+            "config.options.answers and config.data.classes are both set; questions have answers, videos classes"
+        )
+    names = (
+        class_names(experiment.options, model.classes if not data.path else 0) if answers else inputs.class_names(data)
+    )
+    if not answers:
+        inputs.check_classes(data, names)
+    if data.classes and len(names) != model.classes:
+        raise Mistake(
+            f"config.model.classes is {model.classes}; the names in {data.classes} (config.data.classes) are {len(names)}: set "
+            f"config.model.classes={len(names)}"
+        )
     if len(names) > model.classes:
         raise ValueError(f"config.model.classes is {model.classes}, but there are {len(names)} names to choose from")
     numbers = {name: number for number, name in enumerate(names)}
@@ -37,7 +53,7 @@ def make(experiment: Experiment) -> Task:
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         row = align.encode(tokenizer, clean_text(record.title, data.max_words), length, model)
-        label = numbers.get(record.label_text, -1) if experiment.options.answers else record.label_index
+        label = numbers.get(record.label_text, -1) if answers else inputs.label_of(record, names)
         return {"video": inputs.video_of(record, data, rng), **row, "label": np.int32(label)}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
@@ -47,7 +63,7 @@ def make(experiment: Experiment) -> Task:
         votes = run.classify(run.fuse(states, batch["mask"], tokens, **quiet))  # [B, K]
         total, count = losses.classification(votes, batch["label"], batch["valid"])
         counts = batch["valid"] & (batch["label"] >= 0)
-        right = jnp.sum((jnp.argmax(votes, axis=-1) == batch["label"]) & counts, dtype=jnp.float32)
+        right = jnp.sum(losses.chosen(votes[:, : len(names)], batch["label"]) & counts, dtype=jnp.float32)
         mean = Mean(total, count)
         return losses.ratio(mean), {"loss": mean, "accuracy": Mean(right, count)}
 
@@ -79,7 +95,7 @@ def make(experiment: Experiment) -> Task:
 
 
 def class_names(options: Options, planned: int = 0) -> Sequence[str]:
-    """What the classes are called: the lines of `config.options.answers`, else the 45 categories.
+    """The possible answers to questions: the lines of `config.options.answers`, which is set.
 
     Args:
       options: of the settings.
@@ -87,17 +103,8 @@ def class_names(options: Options, planned: int = 0) -> Sequence[str]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: an answer that stands twice.
+      Mistake: it is no list of answers.
     """
-    if not options.answers:
-        return CLASS_NAMES
-    file = Path(options.answers)
-    if not file.is_file():
-        if planned:
-            return [str(number) for number in range(planned)]
-        raise FileNotFoundError(f"{file}: no such file; config.options.answers names one answer a line")
-    names = [line.strip() for line in text_files.read_lines(file) if line.strip()]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{file}: the answer {twice!r} stands twice")
-    return names
+    if planned and not Path(options.answers).is_file():
+        return [str(number) for number in range(planned)]
+    return inputs.names_in(options.answers, "config.options.answers", "answer")

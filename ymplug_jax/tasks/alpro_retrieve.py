@@ -98,7 +98,8 @@ def match_score(logits: jax.Array) -> jax.Array:
 
 def score_pairs(model: ALPRO, params: Params, rows: list[Row], best: int) -> list[Row]:
     """Adds to every row the scores of its video with the `best` texts by similarity and those whose best videos it is among
-    (0: with all): match, f32[texts], and `fallback`, the similarity that orders what was not scored. Encoder states go."""
+    (0: with all): match, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, the similarity that orders
+    what was not scored. Encoder states go."""
     clip, first = retrieve.clips_of([row["clip"].tobytes().hex() for row in rows])
     similarity = np.stack([rows[i]["video"] for i in first]) @ np.stack([row["text"] for row in rows]).T
     wanted = pairs.best_of(similarity, best) if best else np.ones(similarity.shape, bool)
@@ -111,16 +112,22 @@ def score_pairs(model: ALPRO, params: Params, rows: list[Row], best: int) -> lis
     found = pairs.scores(step, [rows[i]["tokens"] for i in first], table, wanted, ("match",))
     keep = ("index", "clip", "video", "text")
     return [
-        {key: row[key] for key in keep} | {"match": found["match"][c], "fallback": similarity[c]}
+        {key: row[key] for key in keep} | {"match": found["match"][c], "scored": wanted[c], "fallback": similarity[c]}
         for row, c in zip(rows, clip, strict=True)
     ]
 
 
 def score(rows: list[Row], records: Sequence[Record]) -> Report:
-    """Recalls of both stages: by similarity as in task "retrieve", and by the match head under "match/"."""
+    """Recalls of both stages: by similarity as in task "retrieve", and by the match head under "match/".
+
+    Ranks and retrieved entries of the readable rows are those of the match head; "similarity" is of the retrieved videos.
+    """
     by_similarity, by_match = retrieve.rank_all(rows, records), match.score(rows, records, ("match",))
-    readable = [
-        first | second | {"similarity_rank": first["t2v_rank"]}
-        for first, second in zip(by_similarity.rows, by_match.rows, strict=True)
-    ]
+    places = {int(row["index"]): row for row in rows}
+    readable = []
+    for r, (first, second) in enumerate(zip(by_similarity.rows, by_match.rows, strict=True)):
+        answer = first | second | {"similarity_rank": first["t2v_rank"]}
+        del answer["text_similarity"]  # in the order of the first stage, which is not kept
+        answer["similarity"] = [round(float(places[i]["fallback"][r]), 4) for i in second["retrieved_index"]]
+        readable.append(answer)
     return Report(by_match.scores | by_similarity.scores, readable, by_similarity.arrays)

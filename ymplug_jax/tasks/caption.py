@@ -10,10 +10,11 @@ import numpy as np
 from ymplug_jax.config import Experiment, Options
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_caption, clean_text
+from ymplug_jax.exits import Mistake
 from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
-from ymplug_jax.tasks import caption_metrics, inputs, losses
+from ymplug_jax.tasks import caption_metrics, inputs, losses, metrics
 from ymplug_jax.tasks.task import CAPTIONED, Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Mean, Metrics
 
@@ -60,31 +61,10 @@ def make(experiment: Experiment) -> Task:
         return {"generated": ids, "valid": batch["valid"]}
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
-        known, answers, seen = inputs.given(tokenizer), [], set()
-        for row in rows:
-            record = records[int(row["index"])]
-            if record.media_id in seen:  # a clip counts once
-                continue
-            seen.add(record.media_id)
-            text = clean_caption(inputs.decode(known, row["generated"]), options.prompt)
-            answers.append(
-                {"index": int(row["index"]), "id": record.media_id, "caption": text, "references": record.captions}
-            )
-        told = [answer for answer in answers if answer["references"]]
-        scores: dict[str, object] = {
-            "modalities": "video",
-            "clips": len(answers),
-            "labelled": len(told),
-            "search": options.search,
-        }
-        if not told:
-            scores["note"] = "this split has no captions: predictions are written, nothing is scored"
-            return Report(scores, answers)
-        texts = [[reference.lower() for reference in answer["references"]] for answer in told]
-        total, each = caption_metrics.score([answer["caption"] for answer in told], texts)
-        for answer, values in zip(told, each, strict=True):
-            answer |= values
-        return Report(scores | total, answers)
+        known = inputs.given(tokenizer)
+        said = [clean_caption(inputs.decode(known, row["generated"]), options.prompt) for row in rows]
+        scores, answers = report_of(said, rows, records)
+        return Report({"modalities": "video", "search": options.search} | scores, answers)
 
     row = inputs.row_spec(length)
     spec = {"video": inputs.video_spec(data), "ids": row, "mask": row}
@@ -101,6 +81,46 @@ def make(experiment: Experiment) -> Task:
         score=score,
         resize=mplug_video.RESIZE,
     )
+
+
+def report_of(said: list[str], rows: list[Row], records: Sequence[Record]) -> tuple[dict[str, object], list[dict]]:
+    """Scores and readable rows of captions. A clip counts once, as in the COCO toolkit: the caption of its first row stands
+    against the references of all its rows.
+
+    Args:
+      said: the captions of N rows.
+      rows: N rows, "index" is the place in the split.
+      records: of the split.
+
+    Raises:
+      Mistake: a reference without a Chinese character, with its clip: no caption could match it.
+    """
+    clips: dict[str, dict] = {}
+    for text, row in zip(said, rows, strict=True):
+        index = int(row["index"])
+        record = records[index]
+        own = {"index": index, "id": record.media_id, "caption": text, "references": []}
+        references = clips.setdefault(record.media_id, own)["references"]
+        for reference in record.captions:
+            if not caption_metrics.normalise(reference):
+                raise Mistake(
+                    f"{metrics.example_name(row, records)}: the reference {reference!r} has no Chinese character, and the "
+                    "metrics count those alone; take it out of the split"
+                )
+            references.append(reference)
+    answers = list(clips.values())
+    told = [answer for answer in answers if answer["references"]]
+    count = sum(len(answer["references"]) for answer in told)
+    scores: dict[str, object] = {"rows": len(rows), "clips": len(answers), "labelled": len(told), "references": count}
+    if not told:
+        return scores | {"note": "this split has no captions: predictions are written, nothing is scored"}, answers
+    if len(told) == 1:
+        scores["note"] = "one clip has references: CIDEr weighs words by their rarity among clips and is 0"
+    texts = [[reference.lower() for reference in answer["references"]] for answer in told]
+    total, each = caption_metrics.score([answer["caption"] for answer in told], texts)
+    for answer, values in zip(told, each, strict=True):
+        answer |= values
+    return scores | total, answers
 
 
 def generate(

@@ -41,7 +41,7 @@ def score(
       {"meteor", "rouge_l", "cider"}.
 
     Raises:
-      ValueError: nothing to score, or an item without references.
+      ValueError: nothing to score, an item without references, or a reference without a Chinese character.
     """
     if not predictions or len(predictions) != len(references) or not all(references):
         raise ValueError(
@@ -49,6 +49,12 @@ def score(
         )
     said = [normalise(text) for text in predictions]
     right = [[normalise(text) for text in texts] for texts in references]
+    for item, (texts, tokens) in enumerate(zip(references, right, strict=True)):
+        if not all(tokens):
+            raise ValueError(
+                f"item {item}: the reference {texts[tokens.index([])]!r} has no Chinese character, and the metrics count "
+                "those alone"
+            )
     total: dict[str, float] = {f"bleu{n}": bleu(said, right, n) for n in range(1, 5)}
     total["meteor"], meteors = meteor(said, right)
     rouges = [rouge_l(tokens, texts) for tokens, texts in zip(said, right, strict=True)]

@@ -1,6 +1,6 @@
 """Video category classification: the frozen decoder names the class after title and video, and a head votes beside it (spec 8.2).
 
-Evaluation scores all 45 class names by their log-probability and by the head, with video and title, with the video alone
+Evaluation scores all class names (the 45 categories, or those of `config.data.classes`) by their log-probability and by the head, with video and title, with the video alone
 and with the title alone: a title by itself already goes far on this data.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.records import Record
-from ymplug_jax.data.schema import CLASS_NAMES
-from ymplug_jax.data.text import clean_text
+from ymplug_jax.data.text import Tokenizer, clean_text
+from ymplug_jax.exits import Mistake
 from ymplug_jax.models import mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
@@ -22,6 +22,7 @@ from ymplug_jax.tasks import candidates, inputs, losses, metrics
 from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Metrics
 
+NAME = 16  # positions for a class name and the end token
 MODALITIES = ("both", "video", "title")  # what the model is shown
 
 
@@ -31,27 +32,31 @@ def prompt_of(title: str, length: int) -> str:
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of MPLUGVideo, with a head of 45 classes."""
+    """The task for `experiment.model` = fields of MPLUGVideo, with a head of as many classes as there are names."""
     data = experiment.data
     model: MPLUGVideo = build(MPLUGVideo, experiment.model)
-    length, classes = data.max_tokens, len(CLASS_NAMES)
-    inputs.check(data, model, length + 16)
-    if model.classes != classes:
-        raise ValueError(f"config.model.classes is {model.classes}; the categories are {classes}")
+    length, names = data.max_tokens, inputs.class_names(data)
+    if model.classes != len(names):
+        where = f"names in {data.classes} (config.data.classes)" if data.classes else "categories"
+        raise Mistake(
+            f"config.model.classes is {model.classes}; the {where} are {len(names)}: set config.model.classes={len(names)}"
+        )
+    inputs.check_classes(data, names)
     tokenizer = inputs.tokenizer_for(data, model.llm.vocab)
+    inputs.check(data, model, length + room_for(names, tokenizer, length))
 
     def asked(title: str) -> Example:
         """The candidates after a title, and the title by itself for the head."""
         known = inputs.given(tokenizer)
-        answers = [known.encode(name) for name in CLASS_NAMES]
+        answers = [known.encode(name) for name in names]
         plain = inputs.encode(known, title, length)
         pair = candidates.encode(known, prompt_of(title, length), answers, length)
         return pair | {"plain": plain["ids"], "plain_mask": plain["mask"]}
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         known, title = inputs.given(tokenizer), clean_text(record.title, data.max_words)
-        label = record.label_index
-        pair = inputs.encode_pair(known, prompt_of(title, length), CLASS_NAMES[label] if label >= 0 else "", length)
+        label = inputs.label_of(record, names)
+        pair = inputs.encode_pair(known, prompt_of(title, length), names[label] if label >= 0 else "", length)
         plain = inputs.encode(known, title, length)
         made = {"video": inputs.video_of(record, data, rng), **pair, "label": np.int32(label)}
         made |= {"plain": plain["ids"], "plain_mask": plain["mask"]}
@@ -97,36 +102,63 @@ def make(experiment: Experiment) -> Task:
         spec=spec | {"plain": row, "plain_mask": row},
         loss=loss,
         predict=predict,
-        score=partial(report, names=CLASS_NAMES),
+        score=partial(report, names=names),
         fresh=("head/.*",),
         resize=mplug_video.RESIZE,
     )
 
 
+def room_for(names: Sequence[str], tokenizer: Tokenizer | None, length: int) -> int:
+    """Positions that the names take behind a row of `length` tokens.
+
+    Raises:
+      Mistake: a name that does not fit into a row, so that its tail would not count.
+    """
+    if tokenizer is None:
+        return NAME
+    longest = max(names, key=lambda name: len(tokenizer.encode(name)))
+    tokens = len(tokenizer.encode(longest))
+    if tokens + 2 > length:
+        raise Mistake(
+            f"config.data.max_tokens is {length}, but the class {longest!r} has {tokens} tokens, beginning and end not counted; "
+            "raise it or shorten the name"
+        )
+    return max(NAME, tokens + 1)
+
+
 def report(
     rows: list[Row], records: Sequence[Record], names: Sequence[str], by: Sequence[str] = ("likelihood", "head")
 ) -> Report:
-    """Top-1 and top-5 of every kind of vote and every modality; a true name that is not in the list counts as missed.
+    """Top-1 and top-5 of every kind of vote and every modality. Ties count against the model (`metrics.top_k`), in the scores
+    and in what is "predicted" alike; a true name that is not in the list counts as missed.
 
     Args:
       rows: of each kind in `by` votes f32[3, C] in the order of MODALITIES, and "label" (-1: none).
       records: of the split.
       names: of the C classes.
       by: kinds of votes; the first one decides what is "predicted".
+
+    Raises:
+      Mistake: votes that are not finite; the message names the first example.
     """
+    metrics.check_rows(rows, records, *by)
     known = [row for row in rows if row["label"] >= 0]
     unlisted = sum(1 for row in rows if row["label"] < 0 and records[int(row["index"])].label_text)
     labelled = len(known) + unlisted
     scores: dict[str, object] = {"modalities": "both (video and title), video, title", "labelled": labelled}
+    scores["classes"] = len(names)
     if unlisted:
         scores["unlisted"] = unlisted
     if not labelled:
         scores["note"] = "this split has no labels: predictions are written, nothing is scored"
     for m, modality in enumerate(MODALITIES):
-        for kind in by if known else ():
-            votes, labels = np.stack([row[kind][m] for row in known]), np.array([row["label"] for row in known])
+        for kind in by if labelled else ():
+            ranks = np.full(labelled, np.inf)  # of what is not listed: missed
+            if known:
+                votes, labels = np.stack([row[kind][m] for row in known]), np.array([row["label"] for row in known])
+                ranks[: len(known)] = metrics.class_ranks(votes, labels)
             for k in (1, 5):
-                scores[f"{modality}/{kind}_top{k}"] = metrics.top_k(votes, labels, k) * len(known) / labelled
+                scores[f"{modality}/{kind}_top{k}"] = 100 * float(np.mean(ranks <= k))
     return Report(scores, [readable(row, records, names, by) for row in rows])
 
 
@@ -137,7 +169,7 @@ def readable(row: Row, records: Sequence[Record], names: Sequence[str], by: Sequ
     label = int(row["label"])
     answer["label"] = names[label] if label >= 0 else record.label_text or None
     for m, modality in enumerate(MODALITIES):
-        answer |= {f"{modality}/{kind}": names[int(row[kind][m].argmax())] for kind in by}
+        answer |= {f"{modality}/{kind}": names[metrics.order(row[kind][m], label)[0]] for kind in by}
     shares = np.asarray(candidates.probabilities(row[by[0]][0]))
-    best = np.argsort(-shares)[:5]
+    best = metrics.order(row[by[0]][0], label)[:5]
     return answer | {"predicted": names[best[0]], "top5": {names[c]: float(shares[c]) for c in best}}

@@ -1,14 +1,20 @@
 """From a record to what a model takes: pieces that the video-text tasks share."""
 
 import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from ymplug_jax import text_files
 from ymplug_jax.config import Data
-from ymplug_jax.data import augment, frames, text
+from ymplug_jax.data import augment, frames, schema, text
 from ymplug_jax.data.records import Record
+from ymplug_jax.exits import Mistake
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.state import Params
@@ -113,7 +119,12 @@ def encode_pair(tokenizer: text.Tokenizer, prompt: str, target: str, length: int
 
 def clip_id(record: Record) -> np.ndarray:
     """int32[2] that is the same for records of one clip, and for no others but by a chance of 2**-64."""
-    return np.frombuffer(hashlib.blake2b(record.media_id.encode(), digest_size=8).digest(), np.int32)
+    return hash_of(record.media_id)
+
+
+def hash_of(media_id: str) -> np.ndarray:
+    """`clip_id` of a record with this name."""
+    return np.frombuffer(hashlib.blake2b(media_id.encode(), digest_size=8).digest(), np.int32)
 
 
 def decode(tokenizer: text.Tokenizer, ids: np.ndarray) -> str:
@@ -139,3 +150,89 @@ def given(tokenizer: text.Tokenizer | None) -> text.Tokenizer:
 def logits_of(model: MPLUGVideo, params: Params, hidden: jax.Array) -> jax.Array:
     """f[..., H] -> f32[..., V], as a pure function."""
     return model.apply({"params": params}, hidden, method="logits")
+
+
+def class_names(data: Data) -> tuple[str, ...]:
+    """Names of the classes of a run: the lines of `config.data.classes`, else the 45 categories of Youku-mPLUG.
+
+    Raises:
+      FileNotFoundError: no such file.
+      Mistake: it is no list of names.
+    """
+    return names_in(data.classes, "config.data.classes", "class") if data.classes else schema.CLASS_NAMES
+
+
+def names_in(path: str, setting: str, what: str) -> tuple[str, ...]:
+    """One name a line of a UTF-8 file, line i is class i, as the builder of the shards reads it: lines end at a line feed alone.
+
+    Args:
+      path: of the file.
+      setting: that names it, for messages.
+      what: a name stands for, for messages.
+
+    Raises:
+      FileNotFoundError: no such file.
+      Mistake: not UTF-8, no name, an empty line, blanks around a name, or a name that stands twice.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {setting} names a file with one {what} a line")
+    names = text_files.read_lines(file)
+    if not any(name.strip() for name in names):
+        raise Mistake(f"{path} ({setting}): no name in it; write one {what} a line")
+    if bad := next((i for i, name in enumerate(names, 1) if not name or name != name.strip()), 0):
+        raise Mistake(f"{path} ({setting}): line {bad} is empty or has blanks around its name; write one {what} a line")
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise Mistake(f"{path} ({setting}): the {what} {twice!r} stands twice; keep one of them")
+    return tuple(names)
+
+
+def check_classes(data: Data, names: Sequence[str]) -> None:
+    """Whether labels of the shards count in these names. Shards whose manifest names no classes have the 45 categories.
+
+    Raises:
+      Mistake: other names, or another order.
+    """
+    if not data.path:
+        return
+    file = epath.Path(data.path) / schema.MANIFEST
+    if not file.exists():
+        return  # labels are compared with the names record by record
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # the reader of the records says so
+    if not isinstance(manifest, dict) or manifest.get("kind", "classification") != "classification":
+        return
+    theirs = tuple(manifest.get("classes") or schema.CLASS_NAMES)
+    if theirs == tuple(names):
+        return
+    place = next(
+        (i for i, (a, b) in enumerate(zip(theirs, names, strict=False)) if a != b), min(len(theirs), len(names))
+    )
+    there, ours = (line[place] if place < len(line) else "nothing" for line in (theirs, names))
+    what = (
+        f"{data.classes} (config.data.classes)"
+        if data.classes
+        else "the 45 categories, since config.data.classes is empty"
+    )
+    raise Mistake(
+        f"{data.path}: its labels count in {len(theirs)} classes, class {place} is {there!r}, but the run has {what}: "
+        f"{len(names)}, class {place} is {ours!r}; set config.data.classes to the names that the shards were built with"
+    )
+
+
+def label_of(record: Record, names: Sequence[str]) -> int:
+    """The record's label as a place in the names, -1 where it has none that is in them.
+
+    Raises:
+      Mistake: the shards' number of the class stands for another name.
+    """
+    label = record.label_index
+    if label >= 0 and (label >= len(names) or record.label_text not in ("", names[label])):
+        ours = repr(names[label]) if label < len(names) else f"none of the {len(names)} classes of this run"
+        raise Mistake(
+            f"{record.media_id}: its label {record.label_text!r} has number {label}, which is {ours}; set config.data.classes to "
+            "the names that the shards were built with"
+        )
+    return label

@@ -199,6 +199,14 @@ def ratio(mean: Mean) -> jax.Array:
     return mean.total / jnp.maximum(mean.weight, 1.0)
 
 
+def chosen(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether the label has the highest logit: f[..., C], int[...] -> bool[...]. Ties count against the label, as in
+    `metrics.top_k`, and so do logits that are not numbers."""
+    own = jnp.arange(logits.shape[-1]) == labels[..., None]
+    label = jnp.max(logits, axis=-1, where=own, initial=-jnp.inf)  # -inf: no such class
+    return jnp.all(own | (logits < label[..., None]), axis=-1)
+
+
 def words_and_head(
     words: tuple[jax.Array, jax.Array], votes: jax.Array, labels: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, Metrics]:
@@ -211,7 +219,7 @@ def words_and_head(
       valid: bool[B], rows that count.
     """
     generation, head = Mean(*words), Mean(*classification(votes, labels, valid))
-    right = jnp.sum((jnp.argmax(votes, axis=-1) == labels) & valid, dtype=jnp.float32)
+    right = jnp.sum(chosen(votes, labels) & valid, dtype=jnp.float32)
     total = ratio(generation) + ratio(head)
     return total, {
         "generation_loss": generation,

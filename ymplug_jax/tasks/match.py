@@ -15,11 +15,12 @@ import numpy as np
 from ymplug_jax.config import Experiment, Options
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
+from ymplug_jax.exits import Mistake
 from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.state import Params
 from ymplug_jax.tasks import candidates, inputs, losses, metrics, pair_losses, pairs
-from ymplug_jax.tasks.retrieve import clips_of, text_of
+from ymplug_jax.tasks.retrieve import clips_of, gallery_of, text_of
 from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Report, Row, Task, build
 from ymplug_jax.writer import Metrics
 
@@ -155,59 +156,117 @@ def make(experiment: Experiment) -> Task:
 
 def score_pairs(model: MPLUGVideo, params: Params, rows: list[Row], options: Options) -> list[Row]:
     """Adds to every row the scores of its video with all titles (or with the best of a retrieval index): generation and
-    head, f32[texts], and `fallback`, f32[texts], the similarity that orders what was not scored."""
+    head, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, f32[texts], the similarity that orders what
+    was not scored."""
     clip, first = clips_of([row["clip"].tobytes().hex() for row in rows])
     count = len(rows)
     wanted, fallback = np.ones((len(first), count), bool), np.zeros((len(first), count), np.float32)
     if options.candidates:
-        wanted, fallback = _from_index(options, first, count)
+        wanted, fallback = _from_index(options, [rows[i]["clip"] for i in first], clip)
     step = partial(jax.jit(partial(pair_scores, model)), params)
     texts = ("ids", "mask", "prompt_length", "plain", "plain_mask")
     table = {name: np.stack([row[name] for row in rows]) for name in texts}
     scores = pairs.scores(step, [rows[i]["prefix"] for i in first], table, wanted, NAMES)
-    lines = {name: matrix[clip] for name, matrix in scores.items()} | {"fallback": fallback[clip]}
+    lines = scores | {"scored": wanted, "fallback": fallback}
     keep = ("index", "clip")
     return [
-        {key: row[key] for key in keep} | {name: matrix[i] for name, matrix in lines.items()}
-        for i, row in enumerate(rows)
+        {key: row[key] for key in keep} | {name: matrix[c] for name, matrix in lines.items()}
+        for row, c in zip(rows, clip, strict=True)
     ]
 
 
-def _from_index(options: Options, first: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(pairs to score, similarities), bool and f32[videos, texts], from the index of a retrieval run on the same split."""
+def _from_index(options: Options, videos: list[np.ndarray], clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs to score, similarities), bool and f32[videos, texts], from the index of a retrieval run on the same split.
+
+    Args:
+      options: of the settings.
+      videos: `inputs.clip_id` of each video, int32[2].
+      clip: int[texts], the video of each text.
+    """
+    file = f"{options.candidates} (config.options.candidates)"
     with np.load(options.candidates, allow_pickle=False) as index:
-        videos, texts = index["video"], index["text"]
-    if (len(videos), len(texts)) != (len(first), count):
-        raise ValueError(
-            f"{options.candidates} (config.options.candidates) has {len(videos)} videos and {len(texts)} texts, this split "
-            f"{len(first)} and {count}; evaluate the retrieval run on this very split"
+        known = {name: index[name] for name in ("video", "text", "video_id", "text_clip") if name in index}
+    there, texts = known["video"], known["text"]
+    if (len(there), len(texts)) != (len(videos), len(clip)):
+        raise Mistake(
+            f"{file} has {len(there)} videos and {len(texts)} texts, this split "
+            f"{len(videos)} and {len(clip)}; evaluate the retrieval run on this very split"
         )
-    similarity = videos @ texts.T
-    wanted = pairs.best_of(similarity, options.best)
-    return wanted, similarity.astype(np.float32)
+    ours = [tuple(part.tolist()) for part in videos]
+    theirs = [tuple(inputs.hash_of(str(name)).tolist()) for name in known.get("video_id", ())]
+    if (theirs and theirs != ours) or not np.array_equal(known.get("text_clip", clip), clip):
+        raise Mistake(
+            f"{file} is of other videos or texts than this split; evaluate the retrieval run on this very split"
+        )
+    for name, part in (("video", there), ("text", texts)):
+        metrics.check_finite(part, f"the vector in {file}", f"{name} {{}}".format)
+    similarity = there @ texts.T
+    return pairs.best_of(similarity, options.best), similarity.astype(np.float32)
 
 
 def score(rows: list[Row], records: Sequence[Record], names: Sequence[str] = NAMES) -> Report:
-    """Recalls of scores of pairs, each in both directions: rows hold f32[texts] by name, and what orders the rest, "fallback"."""
+    """Recalls of scores of pairs, each in both directions. The last name decides the ranks of the readable rows.
+
+    Args:
+      rows: f32[texts] by name, "scored" bool[texts], and "fallback" f32[texts], which orders what was not scored.
+      records: of the split.
+      names: of the scores.
+
+    Raises:
+      Mistake: a score that the model gave is not finite; the message names the first video and its text.
+    """
     found = [records[int(row["index"])] for row in rows]
     clip, first = clips_of([record.media_id for record in found])
     right = np.arange(len(first))[:, None] == clip  # [videos, texts]
-    fallback = np.stack([rows[i]["fallback"] for i in first])
-    scores: dict[str, object] = {"modalities": "video, text", "videos": len(first), "texts": len(rows)}
-    matrices = {}
+    scored, fallback = (np.stack([rows[i][key] for i in first]) for key in ("scored", "fallback"))
+    scores = gallery_of(found, len(first))
+    orders, ranks = {}, {}
     for name in names:
         matrix = np.stack([rows[i][name] for i in first])
-        # What was not scored comes after everything that was, in the order of the retrieval run.
-        matrices[name] = np.where(np.isfinite(matrix), matrix, fallback - 1e6)
-        ranks = metrics.ranks_in(matrices[name], right), metrics.ranks_in(matrices[name].T, right.T)
-        scores |= {f"{name}/{key}": value for key, value in metrics.recalls(*ranks).items()}
+        for values in (np.where(scored, matrix, 0), fallback):
+            _check(values, name, [rows[i] for i in first], rows, records)
+        orders[name] = in_one_order(matrix, scored, fallback)
+        ranks[name] = metrics.ranks_in(orders[name], right), metrics.ranks_in(orders[name].T, right.T)
+        scores |= {f"{name}/{key}": value for key, value in metrics.recalls(*ranks[name]).items()}
+    v2t, t2v = ranks[names[-1]]
     readable = []
     for r, (row, record) in enumerate(zip(rows, found, strict=True)):
-        column = matrices[names[-1]][:, r]
-        best = np.argsort(-column)[:10]
+        column, line = orders[names[-1]][:, r], orders[names[-1]][clip[r]]
+        best = metrics.order(column)[:10]
         answer = {"index": int(row["index"]), "id": record.media_id, "text": text_of(record)}
-        answer["t2v_rank"] = int(1 + np.sum(column > column[clip[r]]))
+        answer |= {"t2v_rank": int(t2v[r]), "v2t_rank": int(v2t[clip[r]])}
         answer["retrieved"] = [found[first[v]].media_id for v in best]
         answer["retrieved_index"] = [int(rows[first[v]]["index"]) for v in best]
+        answer["match_score"] = [round(float(column[v]), 4) if scored[v, r] else None for v in best]
+        texts = metrics.order(line)[:5]
+        answer["retrieved_texts"] = [text_of(found[t]) for t in texts]
+        answer["retrieved_texts_right"] = [bool(clip[t] == clip[r]) for t in texts]
+        answer["text_match_score"] = [round(float(line[t]), 4) if scored[clip[r], t] else None for t in texts]
         readable.append(answer)
     return Report(scores, readable)
+
+
+def in_one_order(scores: np.ndarray, scored: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+    """Pairs that were scored by their score, and after all of them the others in the order of `fallback`.
+
+    Args:
+      scores: f32[V, G]; what stands where nothing was scored does not matter.
+      scored: bool[V, G].
+      fallback: f32[V, G].
+
+    Returns:
+      f64[V, G], finite: float32 could not tell close similarities apart once they are moved below the scores.
+    """
+    lowest = float(scores[scored].min()) if scored.any() else 0.0
+    others = lowest - 1.0 - (fallback.max() - fallback.astype(np.float64))
+    return np.where(scored, scores.astype(np.float64), others)
+
+
+def _check(values: np.ndarray, name: str, videos: list[Row], texts: list[Row], records: Sequence[Record]) -> None:
+    """f32[V, G] are finite, or a Mistake names the first pair."""
+
+    def pair(v: int) -> str:
+        text = texts[int(np.argmax(~np.isfinite(values[v])))]
+        return f"{metrics.example_name(videos[v], records)} with the text of {metrics.example_name(text, records)}"
+
+    metrics.check_finite(values, f"the model's {name!r}", pair)

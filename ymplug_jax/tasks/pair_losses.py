@@ -114,7 +114,7 @@ def matching(logits: jax.Array, valid: jax.Array, found: jax.Array) -> tuple[jax
     """Cross-entropy of "match" for the three pairs of `pairs`: f32[B, 3, 2], bool[B], bool[B] -> (sum, pairs, pairs told right)."""
     labels = jnp.broadcast_to(jnp.array([1, 0, 0]), logits.shape[:2])
     counts = jnp.stack([valid, valid & found, valid & found], axis=1)  # [B, 3]
-    right = jnp.sum((jnp.argmax(logits, axis=-1) == labels) & counts, dtype=jnp.float32)
+    right = jnp.sum(losses.chosen(logits, labels) & counts, dtype=jnp.float32)
     each = losses.token_losses(logits, labels)
     return jnp.sum(jnp.where(counts, each, 0)), jnp.sum(counts, dtype=jnp.float32), right
 

@@ -45,10 +45,13 @@ def scores(
 
 
 def best_of(similarity: np.ndarray, best: int) -> np.ndarray:
-    """The `best` texts of every video and the `best` videos of every text: f32[V, G] -> bool[V, G]."""
-    wanted = np.zeros(similarity.shape, bool)
-    for axis, count in ((1, similarity.shape[1]), (0, similarity.shape[0])):
-        keep = min(best, count)
-        order = np.argpartition(-similarity, keep - 1, axis=axis).take(range(keep), axis=axis)
-        np.put_along_axis(wanted, order, True, axis=axis)
-    return wanted
+    """The `best` texts of every video and the `best` videos of every text: f32[V, G] -> bool[V, G]. Of equal ones those that
+    come first are taken."""
+    return _best_of_row(similarity, best) | _best_of_row(similarity.T, best).T
+
+
+def _best_of_row(similarity: np.ndarray, best: int) -> np.ndarray:
+    keep = min(best, similarity.shape[1])
+    least = -np.partition(-similarity, keep - 1, axis=1)[:, keep - 1 : keep]
+    above, equal = similarity > least, similarity == least
+    return above | (equal & (np.cumsum(equal, axis=1) <= keep - above.sum(axis=1, keepdims=True)))

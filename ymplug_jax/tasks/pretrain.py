@@ -4,7 +4,7 @@ The caption loss is one token mean over the global batch. (The reference average
 short titles weigh more; on one process the two are the same.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -66,14 +66,7 @@ def make(experiment: Experiment) -> Task:
         return {"generated": out.ids, "ids": batch["ids"], "valid": batch["valid"]}
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
-        def text(ids: np.ndarray) -> str:
-            return inputs.decode(inputs.given(tokenizer), ids)
-
-        pairs = [
-            {"index": int(row["index"]), "title": text(row["ids"]), "generated": text(row["generated"])} for row in rows
-        ]
-        right = sum(pair["title"] == pair["generated"] for pair in pairs)
-        return Report({"modalities": "video", "exact_titles": right, "exact_share": right / max(len(pairs), 1)}, pairs)
+        return report_of(rows, records, partial(inputs.decode, inputs.given(tokenizer)))
 
     spec = {"video": inputs.video_spec(data), "ids": inputs.row_spec(length), "mask": inputs.row_spec(length)}
     return Task(
@@ -89,3 +82,28 @@ def make(experiment: Experiment) -> Task:
         fresh=mplug_video.TEMPORAL,
         resize=mplug_video.RESIZE,
     )
+
+
+def report_of(rows: list[Row], records: Sequence[Record], text: Callable[[np.ndarray], str]) -> Report:
+    """How many titles are told to the last character. A clip counts once: its first row's text stands against the titles of
+    all its rows.
+
+    Args:
+      rows: ids and generated int32[L], "index" the place in the split.
+      records: of the split.
+      text: ids of a row as text.
+    """
+    clips: dict[str, dict] = {}
+    for row in rows:
+        index = int(row["index"])
+        own = {"index": index, "id": records[index].media_id, "titles": [], "generated": text(row["generated"])}
+        clips.setdefault(own["id"], own)["titles"].append(text(row["ids"]))
+    answers = []
+    for clip in clips.values():
+        titles = clip.pop("titles")
+        title = clip["generated"] if clip["generated"] in titles else titles[0]
+        more = {"titles": titles} if len(titles) > 1 else {}
+        answers.append(clip | {"title": title} | more)
+    right = sum(answer["title"] == answer["generated"] for answer in answers)
+    scores = {"modalities": "video", "rows": len(rows), "clips": len(answers), "exact_titles": right}
+    return Report(scores | {"exact_share": right / max(len(answers), 1)}, answers)

@@ -87,13 +87,32 @@ def clips_of(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return clip, np.unique(clip, return_index=True)[1]
 
 
+def gallery_of(records: Sequence[Record], videos: int) -> dict[str, object]:
+    """What the recalls of these records were taken over, for scores.json."""
+    scores: dict[str, object] = {"modalities": "video, text", "videos": videos, "texts": len(records)}
+    if more := sum(len(record.captions) > 1 for record in records):
+        scores["note"] = (
+            f"{more} rows have several captions, of which the first is the query; build the shards with one caption a row to "
+            "score all of them"
+        )
+    return scores
+
+
 def rank_all(rows: list[Row], records: Sequence[Record]) -> Report:
-    """Every text against every clip and back; a clip that has several rows stands in the gallery once."""
+    """Every text against every clip and back; a clip that has several rows stands in the gallery once.
+
+    For a clip the texts of all its rows are right. A text is a query of its own, and only its own clip is right for it: a
+    clip that another row describes with the same words is wrong. Ties count against the model (`metrics.ranks_in`).
+
+    Raises:
+      Mistake: vectors that are not finite; the message names the first example.
+    """
+    metrics.check_rows(rows, records, "video", "text")
     found = [records[int(row["index"])] for row in rows]
     clip, first = clips_of([record.media_id for record in found])
     texts = np.stack([row["text"] for row in rows])
     videos = np.stack([rows[i]["video"] for i in first])
-    v2t, best_texts, _ = ranking.rank(videos, texts, np.arange(len(first)), clip)
+    v2t, best_texts, text_similarity = ranking.rank(videos, texts, np.arange(len(first)), clip)
     t2v, best_videos, similarity = ranking.rank(texts, videos, clip, np.arange(len(first)))
     names = [found[i].media_id for i in first]
     readable = []
@@ -104,8 +123,10 @@ def rank_all(rows: list[Row], records: Sequence[Record]) -> Report:
         answer["similarity"] = [round(float(s), 4) for s in similarity[r]]
         answer["v2t_rank"] = int(v2t[clip[r]])
         answer["retrieved_texts"] = [text_of(found[t]) for t in best_texts[clip[r]][:5]]
+        answer["retrieved_texts_right"] = [bool(clip[t] == clip[r]) for t in best_texts[clip[r]][:5]]
+        answer["text_similarity"] = [round(float(s), 4) for s in text_similarity[clip[r]][:5]]
         readable.append(answer)
-    scores = {"modalities": "video, text", "videos": len(first), "texts": len(rows), **metrics.recalls(v2t, t2v)}
+    scores = gallery_of(found, len(first)) | metrics.recalls(v2t, t2v)
     arrays = {
         "video": videos,
         "video_id": np.array(names),

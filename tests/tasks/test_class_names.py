@@ -1,0 +1,165 @@
+"""Class names of one's own: read from a file, compared with those of the shards, and counted in everywhere."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shards
+from ymplug_jax import exits
+from ymplug_jax.config import Data, Experiment, Train
+from ymplug_jax.data import schema
+from ymplug_jax.data.records import Record
+from ymplug_jax.models.abstractor import Abstractor
+from ymplug_jax.models.alpro import ALPRO
+from ymplug_jax.models.bert import Fusion, Text
+from ymplug_jax.models.gpt3 import GPT3
+from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.tasks import inputs
+from ymplug_jax.tasks import task as task_lib
+
+VISION = TimeSformer(image_size=16, patch_size=8, depth=1, width=16, heads=2, frames=2)
+MODELS = {
+    "classify": MPLUGVideo(
+        vision=VISION,
+        abstractor=Abstractor(queries=4, heads=2),
+        llm=GPT3(vocab=300, width=32, depth=2, heads=2, max_positions=96),
+        classes=3,
+    ),
+    "alpro_classify": ALPRO(
+        vision=VISION.clone(clip=False),
+        text=Text(vocab=64, width=32, depth=1, heads=2, hidden=48, max_positions=24),
+        fusion=Fusion(depth=1, heads=2, hidden=48),
+        contrastive_width=0,
+        matching=False,
+        masked=False,
+        classes=3,
+    ),
+}
+NAMES = ("圆形", "方形", "三角形")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Shards whose manifest names three classes, their names in a file, and two tokenizers."""
+    shards.write(tmp_path / "data", (4,))
+    manifest(tmp_path, NAMES)
+    (tmp_path / "names.txt").write_bytes("\ufeff圆形\r\n方形\n三角形".encode())
+    shards.tokenizer(tmp_path / "t.model")
+    shards.vocabulary(tmp_path / "vocab.txt")
+    return tmp_path
+
+
+def manifest(folder: Path, names: tuple[str, ...] | None) -> None:
+    classes = {} if names is None else {"classes": list(names)}
+    text = json.dumps({"schema_version": schema.SCHEMA_VERSION, "kind": "classification", "splits": {}} | classes)
+    (folder / "data" / schema.MANIFEST).write_text(text, encoding="utf-8")
+
+
+def experiment(name: str, folder: Path, model=None, **changes) -> Experiment:
+    tokenizer = folder / ("t.model" if name == "classify" else "vocab.txt")
+    data = Data(
+        path=str(folder / "data"), tokenizer=str(tokenizer), classes=str(folder / "names.txt"), frames=2, image_size=16,
+        max_tokens=24, augment=False,
+    )  # fmt: skip
+    return Experiment(
+        task=name, model=model or MODELS[name], data=dataclasses.replace(data, **changes), train=Train(batch_size=4)
+    )
+
+
+def record(index: int, text: str) -> Record:
+    return Record("a.mp4", [shards.jpeg(0)] * 4, np.arange(4), "红色的圆形在移动", [], text, index)
+
+
+def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
+    assert inputs.class_names(Data()) == schema.CLASS_NAMES and len(schema.CLASS_NAMES) == 45
+    file = tmp_path / "names.txt"
+    file.write_bytes("\ufeff猫 和 狗\r\n一\u2028二\n三\x0b四\n".encode())
+    assert inputs.class_names(Data(classes=str(file))) == ("猫 和 狗", "一\u2028二", "三\x0b四")
+    for content, message in (
+        (b"\n \n", "no name in it"),
+        ("猫\n\n狗\n".encode(), "line 2 is empty or has blanks"),
+        ("猫\n狗 \n".encode(), "line 2 is empty or has blanks"),
+        ("猫\n狗\n猫\n".encode(), "the class '猫' stands twice"),
+        (b"\xff\xfe", "not UTF-8"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(exits.Mistake, match=f"names.txt .config.data.classes.: {message}"):
+            inputs.class_names(Data(classes=str(file)))
+    with pytest.raises(FileNotFoundError, match="nowhere.txt: no such file; config.data.classes names a file"):
+        inputs.class_names(Data(classes="nowhere.txt"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tasks_count_in_the_names_of_the_run(name: str, folder: Path) -> None:
+    task = task_lib.get(experiment(name, folder))
+    records = [record(2, "三角形"), record(0, "圆形"), record(-1, ""), record(-1, "星形")]
+    examples = [task.example(one, None) for one in records]
+    assert [int(example["label"]) for example in examples] == [2, 0, -1, -1]
+    votes = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 0], [1, 0, 0]], np.float32)
+    rows = [
+        {
+            "index": i,
+            "label": examples[i]["label"],
+            "head": np.stack([votes[i]] * 3),
+            "likelihood": np.stack([votes[i]] * 3),
+        }
+        for i in range(4)
+    ]
+    report = task.score(rows, records)
+    assert (report.scores["labelled"], report.scores["unlisted"]) == (3, 1)
+    assert report.scores["both/head_top1"] == pytest.approx(100 / 3)  # one right, one wrong, one not in the list
+    assert report.scores["both/head_top5"] == pytest.approx(200 / 3)
+    assert [row["predicted"] for row in report.rows] == ["三角形", "方形", "圆形", "圆形"]
+    assert [row["label"] for row in report.rows] == ["三角形", "圆形", None, "星形"]
+    if name == "classify":
+        assert examples[0]["branches"].shape[0] == 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_that_do_not_fit_are_refused(name: str, folder: Path) -> None:
+    wide = MODELS[name].clone(classes=45)
+    with pytest.raises(
+        exits.Mistake, match="config.model.classes is 45; the names in .* are 3: set config.model.classes=3"
+    ):
+        task_lib.get(experiment(name, folder, wide))
+    with pytest.raises(
+        exits.Mistake, match="3 classes, class 0 is '圆形', but the run has the 45 .* set config.data.classes"
+    ):
+        task_lib.get(experiment(name, folder, wide, classes=""))
+    manifest(folder, ("圆形", "三角形", "方形"))
+    with pytest.raises(exits.Mistake, match="class 1 is '三角形', but .*names.txt.* class 1 is '方形'"):
+        task_lib.get(experiment(name, folder))
+    manifest(folder, (*NAMES, "星形"))
+    with pytest.raises(exits.Mistake, match="4 classes, class 3 is '星形', but .* 3, class 3 is 'nothing'"):
+        task_lib.get(experiment(name, folder))
+    manifest(folder, None)  # shards from before there were other names have the 45
+    with pytest.raises(exits.Mistake, match="45 classes, class 0 is '翻唱'"):
+        task_lib.get(experiment(name, folder))
+    task_lib.get(experiment(name, folder, wide, classes=""))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_label_of_other_shards_is_refused(name: str, folder: Path) -> None:
+    (folder / "data" / schema.MANIFEST).unlink()
+    task = task_lib.get(experiment(name, folder))
+    for index, text, what in ((1, "圆形", "which is '方形'"), (36, "宠物", "none of the 3 classes")):
+        with pytest.raises(exits.Mistake, match=f"a.mp4: its label '{text}' has number {index}, .*{what}"):
+            task.example(record(index, text), None)
+
+
+def test_a_name_longer_than_a_row_is_refused(folder: Path) -> None:
+    (folder / "data" / schema.MANIFEST).unlink()
+    (folder / "names.txt").write_text("圆形\n方形\n" + "红色的三角形在移动" * 30, encoding="utf-8")
+    with pytest.raises(exits.Mistake, match="config.data.max_tokens is 24, but the class '红色的三角形.* tokens"):
+        task_lib.get(experiment("classify", folder))
+
+
+def test_answers_and_classes_exclude_each_other(folder: Path) -> None:
+    settings = experiment("alpro_classify", folder)
+    options = dataclasses.replace(settings.options, answers=str(folder / "names.txt"))
+    with pytest.raises(exits.Mistake, match="config.options.answers and config.data.classes are both set"):
+        task_lib.get(dataclasses.replace(settings, options=options))

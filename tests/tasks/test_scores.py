@@ -1,0 +1,257 @@
+"""What the scores of a task are made of, on rows made by hand: ties, several rows of a clip, answers that are no numbers."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ymplug_jax import exits
+from ymplug_jax.config import Options
+from ymplug_jax.data.records import Record
+from ymplug_jax.tasks import (
+    alpro_retrieve,
+    caption,
+    caption_metrics,
+    classify,
+    inputs,
+    losses,
+    match,
+    metrics,
+    pair_losses,
+    pretrain,
+    retrieve,
+)
+
+NAMES = ("猫", "狗", "鸟")
+
+
+def record(name: str, *captions: str, title: str = "", label: str = "") -> Record:
+    index = NAMES.index(label) if label else -1
+    return Record(name, [], np.zeros(0, np.int64), title, list(captions), label, index)
+
+
+def recalls_of(rows: list[dict], name: str) -> list[float]:
+    """R@1, R@5 and R@10 in percent by the ranks of readable rows."""
+    return [100 * sum(row[name] <= k for row in rows) / len(rows) for k in (1, 5, 10)]
+
+
+def pairs_of(records: list[Record], scores: np.ndarray, scored: np.ndarray, **more) -> list[dict]:
+    """Rows of a matching task: f32[videos, texts] of clips that are numbered by first appearance."""
+    clip = retrieve.clips_of([one.media_id for one in records])[0]
+    return [
+        {"index": i, "match": scores[c], "scored": scored[c], "fallback": np.zeros(len(records), np.float32)}
+        | {name: values[c] for name, values in more.items()}
+        for i, c in enumerate(clip)
+    ]
+
+
+def test_retrieval_counts_by_clip_and_ties_against_the_model() -> None:
+    """Clip a has two texts; b and c have the same words, so that nothing can tell them apart: neither is found first."""
+    records = [record("a", "甲"), record("b", "乙"), record("a", "丙"), record("c", "乙")]
+    text = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]], np.float32)
+    video = np.array([[0.8, 0.6, 0], [0, 0, 1], [9, 9, 9], [0, 0, 1]], np.float32)  # of a clip the first row's counts
+    rows = [{"index": i, "text": text[i], "video": video[i]} for i in range(4)]
+    report = retrieve.rank_all(rows, records)
+    assert [row["t2v_rank"] for row in report.rows] == [1, 2, 1, 2]
+    assert [row["v2t_rank"] for row in report.rows] == [1, 2, 1, 2]
+    assert [row["retrieved"] for row in report.rows] == [["a", "b", "c"], ["b", "c", "a"]] * 2
+    assert (report.scores["videos"], report.scores["texts"], report.scores["t2v_r1"]) == (3, 4, 50)
+    assert report.scores["v2t_r1"] == pytest.approx(100 / 3) and "note" not in report.scores
+    assert recalls_of(report.rows, "t2v_rank") == [report.scores[f"t2v_r{k}"] for k in (1, 5, 10)]
+    several = [one._replace(captions=[*one.captions, "别"]) for one in records]
+    assert "4 rows have several captions" in retrieve.rank_all(rows, several).scores["note"]
+
+
+def test_one_example_is_found() -> None:
+    report = retrieve.rank_all([{"index": 0, "text": np.ones(2), "video": np.ones(2)}], [record("a", "甲")])
+    assert report.scores["r_mean"] == 100 and report.rows[0]["t2v_rank"] == 1
+
+
+def test_vectors_that_are_no_numbers_name_their_video() -> None:
+    records = [record(name, "甲") for name in "abc"]
+    for key in ("text", "video"):
+        rows = [{"index": i, "text": np.ones(2), "video": np.ones(2)} for i in range(3)]
+        rows[1][key] = np.array([0, np.nan])
+        with pytest.raises(
+            exits.Mistake, match=rf"b \(example 1 of the split\): the model's '{key}' is nan, in 1 of 3"
+        ):
+            retrieve.rank_all(rows, records)
+
+
+def test_matching_counts_by_clip_and_ties_against_the_model() -> None:
+    records = [record("a", "甲"), record("b", "乙"), record("a", "丙")]
+    scores = np.array([[2, 0, 1], [0, 0, 1]], np.float32)
+    report = match.score(pairs_of(records, scores, np.ones((2, 3), bool)), records, ("match",))
+    assert [row["t2v_rank"] for row in report.rows] == [1, 2, 2]
+    assert [row["v2t_rank"] for row in report.rows] == [1, 3, 1]  # of b: another text is better, and one is as good
+    assert report.scores["match/t2v_r1"] == pytest.approx(100 / 3) and report.scores["match/v2t_r1"] == 50
+    assert report.scores["match/v2t_mean_rank"] == 2
+    assert [row["retrieved"] for row in report.rows] == [["a", "b"]] * 3
+    assert report.rows[1]["retrieved_texts"] == ["丙", "甲", "乙"]
+    assert report.rows[1]["retrieved_texts_right"] == [False, False, True]
+    assert report.rows[1]["text_match_score"] == [1, 0, 0]
+
+
+def test_pairs_that_were_not_scored_come_last_in_the_order_of_the_similarity() -> None:
+    """Similarities of nearly one value keep their order; float32 cannot hold it beside scores of thousands."""
+    records = [record(str(i), "甲") for i in range(4)]
+    scores = np.full((4, 4), -np.inf, np.float32)
+    scores[0], scored = [-5000, -9000, -7000, 3], np.zeros((4, 4), bool)
+    scored[0] = True
+    fallback = np.array(
+        [[0.9] * 4, [0.1, 0.50002, 0.1, 0.1], [0.1, 0.50001, 0.1, 0.1], [0.1, 0.5, 0.1, 0.1]], np.float32
+    )
+    report = match.score(pairs_of(records, scores, scored, fallback=fallback), records, ("match",))
+    assert report.rows[1]["retrieved"] == ["0", "1", "2", "3"] and report.rows[1]["t2v_rank"] == 2
+    assert report.rows[1]["match_score"] == [-9000, None, None, None]  # the page says that they were not scored
+    assert report.rows[3]["t2v_rank"] == 4  # one video was scored, and two tie with it
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_model_that_gives_no_number_is_not_taken_for_a_pair_without_a_score(bad: float) -> None:
+    records = [record(name, "甲") for name in "abc"]
+    scores, scored = np.full((3, 3), -np.inf, np.float32), np.eye(3, dtype=bool)
+    scores[scored] = 1
+    match.score(pairs_of(records, scores, scored), records, ("match",))
+    scored[1, 2], scores[1, 2] = True, bad
+    message = (
+        rf"b \(example 1 of the split\) with the text of c \(example 2 of the split\): the model's 'match' is {bad}"
+    )
+    with pytest.raises(exits.Mistake, match=message):
+        match.score(pairs_of(records, scores, scored), records, ("match",))
+
+
+def test_both_stages_of_retrieval_agree_with_their_rows() -> None:
+    records = [record(name, name) for name in "abcd"]
+    units = np.eye(4, dtype=np.float32)
+    scores = np.array([[1, 5, 0, 0], [1, 4, 0, 0], [1, 0, 3, 0], [1, 0, 0, 0]], np.float32)
+    similarity = np.arange(16, dtype=np.float32).reshape(4, 4) / 16
+    rows = pairs_of(records, scores, np.ones((4, 4), bool), video=units, text=units, fallback=similarity)
+    report = alpro_retrieve.score(rows, records)
+    assert [row["t2v_rank"] for row in report.rows] == [4, 2, 1, 4]
+    assert [row["v2t_rank"] for row in report.rows] == [2, 1, 1, 4]
+    assert [row["similarity_rank"] for row in report.rows] == [1] * 4
+    assert recalls_of(report.rows, "t2v_rank") == [report.scores[f"match/t2v_r{k}"] for k in (1, 5, 10)]
+    assert recalls_of(report.rows, "v2t_rank") == [report.scores[f"match/v2t_r{k}"] for k in (1, 5, 10)]
+    assert report.rows[1]["retrieved"] == ["a", "b", "c", "d"]
+    assert report.rows[1]["similarity"] == [0.0625, 0.3125, 0.5625, 0.8125]  # of the videos beside it
+
+
+def test_an_index_of_other_videos_is_refused(tmp_path) -> None:
+    videos, clip = [inputs.hash_of(name) for name in "ab"], np.array([0, 1])
+    units = np.eye(2, dtype=np.float32)
+    options = Options(candidates=str(tmp_path / "index.npz"), best=1)
+
+    def read(**changes) -> np.ndarray:
+        index = {"video": units, "text": units, "video_id": np.array(["a", "b"]), "text_clip": clip} | changes
+        np.savez(options.candidates, **index)
+        return match._from_index(options, videos, clip)[0]
+
+    np.testing.assert_array_equal(read(), np.eye(2, dtype=bool))
+    for changes in ({"video_id": np.array(["b", "a"])}, {"text_clip": np.array([0, 0])}):
+        with pytest.raises(exits.Mistake, match=r"index.npz \(config.options.candidates\) is of other videos or texts"):
+            read(**changes)
+    with pytest.raises(exits.Mistake, match="text 1: the vector in .*index.npz .* is nan"):
+        read(text=np.array([[0, 0], [0, np.nan]]))
+
+
+def votes_of(head: np.ndarray, labels: list[int]) -> list[dict]:
+    return [{"index": i, "label": labels[i], "head": np.stack([line] * 3)} for i, line in enumerate(head)]
+
+
+def test_classes_are_told_by_one_rule_in_scores_and_rows() -> None:
+    """A tie is missed in the top-1, in what is "predicted" and so in the confusion matrix."""
+    records = [record(str(i), label=label) for i, label in enumerate(("猫", "狗", "鸟", "狗"))]
+    votes = np.array([[3, 3, 0], [1, 2, 0], [3, 2, 2], [1, 1, 1]], np.float32)
+    report = classify.report(votes_of(votes, [0, 1, 2, 1]), records, NAMES, ("head",))
+    assert [row["predicted"] for row in report.rows] == ["狗", "狗", "猫", "猫"]
+    assert [row["both/head"] for row in report.rows] == ["狗", "狗", "猫", "猫"]
+    assert [list(row["top5"]).index(row["label"]) + 1 for row in report.rows] == [2, 1, 3, 3]
+    assert report.scores["both/head_top1"] == 25 and report.scores["title/head_top5"] == 100
+    assert bool(jnp.all(losses.chosen(votes, np.array([0, 1, 2, 1])) == np.array([False, True, False, False])))
+
+
+def test_votes_whose_shares_vanish_keep_their_order() -> None:
+    report = classify.report(votes_of(np.array([[-900.0, 0, -800]]), [2]), [record("a", label="鸟")], NAMES, ("head",))
+    assert list(report.rows[0]["top5"]) == ["狗", "鸟", "猫"]
+
+
+def test_a_split_whose_labels_are_all_unlisted_is_missed_throughout() -> None:
+    records = [record("a")._replace(label_text="鱼")] * 2
+    report = classify.report(votes_of(np.eye(3)[:2], [-1, -1]), records, NAMES, ("head",))
+    assert (report.scores["labelled"], report.scores["unlisted"], report.scores["both/head_top5"]) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_votes_that_are_no_numbers_name_their_video(bad: float) -> None:
+    records = [record(name, label="猫") for name in "abc"]
+    rows = votes_of(np.eye(3), [0, 0, 0])
+    rows[2]["head"] = np.full((3, 3), bad)
+    with pytest.raises(
+        exits.Mistake, match=rf"c \(example 2 of the split\): the model's 'head' is {bad}, in 1 of 3 rows"
+    ):
+        classify.report(rows, records, NAMES, ("head",))
+
+
+def test_accuracies_of_a_loss_count_ties_against_the_model() -> None:
+    logits = jnp.zeros((2, 3, 2))
+    valid = jnp.ones(2, bool)
+    assert float(pair_losses.matching(logits, valid, valid)[2]) == 0
+    assert (
+        float(losses.words_and_head((0.0, 1.0), logits[:, 0], jnp.zeros(2, int), valid)[1]["head_accuracy"].total) == 0
+    )
+    votes = jnp.array([[jnp.nan, 1.0], [2.0, 1.0], [2.0, jnp.nan]])
+    assert losses.chosen(votes, jnp.array([0, 0, 0])).tolist() == [False, True, False]
+    assert losses.chosen(votes[1:2], jnp.array([-1])).tolist() == [False]
+
+
+def test_references_of_all_rows_of_a_clip_count() -> None:
+    """One prediction a clip against all its references, as if they stood in one row; rows of a clip need not be neighbours."""
+    rows = [{"index": i} for i in range(4)]
+    records = [
+        record("a", "黑色的键盘"),
+        record("b", "一只猫在睡觉"),
+        record("a", "一块键盘的特写", "键盘"),
+        record("a"),
+    ]
+    said = ["一块键盘的特写", "一只狗", "别的", "别的"]
+    scores, answers = caption.report_of(said, rows, records)
+    assert (scores["rows"], scores["clips"], scores["labelled"], scores["references"]) == (4, 2, 2, 4)
+    assert [answer["references"] for answer in answers] == [["黑色的键盘", "一块键盘的特写", "键盘"], ["一只猫在睡觉"]]
+    assert [(answer["index"], answer["caption"]) for answer in answers] == [(0, "一块键盘的特写"), (1, "一只狗")]
+    assert answers[0]["rouge_l"] == answers[0]["meteor"] == 1  # the reference of another row than the first
+    # By hand: 7 of 7 and 2 of 3 characters are right, 9 of 10 with a brevity penalty for 10 against 7 + 6.
+    assert scores["bleu1"] == pytest.approx(0.9 * np.exp(1 - 13 / 10))
+
+
+def test_one_clip_has_no_cider_and_says_so() -> None:
+    scores, answers = caption.report_of(["键盘"], [{"index": 0}], [record("a", "键盘")])
+    assert scores["bleu1"] == pytest.approx(1) and scores["cider"] == 0 and "CIDEr" in scores["note"]
+    scores, answers = caption.report_of(["键盘"], [{"index": 0}], [record("a")])
+    assert "nothing is scored" in scores["note"] and answers[0]["references"] == []
+
+
+def test_references_without_chinese_are_refused() -> None:
+    records = [record("a", "黑色的键盘"), record("b", "a black keyboard 3.5")]
+    with pytest.raises(
+        exits.Mistake, match=r"b \(example 1 of the split\): the reference 'a black keyboard 3.5' has no Chinese"
+    ):
+        caption.report_of(["", ""], [{"index": 0}, {"index": 1}], records)
+    with pytest.raises(ValueError, match="item 1: the reference 'cat' has no Chinese character"):
+        caption_metrics.score(["一", "二"], [["一"], ["二", "cat"]])
+    assert caption.report_of(["hello"], [{"index": 0}], records)[0]["bleu1"] == 0  # a caption may be anything
+
+
+def test_titles_of_all_rows_of_a_clip_are_right() -> None:
+    texts: Callable[[np.ndarray], str] = "甲乙丙丁".__getitem__
+    records = [record("a"), record("b"), record("a")]
+    rows = [{"index": i, "ids": ids, "generated": said} for i, (ids, said) in enumerate([(0, 2), (1, 3), (2, 2)])]
+    report = pretrain.report_of(rows, records, texts)
+    assert (report.scores["exact_titles"], report.scores["clips"], report.scores["exact_share"]) == (1, 2, 0.5)
+    assert [(row["title"], row["generated"]) for row in report.rows] == [("丙", "丙"), ("乙", "丁")]
+    assert report.rows[0]["titles"] == ["甲", "丙"]
+
+
+def test_names_of_examples() -> None:
+    assert metrics.example_name({"index": 1}, [record("a"), record("b")]) == "b (example 1 of the split)"
