@@ -21,6 +21,7 @@ FLOORS = {
         "predict",
         "page",
         "sheet",
+        "reports",
         "aot",
         "chips",
         "flops",
@@ -29,7 +30,19 @@ FLOORS = {
     ],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize", "exits", "run_folder"],
+    1: [
+        "config",
+        "sharding",
+        "state",
+        "optim",
+        "checkpoint",
+        "writer",
+        "hosts",
+        "quantize",
+        "exits",
+        "progress",
+        "run_folder",
+    ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {

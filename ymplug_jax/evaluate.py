@@ -2,16 +2,14 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
-from ymplug_jax import checkpoint, page, sharding
+from ymplug_jax import checkpoint, page, progress, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
@@ -150,9 +148,7 @@ def _batches(run: Run, records: Any, examples: int, title: str) -> Iterator[tupl
     steps = -(-_size(records, examples) // size)
     hidden = jax.process_index() != 0
     with jax.set_mesh(run.mesh):
-        bar = tqdm(
-            stream, total=steps, desc=title, unit="batch", disable=hidden, file=sys.stderr, leave=False, mininterval=1.0
-        )
+        bar = progress.bar(stream, total=steps, desc=title, unit="batch", hidden=hidden)
         for number, local in enumerate(bar):
             yield sharding.put_batch(local, rows, size, run.mesh), number * size
     if stream.skipped:

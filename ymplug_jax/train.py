@@ -14,9 +14,8 @@ from typing import Any
 import jax
 from etils import epath
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from ymplug_jax import config, evaluate, plan, sharding
+from ymplug_jax import config, evaluate, plan, progress, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import step as step_lib
 from ymplug_jax.checkpoint import Checkpoints
@@ -139,14 +138,8 @@ class _Log:
         self._since = time.perf_counter()
         self._waited = 0.0  # seconds since then, for batches
         hidden = jax.process_index() != 0
-        self._bar = tqdm(
-            total=run.total_steps,
-            initial=start,
-            unit="step",
-            desc="train",
-            disable=hidden,
-            file=sys.stderr,
-            mininterval=1.0,
+        self._bar = progress.bar(
+            total=run.total_steps, initial=start, unit="step", desc="train", hidden=hidden, leave=True
         )
 
     def add(self, step: int, metrics: Metrics) -> None:
@@ -169,7 +162,7 @@ class _Log:
 
     def say(self, text: str) -> None:
         if not self._bar.disable:
-            tqdm.write(text, file=sys.stderr)
+            progress.write(text)
 
     def flush(self, step: int, corrupt: int = 0) -> None:
         """Fetch what is pending, write one line; `corrupt` records were left out so far (on this host, those read ahead not

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 import tensorstore
 from etils import epath
-from tqdm import tqdm
 
-from ymplug_jax import checkpoint, state
+from ymplug_jax import checkpoint, progress, state
 from ymplug_jax.convert import rules
 from ymplug_jax.convert.plan import Layout, map_of
 from ymplug_jax.convert.torch_file import SourceError
@@ -111,7 +110,7 @@ def _write(
     text += b" " * (-len(text) % 8)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = epath.Path(file.with_name(file.name + ".partial"))
-    with partial.open("wb") as stream, tqdm(total=end, unit="B", unit_scale=True, desc=file.name) as bar:
+    with partial.open("wb") as stream, progress.bar(total=end, unit="B", scale=True, desc=file.name) as bar:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, value in tensors:
             stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
