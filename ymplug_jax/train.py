@@ -23,8 +23,9 @@ from ymplug_jax.config import Experiment
 from ymplug_jax.data import feed as feed_lib
 from ymplug_jax.data import loader
 from ymplug_jax.data.source import open_split
+from ymplug_jax.reports.curves import draw_curve
 from ymplug_jax.run import Run
-from ymplug_jax.writer import Metrics, Writer, draw_curve
+from ymplug_jax.writer import Metrics, Writer
 
 
 def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
