@@ -103,12 +103,11 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
         **report.scores,
     }
     if jax.process_index() == 0:
-        _write(workdir / "eval" / split, scores, report)
-        page.write(workdir / "eval" / split / "report.html", scores, report.rows, records)
-        for row in report.rows[:10]:
-            logging.info(
-                "%s", "   ".join(f"{key}: {value}" for key, value in row.items() if not isinstance(value, list))
-            )
+        folder = workdir / "eval" / split
+        _write(folder, scores, report)
+        html = folder / "report.html"
+        page.write(html, scores, report.rows, records, experiment=experiment, workdir=workdir)
+        logging.info("\n%s\n\nreport: %s", page.summary(scores, report.rows, experiment), html)
     return scores
 
 
@@ -124,12 +123,23 @@ def load(run: Run, workdir: epath.Path) -> Params:
 
 def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows)
-    (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = (json.dumps(_strict(row), ensure_ascii=False) + "\n" for row in report.rows)
+    # What is no text in a file name becomes an escape that JSON knows.
+    (folder / "predictions.jsonl").write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
     if report.arrays:
         with (folder / "index.npz").open("wb") as file:
             np.savez(file, **report.arrays)
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(_strict(scores), indent=2, ensure_ascii=False) + "\n"
+    (folder / "scores.json").write_text(text, encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _size(records: Any, examples: int) -> int:

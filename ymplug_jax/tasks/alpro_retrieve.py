@@ -118,8 +118,10 @@ def score_pairs(model: ALPRO, params: Params, rows: list[Row], best: int) -> lis
 def score(rows: list[Row], records: Sequence[Record]) -> Report:
     """Recalls of both stages: by similarity as in task "retrieve", and by the match head under "match/"."""
     by_similarity, by_match = retrieve.rank_all(rows, records), match.score(rows, records, ("match",))
+    by_order = ("similarity", "text_similarity")  # they follow the order of the first stage, which is not kept
     readable = [
-        first | second | {"similarity_rank": first["t2v_rank"]}
+        {key: value for key, value in (first | second).items() if key not in by_order}
+        | {"similarity_rank": first["t2v_rank"]}
         for first, second in zip(by_similarity.rows, by_match.rows, strict=True)
     ]
     return Report(by_match.scores | by_similarity.scores, readable, by_similarity.arrays)

@@ -117,6 +117,7 @@ def report(
     unlisted = sum(1 for row in rows if row["label"] < 0 and records[int(row["index"])].label_text)
     labelled = len(known) + unlisted
     scores: dict[str, object] = {"modalities": "both (video and title), video, title", "labelled": labelled}
+    scores["classes"] = len(names)
     if unlisted:
         scores["unlisted"] = unlisted
     if not labelled:

@@ -200,7 +200,7 @@ def score(rows: list[Row], records: Sequence[Record], names: Sequence[str] = NAM
         matrices[name] = np.where(np.isfinite(matrix), matrix, fallback - 1e6)
         ranks = metrics.ranks_in(matrices[name], right), metrics.ranks_in(matrices[name].T, right.T)
         scores |= {f"{name}/{key}": value for key, value in metrics.recalls(*ranks).items()}
-    readable = []
+    v2t, readable = ranks[0], []  # of the last name, as the rankings below
     for r, (row, record) in enumerate(zip(rows, found, strict=True)):
         column = matrices[names[-1]][:, r]
         best = np.argsort(-column)[:10]
@@ -208,5 +208,12 @@ def score(rows: list[Row], records: Sequence[Record], names: Sequence[str] = NAM
         answer["t2v_rank"] = int(1 + np.sum(column > column[clip[r]]))
         answer["retrieved"] = [found[first[v]].media_id for v in best]
         answer["retrieved_index"] = [int(rows[first[v]]["index"]) for v in best]
+        answer["match_score"] = [round(float(column[v]), 4) for v in best]
+        line = matrices[names[-1]][clip[r]]
+        texts = np.argsort(-line)[:5]
+        answer["v2t_rank"] = int(v2t[clip[r]])
+        answer["retrieved_texts"] = [text_of(found[t]) for t in texts]
+        answer["retrieved_texts_right"] = [bool(clip[t] == clip[r]) for t in texts]
+        answer["text_match_score"] = [round(float(line[t]), 4) for t in texts]
         readable.append(answer)
     return Report(scores, readable)

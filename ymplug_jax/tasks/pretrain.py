@@ -70,7 +70,13 @@ def make(experiment: Experiment) -> Task:
             return inputs.decode(inputs.given(tokenizer), ids)
 
         pairs = [
-            {"index": int(row["index"]), "title": text(row["ids"]), "generated": text(row["generated"])} for row in rows
+            {
+                "index": int(row["index"]),
+                "id": records[int(row["index"])].media_id,
+                "title": text(row["ids"]),
+                "generated": text(row["generated"]),
+            }
+            for row in rows
         ]
         right = sum(pair["title"] == pair["generated"] for pair in pairs)
         return Report({"modalities": "video", "exact_titles": right, "exact_share": right / max(len(pairs), 1)}, pairs)

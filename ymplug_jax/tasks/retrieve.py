@@ -92,7 +92,7 @@ def rank_all(rows: list[Row], records: Sequence[Record]) -> Report:
     clip, first = clips_of([record.media_id for record in found])
     texts = np.stack([row["text"] for row in rows])
     videos = np.stack([rows[i]["video"] for i in first])
-    v2t, best_texts, _ = ranking.rank(videos, texts, np.arange(len(first)), clip)
+    v2t, best_texts, text_similarity = ranking.rank(videos, texts, np.arange(len(first)), clip)
     t2v, best_videos, similarity = ranking.rank(texts, videos, clip, np.arange(len(first)))
     names = [found[i].media_id for i in first]
     readable = []
@@ -103,6 +103,8 @@ def rank_all(rows: list[Row], records: Sequence[Record]) -> Report:
         answer["similarity"] = [round(float(s), 4) for s in similarity[r]]
         answer["v2t_rank"] = int(v2t[clip[r]])
         answer["retrieved_texts"] = [text_of(found[t]) for t in best_texts[clip[r]][:5]]
+        answer["retrieved_texts_right"] = [bool(clip[t] == clip[r]) for t in best_texts[clip[r]][:5]]
+        answer["text_similarity"] = [round(float(s), 4) for s in text_similarity[clip[r]][:5]]
         readable.append(answer)
     scores = {"modalities": "video, text", "videos": len(first), "texts": len(rows), **metrics.recalls(v2t, t2v)}
     arrays = {
