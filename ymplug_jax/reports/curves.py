@@ -103,7 +103,8 @@ def figure(curves: Mapping[str, Curve], *, title: str = "", width: float = 8.0) 
         axes.set_xlim(first - 1, last + 1)
     for panel in panels:
         panel.grid(alpha=0.25)
-    legend = axes.legend(prop={"family": families, "size": 8 if len(shown) > 4 else 9})
+    style = {"prop": {"family": families, "size": 9 if alone else 8}}
+    legend = axes.legend(**style) if alone else drawn.legend(loc="outside right upper", **style)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return drawn

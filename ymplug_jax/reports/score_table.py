@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -102,3 +103,9 @@ def text(lines: Sequence[Shown]) -> str:
         chance = f"   chance {line.chance_text}" if line.chance is not None else ""
         rows.append(f"{name:<{width}}  {line.text:>{wide}}{chance}")
     return "\n".join(rows)
+
+
+def columns_of(text: str) -> int:
+    """Columns that a text takes on a terminal: Chinese characters take two."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(bool(unicodedata.combining(character)) for character in text)
