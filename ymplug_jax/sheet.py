@@ -15,7 +15,7 @@ from ymplug_jax.exits import Mistake
 from ymplug_jax.reports import fonts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
-MOST = 100  # clips on a sheet
+MOST = 64  # clips on a sheet
 HIGHEST = 60_000  # pixels: pictures of 65,536 and more cannot be written
 NARROWEST = 620  # pixels, so that text has room beside a single frame
 LINES = 12  # lines of text of a clip
@@ -108,7 +108,8 @@ def _compose(width: int, height: int, pictures: list[tuple], words: list[tuple],
             parse_math=False,  # a title may hold dollar signs
         )  # fmt: skip
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, dpi=DPI)
+    packing = {"pil_kwargs": {"compress_level": 2}} if form == "png" else {}  # most of the time goes into packing
+    figure.savefig(buffer, format=form, dpi=DPI, **packing)
     return buffer.getvalue()
 
 
@@ -118,20 +119,23 @@ def wrap(lines: Sequence[str], width: int) -> list[str]:
     made: list[str] = []
     for text in lines:
         text = "".join(c if c.isprintable() else " " for c in str(text).expandtabs(4)).rstrip()
-        while True:
-            size, end = 0.0, 0
-            for end, character in enumerate(text):
-                size += 2 if unicodedata.east_asian_width(character) in "WF" else 1.15
-                if size > room:
-                    break
-            else:
-                made.append(text)
-                break
-            space = text.rfind(" ", end // 2, end)
+        while text or not made:
+            end = _fits(text, room)
+            space = text.rfind(" ", end // 2, end) if end < len(text) else -1
             cut = space if space > 0 else end
             made.append(text[:cut])
             text = text[cut:].lstrip()
     return made if len(made) <= LINES else [*made[: LINES - 1], "…"]
+
+
+def _fits(text: str, room: float) -> int:
+    """How many characters fit, at least one."""
+    size = 0.0
+    for place, character in enumerate(text):
+        size += 2 if unicodedata.east_asian_width(character) in "WF" else 1.15
+        if size > room:
+            return max(1, place)
+    return len(text)
 
 
 def _fit(jpeg: bytes) -> np.ndarray:
