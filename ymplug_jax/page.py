@@ -89,13 +89,19 @@ def render(name: str, **values: Any) -> str:
     """A template of this package, filled in. Whatever stands in `values` is escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["cut"] = _cut
+    environment.filters |= {"cut": _cut, "cut_name": _cut_name}
     return environment.get_template(name).render(**values)
 
 
 def _cut(text: Any) -> str:
     text = str(text)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _cut_name(text: Any) -> str:
+    """The end of a file's name tells more than its middle."""
+    text = str(text)
+    return text if len(text) <= 160 else f"{text[:60]}…{text[-99:]}"
 
 
 def grouped(lines: Sequence[score_table.Shown]) -> dict[str, list[score_table.Shown]]:
