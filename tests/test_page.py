@@ -179,12 +179,15 @@ def test_retrieval_shows_both_directions_with_similarities(tmp_path: Path):
 def test_matching_shows_its_scores(tmp_path: Path):
     _, held = ranked()
     head = np.array([[0.25, 0.5, -np.inf], [0.75, 0.125, 1.0]], np.float32)
-    rows = [{"index": np.int64(i), "head": head[min(i, 1)], "fallback": np.zeros(3, np.float32)} for i in range(3)]
+    rows = [
+        {"index": np.int64(i), "head": line, "scored": np.isfinite(line), "fallback": np.zeros(3, np.float32)}
+        for i, line in enumerate(head[[0, 1, 1]])
+    ]
     report = match.score(rows, held, ("head",))
     first = report.rows[0]
     assert (first["retrieved"], first["match_score"], first["t2v_rank"]) == (["b.mp4", "a.mp4"], [0.75, 0.25], 2)
     assert first["retrieved_texts"] == ["乙", "甲", "丙"] and first["retrieved_texts_right"] == [False, True, False]
-    assert (first["v2t_rank"], first["text_match_score"][:2]) == (2, [0.5, 0.25])
+    assert (first["v2t_rank"], first["text_match_score"]) == (2, [0.5, 0.25, None])
     found, _ = write(tmp_path / "r.html", report.scores, report.rows, held)
     assert "甲 rank 2 +0.750 b.mp4 +0.250 a.mp4" in found.text and "丙 not scored" in found.text
 

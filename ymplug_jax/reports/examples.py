@@ -9,7 +9,6 @@ SHOWN = 12  # cards of a section
 LISTED = 1000  # rows of the table
 REFERENCES = 5  # of a card; more are folded
 KINDS = (("classes", "predicted"), ("captions", "caption"), ("grid", "retrieved_index"), ("titles", "generated"))
-NOT_SCORED = -1e5  # tasks sort pairs that the match head did not see below all that it did
 
 Row = Mapping[str, Any]
 
@@ -134,11 +133,11 @@ def _clips(row: Row, frames: Callable[[int | None, int], list[str]]) -> list[dic
 
 
 def _beside(texts: Sequence[str], scores: Sequence[float], right: Sequence[bool]) -> list[dict]:
-    """Texts with what stands under them; scores and marks may be missing."""
+    """Texts with what stands under them; scores and marks may be missing, None is a pair that the match head did not see."""
     made = []
     for i, text in enumerate(texts):
         score = _number(scores[i]) if i < len(scores) else None
-        words = "" if score is None else ("not scored" if score < NOT_SCORED else f"{score:+.3f}")
+        words = f"{score:+.3f}" if score is not None else ("not scored" if i < len(scores) else "")
         made.append({"text": text, "score": words, "right": bool(right[i]) if i < len(right) else False})
     return made
 

@@ -14,7 +14,7 @@ UNITS: tuple[tuple[str, float, str, bool | None], ...] = (
     (r".*loss", 1, "nats", False),
     (r".*_rank", 1, "", False),
 )
-FACTS = ("modalities", "task", "split", "step", "search", "note", "examples", "labelled", "clips", "videos", "texts")
+FACTS = ("modalities", "task", "split", "step", "search", "note")
 
 
 class Shown(NamedTuple):

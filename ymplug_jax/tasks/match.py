@@ -201,6 +201,7 @@ def score(rows: list[Row], records: Sequence[Record], names: Sequence[str] = NAM
         ranks = metrics.ranks_in(matrices[name], right), metrics.ranks_in(matrices[name].T, right.T)
         scores |= {f"{name}/{key}": value for key, value in metrics.recalls(*ranks).items()}
     v2t, readable = ranks[0], []  # of the last name, as the rankings below
+    own = np.stack([rows[i][names[-1]] for i in first])  # [videos, texts], not finite where not scored
     for r, (row, record) in enumerate(zip(rows, found, strict=True)):
         column = matrices[names[-1]][:, r]
         best = np.argsort(-column)[:10]
@@ -208,12 +209,17 @@ def score(rows: list[Row], records: Sequence[Record], names: Sequence[str] = NAM
         answer["t2v_rank"] = int(1 + np.sum(column > column[clip[r]]))
         answer["retrieved"] = [found[first[v]].media_id for v in best]
         answer["retrieved_index"] = [int(rows[first[v]]["index"]) for v in best]
-        answer["match_score"] = [round(float(column[v]), 4) for v in best]
+        answer["match_score"] = _scores_of(own[best, r])
         line = matrices[names[-1]][clip[r]]
         texts = np.argsort(-line)[:5]
         answer["v2t_rank"] = int(v2t[clip[r]])
         answer["retrieved_texts"] = [text_of(found[t]) for t in texts]
         answer["retrieved_texts_right"] = [bool(clip[t] == clip[r]) for t in texts]
-        answer["text_match_score"] = [round(float(line[t]), 4) for t in texts]
+        answer["text_match_score"] = _scores_of(own[clip[r], texts])
         readable.append(answer)
     return Report(scores, readable)
+
+
+def _scores_of(values: np.ndarray) -> list[float | None]:
+    """f32[K] for the readable rows; None where the pair was not scored."""
+    return [round(float(value), 4) if np.isfinite(value) else None for value in values]
