@@ -247,6 +247,15 @@ def test_what_an_evaluation_writes_and_prints(tmp_path: Path):
     write(tmp_path / "r.html", {}, [rows[0] | {"id": "\udcff.mp4"}], None)
 
 
+def test_seeds_are_printed_with_units():
+    result = {"task": "caption", "split": "test", "seeds": [42, 43], "bleu4": {"mean": 0.25, "std": 0.0125}, "loss": {"mean": 2.0, "std": 0.5}}  # fmt: skip
+    assert page.summary_of_seeds(result).split("\n") == [
+        "caption on test, seeds 42, 43:",
+        "BLEU-4  25.0 ± 1.25 %",
+        "loss    2.00 ± 0.500 nats",
+    ]
+
+
 def test_a_long_text_is_cut(tmp_path: Path):
     found, _ = write(tmp_path / "r.html", {}, [{"caption": "长" * 5000, "references": ["对" * 5000]}], None)
     assert max(map(len, found.text.split())) == 400 and "长…" in found.text

@@ -53,6 +53,7 @@ def evaluate_all(
     result = same | {"seeds": [experiment.train.seed for experiment, _ in runs], **metrics_lib.over_seeds(scores)}
     if jax.process_index() == 0:
         (workdir / "seeds.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        logging.info("\n%s\n\nseeds: %s", page.summary_of_seeds(result), workdir / "seeds.json")
     return result
 
 

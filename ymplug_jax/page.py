@@ -85,6 +85,19 @@ def summary(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], experi
     return "\n".join(part for part in parts if part)
 
 
+def summary_of_seeds(result: Mapping[str, Any]) -> str:
+    """Mean and standard deviation of every score over several seeds, for a terminal."""
+    spread = {name: value for name, value in result.items() if isinstance(value, Mapping)}
+    means, deviations = (
+        score_table.table({name: value[key] for name, value in spread.items()}) for key in ("mean", "std")
+    )
+    lines = [f"{result.get('task')} on {result.get('split')}, seeds {', '.join(map(str, result.get('seeds', [])))}:"]
+    names = [f"{line.group}: {line.name}" if line.group else line.name for line in means]
+    for name, mean, deviation in zip(names, means, deviations, strict=True):
+        lines.append(f"{name:<{max(map(len, names))}}  {score_table.three_digits(mean.value)} ± {deviation.text}")
+    return "\n".join(lines)
+
+
 def render(name: str, **values: Any) -> str:
     """A template of this package, filled in. Whatever stands in `values` is escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
