@@ -21,6 +21,7 @@ FLOORS = {
         "predict",
         "page",
         "sheet",
+        "reports",
         "aot",
         "chips",
         "flops",
@@ -48,6 +49,7 @@ FLOORS = {
         "command_line",
         "config_file",
         "text_files",
+        "progress",
     ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

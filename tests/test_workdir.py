@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from ymplug_jax import checkpoint, config, evaluate, run, run_folder, writer
+from ymplug_jax.reports import curves
 from ymplug_jax.tasks.task import Report
 
 
@@ -98,7 +99,7 @@ def test_metrics_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
     second.write(3, {"loss": 1.0})
     second.close()
     assert [(line["step"], line["loss"]) for line in writer.read_metrics(workdir)] == [(1, 2.0), (2, 1.5), (3, 1.0)]
-    assert str(writer.draw_curve(workdir)) == "gs://bucket/run/loss.png"
+    assert str(curves.draw_curve(workdir)) == "gs://bucket/run/loss.png"
     assert (bucket / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

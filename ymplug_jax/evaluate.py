@@ -2,16 +2,14 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
-from ymplug_jax import checkpoint, page, sharding
+from ymplug_jax import checkpoint, page, progress, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
@@ -60,6 +58,7 @@ def evaluate_all(
     result = same | {"seeds": [experiment.train.seed for experiment, _ in runs], **metrics_lib.over_seeds(scores)}
     if jax.process_index() == 0:
         (workdir / "seeds.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        logging.info("\n%s\n\nseeds: %s", page.summary_of_seeds(result), workdir / "seeds.json")
     return result
 
 
@@ -121,12 +120,11 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
         scores["note"] = "; ".join(filter(None, (scores.get("note"), note)))
     _check_written(scores, report, records)
     if jax.process_index() == 0:
-        _write(workdir / "eval" / split, scores, report)
-        page.write(workdir / "eval" / split / "report.html", scores, report.rows, records)
-        for row in report.rows[:10]:
-            logging.info(
-                "%s", "   ".join(f"{key}: {value}" for key, value in row.items() if not isinstance(value, list))
-            )
+        folder = workdir / "eval" / split
+        _write(folder, scores, report)
+        html = folder / "report.html"
+        page.write(html, scores, report.rows, records, experiment=experiment, workdir=workdir)
+        logging.info("\n%s\n\nreport: %s", page.summary(scores, report.rows, experiment), html)
     return scores
 
 
@@ -195,12 +193,23 @@ def _check_written(scores: dict[str, Any], report: Report, records: Any) -> None
 
 def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows)
-    (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = (json.dumps(_strict(row), ensure_ascii=False) + "\n" for row in report.rows)
+    # What is no text in a file name becomes an escape that JSON knows.
+    (folder / "predictions.jsonl").write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
     if report.arrays:
         with (folder / "index.npz").open("wb") as file:
             np.savez(file, **report.arrays)
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(_strict(scores), indent=2, ensure_ascii=False) + "\n"
+    (folder / "scores.json").write_text(text, encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _size(records: Any, examples: int) -> int:
@@ -219,9 +228,7 @@ def _batches(run: Run, records: Any, examples: int, title: str) -> Iterator[tupl
     steps = -(-_size(records, examples) // size)
     hidden = jax.process_index() != 0
     with jax.set_mesh(run.mesh):
-        bar = tqdm(
-            stream, total=steps, desc=title, unit="batch", disable=hidden, file=sys.stderr, leave=False, mininterval=1.0
-        )
+        bar = progress.bar(stream, total=steps, desc=title, unit="batch", hidden=hidden)
         for number, local in enumerate(bar):
             yield sharding.put_batch(local, rows, size, run.mesh), number * size
     if stream.skipped:

@@ -1,130 +1,182 @@
-"""An evaluation as one self-contained HTML page: scores, confusion matrix, examples with their frames, retrieval grids."""
+"""An evaluation as one self-contained HTML page: scores, loss curve, settings, classes, examples with their frames, retrieval grids."""
 
-import base64
-import re
-from collections import Counter
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jinja2
-import numpy as np
+from etils import epath
 
-SHOWN = 12  # examples of a kind
-FRAMES = 4  # of a clip
-HEIGHT = 96  # pixels of a frame on the page
+from ymplug_jax import config
+from ymplug_jax.config import Experiment
+from ymplug_jax.reports import chance as chance_lib
+from ymplug_jax.reports import classes, curves, examples, score_table
+from ymplug_jax.reports.pictures import Pictures, data_uri
+
+LONGEST = 400  # characters of a text on the page
+SAID = 10  # examples that are printed
+FACTS = ("task", "split", "step", "examples", "labelled", "search", "note", "unlisted")
 
 
-def write(path: Path, scores: dict[str, Any], rows: list[dict], records: Any) -> None:
+def write(
+    path: epath.Path,
+    scores: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    records: Any,
+    *,
+    experiment: Experiment | None = None,
+    workdir: epath.Path | None = None,
+) -> None:
     """Write the page.
 
     Args:
       path: of the HTML file.
       scores: name -> value; names with a slash are grouped by what stands before it.
-      rows: readable predictions. What a row holds decides what is drawn: label and predicted (confusion matrix), caption
-        and references, text and retrieved_index (grid), title and generated.
+      rows: readable predictions. What a row holds decides what is drawn: label and predicted (classes), caption and
+        references, text and retrieved_index (grid), title and generated.
       records: the split, for the frames; rows name their record by "index".
+      experiment: the settings, None: not shown.
+      workdir: the run's folder, for its loss curve and the command that trained it.
     """
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html")
-    pictures = _Pictures(records)
-    kind = _kind(rows)
-    sections = [(title, [_shown(row, kind, pictures) for row in part]) for title, part in _choose(rows, kind)]
-    matrix = _confusion(rows) if kind == "classes" else None
-    html = template.render(
-        kind=kind, scores=_table(scores), sections=[s for s in sections if s[1]], matrix=matrix, facts=_facts(scores)
+    chance = chance_lib.of(scores, rows, vocabulary_of(experiment))
+    kinds = classes.kinds(rows) if examples.kind_of(rows) == "classes" else {}
+    lines = classes.table(rows, list(kinds)) if kinds else []
+    text = render(
+        "page.html",
+        facts={key: scores[key] for key in FACTS if key in scores},
+        references=_references(rows),
+        groups=grouped(score_table.table(scores, chance.scores)),
+        chance_notes=chance.notes,
+        curve=_curve(workdir),
+        settings=flat(config.settings_of(experiment)) if experiment else {},
+        commands=_commands(workdir),
+        matrices=[m for key, words in kinds.items() if (m := classes.matrix(rows, key, words))],
+        kinds=list(kinds.values()),
+        class_lines=lines[: classes.TABLE],
+        class_count=len(lines),
+        class_names=scores.get("classes"),
+        sections=examples.sections(rows, Pictures(records).of),
+        table=examples.table(rows),
+        percent=lambda share: score_table.with_unit(None if share is None else 100 * share, "%"),
     )
-    path.write_text(html, encoding="utf-8")
+    path.write_bytes(text.encode("utf-8", "replace"))  # a file name may hold bytes that are no text
 
 
-class _Pictures:
-    """Frames of records as data URIs."""
-
-    def __init__(self, records: Any):
-        self._records = records
-
-    def of(self, index: int, count: int = FRAMES) -> list[str]:
-        stored = self._records[index].frames
-        places = np.linspace(0, len(stored) - 1, 2 * count + 1).round().astype(int)[1::2]  # the middles
-        return [_small(stored[place]) for place in places]
-
-
-def _small(jpeg: bytes) -> str:
-    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-    height, width = image.shape[:2]
-    image = cv2.resize(image, (max(1, round(width * HEIGHT / height)), HEIGHT), interpolation=cv2.INTER_AREA)
-    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
-
-
-def _kind(rows: list[dict]) -> str:
-    first = rows[0] if rows else {}
-    for kind, key in (
-        ("classes", "predicted"),
-        ("captions", "caption"),
-        ("grid", "retrieved_index"),
-        ("titles", "generated"),
-    ):
-        if key in first:
-            return kind
-    return "plain"
+def summary(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], experiment: Experiment | None = None) -> str:
+    """The scores and the first predictions for a terminal."""
+    chance = chance_lib.of(scores, rows, vocabulary_of(experiment))
+    head = (
+        f"{scores.get('task')} on {scores.get('split')}: step {scores.get('step')}, {scores.get('examples')} examples"
+    )
+    if "labelled" in scores:
+        head += f", {scores['labelled']} with ground truth"
+    parts = [head, score_table.text(score_table.table(scores, chance.scores)), *chance.notes]
+    if "note" in scores:
+        parts.append(str(scores["note"]))
+    table = examples.table(rows[:SAID])
+    if table.rows:
+        parts.append(f"\n{len(table.rows)} of {len(rows)} examples shown:")
+        for cells in table.rows:
+            named = zip(table.columns, cells, strict=True)
+            parts.append("   ".join(f"{column}: {_cut(cell[0])}" for column, cell in named))
+    return "\n".join(part for part in parts if part)
 
 
-def _choose(rows: list[dict], kind: str) -> list[tuple[str, list[dict]]]:
-    """Which examples stand on the page, under which heading."""
-    if kind == "classes":
-        known = [row for row in rows if row["label"]]
-        wrong = [row for row in known if row["label"] != row["predicted"]]
-        right = [row for row in known if row["label"] == row["predicted"]]
-        unknown = [row for row in rows if not row["label"]]
-        return [("Wrong", wrong[:SHOWN]), ("Right", right[:SHOWN]), ("Without a label", unknown[:SHOWN])]
-    if kind == "captions":
-        told = sorted((row for row in rows if "cider" in row), key=lambda row: row["cider"])
-        rest = [row for row in rows if "cider" not in row]
-        best = told[SHOWN:][::-1][:SHOWN]
-        return [("Lowest CIDEr", told[:SHOWN]), ("Highest CIDEr", best), ("Without references", rest[:SHOWN])]
-    if kind == "grid":
-        missed = sorted((row for row in rows if row["t2v_rank"] > 1), key=lambda row: -row["t2v_rank"])
-        found = [row for row in rows if row["t2v_rank"] == 1]
-        return [("Text to video, not first", missed[:SHOWN]), ("Text to video, first", found[:SHOWN])]
-    if kind == "titles":
-        wrong = [row for row in rows if row["title"] != row["generated"]]
-        right = [row for row in rows if row["title"] == row["generated"]]
-        return [("Other than the true title", wrong[:SHOWN]), ("Right to the last character", right[:SHOWN])]
-    return []
+def summary_of_seeds(result: Mapping[str, Any]) -> str:
+    """Mean and standard deviation of every score over several seeds, for a terminal."""
+    spread = {name: value for name, value in result.items() if isinstance(value, Mapping)}
+    means, deviations = (
+        score_table.table({name: value[key] for name, value in spread.items()}) for key in ("mean", "std")
+    )
+    lines = [f"{result.get('task')} on {result.get('split')}, seeds {', '.join(map(str, result.get('seeds', [])))}:"]
+    names = [f"{line.group}: {line.name}" if line.group else line.name for line in means]
+    for name, mean, deviation in zip(names, means, deviations, strict=True):
+        lines.append(f"{name:<{max(map(len, names))}}  {score_table.three_digits(mean.value)} ± {deviation.text}")
+    return "\n".join(lines)
 
 
-def _shown(row: dict, kind: str, pictures: _Pictures) -> dict:
-    if kind != "grid":
-        return row | {"frames": pictures.of(row["index"])}
-    best = zip(row["retrieved"][:5], row["retrieved_index"][:5], strict=True)
-    clips = [{"id": name, "frame": pictures.of(index, 1)[0], "right": name == row["id"]} for name, index in best]
-    return row | {"clips": clips, "frames": pictures.of(row["index"], 1)}
+def render(name: str, **values: Any) -> str:
+    """A template of this package, filled in. Whatever stands in `values` is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"cut": _cut, "cut_name": _cut_name}
+    return environment.get_template(name).render(**values)
 
 
-def _confusion(rows: list[dict]) -> dict:
-    """Rows: true classes that occur; columns: classes that were answered. Cells with their share of the row."""
-    pairs = Counter((row["label"], row["predicted"]) for row in rows if row["label"])
-    names = sorted({label for label, _ in pairs}, key=lambda name: -sum(n for (a, _), n in pairs.items() if a == name))
-    answers = names + sorted({answer for _, answer in pairs} - set(names))
-    totals = {name: sum(n for (a, _), n in pairs.items() if a == name) for name in names}
-    cells = [[(pairs[name, answer], pairs[name, answer] / totals[name]) for answer in answers] for name in names]
-    return {"names": names, "answers": answers, "cells": list(zip(names, cells, strict=True))}
+def _cut(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def _facts(scores: dict[str, Any]) -> dict[str, Any]:
+def _cut_name(text: Any) -> str:
+    """The end of a file's name tells more than its middle."""
+    text = str(text)
+    return text if len(text) <= 160 else f"{text[:60]}…{text[-99:]}"
+
+
+def grouped(lines: Sequence[score_table.Shown]) -> dict[str, list[score_table.Shown]]:
+    """Group -> its scores, in order."""
+    groups: dict[str, list[score_table.Shown]] = {}
+    for line in lines:
+        groups.setdefault(line.group, []).append(line)
+    return groups
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as path -> value, as the command line names them."""
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
     return {
-        key: scores[key] for key in ("task", "split", "step", "examples", "labelled", "search", "note") if key in scores
+        path: leaf
+        for key, value in settings.items()
+        for path, leaf in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
     }
 
 
-def _table(scores: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Group -> name -> value as it is shown."""
-    groups: dict[str, dict[str, str]] = {}
-    for key, value in scores.items():
-        if isinstance(value, float):
-            group, _, name = key.rpartition("/")
-            if direction := re.match(r"(v2t|t2v)_", name):  # retrieval: a table for each direction
-                group, name = f"{group} {direction[1]}".strip(), name.removeprefix(direction[0])
-            groups.setdefault(group, {})[name] = f"{value:.4g}"
-    return groups
+def vocabulary_of(experiment: Experiment | None) -> int | None:
+    """Size of the vocabulary, where the model's settings name exactly one."""
+    if experiment is None:
+        return None
+    leaves = flat(config.settings_of(experiment.model))
+    sizes = {value for path, value in leaves.items() if path.rpartition(".")[2] == "vocab"}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def command_of(argv: Sequence[str]) -> str:
+    """A command line as it can be given again."""
+    if not argv:
+        return ""
+    program = Path(argv[0])
+    words = [f"ymplug_jax.{program.stem}"] if program.parent.name == "ymplug_jax" else None
+    return shlex.join(["python", *(["-m", *words] if words else [str(program)]), *argv[1:]])
+
+
+def _commands(workdir: epath.Path | None) -> dict[str, str]:
+    """Words -> command: of the training, if the run's folder tells, and of this evaluation."""
+    commands = {}
+    try:
+        facts = json.loads((workdir / "environment.json").read_text(encoding="utf-8")) if workdir else {}
+        commands["trained by"] = command_of([str(word) for word in facts["command"]])
+    except (OSError, ValueError, KeyError, TypeError):  # a folder without training, or of another version
+        pass
+    return commands | {"evaluated by": command_of(sys.argv)}
+
+
+def _curve(workdir: epath.Path | None) -> str | None:
+    if workdir is None:
+        return None
+    curve = curves.read(workdir)
+    return None if curve.empty else data_uri(curves.picture({"": curve}), "png")
+
+
+def _references(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many references the captions have."""
+    counts = [len(row["references"]) for row in rows if row.get("references")]
+    if not counts:
+        return ""
+    low, high = min(counts), max(counts)
+    each = f"{low}" if low == high else f"{low} to {high}"
+    return f"{sum(counts)} references of {len(counts)} clips, {each} a clip"

@@ -138,21 +138,21 @@ def files_of(paths: list[Path]) -> list[Path]:
 def read_all(files: list[Path]) -> tuple[list[Any], int]:
     """(records of the files that can be read, number of those that cannot); says each failure in one line."""
     import numpy as np
-    from tqdm import tqdm
 
     from data_prep.video_frames import Reader, Reject
+    from ymplug_jax import progress
     from ymplug_jax.data.records import Record
 
     records, failed, reader = [], 0, Reader(TIME_LIMIT)
     try:
-        for file in tqdm(files, desc="read", unit="clip", file=sys.stderr, leave=False, disable=len(files) < 9):
+        for file in progress.bar(files, desc="read", unit="clip", hidden=len(files) < 9):
             try:
                 if not file.is_file():
                     raise Reject("missing_file", "no such file")
                 clip = reader.read(file, STORED)
             except Reject as reject:
                 failed += 1
-                tqdm.write(f"error: {file}: {reject.reason}: {reject.detail}", file=sys.stderr)
+                progress.write(f"error: {file}: {reject.reason}: {reject.detail}")
                 continue
             records.append(Record(str(file), clip.frames, np.array(clip.timestamps, np.int64), "", [], "", -1))
     finally:

@@ -2,15 +2,13 @@
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Iterator
 
 import jax
 from etils import epath
-from tqdm import tqdm
 
-from ymplug_jax import checkpoint, config, evaluate, plan, run_folder, sharding
+from ymplug_jax import checkpoint, config, evaluate, plan, progress, run_folder, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import step as step_lib
 from ymplug_jax.checkpoint import Checkpoints, place_of
@@ -19,10 +17,11 @@ from ymplug_jax.data import feed as feed_lib
 from ymplug_jax.data import loader
 from ymplug_jax.data.source import open_split
 from ymplug_jax.exits import PlaceFailed
+from ymplug_jax.reports.curves import draw_curve
 from ymplug_jax.run import Run
 from ymplug_jax.stop import Stop as _Stop
 from ymplug_jax.stop import finite_scores, must_have_targets, reading
-from ymplug_jax.writer import Metrics, Writer, draw_curve
+from ymplug_jax.writer import Metrics, Writer
 
 
 def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
@@ -155,14 +154,8 @@ class _Log:
         self._since = time.perf_counter()
         self._waited = 0.0  # seconds since then, for batches
         hidden = jax.process_index() != 0
-        self._bar = tqdm(
-            total=run.total_steps,
-            initial=start,
-            unit="step",
-            desc="train",
-            disable=hidden,
-            file=sys.stderr,
-            mininterval=1.0,
+        self._bar = progress.bar(
+            total=run.total_steps, initial=start, unit="step", desc="train", hidden=hidden, leave=True
         )
 
     def add(self, step: int, metrics: Metrics) -> None:
@@ -194,7 +187,7 @@ class _Log:
 
     def say(self, text: str) -> None:
         if not self._bar.disable:
-            tqdm.write(text, file=sys.stderr)
+            progress.write(text)
 
     def flush(self, step: int, corrupt: int = 0) -> None:
         """Fetch what is pending, write one line; `corrupt` records were left out so far (on this host, those read ahead not

@@ -1,4 +1,4 @@
-"""Metrics: `Mean` on the device, JSON lines and TensorBoard on disk, and the loss curve as a picture."""
+"""Metrics: `Mean` on the device, JSON lines and TensorBoard on disk."""
 
 import json
 import math
@@ -96,40 +96,18 @@ class Writer:
 
 
 def read_metrics(workdir: epath.Path) -> list[dict]:
-    """Lines of `metrics.jsonl`, oldest first; of steps written twice (a resumed run) the later line stays."""
+    """Lines of `metrics.jsonl` by step. Where a resumed run went back, what it had written of later steps is left out."""
     path = workdir / "metrics.jsonl"
-    lines: dict[tuple, dict] = {}
+    lines: list[dict] = []
     for text in text_files.read_lines(path) if path.exists() else []:
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # cut off by a kill
+            step, names = line["step"], line.keys() - {"step", "time"}
+        except (ValueError, TypeError, KeyError, AttributeError):  # cut off by a kill
             continue
-        lines[line["step"], tuple(sorted(line.keys() - {"step", "time"}))] = line
-    return sorted(lines.values(), key=lambda line: line["step"])
-
-
-def draw_curve(workdir: epath.Path) -> epath.Path | None:
-    """`loss.png`: training loss (raw and smoothed) and evaluation loss by step. None if there is nothing to draw."""
-    lines = read_metrics(workdir)
-    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    evals = [(line["step"], line["eval/loss"]) for line in lines if line.get("eval/loss") is not None]
-    if len(train) < 2:
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps, losses = map(np.array, zip(*train, strict=True))
-    window = max(1, len(losses) // 20)
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="train")
-    axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"train, mean of {window}")
-    if evals:
-        axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", label="evaluation")
-    axes.set(xlabel="step", ylabel="loss (nats)", title=workdir.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = workdir / "loss.png"
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    return path
+        # One step may have several lines (training, evaluation), but each name once.
+        again = any(old["step"] == step and names & old.keys() for old in lines[-8:])
+        if lines and (step < lines[-1]["step"] or again):
+            lines = [old for old in lines if old["step"] < step]
+        lines.append(line)
+    return lines

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from tqdm import tqdm
 
 import ymplug_jax
-from ymplug_jax import exits
+from ymplug_jax import exits, progress
 from ymplug_jax.convert import lora, rules
 from ymplug_jax.convert.plan import MODELS, Layout, Plan, UnknownModel, extra, map_of
 from ymplug_jax.convert.source_files import SourceError
@@ -120,7 +119,7 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
     with (
         _discarded_if_bad(store),
         ThreadPoolExecutor(1) as beside,
-        tqdm(total=total, unit="B", unit_scale=True, desc="convert", file=sys.stderr) as bar,
+        progress.bar(total=total, unit="B", scale=True, desc="convert") as bar,
     ):
         digests = beside.submit(_digests, opened)
         for name in table.taken:

@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from ymplug_jax import exits, state
+from ymplug_jax import exits, progress, state
 from ymplug_jax.convert import rules
 from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.plan import Layout, map_of
@@ -101,7 +100,7 @@ def _write(
     except OSError as error:
         raise exits.Mistake(f"--out {file.parent}: cannot be made: {error.strerror}; give another folder") from None
     try:
-        with partial.open("wb") as stream, tqdm(total=end, unit="B", unit_scale=True, desc=file.name) as bar:
+        with partial.open("wb") as stream, progress.bar(total=end, unit="B", scale=True, desc=file.name) as bar:
             stream.write(len(text).to_bytes(8, "little") + text)
             for _, value in tensors:
                 stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

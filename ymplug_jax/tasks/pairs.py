@@ -1,11 +1,11 @@
 """Scores of many videos with many texts, where the model must see each pair: in pieces of one shape, all pairs or the best."""
 
-import sys
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from tqdm import tqdm
+
+from ymplug_jax import progress
 
 VIDEOS, TEXTS = 8, 8  # of one step
 Step = Callable[[np.ndarray, dict[str, np.ndarray]], dict[str, jax.Array]]
@@ -30,9 +30,7 @@ def scores(
         for i in range(0, len(line), TEXTS)
     ]
     hidden = jax.process_index() != 0
-    for start in tqdm(
-        range(0, len(pieces), VIDEOS), desc="score pairs", unit="step", disable=hidden, leave=False, file=sys.stderr
-    ):
+    for start in progress.bar(range(0, len(pieces), VIDEOS), desc="score pairs", unit="step", hidden=hidden):
         part = pieces[start : start + VIDEOS]
         full = part + [part[-1]] * (VIDEOS - len(part))  # one shape for all steps
         which = np.stack([np.pad(line, (0, TEXTS - len(line)), mode="edge") for _, line in full])

@@ -1,0 +1,100 @@
+"""Classification by class: confusion matrices, precision and recall."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+MATRIX = 45  # classes of a matrix at most, the commonest ones
+TABLE = 500  # classes of the table at most
+WORDS = {"likelihood": "by likelihood of the class name", "head": "by the head"}
+
+
+class Matrix(NamedTuple):
+    """Rows: true classes that occur, commonest first. Columns: these, then classes that were only answered."""
+
+    title: str
+    names: list[str]
+    answers: list[str]
+    cells: list[tuple[str, list[tuple[int, float]]]]  # true class, then of each answer its count and share of the row
+    right: int
+    labelled: int
+    left_out: int  # true and answered classes that the picture has no room for
+
+
+class Line(NamedTuple):
+    """One class. Shares are fractions; None where there is nothing to divide by."""
+
+    name: str
+    count: int
+    share: float
+    by: list[tuple[int, float | None, float | None]]  # of each kind of vote: times answered, precision, recall
+
+
+def kinds(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Key of a row -> words, of the kinds of vote with video and title: likelihood, head."""
+    keys = [key for key in (rows[0] if rows else {}) if key.startswith("both/")]
+    return {key: WORDS.get(key.removeprefix("both/"), key) for key in keys} or {"predicted": "as answered"}
+
+
+def matrix(rows: Sequence[Mapping[str, Any]], key: str, title: str) -> Matrix | None:
+    """The confusion matrix of one kind of vote over the labelled rows; None if there are none.
+
+    Args:
+      rows: with "label" (None: not labelled) and `key`.
+      key: of the answer in a row.
+      title: in words.
+    """
+    pairs = Counter((row["label"], row.get(key)) for row in rows if row.get("label"))
+    if not pairs:
+        return None
+    truths: Counter = Counter()
+    answered: Counter = Counter()
+    for (label, answer), count in pairs.items():
+        truths[label] += count
+        answered[answer] += count
+    every = [name for name, _ in truths.most_common()]
+    names = every[:MATRIX]
+    others = [name for name, _ in answered.most_common() if name not in truths]
+    answers = names + others[:MATRIX]
+    cells = [
+        (name, [(pairs[name, answer], pairs[name, answer] / truths[name]) for answer in answers]) for name in names
+    ]
+    right = sum(count for (label, answer), count in pairs.items() if label == answer)
+    left_out = len(every) - len(names) + max(0, len(others) - MATRIX)
+    return Matrix(title, names, answers, cells, right, sum(truths.values()), left_out)
+
+
+def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[Line]:
+    """Precision, recall and count of every class that occurs or was answered, commonest first.
+
+    Args:
+      rows: with "label" (None: not labelled) and the answers under `keys`.
+      keys: kinds of vote.
+    """
+    known = [row for row in rows if row.get("label")]
+    truths = Counter(row["label"] for row in known)
+    answers = {key: Counter(row.get(key) for row in known) for key in keys}
+    right = {key: Counter(row["label"] for row in known if row["label"] == row.get(key)) for key in keys}
+    names = dict.fromkeys([name for name, _ in truths.most_common()])
+    for key in keys:
+        names |= dict.fromkeys(name for name, _ in answers[key].most_common() if name is not None)
+    return [
+        Line(
+            name,
+            truths[name],
+            truths[name] / len(known),
+            [
+                (
+                    answers[key][name],
+                    _share(right[key][name], answers[key][name]),
+                    _share(right[key][name], truths[name]),
+                )
+                for key in keys
+            ],
+        )
+        for name in names
+    ]
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,51 @@
+"""Frames of records as small pictures inside a page."""
+
+import base64
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+
+FRAMES = 4  # of a clip
+HEIGHT = 96  # pixels of a frame on the page
+WIDEST = 4  # times the height; what is wider is squeezed
+
+
+class Pictures:
+    """Thumbnails as data URIs."""
+
+    def __init__(self, records: Sequence[Any] | None):
+        self._records = records
+        self._of = lru_cache(maxsize=512)(self._draw)
+
+    def of(self, index: int | None, count: int = FRAMES) -> list[str]:
+        """`count` frames of the record at `index`, evenly spread; [] where there is no such record or none can be drawn."""
+        if self._records is None or index is None or not 0 <= index < len(self._records):
+            return []
+        return self._of(index, count)
+
+    def _draw(self, index: int, count: int) -> list[str]:
+        stored = self._records[index].frames
+        if not len(stored):
+            return []
+        places = np.linspace(0, len(stored) - 1, 2 * count + 1).round().astype(int)[1::2]  # the middles
+        places = sorted(set(places.tolist())) if len(stored) < count else places
+        return [picture for place in places if (picture := _small(stored[place]))]
+
+
+def _small(jpeg: bytes) -> str | None:
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR) if jpeg else None
+    if image is None:
+        return None
+    height, width = image.shape[:2]
+    width = min(WIDEST * HEIGHT, max(1, round(width * HEIGHT / height)))
+    image = cv2.resize(image, (width, HEIGHT), interpolation=cv2.INTER_AREA)
+    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+    return data_uri(data, "jpeg")
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """A picture as text that a page can hold."""
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
