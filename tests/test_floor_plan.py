@@ -19,6 +19,11 @@ FLOORS = {
         "plan",
         "run",
         "predict",
+        "predictor",
+        "answers",
+        "wording",
+        "clips",
+        "export",
         "page",
         "sheet",
         "aot",
@@ -29,7 +34,19 @@ FLOORS = {
     ],
     3: ["tasks"],
     2: ["models", "data"],
-    1: ["config", "sharding", "state", "optim", "checkpoint", "writer", "hosts", "quantize", "exits", "run_folder"],
+    1: [
+        "config",
+        "sharding",
+        "state",
+        "optim",
+        "checkpoint",
+        "writer",
+        "hosts",
+        "quantize",
+        "exits",
+        "run_folder",
+        "index_file",
+    ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = {

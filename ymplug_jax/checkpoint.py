@@ -10,6 +10,7 @@ ignored and removed at the next start. Restoring always goes into an abstract tr
 shardings, so any mesh and any number of hosts can read what another wrote.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -150,6 +151,38 @@ def places(workdir: str) -> list[epath.Path]:
     step = latest_step(workdir)
     possible = [folder / CONVERTED, folder / FROZEN, folder / STEPS / str(step) / "trainable"]
     return [place for place in possible if place.exists()]
+
+
+def fingerprint(workdir: str) -> str:
+    """SHA-256 of the weights of a run's newest checkpoint or of a converted one, as 64 hex digits: the names, sizes and bytes
+    of their files. A copied or moved folder has the same one. Of a file above 64 MiB the first and last 32 MiB are read.
+
+    Raises:
+      CheckpointError: no checkpoint there.
+    """
+    if not (found := places(workdir)):
+        raise CheckpointError(f"{workdir}: no checkpoint here; give the folder of a run or of a conversion")
+    half = 32 * 2**20
+    digest = hashlib.sha256()
+    for place in found:
+        for name, path in sorted(_files_below(place, "")):
+            size = path.stat().length
+            digest.update(f"{place.name}/{name} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(half))
+                if size > half:
+                    file.seek(max(half, size - half))
+                    digest.update(file.read(half))
+    return digest.hexdigest()
+
+
+def _files_below(folder: epath.Path, prefix: str) -> Iterable[tuple[str, epath.Path]]:
+    """(path below the first folder, file); epath refuses `**`."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files_below(path, f"{prefix}{path.name}/")
+        else:
+            yield prefix + path.name, path
 
 
 def stored_params(workdir: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ymplug_jax import checkpoint, page, sharding
+from ymplug_jax import checkpoint, index_file, page, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
@@ -105,6 +105,8 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
         **report.scores,
     }
     if jax.process_index() == 0:
+        if report.arrays:  # vectors of two runs are not comparable
+            report.arrays.update(index_file.origin(experiment, str(workdir)), split=split)
         _write(workdir / "eval" / split, scores, report)
         page.write(workdir / "eval" / split / "report.html", scores, report.rows, records)
         for row in report.rows[:10]:
@@ -129,8 +131,7 @@ def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows)
     (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     if report.arrays:
-        with (folder / "index.npz").open("wb") as file:
-            np.savez(file, **report.arrays)
+        index_file.write(folder / "index.npz", report.arrays)
     (folder / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
