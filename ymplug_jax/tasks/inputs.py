@@ -110,9 +110,7 @@ def encode_pair(tokenizer: text.Tokenizer, prompt: str, target: str, length: int
 
 def clip_id(record: Record) -> np.ndarray:
     """int32[2] that is the same for records of one clip, and for no others but by a chance of 2**-64."""
-    return np.frombuffer(
-        hashlib.blake2b(record.media_id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), np.int32
-    )
+    return np.frombuffer(hashlib.blake2b(record.media_id.encode(), digest_size=8).digest(), np.int32)
 
 
 def decode(tokenizer: text.Tokenizer, ids: np.ndarray) -> str:
