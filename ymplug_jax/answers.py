@@ -45,10 +45,14 @@ def _caption(args: argparse.Namespace, predictor: Predictor, row: dict, record: 
 
 
 def _class(args: argparse.Namespace, predictor: Predictor, row: dict, record: Record) -> Answer:
-    names = predictor.class_names()
-    shown = classify.MODALITIES.index("both" if record.title else "video")
-    votes = _finite(row.get("likelihood", row["head"])[shown], record.media_id)  # ALPRO has a head alone
-    head = _finite(row["head"][shown], record.media_id)
+    names = predictor.class_names
+    given = classify.MODALITIES.index("both" if record.title else "video")
+    votes = _finite(row.get("likelihood", row["head"])[given], record.media_id)  # ALPRO has a head alone
+    head = _finite(row["head"][given], record.media_id)
+    if len(names) != len(votes):
+        raise Mistake(
+            f"{predictor.folder}: {len(names)} class names, but votes for {len(votes)}; put the run's own names back"
+        )
     shares = np.exp(votes - np.logaddexp.reduce(votes))
     best = np.argsort(-shares, kind="stable")[: args.best]
     return {

@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # decoding processes import this module again: it stays light
 
 COMMANDS = ("classify", "caption", "retrieve")
 ONLY_FOR = {"title": "classify", "text": "retrieve", "index": "retrieve", "export": "retrieve", "rank": "retrieve"}
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # of a sheet
 
 
@@ -155,12 +154,19 @@ def _check_texts(args: argparse.Namespace) -> None:
     from ymplug_jax.data.text import clean_text
 
     for flag in ("text", "title"):
-        for text in getattr(args, flag) or []:
-            if any("\ud800" <= c <= "\udfff" for c in text):
-                raise Mistake(f"--{flag} {text!r}: not in the encoding of this terminal; give UTF-8")
+        if given := getattr(args, flag):
+            setattr(args, flag, [_as_text(flag, text) for text in given])
     for text in args.text or []:
         if not clean_text(text, 30):
             raise Mistake(f"--text {text!r}: nothing to look for is left of it; give words")
+
+
+def _as_text(flag: str, text: str) -> str:
+    """A text whose bytes are no text in this terminal's encoding may be UTF-8 all the same, as under LC_ALL=C."""
+    try:
+        return os.fsencode(text).decode("utf-8") if any("\udc80" <= c <= "\udcff" for c in text) else text
+    except UnicodeError:
+        raise Mistake(f"--{flag} {text!r}: neither in the encoding of this terminal nor UTF-8; give UTF-8") from None
 
 
 def _check_places(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """A run's newest checkpoint on one device, ready to answer about clips."""
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,12 @@ class Predictor:
           Mistake: no run with a checkpoint there, a run of another task, damaged settings, or a part of the run is missing.
         """
         self.folder = checkpoint.folder_of(name)
-        experiment = _settings(self.folder)
+        try:
+            experiment = _settings(self.folder)
+        except OSError as error:
+            raise Mistake(
+                f"{self.folder}: cannot be read ({error.strerror or error}); look at its permissions"
+            ) from None
         if experiment.task not in TASKS[command]:
             wanted = " or ".join(TASKS[command])
             raise Mistake(f"{self.folder} is a run of task {experiment.task!r}; {command} needs one of {wanted}")
@@ -94,16 +100,17 @@ class Predictor:
             rows += [{key: value[i] for key, value in found.items()} for i in range(len(part))]
         return rows
 
+    @functools.cached_property
     def class_names(self) -> Sequence[str]:
         """Names of the run's classes, in the order of its votes.
 
         Raises:
-          Mistake: the file of names is missing or empty.
+          Mistake: the file of names is missing.
         """
         data, options = self.experiment.data, self.experiment.options
         if data.classes:
-            lines = Path(data.classes).read_text(encoding="utf-8-sig").split("\n")
-            return [line.removesuffix("\r") for line in lines if line.strip()]
+            text = Path(data.classes).read_bytes().decode("utf-8-sig")
+            return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
         try:
             return alpro_classify.class_names(options) if options.answers else CLASS_NAMES
         except (ValueError, FileNotFoundError) as error:
