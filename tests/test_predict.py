@@ -343,6 +343,15 @@ def test_a_file_that_hangs_does_not_keep_answers_back(tmp_path: Path, monkeypatc
     assert [read.file.name for read in next(places)] == [str(tmp_path / name) for name in ("slow", "b")]
 
 
+def test_a_decoder_that_cannot_start_is_one_line(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")  # which must not be taken for a reader of the answers that has gone
+
+    monkeypatch.setattr(clips.Reader, "read", fail)
+    code, out, (line,) = ask("caption", "--checkpoint", home / "caption", "--video", home / "videos")
+    assert code == 5 and out == [] and "a.mp4: the decoding process failed ([Errno 32] Broken pipe)" in line
+
+
 MISTAKES = {
     "no folder": (["classify", "--checkpoint", "nowhere", "--video", "x.mp4"], "nowhere: no config.json here"),
     "a file": (["classify", "--checkpoint", "{home}/broken.mp4", "--video", "x.mp4"], "broken.mp4: a file;"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.video_frames import Clip, Reader, Reject
-from ymplug_jax.exits import Mistake
+from ymplug_jax.exits import Mistake, PlaceFailed
 
 STORED = 16  # frames that data_prep stores by default, from which a model takes its own
 TIME_LIMIT = 120  # seconds for one file
@@ -154,6 +154,10 @@ def _work(tasks: queue.SimpleQueue) -> None:
             name, future = task
             try:
                 future.set_result(_read(reader, name))
+            except (OSError, RuntimeError) as error:  # of the decoding process, not of the file
+                future.set_exception(
+                    PlaceFailed(f"{name}: the decoding process failed ({error}); look for free memory and run it again")
+                )
             except BaseException as error:
                 future.set_exception(error)
     finally:
