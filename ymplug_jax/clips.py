@@ -5,7 +5,6 @@ memory does not grow with the number of files.
 """
 
 import contextlib
-import mimetypes
 import os
 import queue
 import stat
@@ -25,6 +24,10 @@ AHEAD = 16  # clips that wait decoded, about 0.6 MB each
 PATIENCE = 1.0  # seconds that clips which are ready wait for others to fill their batch
 # Why a file in a folder is left out rather than reported, unless its name claims to be a video.
 NO_VIDEO = ("not_a_video", "no_video_stream", "empty_file")
+VIDEO_NAMES = (
+    ".mp4", ".flv", ".f4v", ".mkv", ".avi", ".mov", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".vob", ".m4v",
+    ".wmv", ".asf", ".3gp", ".ogv", ".rm", ".rmvb",
+)  # fmt: skip
 
 
 class File(NamedTuple):
@@ -85,8 +88,7 @@ def left_out(read: Read) -> bool:
 
     The reader decides what is a video. A file that fails and is named like a video is an error all the same.
     """
-    kind = mimetypes.guess_type(read.file.name)[0] or ""
-    claims = kind.startswith("video/") or read.file.name.lower().endswith((".flv", ".mkv", ".ogv", ".m4v"))
+    claims = read.file.name.lower().endswith(VIDEO_NAMES)
     return isinstance(read.clip, Reject) and not read.file.named and read.clip.reason in NO_VIDEO and not claims
 
 
