@@ -19,6 +19,11 @@ FLOORS = {
         "plan",
         "run",
         "predict",
+        "predictor",
+        "answers",
+        "wording",
+        "clips",
+        "export",
         "page",
         "sheet",
         "reports",
@@ -50,6 +55,7 @@ FLOORS = {
         "config_file",
         "text_files",
         "progress",
+        "index_file",
     ],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

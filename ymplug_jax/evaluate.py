@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ymplug_jax import checkpoint, page, progress, sharding
+from ymplug_jax import checkpoint, index_file, page, progress, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
@@ -120,6 +120,8 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
         scores["note"] = "; ".join(filter(None, (scores.get("note"), note)))
     _check_written(scores, report, records)
     if jax.process_index() == 0:
+        if report.arrays:  # vectors of two runs are not comparable
+            report.arrays.update(index_file.origin(experiment, str(workdir)), split=split)
         folder = workdir / "eval" / split
         _write(folder, scores, report)
         html = folder / "report.html"
@@ -197,8 +199,7 @@ def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
     # What is no text in a file name becomes an escape that JSON knows.
     (folder / "predictions.jsonl").write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
     if report.arrays:
-        with (folder / "index.npz").open("wb") as file:
-            np.savez(file, **report.arrays)
+        index_file.write(folder / "index.npz", report.arrays)
     text = json.dumps(_strict(scores), indent=2, ensure_ascii=False) + "\n"
     (folder / "scores.json").write_text(text, encoding="utf-8")
 

@@ -6,301 +6,277 @@
     python -m ymplug_jax.predict retrieve --checkpoint RUN --index index.npz --text "红色的圆形"
     python -m ymplug_jax.predict retrieve --checkpoint RUN --video clip.mp4 --text TEXT TEXT ... --rank texts
 
-Files are decoded as data_prep does, so that a model sees what it was trained on. `--json` prints one JSON object a line,
-`--sheet FILE.png` draws the frames that the model saw, with the answer. A file that cannot be read costs one line on
+Files are decoded as data_prep does, so that a model sees what it was trained on. Answers come in the order of the files while
+later files are still decoded, in memory that does not grow with their number. A folder stands for all files in it, sorted
+by name as bytes; those that are no videos are counted and named. A file that cannot be read costs one line on
 stderr and exit code 1; the others are answered all the same.
+
+`--json` prints one JSON object a line, valid in every terminal: what its encoding lacks is escaped, and bytes of a file name
+that are not UTF-8 appear as \\udc80 to \\udcff, which `os.fsencode` turns back. `--sheet FILE.png` draws the frames that
+the model saw, with the answer. `--export FILE` writes an index under exactly this name and replaces an older index once
+the new one is whole; after a stop the same command goes on, from FILE.part.
 """
 
 import argparse
-import dataclasses
-import json
 import logging
+import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ymplug_jax import hosts
+from ymplug_jax import exits, hosts
+from ymplug_jax.exits import Mistake, PlaceFailed
+from ymplug_jax.wording import as_json, readable, shown
 
-STORED = 16  # frames that data_prep stores by default, from which a model takes its own
-TIME_LIMIT = 120  # seconds for one file
-BATCH = 8
-SUFFIXES = (
-    ".mp4",
-    ".flv",
-    ".mkv",
-    ".avi",
-    ".mov",
-    ".webm",
-    ".gif",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".m4v",
-    ".wmv",
-    ".asf",
-    ".3gp",
-)
-TASKS = {
-    "classify": ("classify", "alpro_classify"),
-    "caption": ("caption", "pretrain"),
-    "retrieve": ("retrieve", "alpro_retrieve", "alpro_pretrain", "alpro_prompter"),
-}
+if TYPE_CHECKING:  # decoding processes import this module again: it stays light
+    from ymplug_jax.clips import File, Read
 
-
-class Mistake(Exception):
-    """Something the user can mend; ends in one line."""
+COMMANDS = ("classify", "caption", "retrieve")
+ONLY_FOR = {"title": "classify", "text": "retrieve", "index": "retrieve", "export": "retrieve", "rank": "retrieve"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # of a sheet
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns 0, 1 where some files could not be read, 2 for a mistake in the command."""
-    args = parse(argv)
+    """Runs one command. Returns 0, 1 where some files could not be read, 2 for a mistake in the command, 5 where a disk failed."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer that a terminal cannot show is not lost
     hosts.without_accelerator()
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
-        return run(args)
-    except Mistake as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run(parse(sys.argv[1:] if argv is None else argv))
+    except (Mistake, PlaceFailed) as error:
+        print("error:", " ".join(shown(line.strip()) for line in str(error).splitlines()), file=sys.stderr)
+        return exits.MISTAKE if isinstance(error, Mistake) else exits.PLACE
+    except _Closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has no reader
+        return 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
+class _Closed(Exception):
+    """The reader of the answers has gone, as `head` does."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes in one line."""
+
+    def error(self, message: str) -> None:
+        raise Mistake(f"{message}; see --help")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+      Mistake: an unknown command or flag, named with the nearest one, or a value that cannot be read.
+    """
+    parser = _Parser(
         prog="python -m ymplug_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=list(TASKS))
-    parser.add_argument("--checkpoint", required=True, help="folder of the run (its --workdir), local or gs://")
-    parser.add_argument("--video", type=Path, nargs="+", default=[], help="video files, or folders of them")
-    parser.add_argument("--title", nargs="+", default=[], help="classify: titles of the videos, in their order")
-    parser.add_argument("--text", nargs="+", default=[], help="retrieve: what to look for")
-    parser.add_argument("--index", type=Path, help="retrieve: search the videos of this index instead of files")
-    parser.add_argument("--export", type=Path, help="retrieve: write the videos as an index (.npz)")
-    parser.add_argument("--rank", choices=["videos", "texts"], default="videos", help="retrieve: what is ranked")
-    parser.add_argument("--best", type=int, default=5, help="answers to give for each question (default 5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--sheet", type=Path, help="draw the frames with the answers to this PNG")
-    return parser.parse_args(argv)
+    parser.add_argument("command", metavar="{" + ",".join(COMMANDS) + "}")
+    flags = [
+        parser.add_argument("--checkpoint", required=True, help="folder of the run (its --workdir), local or gs://"),
+        parser.add_argument("--video", nargs="+", default=[], help="video files, or folders of them"),
+        parser.add_argument(
+            "--title", nargs="+", help='classify: titles of the videos, in their order; "" where one has none'
+        ),
+        parser.add_argument("--text", nargs="+", help="retrieve: what to look for"),
+        parser.add_argument("--index", type=Path, help="retrieve: search the videos of this index instead of files"),
+        parser.add_argument("--export", type=Path, help="retrieve: write the videos as an index (.npz)"),
+        parser.add_argument("--rank", choices=["videos", "texts"], help="retrieve: what is ranked (default videos)"),
+        parser.add_argument("--best", type=int, help="answers to give for each question (default 5)"),
+        parser.add_argument("--json", action="store_true", help="one JSON object a line"),
+        parser.add_argument("--sheet", type=Path, help="draw the frames of 64 clips at most, with the answers, to this PNG"),
+        parser.add_argument("--decoders", type=int, help="decoding processes (default: one a core, eight at most)"),
+    ]  # fmt: skip
+    known = ["--help", *(flag.option_strings[0] for flag in flags)]
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name != "--" and not any(flag.startswith(name) for flag in known):
+            raise Mistake(f"{name}: no such flag; {_nearest(name, known) or 'see --help'}")
+    args = parser.parse_args(argv)
+    if args.command not in COMMANDS:
+        raise Mistake(
+            f"{args.command}: no such command; {_nearest(args.command, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}"
+        )
+    return args
 
 
-def run(args: argparse.Namespace) -> int:
-    """Load, decode, answer, print."""
-    check(args)
-    model = Model(args.checkpoint, args.command)
-    clips, failed = read_all(files_of(args.video))
-    if args.video and not clips:
-        return 1
+def _nearest(word: str, known: Sequence[str]) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(word, known, 1, 0.6)
+    return f"did you mean {found[0]}?" if found else ""
+
+
+def check(args: argparse.Namespace) -> "list[File]":
+    """The files to read, after everything about the command that can be wrong without a model.
+
+    Raises:
+      Mistake: flags that do not go together, values that make no sense, or a place that cannot be written.
+    """
+    from ymplug_jax import clips
+
+    for flag, command in ONLY_FOR.items():
+        if getattr(args, flag) is not None and args.command != command:
+            raise Mistake(f"--{flag} is for {command}; leave it out, {args.command} does not use it")
+    if args.best is not None and args.command == "caption":
+        raise Mistake("--best is for classify and retrieve; leave it out, caption gives one answer")
+    for flag in ("best", "decoders"):
+        if (number := getattr(args, flag)) is not None and number < 1:
+            raise Mistake(f"--{flag} {number}: give 1 or more")
+    args.best, args.rank = args.best or 5, args.rank or "videos"
+    if not args.checkpoint:
+        raise Mistake("--checkpoint: an empty name; give the --workdir of a run")
+    _check_texts(args)
     if args.command == "retrieve":
-        answers = retrieve(args, model, clips)
-    else:
-        if args.title:
-            clips = [clip._replace(title=title) for clip, title in zip(clips, args.title, strict=True)]
-        answers = [describe(args, model, row, clip) for row, clip in zip(model.rows(clips), clips, strict=True)]
-    for answer in answers:
-        print(json.dumps(answer, ensure_ascii=False) if args.json else readable(answer), flush=True)
-    if args.sheet and clips:
-        texts = [readable(answer) for answer in answers] if len(answers) == len(clips) else [""] * len(clips)
-        from ymplug_jax.sheet import draw
-
-        draw(args.sheet, clips, texts, model.experiment.data.frames)
-        print(f"frames: {args.sheet}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises Mistake where the flags do not go together."""
-    if args.command == "retrieve":
+        if args.video and args.index:
+            raise Mistake("--video and --index: give files, or an index of files, not both")
         if not args.video and not args.index:
             raise Mistake("retrieve: give videos with --video, or an index with --index")
+        if args.index and args.export:
+            raise Mistake("--export and --index: an index is written of --video; leave one of them out")
         if not args.text and not args.export:
             raise Mistake("retrieve: give --text to search, or --export to write an index")
     elif not args.video:
         raise Mistake(f"{args.command}: give files with --video")
-    if args.title and len(args.title) != len(files_of(args.video)):
-        raise Mistake(f"{len(args.title)} titles for {len(files_of(args.video))} videos; give one for each")
-
-
-def files_of(paths: list[Path]) -> list[Path]:
-    """The files named, and the videos in the folders named."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if not found:
-                raise Mistake(f"{path}: no videos in this folder ({', '.join(SUFFIXES)})")
-            files += found
-        else:
-            files.append(path)
+    _check_places(args)
+    files = clips.files_of(args.video)
+    if args.title and len(args.title) != len(files):
+        raise Mistake(f"--title: {len(args.title)} titles for {len(files)} files; give one for each, in their order")
     return files
 
 
-def read_all(files: list[Path]) -> tuple[list[Any], int]:
-    """(records of the files that can be read, number of those that cannot); says each failure in one line."""
-    import numpy as np
+def _check_texts(args: argparse.Namespace) -> None:
+    from ymplug_jax.data.text import clean_text
 
-    from data_prep.video_frames import Reader, Reject
-    from ymplug_jax import progress
-    from ymplug_jax.data.records import Record
+    for flag in ("text", "title"):
+        if given := getattr(args, flag):
+            setattr(args, flag, [_as_text(flag, text) for text in given])
+    for text in args.text or []:
+        if not clean_text(text, 30):
+            raise Mistake(f"--text {text!r}: nothing to look for is left of it; give words")
 
-    records, failed, reader = [], 0, Reader(TIME_LIMIT)
+
+def _as_text(flag: str, text: str) -> str:
+    """A text whose bytes are no text in this terminal's encoding may be UTF-8 all the same, as under LC_ALL=C."""
     try:
-        for file in progress.bar(files, desc="read", unit="clip", hidden=len(files) < 9):
-            try:
-                if not file.is_file():
-                    raise Reject("missing_file", "no such file")
-                clip = reader.read(file, STORED)
-            except Reject as reject:
-                failed += 1
-                progress.write(f"error: {file}: {reject.reason}: {reject.detail}")
-                continue
-            records.append(Record(str(file), clip.frames, np.array(clip.timestamps, np.int64), "", [], "", -1))
-    finally:
-        reader.close()
-    return records, failed
+        return os.fsencode(text).decode("utf-8") if any("\udc80" <= c <= "\udcff" for c in text) else text
+    except UnicodeError:
+        raise Mistake(f"--{flag} {text!r}: neither in the encoding of this terminal nor UTF-8; give UTF-8") from None
 
 
-class Model:
-    """A run's newest checkpoint on one device, ready to answer."""
+def _check_places(args: argparse.Namespace) -> None:
+    from ymplug_jax import index_file
 
-    def __init__(self, name: str, command: str):
-        from ymplug_jax import checkpoint, config
-
-        folder = checkpoint.folder_of(name)
+    for flag in ("export", "sheet"):
+        if (path := getattr(args, flag)) is None:
+            continue
+        if path.is_dir():
+            raise Mistake(f"{path}: --{flag} is a folder; give the name of a file")
+        if not path.parent.is_dir():
+            raise Mistake(f"{path}: --{flag}: there is no folder {path.parent}; make it first")
+        if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise Mistake(f"{path}: --{flag}: no permission to write there; give another place")
+    if args.sheet and args.sheet.suffix.lower() not in SUFFIXES:
+        raise Mistake(f"{args.sheet}: --sheet cannot draw this kind of file; give a name that ends in .png")
+    if args.sheet and args.index:
+        raise Mistake("--sheet and --index: an index holds no frames; give files with --video")
+    if args.export and args.export.exists():
         try:
-            experiment = config.from_json((folder / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise Mistake(f"{folder}: no config.json here; --checkpoint is the --workdir of a run") from None
-        if experiment.task not in TASKS[command]:
-            wanted = " or ".join(TASKS[command])
-            raise Mistake(f"{folder} is a run of task {experiment.task!r}; {command} needs one of {wanted}")
-        tokenizer = Path(experiment.data.tokenizer)
-        kept = folder / "tokenizer" / tokenizer.name
-        if kept.exists():
-            tokenizer = self._copy(kept)
-        data = dataclasses.replace(experiment.data, path="", examples=BATCH, tokenizer=str(tokenizer))
-        train = dataclasses.replace(experiment.train, batch_size=BATCH, accumulate=1)
-        options = dataclasses.replace(experiment.options, group=0, entities="")  # of training alone
-        self.experiment = dataclasses.replace(experiment, data=data, train=train, options=options, mesh=config.Mesh())
-        self._folder = folder
-        self._ready: tuple | None = None
+            index_file.read(args.export, ("video", "video_id"), setting="--export")
+        except Mistake:
+            raise Mistake(
+                f"{args.export}: --export: a file that is no index is there already; give another name"
+            ) from None
 
-    def _copy(self, file: Any) -> Path:
-        """The file on this machine for as long as the model lives: the run may be in a bucket, tokenizers read local files."""
-        self._local = tempfile.TemporaryDirectory()
-        copy = Path(self._local.name) / file.name
-        copy.write_bytes(file.read_bytes())
-        return copy
 
-    @property
-    def task(self) -> Any:
-        """The run's task; there once `rows` was asked for an answer."""
-        return self._ready[0]
+def run(args: argparse.Namespace) -> int:
+    """Check, then decode, answer and print in a stream."""
+    files = check(args)
+    from ymplug_jax import answers
+    from ymplug_jax.predictor import Predictor
 
-    def rows(self, records: list[Any]) -> Iterator[dict[str, Any]]:
-        """Predictions of the task for each record, in order."""
-        import jax
+    predictor, reading = Predictor(args.checkpoint, args.command), Reading(files, args)
+    answer_all = answers.retrieve if args.command == "retrieve" else answers.describe
+    for answer in answer_all(args, predictor, reading):
+        say(as_json(answer, sys.stdout.encoding) if args.json else readable(answer))
+    reading.report()
+    return 1 if reading.failed else 0
+
+
+class Reading:
+    """Files on their way in: what can be read goes on, what cannot is said and counted."""
+
+    def __init__(self, files: "list[File]", args: argparse.Namespace):
+        self.files, self._titles, self._processes = files, args.title, args.decoders
+        self.failed = 0
+        self._out: list[str] = []  # files in folders that are no videos
+        self._answered = 0
+
+    def records(self, files: "list[File]", size: int) -> Iterator[list[Any]]:
+        """Records of `files` that can be read, in order, in lists of `size` at most; each with the title of its file."""
+        from ymplug_jax import clips, progress
+
+        # Answers on the same terminal show how far it is.
+        with progress.bar(total=len(files), desc="read", unit="clip", hidden=sys.stdout.isatty()) as bar:
+            for reads in clips.read_all(files, size, self._processes or clips.decoders()):
+                found = [record for read in reads if (record := self._record(read)) is not None]
+                self._answered += len(found)
+                if found:
+                    yield found
+                bar.update(len(reads))
+
+    def report(self) -> None:
+        """Say what was left out.
+
+        Raises:
+          Mistake: nothing but that was there.
+        """
+        if not self._out:
+            return
+        names = ", ".join(shown(name) for name in self._out[:5]) + (", ..." if len(self._out) > 5 else "")
+        count = f"{len(self._out)} of {len(self.files)} files are no videos"
+        if not self._answered and not self.failed and len(self._out) == len(self.files):
+            raise Mistake(f"no videos in this folder: {count}: {names}; give a folder of videos")
+        print(f"{count}: {names}", file=sys.stderr)
+
+    def _record(self, read: "Read") -> Any:
         import numpy as np
 
-        from ymplug_jax import evaluate
-        from ymplug_jax import run as run_lib
+        from ymplug_jax import clips, progress
+        from ymplug_jax.data.records import Record
 
-        if self._ready is None:
-            try:
-                run = run_lib.prepare(self.experiment, jax.devices()[:1])
-                self._ready = run.task, jax.jit(run.task.predict), evaluate.load(run, self._folder)
-            except (ValueError, FileNotFoundError) as error:
-                raise Mistake(str(error)) from None
-        task, predict, params = self._ready
-        for start in range(0, len(records), BATCH):
-            part = records[start : start + BATCH]
-            examples = [task.example(record, None) | {"valid": np.bool_(True)} for record in part]
-            examples += [examples[0] | {"valid": np.bool_(False)}] * (BATCH - len(part))  # one shape for all batches
-            batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-            found = jax.device_get(predict(params, batch))
-            for i in range(len(part)):
-                yield {key: value[i] for key, value in found.items()} | {"index": np.int64(start + i)}
+        clip = read.clip
+        if clips.left_out(read):
+            self._out.append(read.file.name)
+            return None
+        if isinstance(clip, clips.Reject):
+            self.failed += 1
+            line = f"error: {shown(read.file.name)}: {clip.reason}: {shown(clip.detail)}"
+            progress.write(line)
+            return None
+        title = self._titles[read.number] if self._titles else ""
+        return Record(read.file.name, clip.frames, np.array(clip.timestamps, np.int64), title, [], "", -1)
 
 
-def describe(args: argparse.Namespace, model: Model, row: dict[str, Any], clip: Any) -> dict[str, Any]:
-    """The answer of classify or caption about one clip."""
-    if args.command == "caption":
-        (found,) = model.task.score([row | {"index": 0}], [clip]).rows
-        return {"video": clip.media_id, "caption": found.get("caption", found.get("generated"))}
-    import numpy as np
+def say(text: str) -> None:
+    """One answer on stdout, at once.
 
-    from ymplug_jax.data.schema import CLASS_NAMES
-    from ymplug_jax.tasks import alpro_classify, classify
-
-    answers = model.experiment.options.answers
+    Raises:
+      PlaceFailed: the disk that stdout leads to is full.
+    """
     try:
-        names = alpro_classify.class_names(model.experiment.options) if answers else CLASS_NAMES
-    except FileNotFoundError as error:
-        raise Mistake(str(error)) from None
-    shown = classify.MODALITIES.index("both" if clip.title else "video")
-    votes = row.get("likelihood", row["head"])[shown]  # ALPRO has a head alone
-    shares = np.exp(votes - np.logaddexp.reduce(votes))
-    best = np.argsort(-shares)[: args.best]
-    return {
-        "video": clip.media_id,
-        "class": names[best[0]],
-        "head": names[int(row["head"][shown].argmax())],
-        "shown": "video and title" if clip.title else "video",
-        "best": {names[c]: round(float(shares[c]), 4) for c in best},
-    }
-
-
-def retrieve(args: argparse.Namespace, model: Model, clips: list[Any]) -> list[dict[str, Any]]:
-    """Rankings; writes the index where asked."""
-    import numpy as np
-
-    if args.index:
-        try:
-            with np.load(args.index, allow_pickle=False) as index:
-                vectors, names = index["video"], [str(name) for name in index["video_id"]]
-        except (OSError, KeyError, ValueError) as error:
-            raise Mistake(f"{args.index}: no index of videos ({error}); write one with --export") from None
-    else:
-        vectors = np.stack([row["video"] for row in model.rows(clips)])
-        names = [clip.media_id for clip in clips]
-    if args.export:
-        np.savez(args.export, video=vectors, video_id=np.array(names))
-        print(f"index of {len(names)} videos: {args.export}", file=sys.stderr)
-    if not args.text:
-        return []
-    texts = np.stack([row["text"] for row in model.rows([blank(text) for text in args.text])])
-    if texts.shape[1] != vectors.shape[1]:
-        raise Mistake(f"{args.index}: vectors of width {vectors.shape[1]}, this run has {texts.shape[1]}")
-    scores = texts @ vectors.T  # [texts, videos]
-    asked, given, key = (args.text, names, "text") if args.rank == "videos" else (names, args.text, "video")
-    scores = scores if args.rank == "videos" else scores.T
-    answers = []
-    for question, line in zip(asked, scores, strict=True):
-        order = np.argsort(-line)[: args.best]
-        answers.append({key: question, "ranking": [[given[i], round(float(line[i]), 4)] for i in order]})
-    return answers
-
-
-def blank(text: str) -> Any:
-    """A record with this text and a black picture: the text tower does not look at it."""
-    import cv2
-    import numpy as np
-
-    from ymplug_jax.data.records import Record
-
-    black = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
-    return Record("", [black], np.zeros(1, np.int64), text, [], "", -1)
-
-
-def readable(answer: dict[str, Any]) -> str:
-    """An answer for a person."""
-    if "caption" in answer:
-        return f"{answer['video']}: {answer['caption']}"
-    if "ranking" in answer:
-        lines = [f"{number}. {name}  ({score:+.3f})" for number, (name, score) in enumerate(answer["ranking"], 1)]
-        return "\n".join([answer.get("text") or answer["video"], *("   " + line for line in lines)])
-    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in answer["best"].items())
-    return f"{answer['video']}: {answer['class']}\n   by {answer['shown']}: {shares}; the head says {answer['head']}"
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise _Closed from None
+    except OSError as error:
+        raise PlaceFailed(
+            f"standard output: {error.strerror}; make room or write elsewhere, then run it again"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -206,6 +206,16 @@ def test_sampling_stays_in_its_set(params: dict) -> None:
     assert alone.ids.tolist() == greedy.ids.tolist()
 
 
+def test_a_row_with_its_own_key_draws_the_same_in_any_batch(params: dict) -> None:
+    ids, lengths = np.array([[5, 6]] * 6, np.int32), np.full(6, 2)
+    keys = jax.random.split(jax.random.key(3), 6)
+    draw = jax.jit(partial(decode.sample, LM, new_tokens=5, eos=0))
+    drawn = draw(params, None, ids, lengths, keys).ids
+    assert len({tuple(row) for row in drawn.tolist()}) > 1
+    order = np.array([4, 0, 5, 2, 2, 1])
+    assert draw(params, None, ids, lengths, keys[order]).ids.tolist() == drawn[order].tolist()
+
+
 def full_size_results(program: str, shape: str) -> list[str]:
     """Instructions inside loops of a compiled program that make an array of this shape anew, instead of passing it on or
     writing a slice of it in place."""

@@ -173,12 +173,18 @@ def sample(
     lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array, key: jax.Array, *,
     new_tokens: int, eos: int, top_k: int = 0, top_p: float = 0.0, temperature: float = 1.0,
 ) -> Generated:  # fmt: skip
-    """Draws each token; `top_k` > 0 draws among the k most probable, else `top_p` > 0 among those that make up p (0: all)."""
+    """Draws each token; `top_k` > 0 draws among the k most probable, else `top_p` > 0 among those that make up p (0: all).
+
+    `key` is one for all rows, or key[B]: with a key of its own a row's draws do not depend on its place in the batch.
+    """
 
     def pick(step: jax.Array, logits: jax.Array) -> jax.Array:
         logits = logits / temperature
         kept = keep_top_k(logits, top_k) if top_k else keep_top_p(logits, top_p) if top_p else True
-        return jax.random.categorical(jax.random.fold_in(key, step), jnp.where(kept, logits, -jnp.inf))
+        logits = jnp.where(kept, logits, -jnp.inf)
+        if not key.ndim:
+            return jax.random.categorical(jax.random.fold_in(key, step), logits)
+        return jax.vmap(lambda own, row: jax.random.categorical(jax.random.fold_in(own, step), row))(key, logits)
 
     return _generate(lm, params, start(lm, params, prefix, ids, lengths, new_tokens), new_tokens, eos, pick)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ymplug_jax import checkpoint, index_file
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
@@ -142,7 +143,8 @@ def teacher_entities(experiment: Experiment, model: ALPRO) -> np.ndarray | None:
     """f32[K, E] of `config.options.entities`, None where it is not given.
 
     Raises:
-      ValueError: a run that predicts entities and has none, or as many as the model has no room for.
+      ValueError: a run that predicts entities and has none, as many as the model has no room for, or those of another prompter
+        than `config.train.init_from` names.
     """
     options, train = experiment.options, experiment.train
     if not model.entities:
@@ -153,10 +155,15 @@ def teacher_entities(experiment: Experiment, model: ALPRO) -> np.ndarray | None:
                 "config.options.entities is empty; evaluate a run of task alpro_prompter and give its index.npz"
             )
         return None
-    with np.load(options.entities, allow_pickle=False) as index:
-        if "entity_features" not in index:
-            raise ValueError(f"{options.entities} (config.options.entities) has no entity_features; see alpro_prompter")
-        found = index["entity_features"].astype(np.float32)
+    index = index_file.read(options.entities, (), setting="config.options.entities")
+    if "entity_features" not in index:
+        raise ValueError(f"{options.entities} (config.options.entities) has no entity_features; see alpro_prompter")
+    found = index["entity_features"].astype(np.float32)
+    # The teacher's own table: that of another prompter has the same shape, and would teach at random.
+    for subtree, _, folder in checkpoint.sources(train.init_from):
+        if subtree == "prompter" and checkpoint.places(folder):
+            own = {"fingerprint": checkpoint.fingerprint(folder)}
+            index_file.check_origin(options.entities, index, own, f"{folder} (config.train.init_from)")
     if found.shape != (model.entities, model.contrastive_width):
         raise ValueError(
             f"{options.entities} (config.options.entities) has {found.shape[0]} entities of width {found.shape[1]}; "

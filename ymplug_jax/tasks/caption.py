@@ -57,7 +57,8 @@ def make(experiment: Experiment) -> Task:
         video = inputs.normalize(batch["video"], model.vision.dtype)
         prefix = model.apply({"params": params}, video, method="encode_video")["prefix"]
         begin, lengths = batch["prompt"], batch["prompt_mask"].sum(axis=1) - 1  # without the end token
-        ids = generate(model, params["llm"], prefix, begin, lengths, options, inputs.given(tokenizer).eos)
+        eos = inputs.given(tokenizer).eos
+        ids = generate(model, params["llm"], prefix, begin, lengths, options, eos, keys_of(batch["video"]))
         return {"generated": ids, "valid": batch["valid"]}
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
@@ -123,10 +124,19 @@ def report_of(said: list[str], rows: list[Row], records: Sequence[Record]) -> tu
     return scores | total, answers
 
 
+def keys_of(video: jax.Array) -> jax.Array:
+    """key[B] from the pixels uint8[B, T, S, S, 3]: what is drawn for a clip does not depend on the batch that it is in."""
+    pixels = video.reshape(len(video), -1).astype(jnp.uint32)
+    places = jnp.arange(pixels.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    seeds = jnp.sum(pixels * places, axis=1, dtype=jnp.uint32)
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed))(seeds)
+
+
 def generate(
-    model: MPLUGVideo, lm: Params, prefix: jax.Array, ids: jax.Array, lengths: jax.Array, options: Options, eos: int
-) -> jax.Array:
-    """What the search of the settings says after the prompt: f[B, Q, H], int32[B, P], int32[B] -> int32[B, tokens]."""
+    model: MPLUGVideo, lm: Params, prefix: jax.Array, ids: jax.Array, lengths: jax.Array, options: Options, eos: int,
+    keys: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """What the search of the settings says after the prompt: f[B, Q, H], int32[B, P], int32[B], key[B] -> int32[B, tokens]."""
     width = ids.shape[1] + options.new_tokens
     if options.search in ("beam", "beam_by_length"):
         reference = options.search == "beam"
@@ -138,6 +148,6 @@ def generate(
     if options.search == "greedy":
         return decode.greedy(model.llm, lm, prefix, ids, lengths, new_tokens=options.new_tokens, eos=eos).ids
     return decode.sample(
-        model.llm, lm, prefix, ids, lengths, jax.random.key(0), new_tokens=options.new_tokens, eos=eos,
+        model.llm, lm, prefix, ids, lengths, keys, new_tokens=options.new_tokens, eos=eos,
         top_k=options.top_k, top_p=options.top_p, temperature=options.temperature,
     ).ids  # fmt: skip
