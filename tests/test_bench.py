@@ -1,14 +1,21 @@
 """`--mode bench`: its line, and that it runs where nothing that reads data or checkpoints text is installed."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from etils import epath
 
 import runs
+import tiny
+from ymplug_jax import bench as bench_lib
+from ymplug_jax import run, step
+from ymplug_jax.exits import Mistake
 
 MISSING = (
     "grain tensorflow_datasets tensorflow apache_beam cv2 av sacrebleu sentencepiece tokenizers tqdm matplotlib "
@@ -57,6 +64,38 @@ def test_every_task_has_a_step_to_time() -> None:
         assert json.loads(done.stdout.splitlines()[-1])["task"] == task
 
 
+class Counted:
+    """A compiled step that counts its calls."""
+
+    def __init__(self, compiled):
+        self._compiled, self.calls = compiled, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self._compiled(*args)
+
+    def __getattr__(self, name: str):
+        return getattr(self._compiled, name)
+
+
+def test_few_steps_are_few_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two to warm up, two that are timed and three for the profile; a step of a large model takes many seconds."""
+    made, compile_step = [], step.compile_step
+    monkeypatch.setattr(run, "prepare", functools.partial(run.prepare, devices=jax.devices()[:1]))
+    monkeypatch.setattr(bench_lib, "_facts", lambda run, compiled, seconds, waits: {"steps": len(seconds)})
+    monkeypatch.setattr(step, "compile_step", lambda run: made.append(Counted(compile_step(run))) or made[-1])
+    facts = bench_lib.bench(tiny.experiment(data={"image_size": 16}), 2, epath.Path(tmp_path / "profiled"))
+    assert facts["steps"] == 2 and made[0].calls == 7
+    assert list((tmp_path / "profiled").rglob("*.xplane.pb"))
+
+
 def test_one_step_has_no_spread() -> None:
-    done = bench("pretrain", *runs.SMALL, "--steps=1")
-    assert done.returncode == 2 and "--steps 1: give 2 or more" in done.stderr
+    with pytest.raises(Mistake, match="^--steps 1: give 2 or more"):
+        bench_lib.bench(tiny.experiment(), 1)
+
+
+def test_a_folder_that_cannot_be_made_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "compile_step", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Mistake, match="^--workdir .*/file/run: Not a directory; choose another folder$"):
+        bench_lib.bench(tiny.experiment(), 2, epath.Path(tmp_path / "file" / "run"))

@@ -156,7 +156,6 @@ SETTINGS = {
     "float for an int": (["--config.train.batch_size=8.5"], "config.train.batch_size: '8.5' is not a whole number"),
     "text for a float": (["--config.optim.lr=fast"], "config.optim.lr: 'fast' is not a number"),
     "text for a bool": (["--config.data.augment=maybe"], "config.data.augment: 'maybe' is not true or false"),
-    "text for a group": (["--config.model=fast"], "config.model: 'fast' is not a group of settings"),
     "no list": (["--config.optim.no_decay=('a', b"], "config.optim.no_decay: \"('a', b\" is not a list as ('a', 'b')"),
     "no value": (["--config.data.path"], "config.data.path: a value is missing; write --config.data.path=VALUE"),
     "batch of nothing": (["--config.train.batch_size=0"], "config.train.batch_size: 0 is too small; give 1 or more"),
@@ -233,6 +232,12 @@ def test_own_config_files(refused: Refused, name: str):
     file.write_text(source, encoding="utf-8")
     line = refused(f"--config={file}", "--mode=plan")
     assert line.startswith(f"--config {file}") and message in line
+
+
+def test_a_text_for_a_group(refused: Refused):
+    line = refused(f"--config={runs.ROOT}/configs/tiny/pretrain.py", "--config.train=fast", "--mode=plan")
+    assert line == "config.train: 'fast' is not a group of settings"
+    assert "--config.model is provided after --config.model." in refused("--config.model=fast", task="pretrain")
 
 
 def test_no_config_and_no_run(refused: Refused):

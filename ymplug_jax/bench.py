@@ -24,16 +24,17 @@ from ymplug_jax import run as run_lib
 from ymplug_jax import step as step_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.feed import Feed
+from ymplug_jax.exits import Mistake
 from ymplug_jax.run import Run
 from ymplug_jax.state import TrainState, split
 
-WARM_UP = 3  # steps
+WARM_UP = 3  # steps, at most
 PROFILED = 3  # steps
 PRODUCT = 2048  # rows of the matrices that measure a CPU
 
 
 def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None) -> dict[str, Any]:
-    """Time `steps` steps, after warm-up.
+    """Time `steps` steps, after as many to warm up, at most three: 2 x `steps` in all for a model whose steps take long.
 
     Args:
       experiment: resolved settings; data and checkpoints that they name are not opened.
@@ -50,10 +51,15 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
       ValueError: fewer than two steps.
     """
     if steps < 2:
-        raise ValueError(f"--steps {steps}: give 2 or more")
+        raise Mistake(f"--steps {steps}: give 2 or more; one step has no spread")
     data = dataclasses.replace(experiment.data, path="", tokenizer="", examples=experiment.train.batch_size * 1000)
     train = dataclasses.replace(experiment.train, init_from="")
     run = run_lib.prepare(dataclasses.replace(experiment, data=data, train=train))
+    if workdir is not None:  # before minutes are spent
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Mistake(f"--workdir {workdir}: {error.strerror or error}; choose another folder") from None
     begin = time.perf_counter()
     compiled = step_lib.compile_step(run)
     compile_seconds = time.perf_counter() - begin
@@ -64,7 +70,8 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
     feed = Feed(_Synthetic(run, rows), lambda local: sharding.put_batch(local, rows, train.batch_size, run.mesh))
 
     seconds, waits, before, last = [], [], None, time.perf_counter()
-    for number in range(WARM_UP + steps):
+    warm_up = min(WARM_UP, steps)
+    for number in range(warm_up + steps):
         asked = time.perf_counter()
         batch = next(feed)
         waited = time.perf_counter() - asked
@@ -72,12 +79,12 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
         if before is not None:
             jax.block_until_ready(before)
         before, now = metrics, time.perf_counter()
-        if number >= WARM_UP:
+        if number >= warm_up:
             seconds.append(now - last)
             waits.append(waited)
         last = now
-        if number >= WARM_UP and (number - WARM_UP + 1) % max(steps // 4, 1) == 0:
-            logging.info("step %d of %d: %.4f s", number - WARM_UP + 1, steps, statistics.median(seconds))
+        if number >= warm_up and (number - warm_up + 1) % max(steps // 4, 1) == 0:
+            logging.info("step %d of %d: %.4f s", number - warm_up + 1, steps, statistics.median(seconds))
     jax.block_until_ready(before)
     loss = before["loss"].value()
     if workdir is not None:

@@ -14,7 +14,7 @@ shardings, so any mesh and any number of hosts can read what another wrote.
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -41,7 +41,6 @@ from ymplug_jax.stored import (  # noqa: F401 (some for those who know this modu
     places,
     say_unverified,
     sources,
-    steps_of,
     sums_in,
     sums_of,
     whole,
@@ -88,7 +87,7 @@ class Checkpoints:
         if not flat:
             return
         self._frozen_sums = leaf_sums.of_tree(flat)
-        with place_of(folder), ocp.StandardCheckpointer() as writer:
+        with self._whole_or_not(), ocp.StandardCheckpointer() as writer:
             # What a run that never reached its first save has left there belongs to no step.
             writer.save(folder, frozen, force=True)
             writer.wait_until_finished()
@@ -101,14 +100,14 @@ class Checkpoints:
         Raises:
           PlaceFailed: this save or the one before it failed.
         """
-        if step in steps_of(self.workdir):
+        if step in self._manager.all_steps():  # those that are being saved too
             return
         opt_state = _wrapped(state.opt_state)
         trainable = state_lib.flatten(state.trainable)
         sums = {TRAINABLE: leaf_sums.of_tree(trainable), OPT_STATE: leaf_sums.of_tree(verified.named(opt_state))}
         if self._frozen_sums is not None:
             sums[FROZEN] = self._frozen_sums
-        with place_of(self.folder):
+        with self._whole_or_not():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -167,24 +166,32 @@ class Checkpoints:
           PlaceFailed: one of them failed.
         """
         if "_manager" in self.__dict__:
-            with place_of(self.folder):
+            with self._whole_or_not():
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish saving and let go of the threads. What a save that failed has left is removed."""
+        """Finish saving and let go of the threads."""
         if "_manager" not in self.__dict__:
             return
         try:
             self.wait()
-        except PlaceFailed:
-            if jax.process_index() == 0:
-                with contextlib.suppress(OSError):
-                    for partial in (self.folder / STEPS).glob("*.orbax-checkpoint-tmp*"):
-                        partial.rmtree()
-            raise
         finally:
             with contextlib.suppress(Exception):  # it says again what the wait has said
                 self._manager.close()
+
+    @contextlib.contextmanager
+    def _whole_or_not(self) -> Iterator[None]:
+        """Around saving: what fails is PlaceFailed, and leaves nothing half-written."""
+        try:
+            with place_of(self.folder):
+                yield
+        except PlaceFailed:
+            if jax.process_index() == 0:
+                for folder in (self.folder, self.folder / STEPS):
+                    with contextlib.suppress(OSError):
+                        for partial in folder.glob("*.orbax-checkpoint-tmp*"):
+                            partial.rmtree()
+            raise
 
 
 def _must_read(folder: epath.Path, tree: Any, sums: Mapping[str, str]) -> None:

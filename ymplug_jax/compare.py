@@ -245,6 +245,7 @@ def _page(runs: Sequence[Run], found: Sequence[Group]) -> dict[str, Any]:
         "names": names,
         "groups": found,
         "settings": differing(runs),
+        "setting_count": len({path for run in runs for path in run.settings}),
         "seeds": over_seeds(runs),
         "curve": data_uri(curves.picture(drawn, width=10.0), "png") if drawn else None,
         "without_curve": [run.name for run in runs if run.curve.empty],

@@ -10,8 +10,10 @@ from ymplug_jax import checkpoint, run_folder
 from ymplug_jax import run as run_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data import schema
-from ymplug_jax.data.source import open_split
+from ymplug_jax.data.records import Records
+from ymplug_jax.data.source import Texts, open_split
 from ymplug_jax.exits import Mistake
+from ymplug_jax.tasks import task as task_lib
 
 # Options that name a file, and the arrays that one of numpy's must have.
 FILES = {
@@ -52,19 +54,19 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
     if not begun:
         run_folder.check_init_from(experiment)
     _check_files(experiment)
-    run = run_lib.prepare(experiment, training=mode == "train")
     splits = (data.train_split, data.eval_split) if mode == "train" else (data.eval_split,)
-    for split in dict.fromkeys(splits):
-        if split:
-            _check_split(experiment, split, run.task.kinds)
+    records = {split: open_split(data.path, split) for split in splits if split}
+    kinds = task_lib.get(experiment).kinds
+    for split, found in records.items():
+        _check_split(experiment, split, found, kinds)
+    run = run_lib.prepare(experiment, training=mode == "train")  # traces the model: the slowest check
     if not begun:
         run_lib.init_from(run, values=False)
 
 
-def _check_split(experiment: Experiment, split: str, kinds: tuple[str, ...]) -> None:
-    """Whether a split is there, is whole, and has what the task reads."""
+def _check_split(experiment: Experiment, split: str, records: Records | Texts, kinds: tuple[str, ...]) -> None:
+    """Whether a split has what the task reads."""
     path = experiment.data.path
-    records = open_split(path, split)
     if not len(records):
         raise Mistake(f"{path}: split {split!r} has no records; build it again, or name another split")
     if not records.kind:

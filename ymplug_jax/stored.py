@@ -24,9 +24,13 @@ CONVERTED = "converted"  # parameters of another program's checkpoint, in a fold
 SPACE = "look at its free space and permissions; the same command goes on from the newest checkpoint"
 # NAME= or NAME:STORED= of config.train.init_from: paths of parameters, which never begin as paths of folders do (/ . ~ gs:).
 SUBTREE = re.compile(r"([A-Za-z_]\w*(?:/\w+)*(?::(?:\w+(?:/\w+)*)?)?)=")
-FAILED_WRITE = re.compile(
-    r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied|Input/output error|File too large"
-    r"|No such file or directory|Not a directory|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|NOT_FOUND"
+# The words of the system say more than the codes of TensorStore, which may stand before them.
+FAILED_WRITE = (
+    re.compile(
+        r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied|Input/output error|File too large"
+        r"|No such file or directory|Not a directory"
+    ),
+    re.compile(r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|NOT_FOUND"),
 )
 
 
@@ -62,7 +66,8 @@ def place_of(folder: epath.Path) -> Iterator[None]:
         for one in chain:
             if isinstance(one, OSError):
                 raise PlaceFailed(f"{folder}: cannot be written ({one.strerror or one}); {SPACE}") from error
-            if found := FAILED_WRITE.search(str(one)):
+        for words in FAILED_WRITE:
+            if found := words.search("\n".join(map(str, chain))):
                 raise PlaceFailed(f"{folder}: cannot be written ({found[0]}); {SPACE}") from error
         raise
 
