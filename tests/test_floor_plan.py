@@ -33,6 +33,7 @@ FLOORS = {
         "hlo",
         "preflight",
         "stop",
+        "best",
     ],
     3: ["tasks"],
     2: ["models", "data"],

@@ -26,6 +26,7 @@ from ymplug_jax import leaf_sums, sharding, verified
 from ymplug_jax import state as state_lib
 from ymplug_jax.exits import PlaceFailed
 from ymplug_jax.stored import (  # noqa: F401 (some for those who know this module alone)
+    BEST,
     FROZEN,
     OPT_STATE,
     STEPS,
@@ -41,6 +42,7 @@ from ymplug_jax.stored import (  # noqa: F401 (some for those who know this modu
     places,
     say_unverified,
     sources,
+    step_folder,
     sums_in,
     sums_of,
     whole,
@@ -54,11 +56,18 @@ class Checkpoints:
     Nothing changes on disk before the first save, so that a run can still be refused.
     """
 
-    def __init__(self, workdir: str, *, keep: int = 3):
+    def __init__(self, workdir: str, *, keep: int = 3, frozen_sums: dict[str, str] | None = None):
+        """Open the folder.
+
+        Args:
+          workdir: the run's folder.
+          keep: newest steps that stay.
+          frozen_sums: checksums of frozen parameters that another folder holds; `save_frozen` finds its own.
+        """
         self.workdir = whole(workdir)
         self.folder = self.workdir / "checkpoints"
         self._keep = keep
-        self._frozen_sums: dict[str, str] | None = None
+        self.frozen_sums = frozen_sums
         self._read_back = False  # whether a save of this process was
 
     @functools.cached_property
@@ -82,16 +91,16 @@ class Checkpoints:
         folder, step = self.folder / FROZEN, self.latest_step()
         if step is not None:
             # Those of the step, not of what was read: the setting frozen_dtype may have changed since.
-            self._frozen_sums = (sums_of(self.folder / STEPS / str(step)) or {}).get(FROZEN)
+            self.frozen_sums = (sums_of(self.folder / STEPS / str(step)) or {}).get(FROZEN)
             return
         if not flat:
             return
-        self._frozen_sums = leaf_sums.of_tree(flat)
+        self.frozen_sums = leaf_sums.of_tree(flat)
         with self._whole_or_not(), ocp.StandardCheckpointer() as writer:
             # What a run that never reached its first save has left there belongs to no step.
             writer.save(folder, frozen, force=True)
             writer.wait_until_finished()
-        _must_read(folder, frozen, self._frozen_sums)
+        _must_read(folder, frozen, self.frozen_sums)
 
     def save(self, state: state_lib.TrainState, step: int, examples_seen: int) -> None:
         """Start saving the state after `step` steps (a step that is there already is left alone). The first save is waited for
@@ -105,8 +114,8 @@ class Checkpoints:
         opt_state = _wrapped(state.opt_state)
         trainable = state_lib.flatten(state.trainable)
         sums = {TRAINABLE: leaf_sums.of_tree(trainable), OPT_STATE: leaf_sums.of_tree(verified.named(opt_state))}
-        if self._frozen_sums is not None:
-            sums[FROZEN] = self._frozen_sums
+        if self.frozen_sums is not None:
+            sums[FROZEN] = self.frozen_sums
         with self._whole_or_not():
             self._manager.save(
                 step,
@@ -324,7 +333,7 @@ def _load(
         here = {in_checkpoint(path): as_stored(path) for path in wanted if path in stored[place]}
         if not here:
             continue
-        if (sums := sums_in(place, step)) is None:
+        if (sums := sums_in(place, step_folder(workdir, step))) is None:
             say_unverified(place)
         dtypes = {in_checkpoint(path): leaf.dtype for path, leaf in stored[place].items()}
         read = state_lib.flatten(verified.read(place, state_lib.unflatten(here), sums, dtypes))

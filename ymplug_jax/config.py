@@ -77,6 +77,8 @@ class Train:
     log_every: str = "50 steps"  # a bare number counts steps
     eval_every: str = "1 epochs"
     eval_examples: int = 1024  # at most, from the head of the evaluation split
+    eval_scores_every: str = ""  # the task's own scores (CIDEr, recalls, top-1) over the same examples; empty: never
+    best: str = ""  # name of one of these scores; the step where it is best is kept in the run's folder "best"
     save_every: str = "1 epochs"
     keep: int = 3  # newest checkpoints kept
     max_bad_steps: int = 20  # consecutive steps with a non-finite loss or gradient before the run stops

@@ -47,6 +47,64 @@ def losses(run: Run, step: LossStep, records: Any, trainable: Params, frozen: Pa
     return _means(found, records, run.experiment)[0]
 
 
+class Scorer:
+    """Scores a run's evaluation split. Make it once: its functions compile at their first call."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._loss_step = make_loss_step(run)
+        self._predict = run.task.predict and jax.jit(
+            lambda t, f, batch: run.task.predict(state_lib.merge(t, f), batch),
+            out_shardings=sharding.replicated(run.mesh),
+        )
+
+    def score(
+        self, records: Any, trainable: Params, frozen: Params, examples: int, step: int
+    ) -> tuple[dict[str, Any], Report]:
+        """(scores, what an evaluation found) of parameters as the devices hold them.
+
+        Args:
+          records: the evaluation split.
+          trainable: half of the parameters.
+          frozen: the other half, see `run.hold`.
+          examples: this many at most; 0: the whole split.
+          step: of the checkpoint, for the scores.
+
+        Raises:
+          Mistake: something that would be written is not finite; the message names the score and the first example.
+          ValueError: no example to score.
+        """
+        run, experiment = self._run, self._run.experiment
+        split = experiment.data.eval_split
+        found: list[tuple[int, Metrics]] = []
+        rows: list[Row] = []
+        for batch, start in _batches(run, records, examples, f"evaluate {split}"):
+            found.append((start, self._loss_step(trainable, frozen, batch)))
+            if self._predict:
+                rows += _checked(_rows(jax.device_get(self._predict(trainable, frozen, batch)), start), records)
+        means, note = _means(found, records, experiment)
+        if self._predict and not rows:
+            raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record to score; build it again")
+        report = Report({}, [])
+        if run.task.rescore:
+            with jax.set_mesh(run.mesh):
+                rows = run.task.rescore(state_lib.merge(trainable, frozen), rows)
+        if run.task.score:
+            report = run.task.score(rows, records)
+        scores: dict[str, Any] = {
+            "task": experiment.task,
+            "split": split,
+            "step": step,
+            "examples": len(rows) if self._predict else _size(records, examples),
+            **means,
+            **report.scores,
+        }
+        if note:
+            scores["note"] = "; ".join(filter(None, (scores.get("note"), note)))
+        _check_written(scores, report, records)
+        return scores, report
+
+
 def evaluate_all(
     runs: list[tuple[Experiment, epath.Path]], workdir: epath.Path, *, examples: int = 0
 ) -> dict[str, Any]:
@@ -88,37 +146,8 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
     frozen = run_lib.hold(run, frozen)
     split = experiment.data.eval_split
     records = open_split(experiment.data.path, split)
-    whole = sharding.replicated(run.mesh)
-    predict = run.task.predict and jax.jit(
-        lambda t, f, batch: run.task.predict(state_lib.merge(t, f), batch), out_shardings=whole
-    )
-    loss_step = make_loss_step(run)
-    found: list[tuple[int, Metrics]] = []
-    rows: list[Row] = []
-    for batch, start in _batches(run, records, examples, f"evaluate {split}"):
-        found.append((start, loss_step(trainable, frozen, batch)))
-        if predict:
-            rows += _checked(_rows(jax.device_get(predict(trainable, frozen, batch)), start), records)
-    means, note = _means(found, records, experiment)
-    if predict and not rows:
-        raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record to score; build it again")
-    report = Report({}, [])
-    if run.task.rescore:
-        with jax.set_mesh(run.mesh):
-            rows = run.task.rescore(state_lib.merge(trainable, frozen), rows)
-    if run.task.score:
-        report = run.task.score(rows, records)
-    scores: dict[str, Any] = {
-        "task": experiment.task,
-        "split": split,
-        "step": checkpoint.latest_step(str(workdir)) or 0,
-        "examples": len(rows) if predict else _size(records, examples),
-        **means,
-        **report.scores,
-    }
-    if note:
-        scores["note"] = "; ".join(filter(None, (scores.get("note"), note)))
-    _check_written(scores, report, records)
+    scorer = Scorer(run)
+    scores, report = scorer.score(records, trainable, frozen, examples, checkpoint.latest_step(str(workdir)) or 0)
     if jax.process_index() == 0:
         if report.arrays:  # vectors of two runs are not comparable
             report.arrays.update(index_file.origin(experiment, str(workdir)), split=split)

@@ -51,6 +51,15 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         raise Mistake(
             "config.data.eval_split is empty; name the split to score, as --config.data.eval_split=validation"
         )
+    if train.eval_scores_every and not data.eval_split:
+        raise Mistake(
+            "config.train.eval_scores_every: config.data.eval_split is empty; name the split to score, as "
+            "--config.data.eval_split=validation"
+        )
+    if train.best and not train.eval_scores_every:
+        raise Mistake(
+            f'config.train.best is {train.best!r}, but config.train.eval_scores_every is empty; write how often, as "5 epochs"'
+        )
     if not begun:
         run_folder.check_init_from(experiment)
     _check_files(experiment)

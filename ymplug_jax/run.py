@@ -129,8 +129,10 @@ def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
     total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
     if not total:
         raise Mistake(f"config.train.duration: {train.duration!r} are 0 steps of this data; train for 1 step or more")
-    for name in ("save_every", "eval_every"):
+    for name in ("save_every", "eval_every", "eval_scores_every"):
         value, setting = getattr(train, name), f"config.train.{name}"
+        if name == "eval_scores_every" and not value:
+            continue
         config.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
         if config.is_zero(value):  # a share that is less than one step is each step
             raise Mistake(f"{setting}: {value!r} is no interval; write 1 step or more")

@@ -17,6 +17,7 @@ from ymplug_jax.exits import PlaceFailed
 from ymplug_jax.verified import Damaged
 
 FROZEN = "frozen"
+BEST = "best"  # folder below a run's own: a run's folder of its best step, which shares the frozen parameters
 STEPS = "steps"
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
 CONVERTED = "converted"  # parameters of another program's checkpoint, in a folder of their own
@@ -88,6 +89,8 @@ def places(workdir: str, step: int | None = None) -> list[epath.Path]:
     folder = whole(workdir) / "checkpoints"
     step = latest_step(workdir) if step is None else step
     possible = [folder / CONVERTED, folder / FROZEN]
+    if folder.parent.name == BEST and not possible[1].exists():
+        possible[1] = folder.parent.parent / "checkpoints" / FROZEN
     # A step whose parameters are gone is damaged: it must not pass for a run that has only frozen ones.
     return [place for place in possible if place.exists()] + (
         [folder / STEPS / str(step) / TRAINABLE] if step is not None else []
@@ -152,7 +155,7 @@ def fingerprint(workdir: str) -> str:
     if not (found := places(workdir)):
         raise CheckpointError(f"{workdir}: no checkpoint here; give the folder of a run or of a conversion")
     for place in found:
-        if (sums := sums_in(place, latest_step(workdir))) is not None:
+        if (sums := sums_in(place, step_folder(whole(workdir), latest_step(workdir)))) is not None:
             lines += [f"{path} {value}\n" for path, value in sums.items()]
             continue
         folders = [place]
@@ -175,13 +178,21 @@ def sums_of(step_folder: epath.Path) -> dict[str, dict[str, str]] | None:
     return sums
 
 
-def sums_in(place: epath.Path, step: int | None) -> dict[str, str] | None:
-    """Checksums of the parameters in one of the `places` of a step, which also has those of the run's frozen ones; None if it was
-    saved without."""
+def step_folder(workdir: epath.Path, step: int | None) -> epath.Path | None:
+    """The folder of a saved step; None for a conversion, which has none."""
+    return None if step is None else workdir / "checkpoints" / STEPS / str(step)
+
+
+def sums_in(place: epath.Path, step: epath.Path | None) -> dict[str, str] | None:
+    """Checksums of the parameters in one of the `places` of a step; None if it was saved without.
+
+    Args:
+      place: the item's folder.
+      step: that of the step, which also has the checksums of the run's frozen parameters; None for a conversion.
+    """
     if place.name == TRAINABLE:
         return (sums_of(place.parent) or {}).get(TRAINABLE)
-    step = step if place.name == FROZEN else None
-    in_step = (sums_of(place.parent / STEPS / str(step)) or {}).get(FROZEN) if step is not None else None
+    in_step = (sums_of(step) or {}).get(FROZEN) if step is not None and place.name == FROZEN else None
     return in_step or checksums.read(place)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
@@ -11,7 +12,8 @@ from etils import epath
 from ymplug_jax import checkpoint, config, evaluate, plan, progress, run_folder, sharding
 from ymplug_jax import run as run_lib
 from ymplug_jax import step as step_lib
-from ymplug_jax.checkpoint import Checkpoints, place_of
+from ymplug_jax.best import Best
+from ymplug_jax.checkpoint import BEST, Checkpoints, place_of
 from ymplug_jax.config import Experiment
 from ymplug_jax.data import feed as feed_lib
 from ymplug_jax.data import loader
@@ -85,22 +87,36 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: _Stop)
 
     loss_step = evaluate.make_loss_step(run)
     held_out = open_split(data.path, data.eval_split) if data.eval_split else None
+    scorer = evaluate.Scorer(run) if settings.eval_scores_every else None
+    scores_every = steps(settings.eval_scores_every) if scorer else 0
+    best = Best(experiment, workdir) if settings.best else None
 
     def check(step: int) -> None:
+        """The losses of the evaluation split, and every `eval_scores_every` the task's own scores."""
         if stop.alone and stop.asked(step):
             return
+        whole: dict[str, Any] = {}
         with saved_first(step), stop.at_once(), reading(data.path):
-            found = evaluate.losses(run, loss_step, held_out, state.trainable, frozen)
+            if scorer and (step % scores_every == 0 or step == run.total_steps):
+                whole, _ = scorer.score(held_out, state.trainable, frozen, settings.eval_examples, step)
+                found = {name: value for name, value in whole.items() if isinstance(value, float)}
+            else:
+                found = evaluate.losses(run, loss_step, held_out, state.trainable, frozen)
             scores.update(finite_scores(step, found, data.eval_split))
-            log.write(step, {f"eval/{name}": value for name, value in scores.items()})
-            log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            log.write(step, {f"eval/{name}": value for name, value in found.items()})
+            log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if best and whole and best.offer(state, step, seen_after(step), whole, checkpoints.frozen_sums):
+            log.say(f"step {step}: best {settings.best} so far, kept in {workdir / BEST}")
         log.restart_clock()
+
+    def seen_after(step: int) -> int:
+        return seen + (step - start) * settings.batch_size
 
     def save(step: int) -> None:
         log.flush(step)  # a run of bad steps must not become the last good checkpoint
         with place_of(workdir):
             writer.flush()
-        checkpoints.save(state, step, seen + (step - start) * settings.batch_size)
+        checkpoints.save(state, step, seen_after(step))
 
     @contextlib.contextmanager
     def saved_first(step: int) -> Iterator[None]:
@@ -128,7 +144,8 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: _Stop)
             last, stopping = step == run.total_steps, stop.asked(step)
             if step % log_every == 0 or last or stopping:
                 log.flush(step, corrupt=feed.skipped)
-            if held_out is not None and (step % eval_every == 0 or last) and not stopping:
+            due = step % eval_every == 0 or last or (scorer and step % scores_every == 0)
+            if held_out is not None and due and not stopping:
                 log.flush(step)
                 check(step)
                 stopping = stop.alone and stop.asked(step)
