@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from data_prep import rows as rows_lib
 from data_prep.builder import NAME, BuildPartition, Settings, features
+from data_prep.container import REASONS
 from data_prep.index_shards import BrokenShard, write_index
-from data_prep.video_frames import JPEG_QUALITY, REASONS, SHORT_SIDE
+from data_prep.video_frames import JPEG_QUALITY, SHORT_SIDE
 from ymplug_jax.data import schema
 
 BUILDING = ".building"  # folder inside OUT for partitions that are not yet shards

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from tensorflow_datasets.proto import tf_example_pb2
 
+from data_prep.container import Reject
 from data_prep.index_shards import frame
 from data_prep.rows import Row
-from data_prep.video_frames import Clip, Reader, Reject, resolve
+from data_prep.video_frames import Clip, Reader
+from data_prep.video_path import resolve
 from ymplug_jax.data import schema
 
 NAME = "youku_mplug"  # of the TFDS data set

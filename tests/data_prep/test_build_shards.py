@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import videos
 
-from data_prep import build_shards, video_frames
+from data_prep import build_shards, container, video_frames
 from ymplug_jax.data import schema
 from ymplug_jax.data.frames import decode_frames
 from ymplug_jax.data.records import Records
@@ -274,7 +274,7 @@ def test_a_clip_that_hangs_is_given_up(root: Path):
 
 
 def test_oversized_pictures_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path):
-    monkeypatch.setattr(video_frames, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(container, "MAX_PIXELS", 1000)
     with pytest.raises(video_frames.Reject, match="too_large"):
         video_frames.read_clip(str(root / "a.mp4"), 4)
     monkeypatch.setattr(video_frames, "MAX_BYTES", 10)
