@@ -5,8 +5,10 @@ go on after a kill and shuffles everything through Beam, which a build for rando
 globally. So a partition of rows becomes a shard in one Beam element, written under a temporary name and then renamed.
 """
 
+import errno
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +17,12 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from tensorflow_datasets.proto import tf_example_pb2
 
+from data_prep.container import Reject
 from data_prep.index_shards import frame
 from data_prep.rows import Row
-from data_prep.video_frames import Clip, Reader, Reject, resolve
+from data_prep.video_frames import Clip, DecoderFailed, Reader
+from data_prep.video_path import resolve
 from ymplug_jax.data import schema
-
-NAME = "youku_mplug"  # of the TFDS data set
 
 
 class Settings(NamedTuple):
@@ -29,6 +31,15 @@ class Settings(NamedTuple):
     kind: str  # pretrain, classification, retrieval or captioning
     num_frames: int
     time_limit: float  # seconds a clip
+    allow_links_to: tuple[str, ...] = ()  # folders outside the video root that links may lead to
+
+
+class PartitionFailed(RuntimeError):
+    """The machine failed, not a row: its disk is full, a folder is gone, no decoder starts. The message is one line; Beam
+    carries it from process to process as text, so `FAILED` finds it there."""
+
+
+FAILED = re.compile(r"PartitionFailed: ([^\n]*?)(?: \[while running|\n|$)")
 
 
 def features(num_frames: int) -> Any:
@@ -91,18 +102,31 @@ class BuildPartition(beam.DoFn):
     def process(self, element: tuple[int, list[tuple]]) -> Iterator[int]:
         number, rows = element
         shard = Path(self._folder) / f"part-{number:05d}.tfrecord"
-        progress, partial = shard.with_suffix(".progress"), shard.with_suffix(f".partial-{os.getpid()}")
+        partial = shard.with_suffix(f".partial-{os.getpid()}")
+        try:
+            self._write(shard, partial, list(map(Row._make, rows)))
+        except (OSError, DecoderFailed) as error:
+            partial.unlink(missing_ok=True)
+            message = f"{shard.parent}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            raise PartitionFailed(" ".join(message.split())) from None
+        yield number
+
+    def _write(self, shard: Path, partial: Path, rows: list[Row]) -> None:
+        """Raises OSError where the shard cannot be written or the video root is gone."""
+        progress = shard.with_suffix(".progress")
         rejects: list[dict] = []
         sizes: list[int] = []
         told = 0.0
         with partial.open("wb") as file:
-            for done, row in enumerate(map(Row._make, rows)):
+            for done, row in enumerate(rows):
                 if time.monotonic() - told > 0.5:
                     progress.write_text(str(done))
                     told = time.monotonic()
                 try:
                     payload = self._record(row)
                 except Reject as reject:
+                    if reject.reason == "missing_file" and not os.path.isdir(self._root):
+                        raise FileNotFoundError(errno.ENOENT, f"the video root {self._root} is gone") from None
                     rejects.append(
                         {"row": row.number, "id": row.media_id, "reason": reject.reason, "detail": reject.detail}
                     )
@@ -117,9 +141,9 @@ class BuildPartition(beam.DoFn):
         ready.write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
         ready.rename(shard.with_suffix(".json"))
         progress.unlink(missing_ok=True)
-        yield number
 
     def _record(self, row: Row) -> bytes:
         if row.problem:
-            raise Reject("bad_row", row.problem)
-        return serialize(row, self._reader.read(resolve(self._root, row.media_id), self._settings.num_frames))
+            raise Reject(row.reason, row.problem)
+        path = resolve(self._root, row.media_id, self._settings.allow_links_to)
+        return serialize(row, self._reader.read(path, self._settings.num_frames))

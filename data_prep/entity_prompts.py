@@ -8,15 +8,15 @@ in place of {}. The English templates of ALPRO are four nouns with three article
 ours, because none were published.
 """
 
-import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from data_prep.flags import Parser, bar, local_path, run, write_text
+from data_prep.tables import read_lines
 from data_prep.train_tokenizer import texts_of
 
 TEMPLATES = {
@@ -36,11 +36,8 @@ def read_entities(path: Path) -> list[str]:
 
     Raises ValueError where there is none, or the file is not UTF-8.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    found = list(dict.fromkeys(line.split()[0] for line in lines if line.split()))
+    words = (re.split("[ \t\u3000]+", line.strip(), maxsplit=1)[0] for line in read_lines(path))
+    found = list(dict.fromkeys(filter(None, words)))
     if not found:
         raise ValueError(f"{path}: no entity in it; write one a line")
     return found
@@ -61,30 +58,33 @@ def choose(entities: Sequence[str], counts: Counter, count: int) -> list[str]:
     return sorted(entities, key=lambda entity: -counts[entity])[:count]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.entity_prompts", description=__doc__.splitlines()[0])
-    parser.add_argument("--entities", type=Path, required=True, help="text file, one entity a line")
-    parser.add_argument("--csv", type=Path, nargs="*", default=[], help="CSVs of the release to count in")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    return run(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = Parser("entity_prompts", __doc__.splitlines()[0])
+    parser.add_argument("--entities", type=local_path, required=True, help="text file, one entity a line")
+    parser.add_argument("--csv", type=local_path, nargs="*", default=[], help="CSVs of the release to count in")
+    parser.add_argument("--out", type=local_path, required=True, help="JSON file to write")
     parser.add_argument("--count", type=int, default=1000, help="entities to keep (default 1000)")
     parser.add_argument("--language", choices=list(TEMPLATES), default="zh", help="of the templates")
     args = parser.parse_args(argv)
-    try:
-        entities, counts = read_entities(args.entities), Counter()
-        if args.csv:
-            texts = (text for path in args.csv for text in texts_of(path))
-            with tqdm(texts, desc="counting", unit="text", file=sys.stderr) as bar:
-                counts = count_in(bar, entities)
-        chosen = choose(entities, counts, args.count)
-        made = {
-            "entities": chosen,
-            "templates": TEMPLATES[args.language],
-            "counts": [counts[entity] for entity in chosen] if args.csv else [],
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"entity_prompts: {error}\n")
+    if args.count < 1:
+        raise ValueError(f"--count {args.count}: give at least 1")
+    entities, counts = read_entities(args.entities), Counter()
+    if args.csv:
+        texts = (text for path in args.csv for text in texts_of(path))
+        with bar(texts, "counting", "text") as read:
+            counts = count_in(read, entities)
+    chosen = choose(entities, counts, args.count)
+    made = {
+        "entities": chosen,
+        "templates": TEMPLATES[args.language],
+        "counts": [counts[entity] for entity in chosen] if args.csv else [],
+    }
+    write_text(args.out, json.dumps(made, ensure_ascii=False, indent=1) + "\n")
     print(
         f"{args.out}: {len(chosen)} entities, {len(made['templates'])} templates; config.model.entities={len(chosen)}"
     )
@@ -93,4 +93,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,12 @@
 """Offsets and lengths of every record, checksums verified: `python -m data_prep.index_shards DIR`."""
 
-import argparse
 import sys
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from tqdm import tqdm
 
+from data_prep.flags import Parser, bar, local_path, run
 from ymplug_jax.data import schema
 
 
@@ -49,9 +48,13 @@ def write_index(shard: Path) -> int:
     index = index_of(shard)
     target = shard.with_name(shard.name + schema.INDEX_SUFFIX)
     partial = target.with_name(target.name + ".partial")
-    with partial.open("wb") as file:
-        np.save(file, index)
-    partial.rename(target)
+    try:
+        with partial.open("wb") as file:
+            np.save(file, index)
+        partial.rename(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(target)) from None
     return len(index)
 
 
@@ -62,22 +65,23 @@ def frame(payload: bytes) -> bytes:
     return size + head + payload + body
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    return run(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
     """Index every shard of a folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    shards = sorted(p for p in folder.glob("*.tfrecord-*-of-*") if not p.name.endswith(schema.INDEX_SUFFIX))
+    parser = Parser("index_shards", __doc__)
+    parser.add_argument("folder", type=local_path)
+    folder = parser.parse_args(argv).folder
+    shards = sorted(
+        p for p in folder.glob("*.tfrecord-*-of-*") if not p.name.endswith((schema.INDEX_SUFFIX, ".partial"))
+    )
     if not shards:
-        print(f"error: {folder}: no shards (*.tfrecord-00000-of-00001) here", file=sys.stderr)
-        return 2
-    try:
-        records = sum(write_index(shard) for shard in tqdm(shards, unit="shard", desc="index", file=sys.stderr))
-    except BrokenShard as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(f"{folder}: no shards (*.tfrecord-00000-of-00001) here")
+    records = sum(write_index(shard) for shard in bar(shards, "index", "shard"))
     print(f"{records:,} records in {len(shards)} shards")
-    return 0
 
 
 if __name__ == "__main__":

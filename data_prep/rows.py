@@ -1,17 +1,18 @@
 """The release's CSV files as rows: which file, which text, which label. Standard library only."""
 
-import ast
-import csv
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.captions import captions_of
+from data_prep.tables import read_table
 from ymplug_jax.data import schema
 
 
 class Row(NamedTuple):
-    """One row of a CSV. `problem` is why its text cannot be used, or empty."""
+    """One row of a CSV. `problem` is why it cannot be used, or empty; `reason` is then a key of container.REASONS."""
 
     number: int  # 0-based, header not counted
     media_id: str
@@ -20,62 +21,51 @@ class Row(NamedTuple):
     label_text: str
     label_index: int
     problem: str
+    reason: str = "bad_row"
 
 
-def read_rows(csv_file: Path, kind: str) -> list[Row]:
+def read_rows(csv_file: Path, kind: str, classes: Sequence[str] = schema.CLASS_NAMES) -> list[Row]:
     """All rows of a CSV of one of the kinds in schema.COLUMNS, UTF-8 with or without byte order mark.
 
     Raises:
-      ValueError: not UTF-8, no rows, or columns that do not fit the kind; the message names file and columns.
+      ValueError: no rows, or whatever `tables.read_table` finds; the message names file and line or columns.
     """
     file_column, text_columns = schema.COLUMNS[kind]
-    try:
-        with open(csv_file, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames or []
-            if missing := [name for name in (file_column, *text_columns) if name not in header]:
-                raise ValueError(
-                    f"{csv_file}: no column {missing[0]!r}, which --config {kind} needs; its columns are {', '.join(header) or 'none'}"
-                )
-            rows = [_row(i, fields, kind, file_column) for i, fields in enumerate(reader)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{csv_file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    table = read_table(csv_file, (file_column, *text_columns), (file_column,))
+    _, header = next(table)
+    indices = {name: i for i, name in enumerate(classes)}
+    rows = [_row(i, header, fields, kind, indices) for i, (_, fields) in enumerate(table)]
     if not rows:
         raise ValueError(f"{csv_file}: a header and no rows")
     return rows
 
 
-def _row(number: int, fields: dict, kind: str, file_column: str) -> Row:
-    def text(column: str) -> str:
-        return (fields.get(column) or "").strip()
+def _row(number: int, header: list[str], fields: list[str], kind: str, classes: dict[str, int]) -> Row:
+    by_name = dict(zip(header, fields, strict=False))
 
-    title, captions, label, index, problem = text("title"), (), "", -1, ""
-    if None in fields or None in fields.values():
-        problem = "the row has another number of fields than the header; is a comma or a quote missing?"
+    def text(column: str) -> str:
+        return by_name.get(column, "").strip()
+
+    title, captions, label, index, problem, reason = text("title"), (), "", -1, "", "bad_row"
     if kind == "retrieval":
         captions = (text("caption"),) if text("caption") else ()
     elif kind == "captioning":
-        captions, problem = _captions(text("golden_caption"), problem)
+        captions, problem = captions_of(text("golden_caption"))
     elif kind == "question":
         title, label = text("question"), text("answer")
     elif kind == "classification":
         label = text("label")
-        if label in schema.CLASS_NAMES:
-            index = schema.CLASS_NAMES.index(label)
-        elif label:  # an empty label is a withheld one
-            problem = f"label {label!r} is none of the {len(schema.CLASS_NAMES)} class names"
-    return Row(number, text(file_column), title, captions, label, index, problem)
-
-
-def _captions(value: str, problem: str) -> tuple[tuple[str, ...], str]:
-    """Plain text, or a Python list of references as in the validation split."""
-    if not value.startswith("["):
-        return ((value,) if value else ()), problem
-    try:
-        items = ast.literal_eval(value)
-        return tuple(str(item) for item in items if str(item).strip()), problem
-    except (ValueError, SyntaxError):
-        return (), "golden_caption begins like a list but cannot be read as one"
+        index = classes.get(label, -1)
+        if label and index < 0:  # an empty label is a withheld one
+            problem, reason = f"label {label!r} is none of the {len(classes)} class names", "unknown_label"
+    if len(fields) != len(header):
+        problem, reason = (
+            f"{len(fields)} fields, the header has {len(header)}; is a comma or a quote missing?",
+            "bad_row",
+        )
+    elif any("\x00" in field for field in fields):
+        problem, reason = "a NUL character", "bad_row"
+    return Row(number, text(schema.COLUMNS[kind][0]), title, captions, label, index, problem, reason)
 
 
 def duplicates(rows: list[Row]) -> dict[str, int]:

@@ -7,9 +7,6 @@ bytes for characters that it has not seen. (One exception: U+2581, sentencepiece
 space.) Ids: 0 pad, 1 bos, 2 eos, 3 unk, 4 to 259 the bytes, then the learned pieces.
 """
 
-import argparse
-import ast
-import csv
 import io
 import os
 import re
@@ -20,8 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
-from tqdm import tqdm
 
+from data_prep.captions import captions_of
+from data_prep.flags import Parser, bar, local_path, run, write_bytes, write_text
+from data_prep.tables import check_header, read_lines, read_table
 from ymplug_jax.data.schema import COLUMNS
 
 PAD, BOS, EOS, UNK = range(4)
@@ -52,39 +51,29 @@ def kind_of(path: Path, header: list[str]) -> str:
     return max(kinds, key=lambda kind: len(COLUMNS[kind][1]))
 
 
-def captions_of(value: str) -> list[str]:
-    """The texts of one captioning cell: a list of references in validation, a plain text in training."""
-    if value.startswith("["):
-        try:
-            items = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return [value]
-        if isinstance(items, list) and all(isinstance(item, str) for item in items):
-            return items
-    return [value]
-
-
-def texts_of(path: Path) -> Iterator[str]:
+def texts_of(path: Path, left_out: list[str] | None = None) -> Iterator[str]:
     """All texts of one CSV, or the lines of a .txt file; empty ones left out.
 
-    Raises ValueError for an unknown header or text that is not UTF-8.
+    Cells of golden_caption that the builder rejects are left out; `left_out` receives why, one entry each.
+    Raises ValueError for an unknown header, text that is not UTF-8, or quotes that do not close.
     """
-    csv.field_size_limit(2**31 - 1)
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        try:
-            if path.suffix == ".txt":
-                yield from filter(None, (line.rstrip("\r\n") for line in stream))
-                return
-            rows = csv.DictReader(stream)
-            kind = kind_of(path, list(rows.fieldnames or ()))
-            for row in rows:
-                for column in COLUMNS[kind][1]:
-                    value = row[column] or ""
-                    yield from filter(None, captions_of(value) if kind == "captioning" else [value])
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
+    if path.suffix == ".txt":
+        yield from filter(None, read_lines(path))
+        return
+    table = read_table(path, (), [file for file, _ in COLUMNS.values()])
+    _, header = next(table)
+    kind = kind_of(path, header)
+    check_header(path, header, (COLUMNS[kind][0], *COLUMNS[kind][1]))
+    places = [header.index(column) for column in COLUMNS[kind][1]]
+    for line, fields in table:
+        for value in (fields[place] for place in places if place < len(fields)):
+            if kind == "captioning":
+                found, problem = captions_of(value)
+                yield from found
+                if problem and left_out is not None:
+                    left_out.append(f"{path}, line {line}: {problem}")
+            elif value:
+                yield value
 
 
 def train(texts: Iterator[str], vocab: int) -> bytes:
@@ -94,7 +83,7 @@ def train(texts: Iterator[str], vocab: int) -> bytes:
     """
     if vocab <= FIXED_PIECES:
         raise ValueError(f"--vocab {vocab}: {FIXED_PIECES} pieces are special tokens and bytes; give more")
-    lines = (line for text in texts for line in text.splitlines() if line.strip())  # the trainer takes single lines
+    lines = (line for text in texts for line in text.split("\n") if line.strip())  # the trainer takes single lines
     first = next(lines, None)
     if first is None:
         raise ValueError("--csv: there is no text in the given files")
@@ -152,33 +141,35 @@ def shares_of(model: bytes, texts: Iterator[str]) -> Shares:
     return Shares(*counts)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.train_tokenizer", description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    return run(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = Parser("train_tokenizer", __doc__.splitlines()[0])
     parser.add_argument(
-        "--csv", type=Path, nargs="+", required=True, help="CSVs of the release, of any kind, or *.txt of lines"
+        "--csv", type=local_path, nargs="+", required=True, help="CSVs of the release, of any kind, or *.txt of lines"
     )
-    parser.add_argument("--out", type=Path, required=True, help="file to write, ending in .model")
+    parser.add_argument("--out", type=local_path, required=True, help="file to write, ending in .model")
     parser.add_argument("--vocab", type=int, default=512, help="pieces at most, 260 fixed ones included (default 512)")
     parser.add_argument(
-        "--texts", type=Path, help="also write the texts there, one a line, e.g. for configs/tiny/language.py"
+        "--texts", type=local_path, help="also write the texts there, one a line, e.g. for configs/tiny/language.py"
     )
     args = parser.parse_args(argv)
     if args.out.suffix != ".model":
-        parser.exit(2, f"train_tokenizer: --out {args.out}: the name must end in .model\n")
-    try:
-        texts = (text for path in args.csv for text in texts_of(path))
-        with tqdm(texts, desc="reading", unit="text", file=sys.stderr) as bar:
-            model = train(iter(bar), args.vocab)
-        shares = shares_of(model, islice((text for path in args.csv for text in texts_of(path)), REPORTED))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.out.with_name(f".{args.out.name}.partial")
-        partial.write_bytes(model)
-        partial.replace(args.out)
-        if args.texts:
-            lines = (line for path in args.csv for text in texts_of(path) for line in text.splitlines() if line.strip())
-            args.texts.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"train_tokenizer: {error}\n")
+        raise ValueError(f"--out {args.out}: the name must end in .model")
+    left_out: list[str] = []
+    texts = (text for path in args.csv for text in texts_of(path, left_out))
+    with bar(texts, "reading", "text") as read:
+        model = train(iter(read), args.vocab)
+    shares = shares_of(model, islice((text for path in args.csv for text in texts_of(path)), REPORTED))
+    write_bytes(args.out, model)
+    if args.texts:
+        lines = (line for path in args.csv for text in texts_of(path) for line in text.split("\n") if line.strip())
+        write_text(args.texts, "".join(f"{line}\n" for line in lines))
+    if left_out:
+        print(f"note: {len(left_out)} cells were left out; the first: {left_out[0]}", file=sys.stderr)
     size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
     print(f"{args.out}: {size} pieces, of them {size - FIXED_PIECES} learned")
     if size < args.vocab:
@@ -190,4 +181,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

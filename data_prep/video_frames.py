@@ -1,12 +1,16 @@
-"""Evenly spaced frames of one video file as JPEG, or one clear reason why there are none. The only home of PyAV.
+"""Evenly spaced frames of one video file as JPEG, or one clear reason why there are none. PyAV stays here and in `container`.
 
-Decoding runs in a child process that is kept from clip to clip and killed when a clip takes too long or crashes it: codec
-libraries hang and die in C, where no Python time limit reaches.
+Decoding runs in a child process (`Reader`) that is kept from clip to clip and killed when a clip takes too long or crashes
+it: codec libraries hang and die in C, where no Python time limit reaches.
 """
 
 import contextlib
+import io
 import multiprocessing
 import os
+import statistics
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,72 +19,43 @@ import av.logging
 import cv2
 import numpy as np
 
+from data_prep.container import FILE_ERRORS, MAX_PIXELS, Reject, count_packets, line, open_video, video_stream
+
 SHORT_SIDE = 256  # pixels of the stored frames; smaller videos stay as they are
 JPEG_QUALITY = 90
-MIN_SIDE = 16  # pixels; below it there is nothing to see
-MAX_PIXELS = 8192 * 4352  # width x height of the source; checked before anything is decoded
 MAX_BYTES = 8 * 2**30  # of a file
+REORDER = 16  # frames that a codec may hold back: time stamps in coding order are at most so many places off
 
-# reason -> what it means, as printed in the summary
-REASONS = {
-    "missing_file": "no such file under the video root",
-    "empty_file": "zero bytes",
-    "not_a_video": "the content is no known video container",
-    "no_video_stream": "a container without a picture (audio only)",
-    "unreadable": "a video container that cannot be opened or decoded",
-    "truncated": "the data breaks off before the end",
-    "too_small": f"a side below {MIN_SIDE} pixels",
-    "too_large": "more pixels or bytes than the limits",
-    "timed_out": "decoding took longer than --time_limit",
-    "hostile_path": "an absolute path, or one that leaves the video root",
-    "bad_row": "a CSV row whose text cannot be used",
-}
-
-# How files begin, to tell a broken video from something else: (offset, bytes).
-SIGNATURES = (
-    (4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"free"), (4, b"wide"), (4, b"skip"), (0, b"RIFF"), (0, b"\x1aE\xdf\xa3"), (0, b"FLV"),
-    (0, b"\x30\x26\xb2\x75"), (0, b"OggS"), (0, b"GIF8"), (0, b"\x00\x00\x01\xba"), (0, b"\x00\x00\x01\xb3"), (0, b"\x47"), (4, b"\x47"),
-)  # fmt: skip
+START_LIMIT = 120.0  # seconds for a decoder process to start, on a busy machine
+STARTS = 3  # tries to start one
+DEATHS = 10  # files in a row that kill the decoder, after which the machine is at fault
+# Two frames of 16x16 pixels: a decoder process that cannot read these is broken itself.
+KNOWN_GIF = (
+    b"GIF89a\x10\x00\x10\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff"
+    + b"\x21\xf9\x04\x00\x0a\x00\x00\x00\x2c\x00\x00\x00\x00\x10\x00\x10\x00\x00\x02\x0e\x84\x8f\xa9\xcb\xed\x0f\xa3\x9c\xb4\xda\x8b\xb3>\x05\x00"
+    * 2
+    + b"\x3b"
+)
 
 
-class Reject(Exception):
-    """A row that gives no record: `reason` is a key of REASONS, `detail` says more."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+class DecoderFailed(RuntimeError):
+    """The decoder process cannot start, or dies whatever file it reads. The message is one line."""
 
 
 class Clip(NamedTuple):
     """Stored frames of one video."""
 
-    frames: list[bytes]  # JPEG
-    timestamps: list[int]  # microseconds from the first frame
+    frames: list[bytes]  # JPEG, all of one size
+    timestamps: list[int]  # microseconds from the first frame, never going back
     height: int
     width: int
     decoded: int  # different frames among `frames`
 
 
-def resolve(video_root: str, name: str) -> Path:
-    """The file of a row, certainly inside the video root.
-
-    Raises:
-      Reject: hostile_path, missing_file.
-    """
-    if not name or "\x00" in name or os.path.isabs(name) or ".." in Path(name).parts:
-        raise Reject("hostile_path", "the FILE column must be a path below the video root, without '..'")
-    root = Path(video_root).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise Reject("hostile_path", "a link leads outside the video root")
-    if not path.is_file():
-        raise Reject("missing_file", f"no such file below {video_root}")
-    return path
-
-
 def read_clip(path: str, num_frames: int) -> Clip:
     """`num_frames` frames evenly spaced over those that really decode (the middle of equal intervals); a shorter clip repeats
-    its last one. Frames are turned as the file's rotation tag says.
+    its last one. Frames are turned as the file's rotation tag says. Where the picture size changes within the stream, all
+    frames are scaled to the size of the first stored one.
 
     Raises:
       Reject: any reason about the file.
@@ -91,7 +66,7 @@ def read_clip(path: str, num_frames: int) -> Clip:
         raise Reject("empty_file", "zero bytes")
     if size > MAX_BYTES:
         raise Reject("too_large", f"{size:,} bytes, the limit is {MAX_BYTES:,}")
-    count = _count_packets(path)
+    count = count_packets(path)
     for _ in range(2):  # headers and packet counts lie: the second pass knows how many frames decode
         clip, decoded = _decode(path, num_frames, count)
         if clip is not None:
@@ -100,49 +75,6 @@ def read_clip(path: str, num_frames: int) -> Clip:
             raise Reject("unreadable", "no frame decodes")
         count = decoded
     raise Reject("unreadable", "decodes differently every time")
-
-
-def _open(path: str) -> "av.container.InputContainer":
-    try:
-        # Metadata in other encodings is common and of no use here.
-        return av.open(path, metadata_errors="ignore")
-    except Exception as error:  # PyAV lets errors of several families through
-        with open(path, "rb") as file:
-            head = file.read(64)
-        if any(head[at : at + len(mark)] == mark for at, mark in SIGNATURES):
-            raise Reject("unreadable", _line(error)) from None
-        raise Reject("not_a_video", f"begins with {head[:16]!r}") from None
-
-
-def _stream(container: "av.container.InputContainer") -> "av.video.stream.VideoStream":
-    """The first video stream that is no cover picture, checked for size."""
-    for stream in container.streams.video:
-        if "attached_pic" in str(stream.disposition):
-            continue
-        if stream.codec_context is None:
-            raise Reject("unreadable", "the header names no codec that exists")
-        width, height = stream.codec_context.width, stream.codec_context.height
-        if width * height > MAX_PIXELS:
-            raise Reject("too_large", f"{width}x{height} pixels")
-        if width and height and min(width, height) < MIN_SIDE:
-            raise Reject("too_small", f"{width}x{height} pixels")
-        return stream
-    raise Reject("no_video_stream", f"streams: {', '.join(s.type for s in container.streams) or 'none'}")
-
-
-def _count_packets(path: str) -> int:
-    """Packets of the video stream, without decoding."""
-    with _open(path) as container:
-        stream = _stream(container)
-        count = 0
-        try:
-            for packet in container.demux(stream):
-                count += bool(packet.size)
-        except (av.FFmpegError, UnicodeDecodeError) as error:
-            raise Reject("truncated", f"reading breaks off after {count} frames: {_line(error)}") from None
-        if count == 0:
-            raise Reject("unreadable", "the video stream holds no data")
-        return count
 
 
 def spaced(num_frames: int, count: int) -> list[int]:
@@ -155,67 +87,130 @@ def spaced(num_frames: int, count: int) -> list[int]:
 def _decode(path: str, num_frames: int, count: int) -> tuple[Clip | None, int]:
     """(clip, frames decoded), expecting `count` frames; no clip if fewer come."""
     wanted = spaced(num_frames, count)
-    kept: dict[int, tuple[bytes, int]] = {}
-    first_time, shape, decoded = None, (0, 0), 0
-    with _open(path) as container:
-        stream = _stream(container)
+    last, needed = wanted[-1], set(wanted)
+    kept: dict[int, bytes] = {}
+    times: list[float | None] = []
+    size, enough = None, last + 1
+    with open_video(path) as container:
+        stream = video_stream(container)
         stream.thread_type = "NONE"  # processes are the parallelism
         stream.thread_count = 1
-        frames = container.decode(stream)
-        last = wanted[-1]
-        needed = set(wanted)
-        while decoded <= last:
-            try:
-                frame = next(frames)
-            except StopIteration:
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes that the header does not tell
+        step = 1 / float(stream.average_rate or 25)
+        for i, frame in enumerate(_frames(container, stream, last, count)):
+            times.append(frame.time)
+            if i in needed:
+                kept[i], size = _encode(frame, size)
+            if i and None not in times[-2:] and times[-1] < times[-2]:
+                enough = last + 1 + REORDER  # the times of the last frames come with later frames
+            if len(times) >= enough:
                 break
-            except Exception as error:
-                if decoded:
-                    raise Reject(
-                        "truncated", f"decoding breaks off after {decoded} of {count} frames: {_line(error)}"
-                    ) from None
-                raise Reject("unreadable", _line(error)) from None
-            seconds = frame.time if frame.time is not None else decoded / float(stream.average_rate or 25)
-            first_time = seconds if first_time is None else first_time
-            if decoded in needed:
-                jpeg, shape = _encode(frame)
-                kept[decoded] = (jpeg, max(0, round(1e6 * (seconds - first_time))))
-            decoded += 1
     if not needed <= kept.keys():
-        return None, decoded
-    chosen = [kept[i] for i in wanted]
-    return Clip([jpeg for jpeg, _ in chosen], [time for _, time in chosen], *shape, len(kept)), decoded
+        return None, len(times)
+    line_of_times = timeline(times, step)
+    moments = [round(1e6 * line_of_times[i]) for i in wanted]
+    return Clip([kept[i] for i in wanted], moments, *size, len(kept)), len(times)
 
 
-def _encode(frame: "av.VideoFrame") -> tuple[bytes, tuple[int, int]]:
-    """(JPEG, (height, width)) of one frame, short side at most SHORT_SIDE, turned upright."""
+def _frames(
+    container: "av.container.InputContainer", stream: "av.video.stream.VideoStream", last: int, count: int
+) -> Iterator["av.VideoFrame"]:
+    """Frames in display order; an error behind frame `last` ends them.
+
+    Raises:
+      Reject: unreadable, truncated.
+    """
+    frames, decoded = container.decode(stream), 0
+    while True:
+        try:
+            frame = next(frames, None)
+        except FILE_ERRORS as error:
+            if decoded > last:
+                return
+            if decoded:
+                detail = f"decoding breaks off after {decoded} of {count} frames: {line(error)}"
+                raise Reject("truncated", detail) from None
+            raise Reject("unreadable", line(error)) from None
+        if frame is None:
+            return
+        yield frame
+        decoded += 1
+
+
+def timeline(times: Sequence[float | None], step: float) -> list[float]:
+    """Seconds from the first frame for frames in display order, never going back.
+
+    Missing times continue at `step` seconds a frame. Where times go back by up to REORDER frames they are in coding order
+    (H.264 in AVI): sorted, they are those of the frames as shown. Where they go back further the recording starts again
+    (a joined stream): what follows continues one frame after what was there.
+    """
+    filled: list[float] = []
+    for time in times:
+        filled.append(time if time is not None else (filled[-1] + step if filled else 0.0))
+    forward = [b - a for a, b in zip(filled, filled[1:], strict=False) if b > a]
+    gap = statistics.median(forward) if forward else step
+    if len(filled) > 1 and not forward:
+        return [i * step for i in range(len(filled))]  # all equal: no times at all
+    latest, offset, joined = filled[0], 0.0, []
+    for time in filled:
+        if time + offset < latest - REORDER * gap:
+            offset = latest + gap - time
+        joined.append(time + offset)
+        latest = max(latest, time + offset)
+    joined.sort()
+    return [time - joined[0] for time in joined]
+
+
+def _encode(frame: "av.VideoFrame", size: tuple[int, int] | None) -> tuple[bytes, tuple[int, int]]:
+    """(JPEG, (height, width)) of one frame, turned upright: scaled to `size`, or its short side to at most SHORT_SIDE.
+
+    Raises:
+      Reject: unreadable, too_large.
+    """
+    if not frame.width or not frame.height or frame.format is None:
+        raise Reject("unreadable", "a frame without a picture")
+    turns = round(frame.rotation / 90) % 4
     scale = min(1.0, SHORT_SIDE / min(frame.width, frame.height))
     width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
-    image = frame.reformat(
-        width=width, height=height, format="bgr24", interpolation="BILINEAR" if scale == 1.0 else "AREA"
-    ).to_ndarray()
-    if turns := round(frame.rotation / 90) % 4:
+    if size is not None:
+        height, width = size if turns % 2 == 0 else size[::-1]
+    shrinks = width * height < frame.width * frame.height
+    try:
+        image = frame.reformat(
+            width=width, height=height, format="bgr24", interpolation="AREA" if shrinks else "BILINEAR"
+        ).to_ndarray()
+    except FILE_ERRORS as error:
+        raise Reject("unreadable", line(error)) from None
+    if turns:
         image = np.ascontiguousarray(np.rot90(image, turns))
+    if max(image.shape) > 65500:
+        raise Reject("too_large", f"{image.shape[1]}x{image.shape[0]} pixels: no JPEG is as long")
     jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
     return jpeg, image.shape[:2]
 
 
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
 def _serve(pipe: "multiprocessing.connection.Connection") -> None:
-    """The child: paths in, clips or reasons out."""
+    """The child: says that it works, then takes paths and gives clips or reasons."""
     cv2.setNumThreads(0)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        try:
+            with av.open(io.BytesIO(KNOWN_GIF)) as known:
+                for frame in known.decode(video=0):
+                    _encode(frame, None)
+            pipe.send(("ready",))
+        except Exception:
+            pipe.send(("bug", traceback.format_exc()))
         while True:
             path, num_frames = pipe.recv()
             try:
-                pipe.send(tuple(read_clip(path, num_frames)))
+                answer = ("clip", tuple(read_clip(path, num_frames)))
             except Reject as reject:
-                pipe.send(reject.args)
-            except Exception as error:  # one odd file must not end the build
-                pipe.send(("unreadable", _line(error)))
+                answer = ("reject", *reject.args)
+            except FILE_ERRORS as error:
+                answer = ("reject", "unreadable", line(error))
+            except Exception:  # a fault of this program: it must not pass for one of the file
+                answer = ("bug", traceback.format_exc())
+            pipe.send(answer)
 
 
 class Reader:
@@ -224,37 +219,87 @@ class Reader:
     def __init__(self, time_limit: float):
         self._limit = time_limit
         self._child: multiprocessing.Process | None = None
+        self._ready = False
+        self._deaths = 0  # files in a row on which the child died
 
     def read(self, path: Path, num_frames: int) -> Clip:
         """As `read_clip`.
 
         Raises:
           Reject: any reason, timed_out and a crashed decoder included.
+          DecoderFailed: the decoder cannot start, or died on many files in a row.
         """
-        if self._child is None or not self._child.is_alive():
-            self._start()
-        self._pipe.send((str(path), num_frames))
+        answer = self._ask(str(path), num_frames)
+        if answer[0] == "died":
+            self._deaths += 1
+            if self._deaths >= DEATHS:
+                raise DecoderFailed(
+                    f"the decoder process died on {DEATHS} files in a row ({answer[1]}), last on {path}; is there enough memory?"
+                )
+            raise Reject("unreadable", f"the decoder crashed on this file ({answer[1]})")
+        self._deaths = 0
+        if answer[0] == "bug":
+            raise RuntimeError(f"a fault of the program, not of {path}:\n{answer[1]}")
+        if answer[0] == "reject":
+            raise Reject(*answer[1:])
+        return Clip(*answer[1])
+
+    def _ask(self, path: str, num_frames: int) -> tuple:
+        """The child's answer about one file, or ("died", how)."""
+        if self._child is None or not self._child.is_alive() or not self._ready:
+            self._begin()
         try:
+            self._pipe.send((path, num_frames))
             if not self._pipe.poll(self._limit):
                 self.close()
                 raise Reject("timed_out", f"no result after {self._limit:g} s")
-            answer = self._pipe.recv()
-        except EOFError:
-            self.close()
-            raise Reject("unreadable", "the decoder crashed on this file") from None
-        if len(answer) == 2:
-            raise Reject(*answer)
-        return Clip(*answer)
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            return "died", self._how_it_died()
+
+    def _begin(self) -> None:
+        """A child that has decoded a known clip."""
+        how = ""
+        for _ in range(STARTS):
+            try:
+                if self._child is None or not self._child.is_alive():
+                    self._start()
+                if self._pipe.poll(START_LIMIT):
+                    answer = self._pipe.recv()
+                    if answer[0] == "bug":
+                        self.close()
+                        raise RuntimeError(f"the decoder cannot read a clip that is known to be good:\n{answer[1]}")
+                    self._ready = True
+                    return
+                how = f"not ready after {START_LIMIT:g} s"
+                self.close()
+            except (EOFError, OSError) as error:
+                how = self._how_it_died() if self._child is not None else line(error)
+        raise DecoderFailed(f"the decoder process cannot start ({how}; {STARTS} tries); is there enough memory?")
+
+    def _how_it_died(self) -> str:
+        child = self._child
+        child.join(1.0)
+        code = child.exitcode
+        self.close()
+        if code is None:
+            return "it closed its pipe"
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
     def _start(self) -> None:
+        self.close()
         context = multiprocessing.get_context("spawn")  # a fork of a threaded worker could deadlock
         self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._child.start()
-        theirs.close()
+        child = context.Process(target=_serve, args=(theirs,), daemon=True)
+        try:
+            child.start()
+        finally:
+            theirs.close()
+        self._child = child
 
     def close(self) -> None:
         """End the child, at once."""
+        self._ready = False
         if self._child is not None:
             self._child.kill()
             self._child.join()

@@ -6,14 +6,12 @@ For runs without bert-base-chinese, whose vocab.txt is to be taken where its wei
 its line: [PAD], [UNK], [CLS], [SEP], [MASK], then characters and learned pieces. Chinese characters stand alone, as in BERT.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import tokenizers
-from tqdm import tqdm
 
+from data_prep.flags import Parser, bar, local_path, run, write_text
 from data_prep.train_tokenizer import texts_of
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -40,26 +38,30 @@ def train(texts: Iterable[str], vocab: int) -> list[str]:
     return sorted(found, key=found.__getitem__)[:vocab]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.word_pieces", description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    return run(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = Parser("word_pieces", __doc__.splitlines()[0])
     parser.add_argument(
-        "--csv", type=Path, nargs="+", required=True, help="CSVs of the release, of any kind, or *.txt of lines"
+        "--csv", type=local_path, nargs="+", required=True, help="CSVs of the release, of any kind, or *.txt of lines"
     )
-    parser.add_argument("--out", type=Path, required=True, help="file to write, ending in .txt")
+    parser.add_argument("--out", type=local_path, required=True, help="file to write, ending in .txt")
     parser.add_argument("--vocab", type=int, default=512, help="tokens at most (default 512)")
     args = parser.parse_args(argv)
     if args.out.suffix != ".txt":
-        parser.exit(2, f"word_pieces: --out {args.out}: the name must end in .txt\n")
-    try:
-        texts = (text for path in args.csv for text in texts_of(path))
-        with tqdm(texts, desc="reading", unit="text", file=sys.stderr) as bar:
-            tokens = train(iter(bar), args.vocab)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"word_pieces: {error}\n")
+        raise ValueError(f"--out {args.out}: the name must end in .txt")
+    left_out: list[str] = []
+    texts = (text for path in args.csv for text in texts_of(path, left_out))
+    with bar(texts, "reading", "text") as read:
+        tokens = train(iter(read), args.vocab)
+    write_text(args.out, "".join(f"{token}\n" for token in tokens))
+    if left_out:
+        print(f"note: {len(left_out)} cells were left out; the first: {left_out[0]}", file=sys.stderr)
     print(f"{args.out}: {len(tokens)} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import videos
 
-from data_prep import build_shards, video_frames
+from data_prep import build_shards, container, publish, video_frames
 from ymplug_jax.data import schema
 from ymplug_jax.data.frames import decode_frames
 from ymplug_jax.data.records import Records
@@ -165,7 +165,7 @@ def test_the_four_kinds_and_their_splits(root: Path, tmp_path: Path):
     assert [Records(str(out), "train")[i].label_index for i in range(2)] == [36, -1]
     assert Records(str(out), "validation")[0].label_text == "财经"
     (reject,) = [json.loads(line) for line in (out / schema.REJECTS).read_text().splitlines()]
-    assert reject["split"] == "validation" and reject["reason"] == "bad_row" and "不存在" in reject["detail"]
+    assert reject["split"] == "validation" and reject["reason"] == "unknown_label" and "不存在" in reject["detail"]
 
     csv = videos.write_csv(
         tmp_path / "captioning_val.csv",
@@ -196,6 +196,100 @@ def test_unusable_csv(tmp_path: Path, root: Path, text: bytes, message: str):
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "out", tmp_path / "x.csv", root)
     assert not (tmp_path / "out").exists()
+
+
+def test_own_class_names(root: Path, tmp_path: Path):
+    (tmp_path / "names.txt").write_bytes("\ufeff猫\r\n狗\n".encode())
+    (tmp_path / "other.txt").write_text("狗\n猫\n", encoding="utf-8")
+    rows = [("a.mp4", "甲", "狗"), ("b.mkv", "乙", "宠物")]
+    csv = videos.write_csv(tmp_path / "c_train.csv", PRETRAIN + ",label", rows)
+    val = videos.write_csv(tmp_path / "c_val.csv", PRETRAIN + ",label", rows)
+    names, out = ("--classes", str(tmp_path / "names.txt")), tmp_path / "out"
+    assert build(out, csv, root, *names, kind="classification")["classes"] == ["猫", "狗"]
+    assert Records(str(out), "train")[0].label_index == 1
+    (reject,) = [json.loads(line) for line in (out / schema.REJECTS).read_text().split("\n")[:-1]]
+    assert (reject["reason"], reject["id"]) == ("unknown_label", "b.mkv")
+    for more in ((), ("--classes", str(tmp_path / "other.txt"))):
+        with pytest.raises(build_shards.BuildError, match="built with other classes"):
+            build(out, val, root, *more, kind="classification")
+    with pytest.raises(build_shards.BuildError, match="--classes is for --config classification"):
+        build(out, csv, root, *names)
+
+
+def test_publishing_goes_on_after_a_full_disk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk fills at the last file: nothing valid stays, other splits are not forgotten, the same command ends it."""
+    first = videos.write_csv(tmp_path / "x_val.csv", PRETRAIN, [("a.mp4", "甲")])
+    csv = videos.write_csv(
+        tmp_path / "x.csv", PRETRAIN, [("a.mp4", "上\u2028下"), ("b.mkv", "乙"), ("no\u2028.mp4", "丙")]
+    )
+    build(tmp_path / "out", first, root)
+    write = publish.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == schema.MANIFEST:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(publish, "write_text", full)
+    with pytest.raises(build_shards.PlaceError, match="manifest.json: No space left on device; give the same command"):
+        build(tmp_path / "out", csv, root)
+    assert not (tmp_path / "out" / schema.MANIFEST).exists(), "until the end there is no whole data set"
+    monkeypatch.setattr(publish, "write_text", write)
+    manifest = build(tmp_path / "out", csv, root)
+    assert {name: entry["written"] for name, entry in manifest["splits"].items()} == {"validation": 1, "train": 2}
+    assert Records(str(tmp_path / "out"), "train")[0].title == "上\u2028下"
+    (reject,) = [json.loads(line) for line in (tmp_path / "out" / schema.REJECTS).read_text().split("\n")[:-1]]
+    assert reject["id"] == "no\u2028.mp4" and not (tmp_path / "out" / build_shards.BUILDING).exists()
+
+
+def test_a_full_disk_while_partitions_are_written(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    from data_prep import builder
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲")])
+    flags = ["--config=pretrain", f"--csv={csv}", f"--video_root={root}", f"--out={tmp_path / 'out'}", "--workers=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(builder.os, "fsync", full)
+        assert build_shards.main(flags) == 5
+    (line,) = capsys.readouterr().err.split("\n")[:-1]
+    assert line.startswith(f"error: {tmp_path / 'out'}") and "No space left on device; mend it" in line
+    assert build_shards.main(flags) == 0
+    assert f"{tmp_path / 'out'}: train: 1 rows (data set: 1), " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--time_limt=5", "--time_limt: no such flag; did you mean --time_limit?"),
+        ("--num_frame=5", "--num_frame: no such flag; did you mean --num_frames?"),
+        ("--nonsense", "--nonsense: no such flag"),
+        ("--num_frames=0", "--num_frames 0: give at least 1"),
+        ("--num_frames=x", "argument --num_frames: invalid int value: 'x'"),
+        ("--config=video", "argument --config: invalid choice: 'video'"),
+        ("--out=gs://b/x", "gs://b/x is no local place"),
+        ("--out={file}/out", "cannot be made or written (Not a directory); choose another place"),
+        ("--video_root={file}", "no folder but a file; give the folder of the videos"),
+        ("--csv=nowhere.csv", "--csv nowhere.csv: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flag: str, message: str):
+    csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲")])
+    flags = ["--config=pretrain", f"--csv={csv}", f"--video_root={root}", f"--out={tmp_path / 'out'}"]
+    try:
+        code = build_shards.main([*flags, flag.replace("{file}", str(csv))])
+    except SystemExit as stop:
+        code = stop.code
+    (line,) = capsys.readouterr().err.split("\n")[:-1]
+    assert code == 2 and line.startswith("error: ") and message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(build_shards.importlib.util, "find_spec", lambda name: None)
+    assert build_shards.main(["--config=pretrain", "--csv=x", "--video_root=x", "--out=x"]) == 2
+    assert capsys.readouterr().err.endswith("not installed: pip install 'ymplug_jax[prep]'\n")
 
 
 def test_too_many_rejects_publish_nothing(tmp_path: Path, root: Path):
@@ -274,7 +368,7 @@ def test_a_clip_that_hangs_is_given_up(root: Path):
 
 
 def test_oversized_pictures_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path):
-    monkeypatch.setattr(video_frames, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(container, "MAX_PIXELS", 1000)
     with pytest.raises(video_frames.Reject, match="too_large"):
         video_frames.read_clip(str(root / "a.mp4"), 4)
     monkeypatch.setattr(video_frames, "MAX_BYTES", 10)

@@ -39,6 +39,31 @@ CLASS_NAMES = tuple(
     乐器演奏 综艺 电影剪辑 美容护肤 宠物 生活百科 旅游 足球 汽车 动漫 少儿玩具 科学科普 美食测评""".split()
 )
 
+
+def parse_class_names(text: str, source: str) -> tuple[str, ...]:
+    """Class names of a text, one a line; line i is class i. A byte order mark and the "\\r" of "\\r\\n" are dropped.
+
+    Raises:
+      ValueError: no name, an empty line, blanks around a name, or a name given twice; `source` and the line are named.
+    """
+    lines = text.removeprefix("\ufeff").split("\n")
+    names = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    if not names:
+        raise ValueError(f"{source}: no class names in it; write one a line")
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if not name.strip():
+            raise ValueError(f"{source}, line {number}: an empty line; write one class name a line")
+        if name != name.strip() or "\x00" in name:
+            raise ValueError(f"{source}, line {number}: blanks around the class name {name!r}; remove them")
+        if name in seen:
+            raise ValueError(
+                f"{source}, line {number}: class name {name!r} stands in line {seen[name]} already; keep one"
+            )
+        seen[name] = number
+    return tuple(names)
+
+
 # TFRecord framing: uint64 length, uint32 masked crc32c of the length, payload, uint32 masked crc32c of the payload.
 HEADER_BYTES = 12
 FOOTER_BYTES = 4
