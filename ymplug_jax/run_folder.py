@@ -182,8 +182,9 @@ def check_init_from(experiment: Experiment) -> None:
     for subtree, _, name in checkpoint.sources(experiment.train.init_from):
         folder = checkpoint.folder_of(name)
         if not folder.exists():
+            other = f" (nor one named {subtree}={name})" if subtree else ""
             raise Mistake(
-                f"config.train.init_from: {name}: no such folder; give the --workdir of a run or a conversion"
+                f"config.train.init_from: {name}: no such folder{other}; give the --workdir of a run or the --out of a conversion"
             )
         if not checkpoint.places(name):
             raise Mistake(
