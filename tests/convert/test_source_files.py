@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import random
 import zipfile
 from pathlib import Path
 
@@ -43,11 +44,11 @@ def refused(path: Path, *messages: str) -> None:
         (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "a web page"),
         (b'{"error": "Repository not found"}', 'text, not weights (\'{"error": "Repository not found"}\')'),
         ("请求失败\n".encode(), "text, not weights ('请求失败')"),
-        (gzip.compress(b"x" * 100), "a gzip archive; unpack it"),
+        (gzip.compress(b"x" * 100, mtime=0), "a gzip archive; unpack it"),
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file of Keras or TensorFlow"),
         (b"GGUF" + bytes(100), "a GGUF file"),
         (bytes(5000), "begins with zeros"),
-        (os.urandom(64).replace(b"{", b"x"), "no file of "),
+        (random.Random(0).randbytes(64).replace(b"{", b"x"), "no file of "),
         (b"\xff" * 8 + b"{" + b"x" * 50, "no file of "),
     ],
 )
