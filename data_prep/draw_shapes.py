@@ -45,7 +45,7 @@ VAL_SHARE = 0.1
 MIN_CLIPS = 20
 SETTINGS = "corpus.json"
 TEST = "classification_test.csv"
-VERSION = 7  # raise it when the same settings draw something else
+VERSION = 8  # raise it when the same settings draw something else
 
 COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
     "红色": (220, 25, 30),
@@ -173,7 +173,7 @@ def background(rng: np.random.Generator) -> np.ndarray:
 def path_of(motion: str, rng: np.random.Generator) -> np.ndarray:
     """Where the shape is in each frame: f64[FRAMES, 3] of x, y and radius in pixels, wholly inside the picture.
 
-    A moving shape goes at least 42 pixels, a growing or shrinking one changes its radius at least 1.8 times, both evenly
+    A moving shape goes at least 42 pixels, a growing or shrinking one changes its radius at least twofold, both evenly
     over the clip, so that any few frames spread over it tell the motion.
     """
     progress = np.linspace(0, 1, FRAMES)[:, None]  # [FRAMES, 1]
@@ -184,7 +184,7 @@ def path_of(motion: str, rng: np.random.Generator) -> np.ndarray:
         middle = rng.uniform(low + distance / 2, high - distance / 2)
         y = middle + DIRECTIONS[motion] * distance * (progress - 0.5)  # [FRAMES, 1]
         return np.concatenate([np.full_like(y, rng.uniform(low, high)), y, np.full_like(y, radius)], axis=1)
-    small, large = rng.uniform(10, 14), rng.uniform(26, 36)
+    small, large = rng.uniform(14, 18), rng.uniform(36, 44)
     centre = rng.uniform(large + MARGIN, SIZE - large - MARGIN, 2)
     radii = small + progress * (large - small)
     if motion == "慢慢变小":

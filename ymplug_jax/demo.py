@@ -8,6 +8,7 @@ first one stopped.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from ymplug_jax import text_files
 from ymplug_jax.writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
+# Where a title of data_prep.draw_shapes says what.
+PARTS = {"colour": r"^(.*?)的", "shape": r"的(.*?)在", "motion": r"在(.*)$"}
 BENCHMARKS = {"classify": "classification", "caption": "captioning", "retrieve": "retrieval"}  # task -> kind of CSV
 
 
@@ -89,6 +92,23 @@ def scores_of(out: Path, run: str) -> dict:
     return json.loads((out / run / "eval" / "validation" / "scores.json").read_text(encoding="utf-8"))
 
 
+def wrong_parts(rows: list[dict[str, str]]) -> dict[str, int]:
+    """How many generated titles have a wrong colour, shape, motion; one that lacks a part has it wrong.
+
+    Args:
+      rows: lines of predictions.jsonl with `title`, the true one, and `generated`.
+    """
+
+    def says(pattern: str, title: str) -> str | None:
+        found = re.search(pattern, title)
+        return found and found[1]
+
+    return {
+        part: sum(says(pattern, row["title"]) != says(pattern, row["generated"]) for row in rows)
+        for part, pattern in PARTS.items()
+    }
+
+
 def report(out: Path) -> str:
     """What was learned, from the files that the steps left."""
     evals = [line for line in read_metrics(out / "pretrain") if "eval/loss" in line]
@@ -99,6 +119,7 @@ def report(out: Path) -> str:
         f"  {'right' if r['title'] == r['generated'] else 'WRONG'}  {r['title']}  ->  {r['generated']}"
         for r in rows[:12]
     )
+    wrong = ", ".join(f"{part} {count}" for part, count in wrong_parts(rows).items())
     classes, captions, untrained, pairs = (
         scores_of(out, run) for run in ("classify", "caption", "untrained", "retrieve")
     )
@@ -108,7 +129,7 @@ def report(out: Path) -> str:
         f"{evals[-1]['eval/loss']:.3f} after (step {evals[-1]['step']}).\n"
         f"Titles of clips whose shape, colour and motion were never seen together (true -> generated):\n{shown}\n"
         f"{scores['exact_titles']:.0f} of {scores['examples']} validation titles are right to the last character "
-        f"({100 * scores['exact_share']:.0f} %), with a frozen language model.\n\n"
+        f"({100 * scores['exact_share']:.0f} %), with a frozen language model; wrong: {wrong}.\n\n"
         f"Classification, {classes['examples']} clips of combinations never seen, 45 classes of which 4 occur "
         f"(chance 2 %, 25 % for who knows the four):\n"
         f"  by likelihood, video and title {classes['both/likelihood_top1']:.0f} %, video alone "

@@ -1,8 +1,9 @@
-"""Stochastic depth of the video encoder: what is dropped, in which rows, and only in training."""
+"""The video encoder: its start values, and stochastic depth: what is dropped, in which rows, and only in training."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ymplug_jax.models import layers, timesformer
 from ymplug_jax.models.timesformer import TimeSformer
@@ -41,3 +42,22 @@ def test_evaluation_drops_nothing_and_keys_differ() -> None:
     ]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.allclose(drawn[0], drawn[2]) and not np.allclose(drawn[0], plain)
+
+
+def test_start_values_have_the_size_that_is_asked_for() -> None:
+    """A tower that begins from nothing: weights of 0.1, tables of positions and times of 0.3; what ends a branch is as before."""
+    model = TimeSformer(image_size=64, patch_size=8, depth=4, width=64, heads=4, frames=16, std=0.1, table_std=0.3)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 64, 64, 3)))["params"]
+    blocks = params["blocks"]
+    for leaf in (
+        params["patch"]["kernel"],
+        blocks["attn"]["q"]["kernel"],
+        blocks["temporal_attn"]["o"]["kernel"],
+        blocks["mlp"]["up"]["kernel"],
+    ):
+        assert float(leaf.std()) == pytest.approx(0.1, rel=0.05)
+    for leaf in (params["pos_embed"], params["temporal_embed"]):
+        assert float(leaf.std()) == pytest.approx(0.3, rel=0.05)
+    by_layer = blocks["mlp"]["down"]["kernel"].reshape(4, -1).std(axis=1)
+    np.testing.assert_allclose(by_layer, 0.1 / np.sqrt([2, 4, 6, 8]), rtol=0.05)
+    assert not blocks["temporal_fc"]["kernel"].any()

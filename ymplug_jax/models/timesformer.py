@@ -12,7 +12,6 @@ from ymplug_jax.models import layers
 from ymplug_jax.sharding import constrain
 
 EPS = 1e-6  # of every norm in the vision tower
-STD = 0.015  # of every weight at the start
 
 # Axis words of this tower's parameters, by path below the tower.
 AXES = (
@@ -41,13 +40,14 @@ class Patch(nn.Module):
     patch_size: int
     width: int
     bias: bool
+    std: float
     dtype: str
 
     @nn.compact
     def __call__(self, video: jax.Array) -> jax.Array:
         size, dtype = self.patch_size, jnp.dtype(self.dtype)
         b, t, height, width, _ = video.shape
-        kernel = self.param("kernel", nn.initializers.normal(STD), (size, size, 3, self.width))
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (size, size, 3, self.width))
         x = video.astype(dtype).reshape(b, t, height // size, size, width // size, size, 3)
         x = jnp.einsum(
             "btypxqc,pqcd->btyxd", x, kernel.astype(dtype)
@@ -62,6 +62,7 @@ class Block(nn.Module):
     width: int
     heads: int
     mlp_ratio: float
+    std: float
     dtype: str
 
     @nn.compact
@@ -70,7 +71,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         (x, cls), (layer, rate) = _by_rows(*carry), layer_and_rate
         b, t, p, d = x.shape
-        normal = nn.initializers.normal(STD)
+        normal = nn.initializers.normal(self.std)
 
         def shrunk(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
             return normal(key, shape, dtype) / jnp.sqrt(
@@ -129,6 +130,10 @@ class TimeSformer(nn.Module):
     frames: int = 4  # T
     clip: bool = True  # CLIP's form: a norm before the blocks and no bias at the patches
     drop_path: float = 0.0  # of the last block in training, less before it: stochastic depth of Salesforce's ALPRO
+    std: float = 0.015  # of every weight at the start: the reference's, for a width of 768
+    # Of the tables of positions and times at the start. 0: the reference's, positions like every weight and times at zero,
+    # for a tower that begins from one that knows images.
+    table_std: float = 0.0
     remat: str = "none"  # "none", "full" or "dots"
     dtype: str = "float32"  # of the computation
 
@@ -145,19 +150,26 @@ class TimeSformer(nn.Module):
                 f"video has shape {video.shape} but the vision tower expects [batch, {t}, {size}, {size}, 3]; "
                 "change data.frames, data.image_size or the model's frames, image_size"
             )
-        dtype, normal = jnp.dtype(self.dtype), nn.initializers.normal(STD)
+        dtype, normal = jnp.dtype(self.dtype), nn.initializers.normal(self.std)
+        positions, times = normal, nn.initializers.zeros
+        if self.table_std:
+            positions = times = nn.initializers.normal(self.table_std)
         patches = (size // self.patch_size) ** 2
-        x = Patch(self.patch_size, d, bias=not self.clip, dtype=self.dtype, name="patch")(video)  # [B, T, P, D]
+        x = Patch(self.patch_size, d, bias=not self.clip, std=self.std, dtype=self.dtype, name="patch")(
+            video
+        )  # [B, T, P, D]
         cls = self.param("cls", normal, (d,)).astype(dtype)
-        pos = self.param("pos_embed", normal, (1 + patches, d)).astype(dtype)
-        temporal = self.param("temporal_embed", nn.initializers.zeros, (t, d)).astype(dtype)
+        pos = self.param("pos_embed", positions, (1 + patches, d)).astype(dtype)
+        temporal = self.param("temporal_embed", times, (t, d)).astype(dtype)
         x = x + pos[1:] + temporal[:, None]
         cls = jnp.broadcast_to(cls + pos[0], (x.shape[0], d))  # [B, D]
         if self.clip:
             norm_pre = layers.norm("norm_pre", EPS, self.dtype)
             x, cls = norm_pre(x), norm_pre(cls)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=0)
-        blocks = blocks(width=d, heads=self.heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype, name="blocks")
+        blocks = blocks(
+            width=d, heads=self.heads, mlp_ratio=self.mlp_ratio, std=self.std, dtype=self.dtype, name="blocks"
+        )
         rates = None if deterministic or not self.drop_path else jnp.linspace(0, self.drop_path, self.depth)
         (x, cls), _ = blocks(_by_rows(x, cls), (jnp.arange(self.depth), rates))
         tokens = jnp.concatenate([cls[:, None], x.reshape(x.shape[0], -1, d)], axis=1)  # [B, 1 + T * P, D]

@@ -1,0 +1,16 @@
+"""What the demo's report says of the titles that a model wrote."""
+
+from ymplug_jax.demo import wrong_parts
+
+
+def test_wrong_parts_of_titles_are_told_apart() -> None:
+    pairs = [
+        ("红色的圆形在向上移动", "红色的圆形在向上移动"),
+        ("红色的圆形在向上移动", "红色的圆形在向下移动"),
+        ("白色的圆环在慢慢变小", "黑色的正方形在慢慢变小"),
+        ("蓝色的正方形在慢慢变大", "蓝色的正方形"),  # no "在": neither the end of a shape nor a motion
+        ("蓝色的正方形在慢慢变大", ""),
+    ]
+    rows = [{"title": title, "generated": generated} for title, generated in pairs]
+    assert wrong_parts(rows) == {"colour": 2, "shape": 3, "motion": 3}
+    assert wrong_parts([]) == {"colour": 0, "shape": 0, "motion": 0}
