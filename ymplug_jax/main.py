@@ -49,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
             raise
         logging.error("error: %s", _line(error))
         return code
+    except KeyboardInterrupt:  # training has a way of its own to stop
+        logging.error("stopped")
+        return exits.STOPPED
     import jax
 
     if result is not None and jax.process_index() == 0:

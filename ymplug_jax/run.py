@@ -129,7 +129,7 @@ def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
     total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
     if not total:
         raise Mistake(f"config.train.duration: {train.duration!r} are 0 steps of this data; train for 1 step or more")
-    for name in ("save_every", "eval_every", "eval_scores_every"):
+    for name in ("log_every", "save_every", "eval_every", "eval_scores_every"):
         value, setting = getattr(train, name), f"config.train.{name}"
         if name == "eval_scores_every" and not value:
             continue

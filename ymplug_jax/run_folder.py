@@ -18,9 +18,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax import checkpoint, config, text_files
+from ymplug_jax import checkpoint, config
 from ymplug_jax.config import Experiment
 from ymplug_jax.exits import Mistake
+from ymplug_jax.tasks import inputs
 
 CONFIG = "config.json"
 CLASSES = "classes.txt"
@@ -90,7 +91,7 @@ def check(experiment: Experiment, workdir: str | epath.Path) -> None:
         _check_same_tokenizer(old, experiment, folder)
         _check_same_classes(old, experiment, folder)
     elif experiment.data.classes:
-        class_names(experiment.data.classes)
+        inputs.class_names(experiment.data)
 
 
 def _check_place(folder: epath.Path) -> None:
@@ -155,12 +156,12 @@ def _check_same_tokenizer(old: Experiment, new: Experiment, folder: epath.Path) 
 def _check_same_classes(old: Experiment, new: Experiment, folder: epath.Path) -> None:
     """The names that count, not the bytes of the files. None: the classes of Youku-mPLUG."""
     kept, given = folder / CLASSES, new.data.classes
-    before = class_names(str(kept)) if kept.exists() else None
+    before = inputs.names_in(str(kept), "the run's classes") if kept.exists() else None
     if before is None and old.data.classes:
         return  # a run without its copy
     if given and not checkpoint.folder_of(given).exists() and before is not None and given == old.data.classes:
         return  # the file is gone, the run's copy is there
-    after = class_names(given) if given else None
+    after = inputs.class_names(new.data) if given else None
     if before != after:
         source = (
             f"config.data.classes={kept}" if before is not None else "config.data.classes to nothing (its 45 classes)"
@@ -228,23 +229,6 @@ def same_content(one: epath.Path, other: epath.Path) -> bool:
 def digest(path: epath.Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def class_names(path: str) -> list[str]:
-    """The lines of a file of class names: UTF-8, lines end at "\\n", empty ones at the end do not count.
-
-    Raises:
-      Mistake: no such file, or not UTF-8.
-    """
-    try:
-        lines = text_files.read_lines(checkpoint.folder_of(path))
-    except OSError as error:
-        raise Mistake(
-            f"config.data.classes {path}: {error.strerror or error}; give a file of class names, one a line"
-        ) from None
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
 
 
 def write(experiment: Experiment, workdir: str | epath.Path) -> None:

@@ -21,8 +21,7 @@ from ymplug_jax.data.source import open_split
 from ymplug_jax.exits import PlaceFailed
 from ymplug_jax.reports.curves import draw_curve
 from ymplug_jax.run import Run
-from ymplug_jax.stop import Stop as _Stop
-from ymplug_jax.stop import finite_scores, must_have_targets, reading
+from ymplug_jax.stop import Stop, finite_scores, must_have_targets, reading
 from ymplug_jax.writer import Metrics, Writer
 
 
@@ -40,7 +39,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     run_folder.check(experiment, workdir)
     if checkpoint.latest_step(str(workdir)) is None:
         run_folder.check_init_from(experiment)
-    with _Stop() as stop:
+    with Stop() as stop:
         run = run_lib.prepare(experiment)
         with contextlib.closing(Checkpoints(str(workdir), keep=experiment.train.keep)) as checkpoints:
             scores = _train(run, workdir, checkpoints, stop)
@@ -50,7 +49,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     return scores
 
 
-def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: _Stop) -> dict[str, float]:
+def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: Stop) -> dict[str, float]:
     experiment = run.experiment
     settings, data = experiment.train, experiment.data
     first = jax.process_index() == 0
