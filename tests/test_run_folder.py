@@ -127,8 +127,13 @@ def test_places_that_cannot_be_made(folder: Path):
         (b"\xff\xfe\x00", "not JSON"),
         (b"[]", "damaged"),
         (b'{"task": "pretrain", "model": {}, "data": 5}', "damaged"),
-        (b'{"task": "pretrain", "model": {}, "data": {"frames": "four"}}', "data.frames is 'four'"),
+        (
+            b'{"task": "pretrain", "model": {}, "data": {"frames": "four"}}',
+            "config.data.frames: 'four' is not a whole number",
+        ),
         (b'{"task": "pretrain", "model": {}, "data": {"frame": 4}}', "no setting named 'frame'"),
+        (b'{"task": 5, "model": {}}', "config.task: 5 is not a text"),
+        (b'{"task": "pretrain", "model": 5}', "config.model is 5, not a group"),
         (b'{"model": {}}', "damaged"),
     ],
 )

@@ -4,7 +4,6 @@ A run's own copies of the tokenizer and the class names never change: ids and la
 checks here come first and write nothing; `write` follows when the run was accepted.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -56,25 +55,9 @@ def read_settings(workdir: str | epath.Path) -> Experiment:
     except (ValueError, TypeError, AttributeError) as error:
         what = error if isinstance(error, ValueError) else f"these are not the settings of a run ({error})"
         raise Mistake(f"{path}: damaged, or of another version: {what}; {fix}") from None
-    if wrong := _wrong_type(experiment):
-        raise Mistake(f"{path}: damaged, {wrong}; {fix}")
+    if not isinstance(experiment.model, dict):
+        raise Mistake(f"{path}: damaged, config.model is {experiment.model!r}, not a group of settings; {fix}")
     return experiment
-
-
-def _wrong_type(experiment: Experiment) -> str:
-    """The first setting whose value has another type than its default, in words; "" if there is none."""
-    if not isinstance(experiment.task, str) or not isinstance(experiment.model, dict):
-        return "task is to be a text and model an object"
-    for name in ("data", "optim", "mesh", "train", "options"):
-        section = getattr(experiment, name)
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            kinds = (type(field.default), int) if isinstance(field.default, float) else (type(field.default),)
-            if field.default is None:
-                kinds = (type(None), tuple)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                return f"{name}.{field.name} is {value!r}"
-    return ""
 
 
 def check(experiment: Experiment, workdir: str | epath.Path) -> None:
