@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from ymplug_jax import checkpoint, config, run_folder
+from ymplug_jax import checkpoint, config, run_folder, stored
 from ymplug_jax.config import Data, Experiment, Train
 from ymplug_jax.exits import Mistake
 
@@ -108,7 +108,7 @@ def test_names_that_work(folder: Path, name: str):
     value = {"w": jax.numpy.arange(4.0)}
     checkpoints = checkpoint.Checkpoints(name)
     checkpoints.save_frozen(value)  # written and read back
-    assert checkpoint.places(name)
+    assert stored.places(name)
 
 
 def test_places_that_cannot_be_made(folder: Path):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ymplug_jax import checkpoint, config, evaluate, run_folder
+from ymplug_jax import config, evaluate, run_folder, stored
 from ymplug_jax import run as run_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.records import Record
@@ -40,12 +40,12 @@ class Predictor:
         Raises:
           Mistake: no run with a checkpoint there, a run of another task, damaged settings, or a part of the run is missing.
         """
-        self.folder = checkpoint.folder_of(name)
+        self.folder = stored.folder_of(name)
         experiment = _settings(self.folder)
         if experiment.task not in TASKS[command]:
             wanted = " or ".join(TASKS[command])
             raise Mistake(f"{self.folder} is a run of task {experiment.task!r}; {command} needs one of {wanted}")
-        if checkpoint.latest_step(str(self.folder)) is None:
+        if stored.latest_step(str(self.folder)) is None:
             raise Mistake(f"{self.folder}: this run has no checkpoint yet; train it until its first save")
         self._local = tempfile.TemporaryDirectory(prefix="ymplug_jax_")
         data = dataclasses.replace(
@@ -74,7 +74,7 @@ class Predictor:
         if self._ready is None:
             try:
                 params = evaluate.load(self._run, self.folder)
-            except (checkpoint.CheckpointError, FileNotFoundError) as error:
+            except (stored.CheckpointError, FileNotFoundError) as error:
                 raise Mistake(f"{self.folder}: {error}") from None
             batch = self._batch([blank("")])
             self._ready = params, jax.jit(self.task.predict).lower(params, batch).compile()
@@ -161,7 +161,7 @@ def _settings(folder: epath.Path) -> Experiment:
             raise Mistake(f"{folder}: a file; {asked}, which is a folder")
         if not folder.exists():
             raise Mistake(f"{folder}: no config.json here, there is no such folder; {asked}")
-        if (folder / "checkpoints" / checkpoint.CONVERTED).exists():
+        if (folder / "checkpoints" / stored.CONVERTED).exists():
             raise Mistake(
                 f"{folder}: a converted checkpoint has no config.json and answers nothing yet; fine-tune it with "
                 "--config.train.init_from and give the --workdir of that run"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import shards
-from ymplug_jax import checkpoint, sharding
+from ymplug_jax import checkpoint, sharding, stored
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax import step as step_lib
@@ -345,7 +345,7 @@ def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
     assert entities.any() and origin["prompter/entities"] == "fresh" and origin["text/token_embed"] == "fresh"
     for path, value in state_lib.flatten(params).items():
         np.testing.assert_array_equal(state_lib.flatten(found["prompter"])[path], value)
-    with pytest.raises(checkpoint.CheckpointError, match="has nothing under 'prompter/'"):
+    with pytest.raises(stored.CheckpointError, match="has nothing under 'prompter/'"):
         run_lib.fresh_params(
             run_lib.prepare(
                 dataclasses.replace(
@@ -379,7 +379,7 @@ def test_attention_over_time_can_start_from_that_over_space(data: Data, tmp_path
     assert {path for path, name in origin.items() if name == "first"} == {
         path for path in origin if path.startswith("vision/blocks/temporal_attn/")
     }
-    with pytest.raises(checkpoint.CheckpointError, match="has nothing under 'vision/blocks/atn/'"):
+    with pytest.raises(stored.CheckpointError, match="has nothing under 'vision/blocks/atn/'"):
         start("vision/blocks/temporal_attn:vision/blocks/atn")
 
 

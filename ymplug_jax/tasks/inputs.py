@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ymplug_jax import stored, text_files
+from ymplug_jax import text_files
 from ymplug_jax.config import Data
 from ymplug_jax.data import augment, frames, schema, text
 from ymplug_jax.data.records import Record
@@ -171,6 +171,8 @@ def names_in(path: str, setting: str, what: str = "class name") -> tuple[str, ..
     Raises:
       Mistake: no such file, not UTF-8, no name, an empty line, blanks around a name, or a name that stands twice.
     """
+    from ymplug_jax import stored  # here: a benchmark runs without Orbax
+
     try:
         return schema.parse_class_names(text_files.read_text(stored.folder_of(path)), f"{setting} {path}", what)
     except OSError as error:
