@@ -14,7 +14,6 @@ model may read before it sees any video: every title, and how one asks for a cla
 the three other motions in training; the test part has every combination once, so that a title says nothing of its class.
 """
 
-import argparse
 import csv
 import itertools
 import json
@@ -30,8 +29,8 @@ from typing import NamedTuple
 import av
 import cv2
 import numpy as np
-from tqdm import tqdm
 
+from data_prep.flags import Parser, bar, local_path, run
 from ymplug_jax.data.schema import CLASS_NAMES, COLUMNS
 
 SIZE = 112  # pixels, both sides
@@ -281,13 +280,16 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
         return False
     partial = out.with_name(f".{out.name}.partial")  # also sweeps what a killed run left
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "videos").mkdir(parents=True)
+    try:
+        (partial / "videos").mkdir(parents=True)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be made: {error.strerror}; give another --out", str(out)) from None
     try:
         workers = min(os.cpu_count() or 1, math.ceil(clips / 32))
         # Spawned, not forked: the caller may have threads.
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             drawn = pool.map(write_clip, everything, [partial] * len(everything), chunksize=8)
-            for _ in tqdm(drawn, total=len(everything), desc="drawing", unit="clip", file=sys.stderr):
+            for _ in bar(drawn, "drawing", "clip", total=len(everything)):
                 pass
         write_tables(train, "train", partial)
         write_tables(val, "val", partial, gallery)
@@ -310,21 +312,23 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
     return True
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.draw_shapes", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to make: the video root and its CSVs")
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    return run(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = Parser("draw_shapes", __doc__.splitlines()[0])
+    parser.add_argument("--out", type=local_path, required=True, help="folder to make: the video root and its CSVs")
     parser.add_argument("--clips", type=int, default=1200, help="clips in all, a tenth for validation (default 1200)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default 0)")
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    try:
-        drawn = draw(out, args.clips, args.seed)
-    except (ValueError, FileExistsError) as error:
-        parser.exit(2, f"draw_shapes: {error}\n")
+    drawn = draw(out, args.clips, args.seed)
     train, val, _ = plan(args.clips, args.seed)
     print(f"{out}: {len(train)} training and {len(val)} validation clips{'' if drawn else ', drawn before'}")
     print(f"titles such as {train[0].title}; the combinations in validation are not in training")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import runs
-from ymplug_jax import best, checkpoint, config, evaluate, exits, state, writer
+from ymplug_jax import best, checkpoint, config, evaluate, exits, state, stored, writer
 
 
 @pytest.mark.parametrize(
@@ -37,18 +37,18 @@ def kept(workdir: Path) -> tuple[int | None, float]:
     folder = str(workdir / "best")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {"head": {"kernel": jax.ShapeDtypeStruct((2, 3), "float32", sharding=place)}}
-    return checkpoint.latest_step(folder), float(checkpoint.load_params(folder, wanted)["head/kernel"][0, 0])
+    return stored.latest_step(folder), float(checkpoint.load_params(folder, wanted)["head/kernel"][0, 0])
 
 
 def test_a_better_step_replaces_the_one_before(tmp_path: Path) -> None:
     experiment = config.Experiment("caption", {}, train=config.Train(best="cider", eval_scores_every="1 steps"))
-    keeper = best.Best(experiment, checkpoint.folder_of(str(tmp_path)))
+    keeper = best.Best(experiment, stored.folder_of(str(tmp_path)))
     offers = [(1, 0.5, True), (2, 0.4, False), (3, 0.5, False), (4, 0.75, True)]
     for step, value, better in offers:
         assert keeper.offer(training_state(step), step, 8 * step, {"cider": value, "clips": 3}, None) == better
     assert kept(tmp_path) == (4, 4.0)
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"score": "cider", "value": 0.75, "step": 4}
-    again = best.Best(experiment, checkpoint.folder_of(str(tmp_path)))  # a resumed run knows what it has
+    again = best.Best(experiment, stored.folder_of(str(tmp_path)))  # a resumed run knows what it has
     assert not again.offer(training_state(5), 5, 40, {"cider": 0.7}, None) and kept(tmp_path) == (4, 4.0)
     with pytest.raises(exits.Mistake, match="'cider'.* it has bleu4"):
         again.offer(training_state(6), 6, 48, {"bleu4": 0.1, "clips": 3, "task": "caption"}, None)
@@ -64,9 +64,9 @@ def test_a_run_keeps_its_best_step(tmp_path: Path) -> None:
     scored = {line["step"]: line["eval/loss"] for line in lines if "eval/exact_share" in line}
     note = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
     assert note["step"] == min(scored, key=scored.get) and note["value"] == pytest.approx(scored[note["step"]])
-    assert checkpoint.latest_step(str(tmp_path / "run")) == 6
+    assert stored.latest_step(str(tmp_path / "run")) == 6
 
-    folder = checkpoint.folder_of(str(tmp_path / "run" / "best"))
+    folder = stored.folder_of(str(tmp_path / "run" / "best"))
     assert not (tmp_path / "run" / "best" / "checkpoints" / "frozen").exists()  # the run's own serves both
     experiment = config.from_json((folder / "config.json").read_text())
     assert evaluate.evaluate(experiment, folder)["loss"] == pytest.approx(note["value"], abs=1e-5)

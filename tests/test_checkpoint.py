@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tiny
-from ymplug_jax import checkpoint
+from ymplug_jax import checkpoint, stored
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.exits import PlaceFailed
@@ -101,7 +101,7 @@ def test_what_eight_devices_saved_one_device_verifies(saved: Path):
 @pytest.mark.parametrize("read", [load, restore])
 def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how, read):
     damage(copy / "checkpoints" / "steps" / "10" / "trainable", how)
-    with pytest.raises(checkpoint.CheckpointError) as error:
+    with pytest.raises(stored.CheckpointError) as error:
         read(copy)
     steps = copy / "checkpoints" / "steps"
     text = str(error.value)
@@ -112,7 +112,7 @@ def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how
     assert text.endswith(command)
     assert (steps / "10").exists()
     shutil.move(steps / "10", copy / "checkpoints" / "damaged_10")
-    assert checkpoint.latest_step(str(copy)) == 5
+    assert stored.latest_step(str(copy)) == 5
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in load(copy).values())
 
 
@@ -129,26 +129,26 @@ def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how
 @pytest.mark.parametrize("how", [cut, Path.unlink])
 def test_a_step_that_cannot_be_read_is_one_line(copy: Path, file: str, how):
     how(copy / "checkpoints" / file)
-    with pytest.raises(checkpoint.CheckpointError, match="^[^\n]* step 10: [^\n]*the newest whole step is 5[^\n]*$"):
+    with pytest.raises(stored.CheckpointError, match="^[^\n]* step 10: [^\n]*the newest whole step is 5[^\n]*$"):
         restore(copy)
 
 
 def test_a_step_without_its_parameters_is_no_checkpoint_of_frozen_ones(copy: Path):
     shutil.rmtree(copy / "checkpoints" / "steps" / "10" / "trainable")
-    with pytest.raises(checkpoint.CheckpointError, match="the newest whole step is 5"):
+    with pytest.raises(stored.CheckpointError, match="the newest whole step is 5"):
         load(copy)
 
 
 def test_optimizer_state_is_verified(copy: Path):
     damage(copy / "checkpoints" / "steps" / "10" / "opt_state", overwrite)
-    with pytest.raises(checkpoint.CheckpointError, match=r"step 10: .*the newest whole step is 5"):
+    with pytest.raises(stored.CheckpointError, match=r"step 10: .*the newest whole step is 5"):
         restore(copy)
     assert len(load(copy)) > 50  # an evaluation needs none of it
 
 
 def test_frozen_parameters_are_verified(copy: Path):
     damage(copy / "checkpoints" / "frozen", overwrite)
-    with pytest.raises(checkpoint.CheckpointError, match=f"(vision|llm)/.* is damaged: .*no step of {copy} is whole"):
+    with pytest.raises(stored.CheckpointError, match=f"(vision|llm)/.* is damaged: .*no step of {copy} is whole"):
         load(copy)
 
 
@@ -159,7 +159,7 @@ def test_another_dtype_is_cast_after_it_was_verified(copy: Path):
     assert found["llm/token_embed"].dtype == "bfloat16"
     assert all(np.array_equal(np.asarray(found[p]), np.asarray(want[p]).astype("bfloat16")) for p in found)
     damage(copy / "checkpoints" / "frozen", overwrite)
-    with pytest.raises(checkpoint.CheckpointError, match="is damaged"):
+    with pytest.raises(stored.CheckpointError, match="is damaged"):
         checkpoint.load_params(str(copy), run.frozen)
 
 
@@ -171,15 +171,15 @@ def test_a_checkpoint_without_checksums_is_read_with_a_word(copy: Path, caplog: 
 
 
 def test_a_fingerprint_is_of_the_weights(saved: Path, copy: Path, tmp_path: Path):
-    first = checkpoint.fingerprint(str(saved))
-    assert len(first) == 64 and checkpoint.fingerprint(str(copy)) == first
+    first = stored.fingerprint(str(saved))
+    assert len(first) == 64 and stored.fingerprint(str(copy)) == first
     shutil.rmtree(copy / "checkpoints" / "steps" / "10")
-    fifth = checkpoint.fingerprint(str(copy))
+    fifth = stored.fingerprint(str(copy))
     assert fifth != first
     shutil.rmtree(copy / "checkpoints" / "steps" / "5" / "checksums")
-    assert checkpoint.fingerprint(str(copy)) not in (first, fifth)
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint here"):
-        checkpoint.fingerprint(str(tmp_path / "nothing"))
+    assert stored.fingerprint(str(copy)) not in (first, fifth)
+    with pytest.raises(stored.CheckpointError, match="no checkpoint here"):
+        stored.fingerprint(str(tmp_path / "nothing"))
 
 
 def test_frozen_parameters_of_a_run_that_never_saved_are_replaced(tmp_path: Path):
@@ -208,7 +208,7 @@ def test_names_of_folders_in_init_from(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     for name in ("runs/lr=1e-3", "a,b", "c,llm=d", "x:y"):
         Path(name).mkdir(parents=True)
-    sources = checkpoint.sources
+    sources = stored.sources
     assert sources("") == sources(" , ") == []
     for folder in (
         "runs/lr=1e-3",
@@ -228,5 +228,5 @@ def test_names_of_folders_in_init_from(tmp_path: Path, monkeypatch: pytest.Monke
     assert sources("llm=a,b, vision=x:y") == [("llm", "llm", "a,b"), ("vision", "vision", "x:y")]
     assert sources("prompter:=a,b") == [("prompter", "", "a,b")]
     assert sources("vision/t:vision/s=DIR") == [("vision/t", "vision/s", "DIR")]
-    with pytest.raises(checkpoint.CheckpointError, match="llm= names no folder"):
+    with pytest.raises(stored.CheckpointError, match="llm= names no folder"):
         sources("llm=")

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ymplug_jax"
 FLOORS = {
-    5: ["main", "demo", "compare"],
+    5: ["main", "demo", "compare", "command_line"],
     4: [
         "train",
         "step",
@@ -35,7 +35,7 @@ FLOORS = {
         "stop",
         "best",
     ],
-    3: ["tasks"],
+    3: ["tasks", "run_folder"],
     2: ["models", "data"],
     1: [
         "config",
@@ -47,12 +47,9 @@ FLOORS = {
         "hosts",
         "quantize",
         "exits",
-        "run_folder",
-        "checksums",
         "leaf_sums",
         "verified",
         "stored",
-        "command_line",
         "config_file",
         "text_files",
         "progress",

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ymplug_jax import checkpoint, config, index_file
+from ymplug_jax import config, index_file, stored
 from ymplug_jax.exits import Mistake
 from ymplug_jax.tasks import alpro_pretrain
 
@@ -51,7 +51,7 @@ def test_entities_are_of_the_prompter_that_teaches(tmp_path: Path, monkeypatch: 
     for folder, weights in (("mine", "a" * 64), ("other", "b" * 64)):
         (tmp_path / folder / "checkpoints" / "converted").mkdir(parents=True)
         (tmp_path / folder / "weights").write_text(weights)
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda folder: (Path(folder) / "weights").read_text())
+    monkeypatch.setattr(stored, "fingerprint", lambda folder: (Path(folder) / "weights").read_text())
     table = np.arange(6, dtype=np.float32).reshape(3, 2)
     model = types.SimpleNamespace(entities=3, contrastive_width=2)
 

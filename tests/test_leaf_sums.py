@@ -1,12 +1,16 @@
 """Checksums of leaves: one value, computed by hand in plain integers, whatever the sharding."""
 
+import tracemalloc
+from pathlib import Path
+
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ymplug_jax import leaf_sums
+from ymplug_jax import exits, leaf_sums
 
 
 def by_hand(words: dict[tuple[int, ...], int]) -> str:
@@ -60,3 +64,41 @@ def test_one_bit_or_two_swapped_elements_change_it():
     swapped = value.copy()
     swapped[3, [5, 6]] = swapped[3, [6, 5]]
     assert len(seen | {leaf_sums.of(swapped)}) == 3 + 43 + 1
+
+
+def test_arrays_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch):
+    value = np.random.default_rng(1).integers(0, 2**32, (5, 6, 7), dtype=np.uint32)
+    words = {index: int(bits) for index, bits in np.ndenumerate(value)}
+    turned = {(k, i, j): bits for (i, j, k), bits in words.items()}
+    for block in (1, 10, 100, leaf_sums.BLOCK):
+        monkeypatch.setattr(leaf_sums, "BLOCK", block)
+        assert leaf_sums.of(np.asfortranarray(value)) == "uint32[5,6,7]+" + by_hand(words)
+        assert leaf_sums.of(np.repeat(value, 2, axis=1)[:, ::2]) == "uint32[5,6,7]+" + by_hand(words)
+        assert leaf_sums.of(value.transpose(2, 0, 1)) == "uint32[7,5,6]+" + by_hand(turned)
+        assert leaf_sums.of(value[::-1][::-1]) == "uint32[5,6,7]+" + by_hand(words)
+    layer = {(3, *index): int(bits) for index, bits in np.ndenumerate(value[3])}
+    assert leaf_sums.text("uint32", (6, 7), leaf_sums.part(value[3][None], (3, 0, 0)))[-16:] == by_hand(layer)
+    assert leaf_sums.of(np.zeros((0, 3), np.float32)) == "float32[0,3]+" + by_hand({})
+
+
+def test_memory_does_not_grow_with_the_array():
+    value = np.ones((4096, 1024), np.float16).T
+    tracemalloc.start()
+    leaf_sums.of(value)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * 2**20 < value.nbytes
+
+
+def test_the_file_beside_a_folder(tmp_path: Path):
+    folder = epath.Path(tmp_path) / "converted"
+    folder.mkdir()
+    assert leaf_sums.read(folder) is None
+    leaf_sums.write(folder, {"b": "float32[1]+01", "a": "float32[1]+02"})
+    leaf_sums.write(folder, {"b": "float32[1]+03"})
+    assert leaf_sums.read(folder) == {"b": "float32[1]+03"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "converted.checksums.json"]
+    for damaged in (b"", b"{", b"[]", b'{"a": 1}', b"\xff\xfe"):
+        (tmp_path / "converted.checksums.json").write_bytes(damaged)
+        with pytest.raises(exits.Mistake, match=r"converted\.checksums\.json: damaged"):
+            leaf_sums.read(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import runs
+from ymplug_jax import exits, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,3 +83,20 @@ def test_a_run_goes_on_by_its_folder_alone(trained: tuple[Path, list[str]], tmp_
     kept = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     assert (kept["train"]["duration"], kept["data"]["eval_split"]) == ("7 steps", "")
     assert kept["train"]["batch_size"] == 8
+
+
+@pytest.mark.parametrize("place", ["_accepted", "_run"])
+def test_ctrl_c_is_no_traceback(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """While the settings are checked, and in an evaluation; a run in training saves first."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_accepted", lambda *_: [])
+    monkeypatch.setattr(main, place, interrupted)
+    flags = ["--config=configs/tiny/pretrain.py", "--mode=eval", f"--workdir={tmp_path}"]
+    assert main.main(["main", *flags]) == 130 == exits.STOPPED
+    out, err = capsys.readouterr()
+    assert out == "" and err == "stopped\n"

@@ -17,7 +17,7 @@ import pytest
 
 import runs
 import shards
-from ymplug_jax import checkpoint, clips, predictor
+from ymplug_jax import clips, predictor, stored
 from ymplug_jax import predict as predict_lib
 from ymplug_jax.data import schema
 
@@ -362,7 +362,7 @@ MISTAKES = {
     "below": (["classify", "--checkpoint", "{home}/classify/checkpoints", "--video", "x"], "{home}/classify is one"),
     "conversion": (["classify", "--checkpoint", "{home}/bad/converted", "--video", "x"], "a converted checkpoint"),
     "seeds": (["classify", "--checkpoint", "{home}/bad", "--video", "x.mp4"], "but runs damaged, no_classes, no_step"),
-    "damaged": (["classify", "--checkpoint", "{home}/bad/damaged", "--video", "x"], "config.json: damaged settings"),
+    "damaged": (["classify", "--checkpoint", "{home}/bad/damaged", "--video", "x"], "config.json: damaged, not JSON"),
     "no step": (["classify", "--checkpoint", "{home}/bad/no_step", "--video", "x"], "has no checkpoint yet"),
     "no tokenizer": (["classify", "--checkpoint", "{home}/bad/no_tokenizer", "--video", "x"], "copy of its tokenizer is"),
     "no classes": (["classify", "--checkpoint", "{home}/bad/no_classes", "--video", "x"], "class names are missing"),
@@ -388,7 +388,7 @@ MISTAKES = {
     "export place": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/no/i.npz"], "make it first"),
     "export folder": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/data"], "is a folder"),
     "export over": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/videos/a.mp4"], "is no index is there"),
-    "sheet kind": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/s.bmp"], "ends in .png"),
+    "sheet kind": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/s.bmp"], "cannot draw .bmp; name a file that ends in .png"),
     "sheet place": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/no/s.png"], "make it first"),
     "sheet of index": (["retrieve", "--checkpoint", "r", "--index", "i", "--text", "t", "--sheet", "s.png"], "no frames"),
     "index folder": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/data", "--text", "t"], "is a folder"),
@@ -448,8 +448,8 @@ def test_an_index_that_is_not_this_runs_is_refused(home: Path, ask: Callable) ->
     # A copy of the run elsewhere has the same weights.
     shutil.copytree(home / "retrieve", home / "moved")
     assert ask("retrieve", "--checkpoint", home / "moved", "--index", index, "--text", "红色")[0] == 0
-    own, other = (checkpoint.fingerprint(str(home / name)) for name in ("moved", "classify"))
-    assert own == checkpoint.fingerprint(str(home / "retrieve")) != other and len(own) == 64
+    own, other = (stored.fingerprint(str(home / name)) for name in ("moved", "classify"))
+    assert own == stored.fingerprint(str(home / "retrieve")) != other and len(own) == 64
     # An index of before, a damaged one, and one with a NaN.
     arrays = dict(np.load(index))
     nan = np.where(np.arange(2)[:, None] == 1, np.nan, arrays["video"])
@@ -556,7 +556,7 @@ def test_seeds_give_mean_and_deviation(home: Path, ask: Callable) -> None:
     assert ask("retrieve", "--checkpoint", folders[0], *searched)[0] == 0
     for place in (index, searched[1]):
         code, out, (line,) = ask("retrieve", "--checkpoint", folders[1], "--index", place, "--text", "红色")
-        names = [checkpoint.fingerprint(str(folder))[:12] for folder in folders]
+        names = [stored.fingerprint(str(folder))[:12] for folder in folders]
         assert (
             code == 2
             and out == []

@@ -35,6 +35,8 @@ def test_warm_up_is_cut_off_to_whole_steps(warmup: str, last: int):
         ({"train": {"duration": "10%"}}, "config.train.duration: '10%' is a share of itself"),
         ({"train": {"duration": "-5 steps"}}, "config.train.duration: cannot read the duration '-5 steps'"),
         ({"train": {"save_every": "0 steps"}}, "config.train.save_every: '0 steps' is no interval"),
+        ({"train": {"log_every": "0 steps"}}, "config.train.log_every: '0 steps' is no interval"),
+        ({"train": {"log_every": "often"}}, "config.train.log_every: cannot read the duration 'often'"),
         ({"train": {"save_every": "often"}}, "config.train.save_every: cannot read the duration 'often'"),
         ({"train": {"eval_every": "0%"}}, "config.train.eval_every: '0%' is no interval"),
         ({"optim": {"warmup": "101%"}}, "config.optim.warmup: '101%' is more than the whole run"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from ymplug_jax import checkpoint, config, run_folder
+from ymplug_jax import checkpoint, config, run_folder, stored
 from ymplug_jax.config import Data, Experiment, Train
 from ymplug_jax.exits import Mistake
 
@@ -108,7 +108,7 @@ def test_names_that_work(folder: Path, name: str):
     value = {"w": jax.numpy.arange(4.0)}
     checkpoints = checkpoint.Checkpoints(name)
     checkpoints.save_frozen(value)  # written and read back
-    assert checkpoint.places(name)
+    assert stored.places(name)
 
 
 def test_places_that_cannot_be_made(folder: Path):
@@ -127,8 +127,13 @@ def test_places_that_cannot_be_made(folder: Path):
         (b"\xff\xfe\x00", "not JSON"),
         (b"[]", "damaged"),
         (b'{"task": "pretrain", "model": {}, "data": 5}', "damaged"),
-        (b'{"task": "pretrain", "model": {}, "data": {"frames": "four"}}', "data.frames is 'four'"),
+        (
+            b'{"task": "pretrain", "model": {}, "data": {"frames": "four"}}',
+            "config.data.frames: 'four' is not a whole number",
+        ),
         (b'{"task": "pretrain", "model": {}, "data": {"frame": 4}}', "no setting named 'frame'"),
+        (b'{"task": 5, "model": {}}', "config.task: 5 is not a text"),
+        (b'{"task": "pretrain", "model": 5}', "config.model is 5, not a group"),
         (b'{"model": {}}', "damaged"),
     ],
 )

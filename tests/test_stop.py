@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ymplug_jax import checkpoint, stop
+from ymplug_jax import stop, stored
 from ymplug_jax.exits import PlaceFailed
 from ymplug_jax.step import TrainingStopped
 
@@ -67,10 +67,10 @@ def test_data_that_cannot_be_read_any_more():
 )
 def test_a_folder_that_cannot_be_written_any_more(error: Exception):
     with pytest.raises(PlaceFailed, match=r"^runs/x: cannot be written \(No space left on device\)[^\n]*$"):
-        with checkpoint.place_of(checkpoint.folder_of("runs/x")):
+        with stored.place_of(stored.folder_of("runs/x")):
             raise error
     with pytest.raises(ValueError, match="a bug"):
-        with checkpoint.place_of(checkpoint.folder_of("runs/x")):
+        with stored.place_of(stored.folder_of("runs/x")):
             raise ValueError("a bug")
 
 

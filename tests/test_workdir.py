@@ -12,7 +12,7 @@ from etils.epath import backend, gpath
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
-from ymplug_jax import checkpoint, config, evaluate, run, run_folder, writer
+from ymplug_jax import checkpoint, config, evaluate, run, run_folder, stored, writer
 from ymplug_jax.reports import curves
 from ymplug_jax.tasks.task import Report
 
@@ -56,8 +56,8 @@ def test_names_of_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ("~/x", "/home/a/x", "/home/a/x"),
         ("runs/x", "runs/x", f"{tmp_path}/runs/x"),
     ):
-        assert str(checkpoint.folder_of(name)) == folder and str(checkpoint.whole(name)) == whole
-        assert str(checkpoint.whole(str(checkpoint.folder_of(name)))) == whole
+        assert str(stored.folder_of(name)) == folder and str(stored.whole(name)) == whole
+        assert str(stored.whole(str(stored.folder_of(name)))) == whole
 
 
 def test_checkpoints_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
@@ -69,13 +69,13 @@ def test_checkpoints_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
     )
     assert checkpoints._manager is None
     assert str(seen[0]) == "gs://bucket/run/checkpoints/steps"
-    assert checkpoint.latest_step("gs://bucket/run") is None
+    assert stored.latest_step("gs://bucket/run") is None
     (bucket / "run" / "checkpoints" / "steps" / "7" / "trainable").mkdir(parents=True)
-    assert checkpoint.latest_step("gs://bucket/run") == 7
-    assert [str(place) for place in checkpoint.places("gs://bucket/run")] == [
+    assert stored.latest_step("gs://bucket/run") == 7
+    assert [str(place) for place in stored.places("gs://bucket/run")] == [
         "gs://bucket/run/checkpoints/steps/7/trainable"
     ]
-    with pytest.raises(checkpoint.CheckpointError, match="gs://bucket/other: no checkpoint here"):
+    with pytest.raises(stored.CheckpointError, match="gs://bucket/other: no checkpoint here"):
         checkpoint.stored_params("gs://bucket/other")
 
 
@@ -88,7 +88,7 @@ def test_metrics_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
         def close(self): ...
 
     monkeypatch.setattr(tensorboardX, "SummaryWriter", Board)
-    workdir = checkpoint.folder_of("gs://bucket/run")
+    workdir = stored.folder_of("gs://bucket/run")
     first = writer.Writer(workdir, active=True)
     first.write(1, {"loss": 2.0})
     first.write(2, {"loss": 1.5})
@@ -106,7 +106,7 @@ def test_metrics_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
 def test_settings_and_scores_of_a_bucket(bucket: Path, tmp_path: Path):
     (tmp_path / "t.model").write_bytes(b"tokens")
     experiment = config.Experiment("pretrain", {}, config.Data(tokenizer=str(tmp_path / "t.model")))
-    ((_, one), (_, two)) = run.seeds(experiment, checkpoint.folder_of("gs://bucket/run"), 2)
+    ((_, one), (_, two)) = run.seeds(experiment, stored.folder_of("gs://bucket/run"), 2)
     assert str(one) == f"gs://bucket/run/seed_{experiment.train.seed}" and str(two).startswith("gs://bucket/run/seed_")
     one.mkdir(parents=True, exist_ok=True)
     run_folder.write(experiment, one)

@@ -13,11 +13,11 @@ import jax
 from etils import epath
 
 from ymplug_jax import run_folder
-from ymplug_jax.checkpoint import BEST, Checkpoints, place_of
+from ymplug_jax.checkpoint import Checkpoints
 from ymplug_jax.config import Experiment
 from ymplug_jax.exits import Mistake
 from ymplug_jax.state import TrainState
-from ymplug_jax.stored import steps_of
+from ymplug_jax.stored import BEST, place_of, steps_of
 
 NOTE = "best.json"  # {"score", "value", "step"} in that folder
 

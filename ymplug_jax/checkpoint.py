@@ -25,23 +25,19 @@ from etils import epath
 from ymplug_jax import leaf_sums, sharding, verified
 from ymplug_jax import state as state_lib
 from ymplug_jax.exits import PlaceFailed
-from ymplug_jax.stored import (  # noqa: F401 (some for those who know this module alone)
-    BEST,
+from ymplug_jax.stored import (
     FROZEN,
     OPT_STATE,
     STEPS,
     TRAINABLE,
     CheckpointError,
     damaged,
-    fingerprint,
     fits,
-    folder_of,
     json_in,
     latest_step,
     place_of,
     places,
     say_unverified,
-    sources,
     step_folder,
     sums_in,
     sums_of,

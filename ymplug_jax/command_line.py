@@ -142,9 +142,9 @@ def experiment_of(flags: argparse.Namespace, settings: list[str]) -> Experiment:
 def _of_run(name: str, seeds: int) -> Experiment:
     """The settings that a run was started with; of several seeds' runs, those of the first. A tokenizer that is no longer where it
     was is the run's own copy, which is the same."""
-    from ymplug_jax import checkpoint, run_folder
+    from ymplug_jax import run_folder, stored
 
-    folder = checkpoint.folder_of(name)
+    folder = stored.folder_of(name)
     if seeds > 1 and not (folder / run_folder.CONFIG).exists():
         found = [place for place in folder.glob("seed_*") if place.name.removeprefix("seed_").isdecimal()]
         folder = min(found, key=lambda place: int(place.name.removeprefix("seed_")), default=folder)
@@ -155,7 +155,7 @@ def _of_run(name: str, seeds: int) -> Experiment:
         )
     experiment = run_folder.read_settings(folder)
     data = experiment.data
-    if data.tokenizer and not checkpoint.folder_of(data.tokenizer).exists():
+    if data.tokenizer and not stored.folder_of(data.tokenizer).exists():
         kept = run_folder.kept_tokenizer(folder, experiment)
         data = dataclasses.replace(data, tokenizer=str(kept) if kept else data.tokenizer)
     return dataclasses.replace(experiment, data=data)

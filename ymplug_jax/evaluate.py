@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ymplug_jax import checkpoint, index_file, page, progress, sharding
+from ymplug_jax import checkpoint, index_file, page, progress, sharding, stored
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.config import Experiment
@@ -147,7 +147,7 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
     split = experiment.data.eval_split
     records = open_split(experiment.data.path, split)
     scorer = Scorer(run)
-    scores, report = scorer.score(records, trainable, frozen, examples, checkpoint.latest_step(str(workdir)) or 0)
+    scores, report = scorer.score(records, trainable, frozen, examples, stored.latest_step(str(workdir)) or 0)
     if jax.process_index() == 0:
         if report.arrays:  # vectors of two runs are not comparable
             report.arrays.update(index_file.origin(experiment, str(workdir)), split=split)
@@ -162,7 +162,7 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
 def load(run: Run, workdir: epath.Path) -> Params:
     """All parameters of the run's newest checkpoint, placed as the run wants them; of a run that has not begun, those that
     `init_from` gives, to score without training."""
-    if checkpoint.latest_step(str(workdir)) is None and run.experiment.train.init_from:
+    if stored.latest_step(str(workdir)) is None and run.experiment.train.init_from:
         logging.warning("%s: no checkpoint; scoring config.train.init_from as it stands", workdir)
         return run_lib.fresh_params(run)[0]
     abstract = state_lib.merge(run.state.trainable, run.frozen)

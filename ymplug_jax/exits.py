@@ -4,6 +4,7 @@ MISTAKE = 2  # in the settings, flags, paths or data; the same command fails aga
 DOES_NOT_FIT = 3  # --mode compile: the step needs more memory than a chip has
 LOST = 4  # another process of the run is missing or gone
 PLACE = 5  # a disk, folder or bucket failed in the middle of a run; worth a bounded number of retries
+STOPPED = 130  # Ctrl-C where nothing is to be saved: as shells count it, 128 and SIGINT
 
 
 class Mistake(ValueError):

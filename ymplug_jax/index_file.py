@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ymplug_jax import checkpoint
+from ymplug_jax import stored
 from ymplug_jax.config import Experiment
 from ymplug_jax.exits import Mistake
 
@@ -23,9 +23,9 @@ Origin = dict[str, Any]
 
 def origin(experiment: Experiment, workdir: str) -> Origin:
     """What vectors depend on, as plain values: fingerprint of the weights ("" without a checkpoint), step, task, frames."""
-    step = checkpoint.latest_step(workdir)
+    step = stored.latest_step(workdir)
     return {
-        "fingerprint": "" if step is None else checkpoint.fingerprint(workdir),
+        "fingerprint": "" if step is None else stored.fingerprint(workdir),
         "step": step or 0,
         "task": experiment.task,
         "frames": experiment.data.frames,

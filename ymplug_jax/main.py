@@ -49,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
             raise
         logging.error("error: %s", _line(error))
         return code
+    except KeyboardInterrupt:  # training has a way of its own to stop
+        logging.error("stopped")
+        return exits.STOPPED
     import jax
 
     if result is not None and jax.process_index() == 0:
@@ -83,9 +86,9 @@ def _accepted(flags: argparse.Namespace, experiment: Experiment) -> list[tuple[E
         raise exits.Mistake(f"--workdir: missing; give the folder of the run that --mode {flags.mode} works in")
     if flags.examples < 0:
         raise exits.Mistake(f"--examples: {flags.examples} is too small; give 0 for the whole split, or more")
-    from ymplug_jax import checkpoint, preflight, run
+    from ymplug_jax import preflight, run, stored
 
-    runs = run.seeds(experiment, checkpoint.folder_of(flags.workdir), flags.seeds)
+    runs = run.seeds(experiment, stored.folder_of(flags.workdir), flags.seeds)
     for one, workdir in runs:
         preflight.check(one, workdir, flags.mode)
     return runs
@@ -116,10 +119,10 @@ def _run(flags: argparse.Namespace, experiment: Experiment, runs: list) -> dict[
         result = bench.bench(experiment, flags.steps, epath.Path(flags.workdir) if flags.workdir else None)
         logging.info("%s", bench.render(result))
         return result
-    from ymplug_jax import checkpoint, evaluate, train
+    from ymplug_jax import evaluate, stored, train
 
     if flags.mode == "eval":
-        return evaluate.evaluate_all(runs, checkpoint.folder_of(flags.workdir), examples=flags.examples)
+        return evaluate.evaluate_all(runs, stored.folder_of(flags.workdir), examples=flags.examples)
     for one, workdir in runs:
         train.train(one, workdir)
     return None

@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # decoding processes import this module again: it stays light
 
 COMMANDS = ("classify", "caption", "retrieve")
 ONLY_FOR = {"title": "classify", "text": "retrieve", "index": "retrieve", "export": "retrieve", "rank": "retrieve"}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # of a sheet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return exits.STOPPED
 
 
 class _Closed(Exception):
@@ -172,19 +171,19 @@ def _as_text(flag: str, text: str) -> str:
 def _check_places(args: argparse.Namespace) -> None:
     from ymplug_jax import index_file
 
-    for flag in ("export", "sheet"):
-        if (path := getattr(args, flag)) is None:
-            continue
+    if path := args.export:
         if path.is_dir():
-            raise Mistake(f"{path}: --{flag} is a folder; give the name of a file")
+            raise Mistake(f"{path}: --export is a folder; give the name of a file")
         if not path.parent.is_dir():
-            raise Mistake(f"{path}: --{flag}: there is no folder {path.parent}; make it first")
+            raise Mistake(f"{path}: --export: there is no folder {path.parent}; make it first")
         if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-            raise Mistake(f"{path}: --{flag}: no permission to write there; give another place")
-    if args.sheet and args.sheet.suffix.lower() not in SUFFIXES:
-        raise Mistake(f"{args.sheet}: --sheet cannot draw this kind of file; give a name that ends in .png")
+            raise Mistake(f"{path}: --export: no permission to write there; give another place")
     if args.sheet and args.index:
         raise Mistake("--sheet and --index: an index holds no frames; give files with --video")
+    if args.sheet:
+        from ymplug_jax import sheet
+
+        sheet.check(args.sheet)
     if args.export and args.export.exists():
         try:
             index_file.read(args.export, ("video", "video_id"), setting="--export")

@@ -11,13 +11,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from ymplug_jax import checkpoint, config, evaluate
+from ymplug_jax import config, evaluate, run_folder, stored
 from ymplug_jax import run as run_lib
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.records import Record
-from ymplug_jax.data.schema import CLASS_NAMES
 from ymplug_jax.exits import Mistake
-from ymplug_jax.tasks import alpro_classify
+from ymplug_jax.tasks import alpro_classify, inputs
 from ymplug_jax.tasks.task import Task
 
 BATCH = 8
@@ -41,17 +40,12 @@ class Predictor:
         Raises:
           Mistake: no run with a checkpoint there, a run of another task, damaged settings, or a part of the run is missing.
         """
-        self.folder = checkpoint.folder_of(name)
-        try:
-            experiment = _settings(self.folder)
-        except OSError as error:
-            raise Mistake(
-                f"{self.folder}: cannot be read ({error.strerror or error}); look at its permissions"
-            ) from None
+        self.folder = stored.folder_of(name)
+        experiment = _settings(self.folder)
         if experiment.task not in TASKS[command]:
             wanted = " or ".join(TASKS[command])
             raise Mistake(f"{self.folder} is a run of task {experiment.task!r}; {command} needs one of {wanted}")
-        if checkpoint.latest_step(str(self.folder)) is None:
+        if stored.latest_step(str(self.folder)) is None:
             raise Mistake(f"{self.folder}: this run has no checkpoint yet; train it until its first save")
         self._local = tempfile.TemporaryDirectory(prefix="ymplug_jax_")
         data = dataclasses.replace(
@@ -80,7 +74,7 @@ class Predictor:
         if self._ready is None:
             try:
                 params = evaluate.load(self._run, self.folder)
-            except (checkpoint.CheckpointError, FileNotFoundError) as error:
+            except (stored.CheckpointError, FileNotFoundError) as error:
                 raise Mistake(f"{self.folder}: {error}") from None
             batch = self._batch([blank("")])
             self._ready = params, jax.jit(self.task.predict).lower(params, batch).compile()
@@ -105,16 +99,10 @@ class Predictor:
         """Names of the run's classes, in the order of its votes.
 
         Raises:
-          Mistake: the file of names is missing.
+          Mistake: the file of names is missing, or no list of names.
         """
         data, options = self.experiment.data, self.experiment.options
-        if data.classes:
-            text = Path(data.classes).read_bytes().decode("utf-8-sig")
-            return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
-        try:
-            return alpro_classify.class_names(options) if options.answers else CLASS_NAMES
-        except (ValueError, FileNotFoundError) as error:
-            raise Mistake(str(error)) from None
+        return alpro_classify.class_names(options) if options.answers else inputs.class_names(data)
 
     def _batch(self, records: Sequence[Record]) -> dict[str, np.ndarray]:
         # Names tell records of one clip apart in training alone, and those of files may hold bytes that are no text.
@@ -127,7 +115,7 @@ class Predictor:
         """The run's own copy: the file that the settings name may be gone, or another by now."""
         if not experiment.data.tokenizer:
             return ""
-        kept = self.folder / "tokenizer" / epath.Path(experiment.data.tokenizer).name
+        kept = self.folder / run_folder.TOKENIZER / epath.Path(experiment.data.tokenizer).name
         if not kept.is_file():
             raise Mistake(
                 f"{kept}: the run's copy of its tokenizer is missing; put the file there that the run was trained with"
@@ -135,7 +123,7 @@ class Predictor:
         return self._copy(kept)
 
     def _classes(self, experiment: Experiment) -> str:
-        kept = self.folder / "classes.txt"
+        kept = self.folder / run_folder.CLASSES
         if kept.is_file():
             return self._copy(kept)
         if experiment.data.classes:
@@ -164,27 +152,24 @@ def _settings(folder: epath.Path) -> Experiment:
       Mistake: no run's folder, named with what it is instead, or settings that cannot be read.
     """
     asked = "--checkpoint is the --workdir of a run"
-    path = folder / "config.json"
-    if not path.exists():
+    try:
+        there = (folder / run_folder.CONFIG).exists()
+    except OSError as error:
+        raise Mistake(f"{folder}: cannot be read ({error.strerror or error}); look at its permissions") from None
+    if not there:
         if folder.exists() and not folder.is_dir():
             raise Mistake(f"{folder}: a file; {asked}, which is a folder")
         if not folder.exists():
             raise Mistake(f"{folder}: no config.json here, there is no such folder; {asked}")
-        if (folder / "checkpoints" / checkpoint.CONVERTED).exists():
+        if (folder / "checkpoints" / stored.CONVERTED).exists():
             raise Mistake(
                 f"{folder}: a converted checkpoint has no config.json and answers nothing yet; fine-tune it with "
                 "--config.train.init_from and give the --workdir of that run"
             )
-        seeds = sorted(part.name for part in folder.iterdir() if (part / "config.json").exists())
+        seeds = sorted(part.name for part in folder.iterdir() if (part / run_folder.CONFIG).exists())
         if seeds:
             raise Mistake(f"{folder}: no config.json here, but runs {', '.join(seeds)}; {asked}, give one of them")
-        above = next((place for place in folder.parents if (place / "config.json").exists()), None)
+        above = next((place for place in folder.parents if (place / run_folder.CONFIG).exists()), None)
         hint = f"; {above} is one" if above else ""
         raise Mistake(f"{folder}: no config.json here; {asked}{hint}")
-    try:
-        return config.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # UnicodeDecodeError is a ValueError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Mistake(
-            f"{path}: damaged settings ({reason}); restore the file, it is written when a run starts"
-        ) from None
+    return run_folder.read_settings(folder)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from ymplug_jax import checkpoint, run_folder
 from ymplug_jax import run as run_lib
+from ymplug_jax import run_folder, stored
 from ymplug_jax.config import Experiment
 from ymplug_jax.data import schema
 from ymplug_jax.data.records import Records
@@ -38,8 +38,8 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
     """
     run_folder.check(experiment, workdir)
     train, data = experiment.train, experiment.data
-    begun = checkpoint.latest_step(str(workdir)) is not None
-    if mode == "eval" and not (train.init_from or checkpoint.places(str(workdir))):
+    begun = stored.latest_step(str(workdir)) is not None
+    if mode == "eval" and not (train.init_from or stored.places(str(workdir))):
         raise Mistake(
             f"{workdir}: no checkpoint here; give the --workdir of a run, or config.train.init_from to score as it stands"
         )

@@ -129,7 +129,7 @@ def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
     total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
     if not total:
         raise Mistake(f"config.train.duration: {train.duration!r} are 0 steps of this data; train for 1 step or more")
-    for name in ("save_every", "eval_every", "eval_scores_every"):
+    for name in ("log_every", "save_every", "eval_every", "eval_scores_every"):
         value, setting = getattr(train, name), f"config.train.{name}"
         if name == "eval_scores_every" and not value:
             continue
@@ -215,12 +215,12 @@ def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], d
     Raises:
       CheckpointError: a folder without a checkpoint, or one that does not fit the model.
     """
-    from ymplug_jax import checkpoint
+    from ymplug_jax import checkpoint, stored
 
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     loaded: dict[str, jax.Array] = {}
     origin: dict[str, str] = {}
-    for subtree, stored_as, folder in checkpoint.sources(run.experiment.train.init_from):
+    for subtree, stored_as, folder in stored.sources(run.experiment.train.init_from):
         part = checkpoint.load_params(
             folder,
             abstract,
@@ -231,5 +231,5 @@ def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], d
             values=values,
         )
         loaded |= part
-        origin |= dict.fromkeys(part, checkpoint.folder_of(folder).name)
+        origin |= dict.fromkeys(part, stored.folder_of(folder).name)
     return loaded, origin

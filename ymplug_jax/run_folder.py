@@ -4,7 +4,6 @@ A run's own copies of the tokenizer and the class names never change: ids and la
 checks here come first and write nothing; `write` follows when the run was accepted.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -18,9 +17,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax import checkpoint, config, text_files
+from ymplug_jax import config, stored
 from ymplug_jax.config import Experiment
 from ymplug_jax.exits import Mistake
+from ymplug_jax.tasks import inputs
 
 CONFIG = "config.json"
 CLASSES = "classes.txt"
@@ -37,7 +37,7 @@ def read_settings(workdir: str | epath.Path) -> Experiment:
     Raises:
       Mistake: there is no config.json, or it is damaged.
     """
-    path = checkpoint.folder_of(str(workdir)) / CONFIG
+    path = stored.folder_of(str(workdir)) / CONFIG
     try:
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -55,25 +55,9 @@ def read_settings(workdir: str | epath.Path) -> Experiment:
     except (ValueError, TypeError, AttributeError) as error:
         what = error if isinstance(error, ValueError) else f"these are not the settings of a run ({error})"
         raise Mistake(f"{path}: damaged, or of another version: {what}; {fix}") from None
-    if wrong := _wrong_type(experiment):
-        raise Mistake(f"{path}: damaged, {wrong}; {fix}")
+    if not isinstance(experiment.model, dict):
+        raise Mistake(f"{path}: damaged, config.model is {experiment.model!r}, not a group of settings; {fix}")
     return experiment
-
-
-def _wrong_type(experiment: Experiment) -> str:
-    """The first setting whose value has another type than its default, in words; "" if there is none."""
-    if not isinstance(experiment.task, str) or not isinstance(experiment.model, dict):
-        return "task is to be a text and model an object"
-    for name in ("data", "optim", "mesh", "train", "options"):
-        section = getattr(experiment, name)
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            kinds = (type(field.default), int) if isinstance(field.default, float) else (type(field.default),)
-            if field.default is None:
-                kinds = (type(None), tuple)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                return f"{name}.{field.name} is {value!r}"
-    return ""
 
 
 def check(experiment: Experiment, workdir: str | epath.Path) -> None:
@@ -82,7 +66,7 @@ def check(experiment: Experiment, workdir: str | epath.Path) -> None:
     Raises:
       Mistake: the folder cannot be made, written or read back, or it holds a run of another task, model, tokenizer or other classes.
     """
-    folder = checkpoint.whole(str(workdir))
+    folder = stored.whole(str(workdir))
     _check_place(folder)
     if (folder / CONFIG).exists():
         old = read_settings(folder)
@@ -90,7 +74,7 @@ def check(experiment: Experiment, workdir: str | epath.Path) -> None:
         _check_same_tokenizer(old, experiment, folder)
         _check_same_classes(old, experiment, folder)
     elif experiment.data.classes:
-        class_names(experiment.data.classes)
+        inputs.class_names(experiment.data)
 
 
 def _check_place(folder: epath.Path) -> None:
@@ -143,7 +127,7 @@ def _check_same_tokenizer(old: Experiment, new: Experiment, folder: epath.Path) 
     if kept is None or not given:
         return
     fix = f"set config.data.tokenizer={kept}, or choose another --workdir"
-    if not same_content(kept, checkpoint.folder_of(given)):
+    if not same_content(kept, stored.folder_of(given)):
         raise Mistake(f"config.data.tokenizer {given}: not the tokenizer of the run in {folder}, by content; {fix}")
     if given.endswith(".txt") and old.data.lower_case != new.data.lower_case:
         raise Mistake(
@@ -155,12 +139,12 @@ def _check_same_tokenizer(old: Experiment, new: Experiment, folder: epath.Path) 
 def _check_same_classes(old: Experiment, new: Experiment, folder: epath.Path) -> None:
     """The names that count, not the bytes of the files. None: the classes of Youku-mPLUG."""
     kept, given = folder / CLASSES, new.data.classes
-    before = class_names(str(kept)) if kept.exists() else None
+    before = inputs.names_in(str(kept), "the run's classes") if kept.exists() else None
     if before is None and old.data.classes:
         return  # a run without its copy
-    if given and not checkpoint.folder_of(given).exists() and before is not None and given == old.data.classes:
+    if given and not stored.folder_of(given).exists() and before is not None and given == old.data.classes:
         return  # the file is gone, the run's copy is there
-    after = class_names(given) if given else None
+    after = inputs.class_names(new.data) if given else None
     if before != after:
         source = (
             f"config.data.classes={kept}" if before is not None else "config.data.classes to nothing (its 45 classes)"
@@ -179,14 +163,14 @@ def check_init_from(experiment: Experiment) -> None:
       Mistake: a folder that is missing or holds no checkpoint, or whose run has another tokenizer.
     """
     given = experiment.data.tokenizer
-    for subtree, _, name in checkpoint.sources(experiment.train.init_from):
-        folder = checkpoint.folder_of(name)
+    for subtree, _, name in stored.sources(experiment.train.init_from):
+        folder = stored.folder_of(name)
         if not folder.exists():
             other = f" (nor one named {subtree}={name})" if subtree else ""
             raise Mistake(
                 f"config.train.init_from: {name}: no such folder{other}; give the --workdir of a run or the --out of a conversion"
             )
-        if not checkpoint.places(name):
+        if not stored.places(name):
             raise Mistake(
                 f"config.train.init_from: {name}: no checkpoint here; give the --workdir of a run or the --out of a conversion"
             )
@@ -195,7 +179,7 @@ def check_init_from(experiment: Experiment) -> None:
         old = read_settings(folder) if (folder / CONFIG).exists() else None
         kept = kept_tokenizer(folder, old)
         fix = "or set config.train.other_tokenizer=True if its ids need not mean the same"
-        if kept is not None and not same_content(kept, checkpoint.folder_of(given)):
+        if kept is not None and not same_content(kept, stored.folder_of(given)):
             raise Mistake(
                 f"config.train.init_from: {name} was trained with another tokenizer than {given}, by content; set "
                 f"config.data.tokenizer={kept}, {fix}"
@@ -208,7 +192,7 @@ def check_init_from(experiment: Experiment) -> None:
 
 def kept_tokenizer(workdir: str | epath.Path, experiment: Experiment | None = None) -> epath.Path | None:
     """The run's own copy of its tokenizer, None if it has none. `experiment` holds the settings of the run, if they are known."""
-    folder = checkpoint.folder_of(str(workdir)) / TOKENIZER
+    folder = stored.folder_of(str(workdir)) / TOKENIZER
     if experiment and experiment.data.tokenizer:
         named = folder / epath.Path(experiment.data.tokenizer).name
         if named.exists():
@@ -230,29 +214,12 @@ def digest(path: epath.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def class_names(path: str) -> list[str]:
-    """The lines of a file of class names: UTF-8, lines end at "\\n", empty ones at the end do not count.
-
-    Raises:
-      Mistake: no such file, or not UTF-8.
-    """
-    try:
-        lines = text_files.read_lines(checkpoint.folder_of(path))
-    except OSError as error:
-        raise Mistake(
-            f"config.data.classes {path}: {error.strerror or error}; give a file of class names, one a line"
-        ) from None
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
-
-
 def write(experiment: Experiment, workdir: str | epath.Path) -> None:
     """Make the folder and write config.json, environment.json and the copies of tokenizer and class names.
 
     Call it on one host, for a run that `check` let pass. A changed setting of a resumed run is named in a warning.
     """
-    folder = checkpoint.folder_of(str(workdir))
+    folder = stored.folder_of(str(workdir))
     folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / CONFIG, config.to_json(experiment)
     old = None
@@ -268,11 +235,11 @@ def write(experiment: Experiment, workdir: str | epath.Path) -> None:
             logging.warning("this folder was written with other settings: %s", "; ".join(changed))
     # The copies first: where config.json is, they are whole.
     if experiment.data.tokenizer:  # a run answers questions long after its data is gone
-        source = checkpoint.folder_of(experiment.data.tokenizer)
+        source = stored.folder_of(experiment.data.tokenizer)
         (folder / TOKENIZER).mkdir(exist_ok=True)
         _copy(source, folder / TOKENIZER / source.name)
     if experiment.data.classes:
-        _copy(checkpoint.folder_of(experiment.data.classes), folder / CLASSES)
+        _copy(stored.folder_of(experiment.data.classes), folder / CLASSES)
     _write_whole(folder / "environment.json", (json.dumps(_facts(), indent=2) + "\n").encode())
     _write_whole(path, text.encode())
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax import checksums
+from ymplug_jax import leaf_sums
 from ymplug_jax.exits import PlaceFailed
 from ymplug_jax.verified import Damaged
 
@@ -193,7 +193,7 @@ def sums_in(place: epath.Path, step: epath.Path | None) -> dict[str, str] | None
     if place.name == TRAINABLE:
         return (sums_of(place.parent) or {}).get(TRAINABLE)
     in_step = (sums_of(step) or {}).get(FROZEN) if step is not None and place.name == FROZEN else None
-    return in_step or checksums.read(place)
+    return in_step or leaf_sums.read(place)
 
 
 def json_in(item: epath.Path, what: str) -> dict:

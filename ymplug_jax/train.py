@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax import checkpoint, config, evaluate, plan, progress, run_folder, sharding
+from ymplug_jax import config, evaluate, plan, progress, run_folder, sharding, stored
 from ymplug_jax import run as run_lib
 from ymplug_jax import step as step_lib
 from ymplug_jax.best import Best
-from ymplug_jax.checkpoint import BEST, Checkpoints, place_of
+from ymplug_jax.checkpoint import Checkpoints
 from ymplug_jax.config import Experiment
 from ymplug_jax.data import feed as feed_lib
 from ymplug_jax.data import loader
@@ -21,8 +21,8 @@ from ymplug_jax.data.source import open_split
 from ymplug_jax.exits import PlaceFailed
 from ymplug_jax.reports.curves import draw_curve
 from ymplug_jax.run import Run
-from ymplug_jax.stop import Stop as _Stop
-from ymplug_jax.stop import finite_scores, must_have_targets, reading
+from ymplug_jax.stop import Stop, finite_scores, must_have_targets, reading
+from ymplug_jax.stored import BEST, place_of
 from ymplug_jax.writer import Metrics, Writer
 
 
@@ -38,9 +38,9 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
       PlaceFailed: the data or the folder could not be read or written any more; the run was saved where that was possible.
     """
     run_folder.check(experiment, workdir)
-    if checkpoint.latest_step(str(workdir)) is None:
+    if stored.latest_step(str(workdir)) is None:
         run_folder.check_init_from(experiment)
-    with _Stop() as stop:
+    with Stop() as stop:
         run = run_lib.prepare(experiment)
         with contextlib.closing(Checkpoints(str(workdir), keep=experiment.train.keep)) as checkpoints:
             scores = _train(run, workdir, checkpoints, stop)
@@ -50,7 +50,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     return scores
 
 
-def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: _Stop) -> dict[str, float]:
+def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: Stop) -> dict[str, float]:
     experiment = run.experiment
     settings, data = experiment.train, experiment.data
     first = jax.process_index() == 0

@@ -152,9 +152,29 @@ def test_complete_corpus_is_reused(corpus: Path, capsys):
     main(["--out", str(corpus), "--clips", "40", "--seed", "3"])
     assert "36 training and 4 validation clips, drawn before" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in corpus.rglob("*")} == before
-    with pytest.raises(SystemExit):
-        main(["--out", str(corpus), "--clips", "40", "--seed", "4"])
+    assert main(["--out", str(corpus), "--clips", "40", "--seed", "4"]) == 2
     assert "remove it or give another --out" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for flags, message in (
+        (
+            [f"--out={tmp_path}/file/corpus"],
+            f"error: {tmp_path}/file/corpus: cannot be made: Not a directory; give another --out",
+        ),
+        ([f"--out={tmp_path}/file"], "is not a corpus of draw_shapes: give another --out"),
+        ([f"--out={tmp_path}/new", "--clips=3"], "error: "),
+        (["--out=gs://bucket/corpus"], "no local place"),
+        (["--out=x", "--clip=40"], "unrecognized arguments: --clip=40"),
+    ):
+        try:
+            code = main(flags)
+        except SystemExit as ended:
+            code = ended.code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert code == 2 and line.startswith("error: ") and message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_strange_folders_are_left_alone(tmp_path: Path):

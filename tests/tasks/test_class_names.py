@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import shards
-from ymplug_jax import exits
+from ymplug_jax import config, exits, run_folder
 from ymplug_jax.config import Data, Experiment, Train
 from ymplug_jax.data import schema
 from ymplug_jax.data.records import Record
@@ -79,18 +79,53 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_bytes("\ufeff猫 和 狗\r\n一\u2028二\n三\x0b四\n".encode())
     assert inputs.class_names(Data(classes=str(file))) == ("猫 和 狗", "一\u2028二", "三\x0b四")
-    for content, message in (
-        (b"\n \n", "no name in it"),
-        ("猫\n\n狗\n".encode(), "line 2 is empty or has blanks"),
-        ("猫\n狗 \n".encode(), "line 2 is empty or has blanks"),
-        ("猫\n狗\n猫\n".encode(), "the class '猫' stands twice"),
-        (b"\xff\xfe", "not UTF-8"),
+    with pytest.raises(
+        exits.Mistake, match=r"config\.data\.classes nowhere.txt: No such file or directory; give a file"
     ):
-        file.write_bytes(content)
-        with pytest.raises(exits.Mistake, match=f"names.txt .config.data.classes.: {message}"):
-            inputs.class_names(Data(classes=str(file)))
-    with pytest.raises(FileNotFoundError, match="nowhere.txt: no such file; config.data.classes names a file"):
         inputs.class_names(Data(classes="nowhere.txt"))
+    with pytest.raises(
+        exits.Mistake, match=r"config\.options\.answers .*names.txt, line 2: answer '猫' stands in line 1"
+    ):
+        file.write_text("猫\n猫\n", encoding="utf-8")
+        inputs.names_in(str(file), "config.options.answers", "answer")
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("\ufeff猫\r\n狗\u2028\x85x", ("猫", "狗\u2028\x85x")),
+        ("\ufeff\ufeff猫 和 狗\n", ("猫 和 狗",)),
+        ("", "no class names in it"),
+        ("\ufeff\n", "line 1: an empty line"),
+        ("猫\n\n狗\n", "line 2: an empty line"),
+        ("猫\n狗\n\n", "line 3: an empty line"),
+        ("猫\n \u3000\n", "line 2: an empty line"),
+        ("猫\n狗 \n", "line 2: blanks around the class name '狗 '"),
+        ("猫\r狗\r", "line 1: a carriage return inside the class name"),
+        ("猫\n狗\r\n猫\n", "line 3: class name '猫' stands in line 1 already"),
+    ],
+)
+def test_builder_training_and_run_folder_read_alike(
+    content: str, names: tuple[str, ...] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("names.txt").write_bytes(content.encode())
+    new = Experiment("classify", {}, Data(classes="names.txt"))
+    if isinstance(names, tuple):
+        assert schema.parse_class_names(content, "names.txt") == names == inputs.class_names(new.data)
+        run_folder.check(new, "new")
+        Path("run").mkdir()
+        Path("run/config.json").write_text(config.to_json(new))
+        Path("run/classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        run_folder.check(new, "run")
+        return
+    for read in (
+        lambda: schema.parse_class_names(content, "names.txt"),
+        lambda: inputs.class_names(new.data),
+        lambda: run_folder.check(new, "new"),
+    ):
+        with pytest.raises(ValueError, match=f"names.txt.*{names}"):
+            read()
 
 
 @pytest.mark.parametrize("name", MODELS)

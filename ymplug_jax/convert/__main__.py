@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ymplug_jax import checkpoint, exits
+from ymplug_jax import exits, stored
 from ymplug_jax.convert.plan import MODELS
 
 EXTRA = ("torch", "safetensors")  # what the extra `convert` installs
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except exits.PlaceFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return exits.PLACE
-    except (exits.Mistake, checkpoint.CheckpointError) as error:
+    except (exits.Mistake, stored.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
     return exits.MISTAKE
 

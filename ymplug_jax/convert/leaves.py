@@ -1,15 +1,19 @@
 """Parameters of a checkpoint on the disk, opened one by one, and whether their bytes are those that were written."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorstore
 from etils import epath
 
-from ymplug_jax import checkpoint, checksums, exits
+from ymplug_jax import exits, leaf_sums, stored
+from ymplug_jax.verified import Damaged, stored_in
 
 BLOCK = 256 * 2**20  # bytes that are read at a time
+READERS = 4  # parameters that are read and compared side by side
 
 
 def opened(place: epath.Path) -> dict[str, tensorstore.TensorStore]:
@@ -21,7 +25,7 @@ def opened(place: epath.Path) -> dict[str, tensorstore.TensorStore]:
     leaves = {}
     try:
         driver = "zarr3" if json.loads((place / "_METADATA").read_text()).get("use_zarr3") else "zarr"
-        for path in checkpoint.stored_in(place):
+        for path in stored_in(place):
             name = path.replace("/", ".")
             base = str(place) if "://" in str(place) else f"file://{place}"
             if (place / "manifest.ocdbt").exists():
@@ -41,7 +45,7 @@ def opened(place: epath.Path) -> dict[str, tensorstore.TensorStore]:
 def verified(folder: Path) -> dict[str, tensorstore.TensorStore]:
     """Every parameter of a run's newest step or of a conversion, opened, after their bytes were compared with their checksums.
 
-    Item folders of older versions have no checksums and are not compared.
+    What an older version saved without checksums is not compared; a line says so.
 
     Raises:
       exits.Mistake: there is no checkpoint, or a parameter is damaged; the message names it.
@@ -50,15 +54,22 @@ def verified(folder: Path) -> dict[str, tensorstore.TensorStore]:
         raise exits.Mistake(
             f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a run or a conversion"
         )
-    places = checkpoint.places(str(folder))
+    places = stored.places(str(folder))
     if not places:
         raise exits.Mistake(
             f"{folder}: no checkpoint in it; give the folder of a run or of a conversion (--out of that)"
         )
     found = {}
+    step = stored.step_folder(stored.whole(str(folder)), stored.latest_step(str(folder)))
     for place in places:
-        leaves, sums = opened(place), checksums.read(place)
-        if sums is not None:
+        leaves = opened(place)
+        try:
+            sums = stored.sums_in(place, step)
+        except Damaged as error:
+            raise exits.Mistake(f"{step}: {error}; copy it again") from None
+        if sums is None:
+            stored.say_unverified(place)
+        else:
             _compare(place, leaves, sums)
         found |= leaves
     return found
@@ -67,26 +78,27 @@ def verified(folder: Path) -> dict[str, tensorstore.TensorStore]:
 def _compare(place: epath.Path, leaves: dict[str, tensorstore.TensorStore], sums: dict[str, str]) -> None:
     if odd := sorted(leaves.keys() ^ sums.keys()):
         raise exits.Mistake(
-            f"{checksums.file_of(place)}: does not belong to {place}, of which {odd[0]} is on one side only; copy both again"
+            f"{place}: does not belong to its checksums: {odd[0]} is on one side only; copy all of {place.parent} again"
         )
-    for path, leaf in leaves.items():
-        try:
-            right = sum_of(leaf) == sums[path]
-        except ValueError as error:  # a chunk that is shorter than it should be
-            raise exits.Mistake(
-                f"{place}: {path} cannot be read; convert or copy it again ({str(error)[:200]})"
-            ) from None
-        if not right:
-            raise exits.Mistake(f"{place}: {path} is damaged, its checksum is wrong; convert or copy it again")
+    with ThreadPoolExecutor(READERS) as pool:
+        for path, seen in zip(leaves, pool.map(sum_of, leaves.values()), strict=True):
+            if isinstance(seen, ValueError):
+                raise exits.Mistake(f"{place}: {path} cannot be read; convert or copy it again ({str(seen)[:200]})")
+            if seen != sums[path]:
+                raise exits.Mistake(f"{place}: {path} is damaged, its checksum is wrong; convert or copy it again")
 
 
-def sum_of(leaf: tensorstore.TensorStore) -> str:
-    """`checksums.of` a stored array, read in blocks along its first axis."""
-    if not leaf.shape:
-        return checksums.of(leaf.read().result())
-    size = leaf.dtype.numpy_dtype.itemsize * leaf.size
-    rows = max(1, leaf.shape[0] * BLOCK // max(size, 1))
-    crc = 0
-    for i in range(0, leaf.shape[0], rows):
-        crc = checksums.extended(crc, leaf[i : min(i + rows, leaf.shape[0])].read().result())
-    return checksums.text(leaf.dtype.numpy_dtype, leaf.shape, crc)
+def sum_of(leaf: tensorstore.TensorStore) -> str | ValueError:
+    """`leaf_sums.of` a stored array, read in blocks along its first axis; the error if a chunk is shorter than it should be."""
+    dtype, shape = leaf.dtype.numpy_dtype, leaf.shape
+    sums = np.zeros(2, np.uint32)
+    try:
+        if not shape:
+            return leaf_sums.text(dtype, shape, leaf_sums.part(leaf.read().result()))
+        rows = max(1, BLOCK * shape[0] // max(dtype.itemsize * leaf.size, 1))
+        for i in range(0, shape[0], rows):
+            block = leaf[i : min(i + rows, shape[0])].read().result()
+            sums += leaf_sums.part(block, (i, *(0,) * (len(shape) - 1)))
+    except ValueError as error:
+        return error
+    return leaf_sums.text(dtype, shape, sums)

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,19 +22,19 @@ import tensorstore
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from ymplug_jax import checksums, exits
+from ymplug_jax import exits, leaf_sums
 
-JOURNAL = "converted.jsonl"  # names of the source tensors that are written, and checksums up to there
+JOURNAL = "converted.jsonl"  # names of the source tensors that are written, and what each adds to the checksums
 CHUNK = 256 * 2**20  # bytes of a chunk of a parameter without layers, at most
 
 
-class _Written(NamedTuple):
-    """How much of a parameter was handed over: layers (or 1), and the CRC-32C of their bytes."""
+class _Block(NamedTuple):
+    """A parameter or one layer of it: the whole's path, dtype and shape, and its two sums, which are computed beside the writing."""
 
-    layers: int
-    crc: int
+    path: str
     dtype: str
     shape: tuple[int, ...]
+    sums: Future[np.ndarray]
 
 
 class Store:
@@ -67,14 +68,16 @@ class Store:
             self._remove()
             raise exits.Mistake(f"--out {out}: cannot be written: {error.strerror}; give another folder") from None
         self.done = {line["tensor"] for line in lines[1:]}
-        self._written: dict[str, _Written] = {}
+        self._sums: dict[str, list[int]] = {}
+        self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype and shape
         for line in lines[1:]:
-            self._written |= {path: _Written(*value) for path, value in line["written"].items()}
+            self._add(line["sums"])
         self._arrays: dict[str, Any] = {}
+        # Of the tensor at hand, and of the one before (with its name), which is still being written.
         self._pending: list[Any] = []
-        self._unfinished: list[Any] = []
-        self._fresh: set[str] = set()  # parameters that the tensor at hand went into
-        self._last: dict[str, Any] = {}
+        self._blocks: list[_Block] = []
+        self._unfinished: tuple[str, list[Any], list[_Block]] = ("", [], [])
+        self._beside = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
         # Written to the disk once, at the end; nothing is kept in memory.
         self._context = tensorstore.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
 
@@ -97,9 +100,10 @@ class Store:
     def discard(self) -> None:
         """Remove what was written, and the folders that were made for it: its source turned out to be bad."""
         self._journal.close()
-        for future in (*self._pending, *self._unfinished):
+        for future in (*self._pending, *self._unfinished[1]):
             with contextlib.suppress(ValueError):
                 future.result()
+        self._beside.shutdown(cancel_futures=True)
         self._arrays.clear()
         self._remove()
 
@@ -127,18 +131,18 @@ class Store:
     def write(self, path: str, layer: int | None, value: np.ndarray, shape: tuple[int, ...]) -> None:
         """One parameter, or one layer of it; `shape` is that of the whole. Writing goes on when this returns; `wrote` waits.
 
-        Layers come in order, so that the checksum of the whole follows from theirs.
+        `value` must not be changed after it was handed over.
 
         Raises:
           exits.PlaceFailed: the disk is full or fails.
         """
-        before = self._written.get(path, _Written(0, 0, value.dtype.name, shape))
-        if (layer or 0) != before.layers or value.dtype.name != before.dtype:
-            raise AssertionError(f"{path}: layer {layer} of {value.dtype.name} after {before}")
+        kind = (value.dtype.name, tuple(shape))
+        if self._kinds.setdefault(path, kind) != kind:
+            raise AssertionError(f"{path}: layer {layer} is {kind} after {self._kinds[path]}")
+        block, start = (value, ()) if layer is None else (value[None], (layer, *(0,) * value.ndim))
+        self._blocks.append(_Block(path, *kind, self._beside.submit(leaf_sums.part, block, start)))
         with self._place():
             self._write(path, layer, value, shape)
-        self._written[path] = before._replace(layers=before.layers + 1, crc=checksums.extended(before.crc, value))
-        self._fresh.add(path)
 
     def _write(self, path: str, layer: int | None, value: np.ndarray, shape: tuple[int, ...]) -> None:
         if path not in self._arrays:
@@ -174,17 +178,26 @@ class Store:
         """
         with self._place():
             self._settle()
-        self._unfinished, self._pending = [*self._pending], []
-        self._last = {"tensor": name, "written": {path: self._written[path] for path in sorted(self._fresh)}}
-        self._fresh.clear()
+        self._unfinished = (name, self._pending, self._blocks)
+        self._pending, self._blocks = [], []
 
     def _settle(self) -> None:
         """Wait for the tensor that is being written and note it."""
-        for future in self._unfinished:
+        name, writes, blocks = self._unfinished
+        for future in writes:
             future.result()
-        if self._last:
-            self._journal.write(json.dumps(self._last) + "\n")
+        if name:
+            added = [(block.path, block.dtype, block.shape, block.sums.result().tolist()) for block in blocks]
+            self._journal.write(json.dumps({"tensor": name, "sums": added}) + "\n")
+            self._add(added)
         self._journal.flush()
+
+    def _add(self, added: list[Any]) -> None:
+        """Count the blocks of one tensor, which stand in its line of the journal too."""
+        for path, dtype, shape, sums in added:
+            self._kinds[path] = (dtype, tuple(shape))
+            before = self._sums.get(path, [0, 0])
+            self._sums[path] = [(old + new) % 2**32 for old, new in zip(before, sums, strict=True)]
 
     def finish(self, paths: list[str], facts: Mapping[str, Any]) -> Path:
         """Add what Orbax needs, the checksums and the record of the conversion, and make the folder the checkpoint.
@@ -196,13 +209,12 @@ class Store:
         with self._place():
             self._journal.close()
             self._arrays.clear()
+            self._beside.shutdown()
             self._describe(paths)
             record = self._final.parent.parent / "conversion.json"
             record.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            sums = {path: checksums.text(part.dtype, part.shape, part.crc) for path, part in self._written.items()}
-            partial = epath.Path(self._folder)
-            checksums.write(partial, sums)
-            checksums.file_of(partial).replace(checksums.file_of(epath.Path(self._final)))
+            sums = {path: leaf_sums.text(*self._kinds[path], sums) for path, sums in self._sums.items()}
+            leaf_sums.write(epath.Path(self._final), sums)
             os.sync()
             (self._folder / JOURNAL).unlink()
             self._folder.rename(self._final)

@@ -40,26 +40,33 @@ CLASS_NAMES = tuple(
 )
 
 
-def parse_class_names(text: str, source: str) -> tuple[str, ...]:
+def parse_class_names(text: str, source: str, what: str = "class name") -> tuple[str, ...]:
     """Class names of a text, one a line; line i is class i. A byte order mark and the "\\r" of "\\r\\n" are dropped.
 
+    Args:
+      text: of the whole file.
+      source: where it is from, for messages.
+      what: is listed, for messages.
+
     Raises:
-      ValueError: no name, an empty line, blanks around a name, or a name given twice; `source` and the line are named.
+      ValueError: no name, an empty line, blanks around a name or a carriage return in it, or a name given twice; `source` and the line are named.
     """
-    lines = text.removeprefix("\ufeff").split("\n")
+    lines = text.lstrip("\ufeff").split("\n")
     names = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     if not names:
-        raise ValueError(f"{source}: no class names in it; write one a line")
+        raise ValueError(f"{source}: no {what}s in it; write one a line")
     seen: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if not name.strip():
-            raise ValueError(f"{source}, line {number}: an empty line; write one class name a line")
+            raise ValueError(f"{source}, line {number}: an empty line; write one {what} a line")
         if name != name.strip() or "\x00" in name:
-            raise ValueError(f"{source}, line {number}: blanks around the class name {name!r}; remove them")
-        if name in seen:
+            raise ValueError(f"{source}, line {number}: blanks around the {what} {name!r}; remove them")
+        if "\r" in name:
             raise ValueError(
-                f"{source}, line {number}: class name {name!r} stands in line {seen[name]} already; keep one"
+                f"{source}, line {number}: a carriage return inside the {what}; end lines with a line feed"
             )
+        if name in seen:
+            raise ValueError(f"{source}, line {number}: {what} {name!r} stands in line {seen[name]} already; keep one")
         seen[name] = number
     return tuple(names)
 

@@ -102,8 +102,7 @@ def class_names(options: Options, planned: int = 0) -> Sequence[str]:
       planned: so many nameless ones where the file is missing: planning needs no names.
 
     Raises:
-      FileNotFoundError: no such file.
-      Mistake: it is no list of answers.
+      Mistake: no such file, or it is no list of answers.
     """
     if planned and not Path(options.answers).is_file():
         return [str(number) for number in range(planned)]

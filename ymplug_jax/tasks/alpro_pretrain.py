@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax import checkpoint, index_file
+from ymplug_jax import index_file, stored
 from ymplug_jax.config import Experiment
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
@@ -160,9 +160,9 @@ def teacher_entities(experiment: Experiment, model: ALPRO) -> np.ndarray | None:
         raise ValueError(f"{options.entities} (config.options.entities) has no entity_features; see alpro_prompter")
     found = index["entity_features"].astype(np.float32)
     # The teacher's own table: that of another prompter has the same shape, and would teach at random.
-    for subtree, _, folder in checkpoint.sources(train.init_from):
-        if subtree == "prompter" and checkpoint.places(folder):
-            own = {"fingerprint": checkpoint.fingerprint(folder)}
+    for subtree, _, folder in stored.sources(train.init_from):
+        if subtree == "prompter" and stored.places(folder):
+            own = {"fingerprint": stored.fingerprint(folder)}
             index_file.check_origin(options.entities, index, own, f"{folder} (config.train.init_from)")
     if found.shape != (model.entities, model.contrastive_width):
         raise ValueError(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -156,35 +155,30 @@ def class_names(data: Data) -> tuple[str, ...]:
     """Names of the classes of a run: the lines of `config.data.classes`, else the 45 categories of Youku-mPLUG.
 
     Raises:
-      FileNotFoundError: no such file.
-      Mistake: it is no list of names.
+      Mistake: no such file, or it is no list of names.
     """
-    return names_in(data.classes, "config.data.classes", "class") if data.classes else schema.CLASS_NAMES
+    return names_in(data.classes, "config.data.classes") if data.classes else schema.CLASS_NAMES
 
 
-def names_in(path: str, setting: str, what: str) -> tuple[str, ...]:
-    """One name a line of a UTF-8 file, line i is class i, as the builder of the shards reads it: lines end at a line feed alone.
+def names_in(path: str, setting: str, what: str = "class name") -> tuple[str, ...]:
+    """One name a line of a UTF-8 file, line i is class i, as the builder of the shards reads it: see `schema.parse_class_names`.
 
     Args:
-      path: of the file.
+      path: of the file, local or gs://.
       setting: that names it, for messages.
-      what: a name stands for, for messages.
+      what: is listed, for messages.
 
     Raises:
-      FileNotFoundError: no such file.
-      Mistake: not UTF-8, no name, an empty line, blanks around a name, or a name that stands twice.
+      Mistake: no such file, not UTF-8, no name, an empty line, blanks around a name, or a name that stands twice.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {setting} names a file with one {what} a line")
-    names = text_files.read_lines(file)
-    if not any(name.strip() for name in names):
-        raise Mistake(f"{path} ({setting}): no name in it; write one {what} a line")
-    if bad := next((i for i, name in enumerate(names, 1) if not name or name != name.strip()), 0):
-        raise Mistake(f"{path} ({setting}): line {bad} is empty or has blanks around its name; write one {what} a line")
-    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise Mistake(f"{path} ({setting}): the {what} {twice!r} stands twice; keep one of them")
-    return tuple(names)
+    from ymplug_jax import stored  # here: a benchmark runs without Orbax
+
+    try:
+        return schema.parse_class_names(text_files.read_text(stored.folder_of(path)), f"{setting} {path}", what)
+    except OSError as error:
+        raise Mistake(f"{setting} {path}: {error.strerror or error}; give a file with one {what} a line") from None
+    except ValueError as error:
+        raise Mistake(str(error)) from None
 
 
 def check_classes(data: Data, names: Sequence[str]) -> None:
