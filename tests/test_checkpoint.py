@@ -1,6 +1,7 @@
 """Checkpoints hold checksums of every leaf: damage is found when they are read, on any mesh, and named in one line."""
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 import tiny
-from ymplug_jax import checkpoint, stored
+from ymplug_jax import checkpoint, exits, stored
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
+from ymplug_jax.convert import leaves
 from ymplug_jax.exits import PlaceFailed
 
 FROZEN = ("vision/.*", "llm/token_embed")
@@ -74,7 +76,8 @@ def overwrite(file: Path) -> None:
 
 
 def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    """The first half may hold all that is still of use, so no more than 100 bytes stay."""
+    file.write_bytes(file.read_bytes()[: min(100, file.stat().st_size // 2)])
 
 
 def load(workdir: Path) -> dict[str, jax.Array]:
@@ -150,6 +153,20 @@ def test_frozen_parameters_are_verified(copy: Path):
     damage(copy / "checkpoints" / "frozen", overwrite)
     with pytest.raises(stored.CheckpointError, match=f"(vision|llm)/.* is damaged: .*no step of {copy} is whole"):
         load(copy)
+
+
+def test_an_export_verifies_a_run_by_its_own_checksums(copy: Path):
+    assert len(leaves.verified(copy)) == len(checkpoint.stored_params(str(copy))) > 50
+    sums = copy / "checkpoints" / "steps" / "10" / "checksums" / "metadata"
+    content = json.loads(sums.read_text())
+    name, value = next((n, v) for n, v in content["trainable"].items() if v.startswith("float32"))
+    content["trainable"][name] = value[:-1] + ("0" if value[-1] != "0" else "1")
+    sums.write_text(json.dumps(content))
+    with pytest.raises(exits.Mistake, match=f"steps/10/trainable: {name} is damaged, its checksum is wrong"):
+        leaves.verified(copy)
+    damage(copy / "checkpoints" / "frozen", Path.unlink)
+    with pytest.raises(exits.Mistake, match="checkpoints/frozen: .*(damaged|cannot be read)"):
+        leaves.verified(copy)
 
 
 def test_another_dtype_is_cast_after_it_was_verified(copy: Path):

@@ -438,7 +438,9 @@ def test_mistakes_end_in_one_line(bad: Path, name: str, ask: Callable, monkeypat
 def test_a_folder_without_videos_is_one_line(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictor.Predictor, "load", None)
     code, out, err = ask("caption", "--checkpoint", home / "caption", "--video", home / "data")
-    assert code == 2 and out == [] and len(err) == 1 and "no videos in this folder: 6 of 6 files" in err[0]
+    count = len(list((home / "data").iterdir()))
+    assert code == 2 and out == [] and len(err) == 1 and count > 2
+    assert f"no videos in this folder: {count} of {count} files" in err[0]
 
 
 def test_an_index_that_is_not_this_runs_is_refused(home: Path, ask: Callable) -> None:

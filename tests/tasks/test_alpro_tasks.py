@@ -339,6 +339,11 @@ def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
     saved.save(state_lib.TrainState(jnp.int32(3), params, run.tx.init(params)), 3, 24)
     saved.close()
     settings = experiment("alpro_pretrain", data)
+    vectors = np.load(settings.options.entities)["entity_features"]
+    origin = stored.fingerprint(str(tmp_path / "prompter"))  # of the run that these vectors are from
+    np.savez(tmp_path / "entities.npz", entity_features=vectors, fingerprint=origin)
+    options = dataclasses.replace(settings.options, entities=str(tmp_path / "entities.npz"))
+    settings = dataclasses.replace(settings, options=options)
     more = dataclasses.replace(settings.train, init_from=f"prompter:={tmp_path / 'prompter'}")
     found, origin = run_lib.fresh_params(run_lib.prepare(dataclasses.replace(settings, train=more), jax.devices()[:1]))
     entities = found["prompter"].pop("entities")
