@@ -8,8 +8,10 @@ import warnings
 
 # What begins like a list of strings, whoever wrote it: quotes behind the bracket, or a missing value.
 LIST_LIKE = re.compile(
-    r"(array|Index|Series|list)?\(?\[[\[(\s]*(['\"‘’“”]|[urbURB]{1,2}['\"]|(None|nan|NaN|null|array)\b)"
+    r"(array|Index|Series|list)?\(?\[[\[(\s]*(['\"‘’“”]|[urbfURBF]{1,2}['\"]|(None|nan|NaN|null|array)\b)"
 )
+
+MISSING = ("None", "nan", "NaN", "null", "NULL", "<NA>", "NaT")  # as Python, numpy, pandas and databases print it
 
 
 def captions_of(value: str) -> tuple[tuple[str, ...], str]:
@@ -22,6 +24,8 @@ def captions_of(value: str) -> tuple[tuple[str, ...], str]:
     value = value.strip()
     if not value:
         return (), ""
+    if value in MISSING:
+        return (), f"golden_caption is {value}, a missing value and no caption; leave the cell empty"
     items = _literal(value)
     if isinstance(items, list):
         return _strings(value, items)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.captions import captions_of
+from data_prep.captions import MISSING, captions_of
 from data_prep.tables import read_table
 from ymplug_jax.data import schema
 
@@ -49,6 +49,11 @@ def _row(number: int, header: list[str], fields: list[str], kind: str, classes: 
     title, captions, label, index, problem, reason = text("title"), (), "", -1, "", "bad_row"
     if kind == "retrieval":
         captions = (text("caption"),) if text("caption") else ()
+        if text("caption") in MISSING:
+            captions, problem = (
+                (),
+                f"caption is {text('caption')}, a missing value and no caption; leave the cell empty",
+            )
     elif kind == "captioning":
         captions, problem = captions_of(text("golden_caption"))
     elif kind == "question":

@@ -69,6 +69,13 @@ def ask(capsys: pytest.CaptureFixture) -> Callable:
     return run
 
 
+def test_flags_that_take_several_can_be_given_again() -> None:
+    args = predict_lib.parse(
+        "retrieve --checkpoint r --video a b --video c --text 一 --text 二 三 --title x --title y".split()
+    )
+    assert (args.video, args.text, args.title) == (["a", "b", "c"], ["一", "二", "三"], ["x", "y"])
+
+
 def copies(folder: Path, source: Path, names: Sequence[str]) -> list[Path]:
     folder.mkdir(exist_ok=True)
     for name in names:
@@ -289,6 +296,25 @@ def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pyt
     assert [Path(str(name)).name for name in again["video_id"]] == [f"{i:02d}.mp4" for i in range(20)]
     np.testing.assert_allclose(again["video"][1:], whole["video"][1:], atol=1e-5)
     np.testing.assert_allclose(again["video"][0], whole["video"][13], atol=1e-5)
+
+    # A file that has changed and cannot be read any more has no vector: that of its old content must not stay.
+    index.unlink()
+    stop_after(1)
+    assert ask(*export)[0] == 130 and '"' + str(files[2]) + '"' in part.read_text()
+    files[2].unlink()
+    files[2].write_bytes(b"")
+    stop_after(99)
+    code, _, err = ask(*export)
+    assert code == 1 and [line for line in err if line.startswith("error: ")] == [
+        f"error: {files[2]}: empty_file: zero bytes"
+    ]
+    assert [Path(str(name)).name for name in np.load(index)["video_id"]] == [
+        f"{i:02d}.mp4" for i in range(20) if i != 2
+    ]
+    files[2].unlink()
+    files[2].hardlink_to(home / "videos" / "a.mp4")
+    stop_after(99)
+    assert ask(*export)[0] == 0
 
     # Partial results of other weights are refused and stay; an index is replaced when the new one is whole.
     stop_after(1)

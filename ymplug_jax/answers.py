@@ -87,6 +87,8 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
     export = Export(args.export, origin) if args.export else None
     try:
         vectors = export.vectors if export else {}
+        if export:
+            export.drop([file.name for file in reading.files if not export.has(file.name)])
         # The sheet needs frames, which an earlier start did not keep.
         files = [file for file in reading.files if args.sheet or not export or not export.has(file.name)]
         if export and len(files) < len(reading.files):

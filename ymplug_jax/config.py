@@ -164,6 +164,12 @@ LEAST = {
         "masked_share": 0
     },
 }  # fmt: skip
+# The settings that have a limit above; betas are below it.
+MOST = {
+    "config.optim": {"b1": 1, "b2": 1},
+    "config.train": {"seed": 2**32 - 1},
+    "config.options": {"top_p": 1, "masked_share": 1},
+}
 
 
 def to_config_dict(experiment: Experiment) -> ConfigDict:
@@ -203,6 +209,12 @@ def _build(cls: type, values: Any, where: str) -> Any:
         if made.get(name, least) < least:
             below = "it must be above 0" if 0 < least < 1 else f"give {least} or more"
             raise Mistake(f"{where}.{name}: {made[name]!r} is too small; {below}")
+    for name, most in MOST.get(where, {}).items():
+        below = name in ("b1", "b2")
+        if name in made and (made[name] > most or (below and not 0 <= made[name] < most)):
+            raise Mistake(
+                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if below else 'at most'} {most}"
+            )
     return cls(**made)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,11 @@ class Export:
     def has(self, name: str) -> bool:
         """Whether the vector of this file is there, and the file is still the same."""
         return name in self.vectors and self._stamps[name] == _stamp(name)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the vectors of these files: they changed, and may not be readable any more."""
+        for name in names:
+            self.vectors.pop(name, None)
 
     def add(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Keep f32[E] of each file.

@@ -78,11 +78,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("command", metavar="{" + ",".join(COMMANDS) + "}")
     flags = [
         parser.add_argument("--checkpoint", required=True, help="folder of the run (its --workdir), local or gs://"),
-        parser.add_argument("--video", nargs="+", default=[], help="video files, or folders of them"),
+        parser.add_argument("--video", nargs="+", action="extend", default=[], help="video files, or folders of them"),
         parser.add_argument(
-            "--title", nargs="+", help='classify: titles of the videos, in their order; "" where one has none'
+            "--title", nargs="+", action="extend", help='classify: titles of the videos, in their order; "" where one has none'
         ),
-        parser.add_argument("--text", nargs="+", help="retrieve: what to look for"),
+        parser.add_argument("--text", nargs="+", action="extend", help="retrieve: what to look for"),
         parser.add_argument("--index", type=Path, help="retrieve: search the videos of this index instead of files"),
         parser.add_argument("--export", type=Path, help="retrieve: write the videos as an index (.npz)"),
         parser.add_argument("--rank", choices=["videos", "texts"], help="retrieve: what is ranked (default videos)"),

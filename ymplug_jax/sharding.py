@@ -83,7 +83,13 @@ def spec_of(
 
 
 def param_shardings(params: Mapping, axes: AxisRules, rules: Mapping[str, str], mesh: jax.sharding.Mesh) -> dict:
-    """Tree of NamedSharding for a (nested, possibly abstract) parameter tree."""
+    """Tree of NamedSharding for a (nested, possibly abstract) parameter tree.
+
+    Raises:
+      ValueError: a rule for a mesh axis that there is not.
+    """
+    if unknown := [axis for axis in rules.values() if axis not in MESH_AXES]:
+        raise ValueError(f"config.mesh.rules: no mesh axis {unknown[0]!r}; there are {', '.join(MESH_AXES)}")
     flat = flatten_dict(params, sep="/")
     return unflatten_dict(
         {k: NamedSharding(mesh, spec_of(k, v.shape, axes, rules, mesh)) for k, v in flat.items()}, sep="/"

@@ -81,7 +81,7 @@ def test_captions(cell: str, captions: tuple[str, ...]):
 @pytest.mark.parametrize(
     "cell",
     ["['一' '二']", "['一'\n '二']", "['一', None]", "[None]", "[nan]", "[1, 2]", "[['一']]", "[]", "['']", "['一', ' ']", "['坏",
-     "array(['一', '二'], dtype=object)", "('一', '二')", "[‘一’, ‘二’]", "['一', ...]", "['一', 'b' \"c\"]"],
+     "array(['一', '二'], dtype=object)", "('一', '二')", "[‘一’, ‘二’]", "['一', ...]", "['一', 'b' \"c\"]", "[f'一']", "None", "nan", "NaN", "<NA>"],
 )  # fmt: skip
 def test_cells_that_are_no_list_of_strings(cell: str):
     captions, problem = captions_of(cell)
@@ -132,3 +132,11 @@ def test_links_and_spellings(tmp_path: Path):
     (root / composed).write_text("composed")
     assert resolve(str(root), composed).read_text() == "composed"
     assert resolve(str(root), decomposed).read_text() == "decomposed"
+
+
+def test_a_missing_caption_as_pandas_prints_it(tmp_path: Path):
+    file = tmp_path / "retrieval_train.csv"
+    file.write_text("clip_name:FILE,caption\na.mp4,nan\nb.mp4,nan 是什么\n", encoding="utf-8")
+    rows = read_rows(file, "retrieval")
+    assert [row.captions for row in rows] == [(), ("nan 是什么",)]
+    assert rows[0].problem.startswith("caption is nan, a missing value") and rows[1].problem == ""

@@ -64,6 +64,22 @@ class Task:
     )  # path -> limits that a trained value is cut to after each update
 
 
+DTYPES = ("float32", "bfloat16", "float16")  # that models compute in
+SHARES = ("dropout", "drop_path")
+SIZES = (
+    "vocab",
+    "width",
+    "depth",
+    "heads",
+    "hidden",
+    "max_positions",
+    "types",
+    "image_size",
+    "patch_size",
+    "frames",
+    "queries",
+)
+
 HELPERS = ("__init__", "task", "inputs", "losses", "metrics", "caption_metrics", "candidates", "ranking")
 HELPERS += ("align", "pair_losses", "pairs")
 
@@ -102,4 +118,29 @@ def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> A
             return build(kind, settings[key], f"{where}.{key}")
         return config.checked(settings[key], kind, f"{where}.{key}")
 
-    return cls(**{key: value(key) for key in settings})
+    made = cls(**{key: value(key) for key in settings})
+    _check_sizes(made, where)
+    return made
+
+
+def _check_sizes(module: nn.Module, where: str) -> None:
+    """Whether a module can have these sizes. A number that is none of SIZES may be 0, which leaves a part out.
+
+    Raises:
+      Mistake: a size, a share or a dtype that cannot be; the message names the setting.
+    """
+    for field in dataclasses.fields(module):
+        value, name = getattr(module, field.name), f"{where}.{field.name}"
+        if field.name in ("parent", "name"):
+            continue
+        if field.name == "dtype" and value not in DTYPES:
+            raise Mistake(f"{name} is {value!r}; there are {', '.join(DTYPES)}")
+        if field.name in SHARES and not 0 <= value < 1:
+            raise Mistake(f"{name}: {value!r} is no share; give 0 or more, and less than 1")
+        if field.name in ("mlp_ratio", "ln_eps") and value <= 0:
+            raise Mistake(f"{name}: {value!r} is too small; it must be above 0")
+        if type(value) is int and value < (least := int(field.name in SIZES)):
+            raise Mistake(f"{name}: {value} is too small; give {least} or more")
+    heads, width = getattr(module, "heads", 1), getattr(module, "width", None)
+    if width is not None and width % heads:
+        raise Mistake(f"{where}.width: {width} cannot be cut into {heads} heads; choose a multiple of {where}.heads")
