@@ -1,5 +1,6 @@
 """Checkpoints hold checksums of every leaf: damage is found when they are read, on any mesh, and named in one line."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -7,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 import tiny
-from ymplug_jax import checkpoint, exits, stored
+from ymplug_jax import checkpoint, exits, stored, verified
 from ymplug_jax import run as run_lib
 from ymplug_jax import state as state_lib
 from ymplug_jax.convert import leaves
@@ -247,3 +251,23 @@ def test_names_of_folders_in_init_from(tmp_path: Path, monkeypatch: pytest.Monke
     assert sources("vision/t:vision/s=DIR") == [("vision/t", "vision/s", "DIR")]
     with pytest.raises(stored.CheckpointError, match="llm= names no folder"):
         sources("llm=")
+
+
+def test_what_is_whole_is_not_named(tmp_path: Path):
+    """A file that is cut damages some of the leaves. They are named, and the others can still be read by themselves."""
+    rng, folder = np.random.default_rng(0), epath.Path(tmp_path) / "item"
+    tree = {name: {"kernel": jnp.asarray(rng.standard_normal(60_000), jnp.float32)} for name in "abcdef"}
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder, tree)
+    cut(max((file for file in tmp_path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {name: {"kernel": jax.ShapeDtypeStruct((60_000,), jnp.float32, sharding=place)} for name in tree}
+    whole = []
+    for name in tree:
+        with contextlib.suppress(verified.Damaged):
+            found = verified.read(folder, {name: wanted[name]}, None)
+            whole += [name] * bool(jnp.array_equal(found[name]["kernel"], tree[name]["kernel"]))
+    assert 0 < len(whole) < len(tree)
+    with pytest.raises(verified.Damaged) as error:
+        verified.read(folder, wanted, None)
+    assert error.value.what in {f"{name}/kernel" for name in tree if name not in whole}

@@ -1,8 +1,11 @@
 """Reading the leaves of a checkpoint's item folder with their checksums: what comes back is what was saved, or one line says what is not."""
 
 import functools
+import gc
 import logging
 import re
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from ymplug_jax import leaf_sums
 from ymplug_jax.exits import PlaceFailed
@@ -99,8 +103,14 @@ def _parted(leaves: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[str, jax.Array]:
     def once(chosen: Mapping[str, Any]) -> dict[str, jax.Array]:
-        leaves = [chosen.get(path, ocp.PLACEHOLDER) for path in named(tree)]
-        item = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        # With partial_restore Orbax leaves out what the item lacks, but reads what stands as a placeholder in it. So of
+        # dicts, which parameters are, no more than the chosen leaves remain; any other tree is as it was saved.
+        dicts = _of_dicts(tree)
+        if dicts:
+            item = unflatten_dict(dict(chosen), sep="/")
+        else:
+            leaves = [chosen.get(path, ocp.PLACEHOLDER) for path in named(tree)]
+            item = jax.tree.unflatten(jax.tree.structure(tree), leaves)
         how = jax.tree.map(
             lambda leaf: (
                 ocp.RestoreArgs() if leaf is ocp.PLACEHOLDER else ocp.checkpoint_utils.construct_restore_args(leaf)
@@ -108,7 +118,7 @@ def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[s
             item,
         )
         with ocp.PyTreeCheckpointer() as reader:
-            args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+            args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=dicts)
             found = named(reader.restore(folder, args=args))
         return {path: found[path] for path in chosen}
 
@@ -125,6 +135,11 @@ def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[s
         raise Damaged("its parameters", _short(error)) from None
 
 
+def _of_dicts(tree: Any) -> bool:
+    """Whether nothing but dicts hold the leaves."""
+    return all(isinstance(key, jax.tree_util.DictKey) for path, _ in _with_path(tree) for key in path)
+
+
 def _call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
     """Orbax and TensorStore raise Exception, ValueError, AttributeError, KeyError and others on files that are damaged."""
     level = logging.root.manager.disable
@@ -134,6 +149,7 @@ def _call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # the device is full, or another process is gone
     except Exception as error:
+        _forget_other_reads()
         text = f"{type(error).__name__}: {error}"
         if UNREACHABLE.search(text):
             raise PlaceFailed(
@@ -146,6 +162,26 @@ def _call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
         logging.disable(level)
 
 
+def _forget_other_reads() -> None:
+    """Orbax lets go of the reads beside one that fails, and closes their event loop. What they find as well is of no more use, but
+    would be printed, hundreds of lines for each: when they end, when they are collected, and at the end of the interpreter."""
+    for name in ("unraisablehook", "excepthook"):
+        hook = getattr(sys, name)
+        if not isinstance(hook, functools.partial):
+            setattr(sys, name, functools.partial(_tell_others, hook))
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    gc.collect()
+
+
+def _tell_others(hook: Callable[..., Any], *given: Any, coroutines: type = types.CoroutineType) -> None:
+    """A hook of `sys` that passes over the reads that Orbax let go of. Takes what is also there when the module's names are gone."""
+    error = given[1] if len(given) > 1 else given[0].exc_value
+    found = None if len(given) > 1 else given[0].object
+    late = str(error) == "Event loop is closed"
+    if not late and not (isinstance(found, coroutines) and "orbax" in found.cr_code.co_filename):
+        hook(*given)
+
+
 def _short(error: Exception) -> str:
     """The reason in a few words: TensorStore's own word for it if there is one."""
     text = error.reason if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
@@ -153,6 +189,8 @@ def _short(error: Exception) -> str:
         return {"NOT_FOUND": "a file is missing", "OUT_OF_RANGE": "a file is too short"}.get(
             found[1], "a file is damaged"
         )
+    if "reading array index" in text:  # Orbax's words where the whole of TensorStore's do not follow
+        return "a part of it is missing or damaged"
     return text.splitlines()[0][:100]
 
 
