@@ -127,7 +127,10 @@ def test_places_that_cannot_be_made(folder: Path):
         (b"\xff\xfe\x00", "not JSON"),
         (b"[]", "damaged"),
         (b'{"task": "pretrain", "model": {}, "data": 5}', "damaged"),
-        (b'{"task": "pretrain", "model": {}, "data": {"frames": "four"}}', "data.frames is 'four'"),
+        (
+            b'{"task": "pretrain", "model": {}, "data": {"frames": "four"}}',
+            "config.data.frames: 'four' is not a whole number",
+        ),
         (b'{"task": "pretrain", "model": {}, "data": {"frame": 4}}', "no setting named 'frame'"),
         (b'{"model": {}}', "damaged"),
     ],
