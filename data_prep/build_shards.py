@@ -202,10 +202,16 @@ def _old_manifest(out: Path) -> dict:
         for plan in sorted(out.glob(f"{BUILDING}/*/{PLAN}")):
             finish(out, plan.parent)
         path = out / schema.MANIFEST
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        _ = manifest["kind"], manifest["frames"]["per_clip"], manifest["splits"].items()
+        return manifest
     except OSError as error:
         raise BuildError(f"--out {out}: {error.strerror}; choose another place") from None
-    except json.JSONDecodeError as error:
+    except KeyError as error:
+        raise BuildError(f"{path}: damaged (no {error} in it); build into another --out") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise BuildError(f"{path}: damaged ({error}); build into another --out") from None
 
 

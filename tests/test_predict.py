@@ -69,6 +69,16 @@ def ask(capsys: pytest.CaptureFixture) -> Callable:
     return run
 
 
+def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path) -> None:
+    videos.write(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").symlink_to("gone.mp4")
+    os.mkfifo(tmp_path / "c.mp4")
+    files = clips.files_of([str(tmp_path)])
+    assert [Path(file.name).name for file in files] == ["a.mp4", "b.mp4"]
+    (reads,) = clips.read_all(files, 8, 1)
+    assert reads[1].clip.reason == "missing_file" and not clips.left_out(reads[1])
+
+
 def test_flags_that_take_several_can_be_given_again() -> None:
     args = predict_lib.parse(
         "retrieve --checkpoint r --video a b --video c --text 一 --text 二 三 --title x --title y".split()

@@ -76,7 +76,8 @@ def _files_in(folder: str) -> list[File]:
     for place, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(place, name) for name in names if not name.startswith(".")]
-    found = [file for file in found if os.path.isfile(file)]  # a pipe or socket would block its reader
+    # A pipe or socket would block its reader. A link that leads nowhere is reported as a file that is missing.
+    found = [file for file in found if os.path.isfile(file) or not os.path.exists(file)]
     if not found:
         raise Mistake(f"{folder}: no files in this folder; give a folder of videos")
     found.sort(key=lambda file: tuple(os.fsencode(part) for part in Path(os.path.relpath(file, folder)).parts))

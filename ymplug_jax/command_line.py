@@ -7,17 +7,20 @@ in `--workdir` was started with. Every mistake is a `Mistake` of one line; nothi
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from absl import flags as flags_lib
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from ymplug_jax import config, config_file
 from ymplug_jax.config import Experiment
 from ymplug_jax.exits import Mistake
 
+FILES = ("candidates", "entities", "prompts", "answers")  # options that name one
 MODES = ("train", "eval", "plan", "compile", "bench")
 SETTING = re.compile(r"--?(?:no)?config\.")
 
@@ -158,7 +161,23 @@ def _of_run(name: str, seeds: int) -> Experiment:
     if data.tokenizer and not stored.folder_of(data.tokenizer).exists():
         kept = run_folder.kept_tokenizer(folder, experiment)
         data = dataclasses.replace(data, tokenizer=str(kept) if kept else data.tokenizer)
-    return dataclasses.replace(experiment, data=data)
+    data = dataclasses.replace(data, path=_from_there(folder, data.path))
+    options = {name: _from_there(folder, getattr(experiment.options, name)) for name in FILES}
+    return dataclasses.replace(experiment, data=data, options=dataclasses.replace(experiment.options, **options))
+
+
+def _from_there(folder: epath.Path, name: str) -> str:
+    """A relative place that is not here but below the folder that the run in `folder` was started from is meant there."""
+    from ymplug_jax import checkpoint, run_folder
+
+    if not name or "://" in name or checkpoint.folder_of(name).exists():
+        return name
+    try:
+        started = json.loads((folder / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))["folder"]
+        there = epath.Path(started) / name
+    except (OSError, ValueError, KeyError, TypeError):  # of an older version, or damaged
+        return name
+    return str(there) if there.exists() else name
 
 
 def overridden(made: ConfigDict, settings: Sequence[str]) -> ConfigDict:

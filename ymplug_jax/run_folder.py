@@ -24,6 +24,7 @@ from ymplug_jax.tasks import inputs
 
 CONFIG = "config.json"
 CLASSES = "classes.txt"
+ENVIRONMENT = "environment.json"
 TOKENIZER = "tokenizer"
 # Orbax finds the parts of a save with a glob below the whole path, so that these are read as patterns or escapes.
 UNREADABLE = "[*?\\\0"
@@ -240,7 +241,7 @@ def write(experiment: Experiment, workdir: str | epath.Path) -> None:
         _copy(source, folder / TOKENIZER / source.name)
     if experiment.data.classes:
         _copy(stored.folder_of(experiment.data.classes), folder / CLASSES)
-    _write_whole(folder / "environment.json", (json.dumps(_facts(), indent=2) + "\n").encode())
+    _write_whole(folder / ENVIRONMENT, (json.dumps(_facts(), indent=2) + "\n").encode())
     _write_whole(path, text.encode())
 
 
@@ -269,6 +270,7 @@ def _facts() -> dict[str, Any]:
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ymplug_jax")
     return {
         "command": sys.argv,
+        "folder": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [str(device.device_kind) for device in jax.devices()],

@@ -435,3 +435,15 @@ def test_portable_job_service_with_external_workers(tmp_path: Path, root: Path):
     records = Records(str(tmp_path / "out"), "train")
     assert sorted(records[i].title for i in range(len(records))) == ["乙", "甲"]
     assert cv2.imdecode(np.frombuffer(records[0].frames[0], np.uint8), cv2.IMREAD_COLOR).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"null", b'{"kind": "pretrain", "frames": 16}', b"\xff\xfe", b'{"kind']
+)
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, content: bytes):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(
+        build_shards.BuildError, match=r"manifest\.json: damaged \(.*\); build into another --out$"
+    ) as error:
+        build_shards._old_manifest(tmp_path)
+    assert "\n" not in str(error.value) and (tmp_path / "manifest.json").read_bytes() == content
