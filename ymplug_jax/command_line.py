@@ -168,9 +168,9 @@ def _of_run(name: str, seeds: int) -> Experiment:
 
 def _from_there(folder: epath.Path, name: str) -> str:
     """A relative place that is not here but below the folder that the run in `folder` was started from is meant there."""
-    from ymplug_jax import checkpoint, run_folder
+    from ymplug_jax import run_folder, stored
 
-    if not name or "://" in name or checkpoint.folder_of(name).exists():
+    if not name or "://" in name or stored.folder_of(name).exists():
         return name
     try:
         started = json.loads((folder / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))["folder"]
