@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores_of(
     run: SimpleNamespace, workdir: Path, monkeypatch: pytest.MonkeyPatch, weight: float = 1.0, **options
 ) -> dict:
-    monkeypatch.setattr(evaluate.run_lib, "prepare", lambda experiment: run)
+    monkeypatch.setattr(evaluate.run_lib, "prepare", lambda experiment, training: run)
     monkeypatch.setattr(evaluate, "load", lambda run, workdir: {"w": jnp.float32(weight)})
     return evaluate.evaluate(run.experiment, epath.Path(workdir), **options)
 
