@@ -29,7 +29,7 @@ def run_log(folder: Path, monkeypatch: pytest.MonkeyPatch, wait: float, work: fl
     settings = types.SimpleNamespace(batch_size=4, max_bad_steps=3)
     run = types.SimpleNamespace(total_steps=10, steps_per_epoch=5, experiment=types.SimpleNamespace(train=settings))
     out = writer.Writer(folder, active=True)
-    log = train._Log(run, out, None, 0)
+    log = train._Log(run, out, types.SimpleNamespace(workdir=folder), 0)
     one = jnp.float32(1)
     metrics = {"loss": writer.Mean(one, one), "skipped": writer.Mean(0 * one, one)}
     for step in range(1, 11):
