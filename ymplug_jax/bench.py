@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,9 +56,9 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
     data = dataclasses.replace(experiment.data, path="", tokenizer="", examples=experiment.train.batch_size * 1000)
     train = dataclasses.replace(experiment.train, init_from="")
     run = run_lib.prepare(dataclasses.replace(experiment, data=data, train=train))
-    if workdir is not None:  # before minutes are spent
+    if workdir is not None and "://" not in str(workdir):  # before minutes are spent; a bucket has no folders
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            Path(workdir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Mistake(f"--workdir {workdir}: {error.strerror or error}; choose another folder") from None
     begin = time.perf_counter()
