@@ -123,7 +123,12 @@ class _Rows:
 def _in_processes(source: "_Source", width: int, threads: int, workers: int) -> Iterator[Example]:
     """The same from worker processes, each with so many threads."""
     import grain
+    from absl import flags
 
+    if (
+        not flags.FLAGS.is_parsed()
+    ):  # Grain's workers ask for flags of its own; a program without absl's parser leaves the defaults
+        flags.FLAGS.mark_as_parsed()
     share = -(-max(2 * width, 2 * threads) // workers)
     stream = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(threads, share))
     # Before batching: a batch cut inside a worker would depend on their number.
