@@ -17,11 +17,12 @@ import pytest
 
 import runs
 import shards
-from ymplug_jax import command_line, config, main, preflight, run_folder
-from ymplug_jax import run as run_lib
-from ymplug_jax.checkpoint import Checkpoints
+from ymplug_jax import command_line, main
+from ymplug_jax.core import config
+from ymplug_jax.core.checkpoint import Checkpoints
 from ymplug_jax.data import schema
 from ymplug_jax.tasks import task as task_lib
+from ymplug_jax.training import preflight, run_folder, setup
 
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -55,10 +56,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def a_run(folder: Path, experiment: config.Experiment) -> None:
     """The folder of a run that has not taken a step."""
-    run = run_lib.prepare(experiment)
+    run = setup.prepare(experiment)
     run_folder.write(experiment, folder)
     checkpoints = Checkpoints(str(folder))
-    state, frozen, seen, _ = run_lib.initialise(run, checkpoints)
+    state, frozen, seen, _ = setup.initialise(run, checkpoints)
     checkpoints.save_frozen(frozen)
     checkpoints.save(state, 1, seen)
     checkpoints.close()
