@@ -112,9 +112,10 @@ def _own_tree(file: Path) -> Iterator[str]:
         yield name
     finally:
         sys.path[:] = path
-        for name in set(sys.modules) - set(before):
-            where = getattr(sys.modules[name], "__file__", None)
-            if name.split(".")[0] in (TREE, ALONE) or (where and Path(where).parent == file.parent):
+        for name, module in list(sys.modules.items()):
+            where = getattr(module, "__file__", None)
+            beside = name not in before and where and Path(where).parent == file.parent
+            if name.split(".")[0] in (TREE, ALONE) or beside:
                 del sys.modules[name]
         sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
 
