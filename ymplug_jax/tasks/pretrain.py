@@ -62,7 +62,8 @@ def make(experiment: Experiment) -> Task:
         begin = batch["ids"][:, :1]  # [B, 1]: the start token
         ones = jnp.ones(begin.shape[0], jnp.int32)
         eos = inputs.given(tokenizer).eos
-        out = decode.greedy(model.llm, params["llm"], prefix, begin, ones, new_tokens=length - 1, eos=eos)
+        prompt = decode.prompt_of(model.llm, params["llm"], prefix, begin, ones)
+        out = decode.greedy(model.llm, params["llm"], *prompt, new_tokens=length - 1, eos=eos)
         return {"generated": out.ids, "ids": batch["ids"], "valid": batch["valid"]}
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
@@ -71,7 +72,7 @@ def make(experiment: Experiment) -> Task:
     spec = {"video": inputs.video_spec(data), "ids": inputs.row_spec(length), "mask": inputs.row_spec(length)}
     return Task(
         kinds=TITLED,
-        axes=mplug_video.AXES,
+        axes=mplug_video.axes_of(model),
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),
         example=example,
