@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ymplug_jax.models import layers
+from ymplug_jax.models import attention, layers
 
 STD = 0.02
 
@@ -78,7 +78,7 @@ class Block(nn.Module):
         if self.lora_rank:
             lora = Lora(self.lora_rank, self.lora_scale, self.heads, self.dtype, name="lora")
             qkv = [whole + change for whole, change in zip(qkv, lora(h), strict=True)]
-        x = x + attn.output(layers.attention(*qkv, causal=True, mask=mask, bias=bias))
+        x = x + attn.output(attention.attend(*qkv, causal=True, mask=mask, bias=bias))
         mlp = layers.Mlp(4 * d, normal, normal, tanh=True, dtype=self.dtype, name="mlp")
         return x + mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x)), None
 

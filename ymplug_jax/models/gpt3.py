@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ymplug_jax.models import layers
+from ymplug_jax.models import attention, layers
 
 STD = 0.02
 
@@ -67,14 +67,14 @@ class Block(nn.Module):
             cache = _write(cache, layer, 0 if past is None else past.read, k, v)
         if past is None:
             key = self.make_rng("dropout") if rate > 0 else None
-            y = layers.attention(q, k, v, causal=True, dropout=rate, key=key)  # [B, L, N, H]
+            y = attention.attend(q, k, v, causal=True, dropout=rate, key=key)  # [B, L, N, H]
         else:
             seen = jnp.arange(past.cache.k.shape[3]) < past.length[:, None]  # [B, S]
             causal = jnp.arange(cache.k.shape[4]) <= past.read + jnp.arange(x.shape[2])[:, None]  # [L, W]
             shared = tuple(x[:, layer].swapaxes(-3, -2) for x in past.cache)  # [B, S, N, H]
             own = tuple(x[:, :, layer].swapaxes(-3, -2) for x in cache)  # [B, K, W, N, H]
             if past.origin is None:
-                y = layers.branch_attention(q, shared, own, seen, causal)
+                y = attention.attend_branches(q, shared, own, seen, causal)
             else:
                 y = _mixed_attention(q, shared, own, seen, causal, past.origin)
         x = x + drop(attn.output(y))
@@ -91,14 +91,14 @@ def _mixed_attention(
     own_mask: jax.Array,
     origin: jax.Array,
 ) -> jax.Array:
-    """`layers.branch_attention` where branches hold positions of each other: all K of a row attend to all K * W positions as one
+    """`attention.attend_branches` where branches hold positions of each other: all K of a row attend to all K * W positions as one
     branch would, each seeing those that are its own by `origin`, int32[B, K, W]."""
     b, k, length, n, h = q.shape
     width = origin.shape[-1]
     holds = origin[:, :, None, None] == jnp.arange(k)[:, None]  # [B, K, 1, K, W]
     mask = (holds & own_mask[:, None]).reshape(b, 1, 1, k * length, k * width)
     pooled = tuple(x.reshape(b, 1, k * width, n, h) for x in own)
-    y = layers.branch_attention(q.reshape(b, 1, k * length, n, h), past, pooled, past_mask, mask)
+    y = attention.attend_branches(q.reshape(b, 1, k * length, n, h), past, pooled, past_mask, mask)
     return y.reshape(q.shape)
 
 
