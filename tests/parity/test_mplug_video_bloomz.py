@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ymplug_jax import checkpoint
 from ymplug_jax.convert import bloom as tables
 from ymplug_jax.convert import rules, to_orbax
-from ymplug_jax.models import bloom, layers
+from ymplug_jax.models import attention, bloom, layers
 from ymplug_jax.models.bloom import Bloom
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
@@ -82,7 +82,7 @@ def test_bloom(read) -> None:
             file.check(f"out/{side}/cache_value_{i}", v.transpose(0, 2, 1, 3), OUTPUT)
             one_hot = jnp.broadcast_to(jnp.eye(k.shape[1])[:, None], (*k.shape[:3], k.shape[1]))
             seen = mask[:, None, None].astype(bool)
-            weights_of_keys = layers.attention(q, k, one_hot, causal=True, mask=seen, bias=bias)
+            weights_of_keys = attention.attend(q, k, one_hot, causal=True, mask=seen, bias=bias)
             file.check(f"out/{side}/attn_probs_{i}", weights_of_keys.transpose(0, 2, 1, 3), OUTPUT)
 
         steps = []
@@ -154,7 +154,7 @@ def test_lora(read, tmp_path: Path) -> None:
     for name, parts in (("base", qkv), ("lora", changed)):
         file.check(f"out/linear_{name}", np.stack(parts, axis=3).reshape(*x.shape[:2], -1), OUTPUT)
     bias = bloom.alibi(np.ones(x.shape[:2]), model.heads)
-    y = attn.apply({"params": block["attn"]}, layers.attention(*changed, causal=True, bias=bias), method="output")
+    y = attn.apply({"params": block["attn"]}, attention.attend(*changed, causal=True, bias=bias), method="output")
     file.check("out/attention_lora", y, OUTPUT)
 
     def loss_of(lora: dict) -> jax.Array:
