@@ -19,17 +19,18 @@ import numpy as np
 import pytest
 
 from configs.mplug_video import pretrain as pretrain_config
-from ymplug_jax import optim, state
-from ymplug_jax.config import Optim, from_config_dict
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules
-from ymplug_jax.data import augment, frames, text
+from ymplug_jax.core import optim, state
+from ymplug_jax.core.config import Optim, from_config_dict
+from ymplug_jax.data import frames, text, transforms
 from ymplug_jax.models import decode, layers, mplug_video
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import candidates, caption_metrics, classify, inputs, losses, match, metrics
+from ymplug_jax.tasks.common import candidates, caption_metrics, losses, preprocess, task_metrics
+from ymplug_jax.tasks.mplug_video import classify, match
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
@@ -319,8 +320,9 @@ def test_beam(read) -> None:
     new = config["generate"]["tokens_to_generate"]
     width = rows.shape[1] + new
     for beams in config["generate"]["beam_sizes"]:
-        search = partial(decode.beam, model, new_tokens=width - 1, eos=eos, beams=beams, row_length=width)
-        out = jax.jit(search)(params, prefix, rows, lengths)
+        search = partial(decode.beam, model, new_tokens=width - 1, eos=eos, beams=beams)
+        prompt = decode.prompt_of(model, params, prefix, rows, lengths)
+        out = jax.jit(partial(search, row_length=width, visual=prefix.shape[1]))(params, *prompt)
         expected = file[f"out/beam{beams}_sequences"]
         assert (expected[:, : lengths[0]] == rows[:, : lengths[0]]).all()
         check_sequences(f"beam{beams}", out.ids, expected, lengths, eos)
@@ -330,7 +332,8 @@ def test_beam(read) -> None:
     expected = file["out/batch_greedy_sequences"]
     new = expected.shape[1] - int(lengths.min())
     run = jax.jit(partial(decode.greedy, model, new_tokens=new, eos=-1))  # rows go on beyond their end
-    check_sequences("greedy", run(params, prefix[: len(ids)], ids, lengths).ids, expected, lengths, eos)
+    prompt = decode.prompt_of(model, params, prefix[: len(ids)], ids, lengths)
+    check_sequences("greedy", run(params, *prompt).ids, expected, lengths, eos)
 
     logits = file["in/filter/logits"]
     for k in config["filter"]["top_k"]:
@@ -368,15 +371,17 @@ def test_caption(read) -> None:
     prefix = model.apply({"params": trainable | {"llm": llm}}, video, method="encode_video")["prefix"]
     eos, width = generate["stop_token"], rows.shape[1] + generate["tokens_to_generate"]
     for beams in sorted({int(m[1]) for name in file.arrays if (m := re.match(r"out/generate/beam(\d+)_scores", name))}):
-        search = partial(decode.beam, model.llm, new_tokens=width - 1, eos=eos, beams=beams, row_length=width)
-        out = jax.jit(search)(llm, prefix, rows, lengths)
+        search = partial(decode.beam, model.llm, new_tokens=width - 1, eos=eos, beams=beams)
+        prompt = decode.prompt_of(model.llm, llm, prefix, rows, lengths)
+        out = jax.jit(partial(search, row_length=width, visual=prefix.shape[1]))(llm, *prompt)
         check_sequences(f"beam{beams}", out.ids, file[f"out/generate/beam{beams}_sequences"], lengths, eos)
         file.check(f"out/generate/beam{beams}_scores", out.scores, OUTPUT)
     expected, stored = file["out/generate/greedy_sequences"], file["out/generate/greedy_lengths"]
     assert ((expected >= 0).sum(axis=1) == stored).all()
     run = jax.jit(partial(decode.greedy, model.llm, new_tokens=expected.shape[1], eos=-1))
     for b in range(len(video)):  # the reference generates these one by one: its rows end with their own end token
-        found = run(llm, prefix[b : b + 1], rows[b : b + 1], lengths[b : b + 1]).ids[0].tolist()
+        prompt = decode.prompt_of(model.llm, llm, *(x[b : b + 1] for x in (prefix, rows, lengths)))
+        found = run(llm, *prompt).ids[0].tolist()
         found = found[: found.index(eos)] if eos in found else found
         wanted = expected[b, lengths[b] : stored[b]].tolist()
         assert (found + [eos] * len(wanted))[: len(wanted)] == wanted
@@ -499,7 +504,7 @@ def check_levels(name: str, value: np.ndarray, expected: np.ndarray, *, most: in
 
 def check_input(name: str, clip: np.ndarray, expected: np.ndarray) -> None:
     """uint8[T, S, S, 3] as the model takes it, against f32[3, T, S, S]."""
-    value = np.asarray(inputs.normalize(clip[None], "float32"))[0]
+    value = np.asarray(preprocess.normalize(clip[None], "float32"))[0]
     np.testing.assert_allclose(value.transpose(3, 0, 1, 2), expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -509,28 +514,28 @@ def test_augment(golden) -> None:
     config = json.loads(str(file.pop("config")))
     size, clip = config["size"], file.pop("in/frames")
     resized = file.pop("out/test/resized")
-    check_levels("test/resized", augment.eval_transform(clip, size), resized, most=0, mean=0)
+    check_levels("test/resized", transforms.eval_transform(clip, size), resized, most=0, mean=0)
     check_input("test/input", resized.astype(np.uint8), file.pop("out/test/input"))
 
     crop = tuple(config["crop"][side] for side in ("top", "left", "height", "width"))
-    cropped = np.stack([values.copy() for values in augment.crop_resize(clip, crop, size)])
+    cropped = np.stack([values.copy() for values in transforms.crop_resize(clip, crop, size)])
     expected = file.pop("out/train/crop_int")
     check_levels("train/crop_int", cropped, expected, most=1, mean=0.01)
     flipped = file.pop("out/train/flipped")
     np.testing.assert_array_equal(np.stack([cv2.flip(f, 1) for f in expected]) if config["flip"] else expected, flipped)
     start = file.pop("out/train/uint8")
-    np.testing.assert_array_equal(augment.to_uint8(flipped, wrap=True), start)
+    np.testing.assert_array_equal(transforms.to_uint8(flipped, wrap=True), start)
 
     def operate(clip: np.ndarray, *names: str) -> np.ndarray:
         for name in names:
-            clip = np.stack([augment.operate(frame, name, config["M"]) for frame in clip])
+            clip = np.stack([transforms.operate(frame, name, config["M"]) for frame in clip])
         return clip
 
     # The reference warped with OpenCV 4; version 5 computes more exactly.
     most, mean = (0, 0) if int(cv2.__version__.split(".")[0]) < 5 else (6, 0.8)
     for name in [key for key in file if key.startswith("out/train/op/")]:
         operation = name.removeprefix("out/train/op/")
-        warp = operation in augment.WARPS
+        warp = operation in transforms.WARPS
         check_levels(name, operate(start, operation), file.pop(name), most=most * warp, mean=mean * warp)
     two = file.pop("out/train/two_ops")
     check_levels("train/two_ops", operate(start, *config["two_ops"]), two, most=2 * most, mean=2 * mean)
@@ -611,7 +616,7 @@ def check_retrieval(cases: list[dict]) -> None:
     for case in cases:
         scores, clip = np.array(case["scores_v2t"]), np.array(case["txt2vid"])
         right = np.arange(len(scores))[:, None] == clip
-        found = metrics.recalls(metrics.ranks_in(scores, right), metrics.ranks_in(scores.T, right.T))
+        found = task_metrics.recalls(task_metrics.ranks_in(scores, right), task_metrics.ranks_in(scores.T, right.T))
         named = {name.replace("v2t_", "txt_").replace("t2v_", "vid_"): value for name, value in found.items()}
         assert {name: named[name] for name in case["metrics"]} == pytest.approx(case["metrics"])
 
@@ -650,7 +655,7 @@ def test_rules(golden) -> None:
     check_retrieval(cases["retrieval_metrics"])
     case = cases["top_k_accuracy"]
     for k in (1, 5):
-        found = metrics.top_k(np.array(case["logits"]), np.array(case["labels"]), k)
+        found = task_metrics.top_k(np.array(case["logits"]), np.array(case["labels"]), k)
         assert found == pytest.approx(case[f"top{k}"])
     check_derangements(cases["derangement"])
     check_templates(cases["templates"])

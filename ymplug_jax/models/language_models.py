@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple
 
+from ymplug_jax.core.sharding import AxisRules
 from ymplug_jax.models import bloom, gpt3, qwen
 from ymplug_jax.models.language_model import LanguageModel
-from ymplug_jax.sharding import AxisRules
 
 
 class Kind(NamedTuple):
