@@ -42,9 +42,7 @@ MODEL_TYPES = ("bloom",)  # of config.json
 HEADS = {1024: 16, 1536: 16, 2048: 16, 2560: 32, 4096: 32, 14336: 112}  # by width: 560m 1b1 1b7 3b 7b1 176b
 
 
-def bloom_of(
-    shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None
-) -> Bloom:
+def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None) -> Bloom:
     """The BLOOM of these tensors and, where there is one, of the config.json beside them.
 
     Raises:
@@ -79,9 +77,7 @@ def like_of(model: Bloom) -> dict:
     return jax.eval_shape(lambda: language_model.init(model, jax.random.key(0)))
 
 
-def plan(
-    shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None
-) -> Plan:
+def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None) -> Plan:
     """What the tensors are: a BLOOM under "llm"."""
     model = bloom_of(shapes, heads, config)
     return Plan("hugging_face", {"llm": like_of(model)}, model)

@@ -51,7 +51,9 @@ def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], con
     if heads.get("llm", count) != count:
         raise UnknownModel(f"--heads llm={heads['llm']}: {config.file} says {count}; leave the flag out")
     if rows % count:
-        raise UnknownModel(f"{config.file}: num_attention_heads is {count}, but q_proj has {rows} rows; fetch both again")
+        raise UnknownModel(
+            f"{config.file}: num_attention_heads is {count}, but q_proj has {rows} rows; fetch both again"
+        )
     head_dim, mlp = rows // count, need(shapes, "model.layers.0.mlp.gate_proj.weight")[0]
     model = Qwen(
         vocab=vocab,
@@ -94,7 +96,9 @@ def _refuse(config: HubConfig, qk_norm: bool) -> None:
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
     }
     if found := [name for name, there in odd.items() if there]:
-        raise UnknownModel(f"{config.file}: {', '.join(found)}: only dense Qwen2, Qwen2.5 and Qwen3 without it are known")
+        raise UnknownModel(
+            f"{config.file}: {', '.join(found)}: only dense Qwen2, Qwen2.5 and Qwen3 without it are known"
+        )
     if qk_norm != (values["model_type"] == "qwen3"):
         has = "norms" if qk_norm else "no norms"
         raise UnknownModel(
@@ -107,9 +111,7 @@ def _rope_theta(config: HubConfig) -> float:
     return config._replace(values={**config.values, **rope}).number("rope_theta", 10000.0)
 
 
-def plan(
-    shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None
-) -> Plan:
+def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None) -> Plan:
     """What the tensors are: a Qwen under "llm"."""
     model = qwen_of(shapes, heads, config)
     like = jax.eval_shape(lambda: init(model, jax.random.key(0)))
@@ -124,7 +126,9 @@ def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     three, limit = settings["qk_norm"], settings.get("max_positions")
     if settings["qkv_bias"] == three:
-        raise Mistake("Qwen2 has biases of q, k and v, Qwen3 has norms of q and k: no class of Hugging Face has both or none")
+        raise Mistake(
+            "Qwen2 has biases of q, k and v, Qwen3 has norms of q and k: no class of Hugging Face has both or none"
+        )
     return {
         "architectures": ["Qwen3ForCausalLM" if three else "Qwen2ForCausalLM"],
         "model_type": "qwen3" if three else "qwen2",

@@ -73,9 +73,7 @@ def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
     return Opened(source, adapter, plan, layout, rules.expand(layout.rules, plan.like), config)
 
 
-def _planned(
-    module: ModuleType, source: Source, heads: Mapping[str, int], config: hub_config.HubConfig | None
-) -> Plan:
+def _planned(module: ModuleType, source: Source, heads: Mapping[str, int], config: hub_config.HubConfig | None) -> Plan:
     more = (config,) if hasattr(module, "MODEL_TYPES") else ()
     return module.plan(source.shapes(), heads, *more)
 

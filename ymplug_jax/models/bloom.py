@@ -5,6 +5,8 @@ long", 2022, for the bias: each head adds its slope times the key's position, an
 is the word embedding. Word embeddings are normalised; what is fed in their place (visual vectors) is not.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,7 @@ class Block(nn.Module):
 class Bloom(nn.Module):
     """The language model (`language_model.LanguageModel`). The fields are its settings."""
 
+    kind: ClassVar[str] = "bloom"  # in the settings of a run
     vocab: int = 250880  # V
     width: int = 4096  # D; the MLP is four times as wide
     depth: int = 30

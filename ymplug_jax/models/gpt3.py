@@ -3,6 +3,8 @@
 Positions are rows of a learned table. They count over everything that is fed, visual vectors included.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -51,6 +53,7 @@ class Block(nn.Module):
 class GPT3(nn.Module):
     """The language model (`language_model.LanguageModel`). The fields are its settings."""
 
+    kind: ClassVar[str] = "gpt3"  # in the settings of a run
     vocab: int = 51200  # V
     width: int = 2048  # D; the MLP is four times as wide
     depth: int = 24

@@ -9,7 +9,7 @@ no key attends to all keys alike, and no other token reads what it gets.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ class LanguageModel(Protocol):
 
     `init` and `apply` are those of linen. Parameters have no further name in front ("token_embed", "blocks/...").
     """
+
+    kind: ClassVar[str]  # its name in the settings of a run
 
     @property
     def vocab(self) -> int:

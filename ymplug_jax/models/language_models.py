@@ -1,4 +1,4 @@
-"""The decoders by name: the only file that imports all of them. A further decoder is one more line in `TABLE`."""
+"""The decoders by name: the only file that imports all of them. A further decoder is one more line in `_TABLE`."""
 
 from typing import Any, NamedTuple
 
@@ -15,12 +15,13 @@ class Kind(NamedTuple):
     sizes: dict[str, LanguageModel]  # its named sizes
 
 
-TABLE = {
-    "gpt3": Kind(gpt3.GPT3, gpt3.AXES, gpt3.SIZES),
-    "bloom": Kind(bloom.Bloom, bloom.AXES, bloom.SIZES),
-    "qwen": Kind(qwen.Qwen, qwen.AXES, qwen.SIZES),
-}
-KINDS = {name: kind.module for name, kind in TABLE.items()}
+_TABLE = (
+    Kind(gpt3.GPT3, gpt3.AXES, gpt3.SIZES),
+    Kind(bloom.Bloom, bloom.AXES, bloom.SIZES),
+    Kind(qwen.Qwen, qwen.AXES, qwen.SIZES),
+)
+TABLE = {entry.module.kind: entry for entry in _TABLE}
+KINDS = {name: entry.module for name, entry in TABLE.items()}
 SIZES = {size: lm for kind in TABLE.values() for size, lm in kind.sizes.items()}
 
 

@@ -4,6 +4,8 @@ Yang et al., "Qwen2 technical report", 2024; Qwen team, "Qwen2.5 technical repor
 Pre-norm blocks with RMSNorm, rotary positions, grouped-query attention and a gated MLP.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -67,6 +69,7 @@ class Block(nn.Module):
 class Qwen(nn.Module):
     """The language model (`language_model.LanguageModel`). The fields are its settings."""
 
+    kind: ClassVar[str] = "qwen"  # in the settings of a run
     vocab: int = 151936  # V
     width: int = 1536  # D
     depth: int = 28
