@@ -128,9 +128,8 @@ def hash_of(media_id: str) -> np.ndarray:
 
 
 def decode(tokenizer: text.Tokenizer, ids: np.ndarray) -> str:
-    """Text of one row of ids up to the first end token; the beginning token is left out."""
+    """Text of one row of ids up to the first end token. The row is without its start token, which may be the end token too."""
     row = [int(i) for i in ids]
-    row = row[1:] if row and row[0] == tokenizer.bos else row
     return tokenizer.decode(row[: row.index(tokenizer.eos)] if tokenizer.eos in row else row)
 
 

@@ -38,7 +38,8 @@ def make(experiment: Experiment) -> Task:
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         known = preprocess.given(tokenizer)
-        title = [known.bos, *known.encode(clean_text(record.title, data.max_words)), known.eos]
+        end = [known.eos] if known.eos != known.bos else []  # what ends one title starts the next
+        title = [known.bos, *known.encode(clean_text(record.title, data.max_words)), *end]
         first = 0 if rng is None else int(rng.integers(len(title)))
         ids = np.resize(np.array(title, np.int32), first + length)[first:]  # the title over and over
         return {"ids": ids}

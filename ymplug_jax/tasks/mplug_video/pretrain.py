@@ -67,7 +67,11 @@ def make(experiment: Experiment) -> Task:
         eos = preprocess.given(tokenizer).eos
         prompt = decode.prompt_of(model.llm, params["llm"], prefix, begin, ones)
         out = decode.greedy(model.llm, params["llm"], *prompt, new_tokens=length - 1, eos=eos)
-        return {"generated": out.ids, "ids": batch["ids"], "valid": batch["valid"]}
+        return {
+            "generated": out.ids,
+            "ids": batch["ids"][:, 1:],
+            "valid": batch["valid"],
+        }  # both without the start token
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
         return report_of(rows, records, partial(preprocess.decode, preprocess.given(tokenizer)))
@@ -97,7 +101,7 @@ def report_of(rows: list[Row], records: Sequence[Record], text: Callable[[np.nda
     all its rows.
 
     Args:
-      rows: ids and generated int32[L], "index" the place in the split.
+      rows: ids and generated int32[L - 1], without a start token; "index" the place in the split.
       records: of the split.
       text: ids of a row as text.
     """
