@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-DEMO ?= runs/demo
+# Kind of the demo's language model: gpt3, bloom or qwen. Each has a folder of its own.
+LLM ?= gpt3
+DEMO ?= runs/demo$(patsubst %,_%,$(filter-out gpt3,$(LLM)))
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m ymplug_jax.demo --out $(DEMO)
+	$(BIN)/python -m ymplug_jax.demo --out $(DEMO) --llm $(LLM)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -38,6 +38,20 @@ def bloom(
     return [index if index.exists() else folder / "model.safetensors"]
 
 
+def qwen(
+    folder: Path, *, kind: str, dtype: torch.dtype, shard: str = "50GB", **sizes: int | float | bool
+) -> list[Path]:
+    """Qwen2ForCausalLM or Qwen3ForCausalLM ("qwen2", "qwen3") of these settings, saved by itself: one file, or shards."""
+    classes = {
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    settings, model = classes[kind]
+    _shaken(model(settings(**sizes))).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    index = folder / "model.safetensors.index.json"
+    return [index if index.exists() else folder / "model.safetensors"]
+
+
 def bert(folder: Path, *, width: int, depth: int, heads: int, vocab: int, dtype: torch.dtype) -> list[Path]:
     """BertForPreTraining in a file of torch.save, with the copies of tied tensors and the names that came from TensorFlow."""
     config = transformers.BertConfig(

@@ -1,6 +1,11 @@
-"""What the demo's report says of the titles that a model wrote."""
+"""What the demo does, and what its report says of the titles that a model wrote."""
 
-from ymplug_jax.demo import wrong_parts
+import re
+from pathlib import Path
+
+import pytest
+
+from ymplug_jax.demo import LLMS, steps, wrong_parts
 
 
 def test_wrong_parts_of_titles_are_told_apart() -> None:
@@ -14,3 +19,10 @@ def test_wrong_parts_of_titles_are_told_apart() -> None:
     rows = [{"title": title, "generated": generated} for title, generated in pairs]
     assert wrong_parts(rows) == {"colour": 2, "shape": 3, "motion": 3}
     assert wrong_parts([]) == {"colour": 0, "shape": 0, "motion": 0}
+
+
+@pytest.mark.parametrize("llm", LLMS)
+def test_every_training_step_takes_the_kind_that_was_asked_for(llm: str, tmp_path: Path) -> None:
+    runs = [step.command for step in steps(tmp_path, 8, llm) if step.command[0] == "ymplug_jax.main"]
+    assert len(runs) == 10
+    assert {re.search(r":(\w+)$", command[1])[1] for command in runs} == {llm}

@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags as flags_lib
 from etils import epath
@@ -197,6 +197,7 @@ def overridden(made: ConfigDict, settings: Sequence[str]) -> ConfigDict:
         _check_name(made, name)
     values = flags_lib.FlagValues()
     arguments = ["", *settings]
+    kinds = {name: _at(made, name) for name in names if name.rpartition(".")[2] == "kind"}
     try:
         config_flags.DEFINE_config_dict("config", made, flag_values=values, sys_argv=arguments)
         rest = values(arguments)[1:]
@@ -204,7 +205,29 @@ def overridden(made: ConfigDict, settings: Sequence[str]) -> ConfigDict:
         raise Mistake(_of_value(made, str(error))) from None
     if rest:
         raise Mistake(f"{rest[0]!r}: nothing takes this; settings are written as --config.train.batch_size=8")
+    for name, before in kinds.items():
+        if _at(made, name) != before:
+            _refuse_kind(name, before, _at(made, name))
     return made
+
+
+def _at(made: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        made = made[part]
+    return made
+
+
+def _refuse_kind(name: str, before: str, after: str) -> NoReturn:
+    """A kind has settings of its own, which the config file gives: a change of the name alone would leave those of another."""
+    from ymplug_jax.models import language_models
+
+    known = language_models.TABLE
+    if after not in known:
+        raise Mistake(f"config.{name}: there is no {after!r}; there are {', '.join(known)}")
+    raise Mistake(
+        f"config.{name}: a {before!r} cannot become a {after!r}, whose settings are others; give a size of it to --config, as "
+        f"--config configs/mplug_video/pretrain.py:{next(iter(known[after].sizes))}"
+    )
 
 
 def _check_name(made: ConfigDict, name: str) -> None:

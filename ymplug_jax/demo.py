@@ -21,6 +21,7 @@ from ymplug_jax.core.metrics import read_metrics
 ROOT = Path(__file__).parent.parent
 # Where a title of data_prep.draw_shapes says what.
 PARTS = {"colour": r"^(.*?)的", "shape": r"的(.*?)在", "motion": r"在(.*)$"}
+LLMS = ("gpt3", "bloom", "qwen")  # arguments of configs/tiny
 BENCHMARKS = {"classify": "classification", "caption": "captioning", "retrieve": "retrieval"}  # task -> kind of CSV
 
 
@@ -31,8 +32,14 @@ class Step(NamedTuple):
     command: list[str]
 
 
-def steps(out: Path, clips: int) -> list[Step]:
-    """Everything that the demo does, in order."""
+def steps(out: Path, clips: int, llm: str = "gpt3") -> list[Step]:
+    """Everything that the demo does, in order.
+
+    Args:
+      out: folder for everything.
+      clips: videos to draw.
+      llm: kind of the tiny language model, one of `LLMS`.
+    """
     corpus, tokenizer = out / "corpus", out / "titles.model"
 
     def build(kind: str) -> list[Step]:
@@ -54,7 +61,7 @@ def steps(out: Path, clips: int) -> list[Step]:
     def main(config: str, data: Path, *more: str, workdir: str = "") -> list[str]:
         settings = [f"--config.data.path={data}", f"--config.data.tokenizer={tokenizer}"]
         folder = out / (workdir or config)
-        return ["ymplug_jax.main", f"--config=configs/tiny/{config}.py", f"--workdir={folder}", *settings, *more]
+        return ["ymplug_jax.main", f"--config=configs/tiny/{config}.py:{llm}", f"--workdir={folder}", *settings, *more]
 
     def shards(kind: str) -> Path:
         return out / "shards" / kind
@@ -148,10 +155,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything the demo makes")
     parser.add_argument("--clips", type=int, default=2400, help="videos to draw")
+    parser.add_argument("--llm", choices=LLMS, default="gpt3", help="kind of the tiny language model")
     args = parser.parse_args()
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    plan = steps(out, args.clips)
+    plan = steps(out, args.clips, args.llm)
     begin = time.perf_counter()
     for number, (title, command) in enumerate(plan, 1):
         print(f"\n== {number}/{len(plan)} {title}\n$ python -m {' '.join(command)}", flush=True)

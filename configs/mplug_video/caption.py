@@ -22,6 +22,6 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
         model=recipe.model(arg, frames=16),
         data=Data(examples=171_000, frames=16, max_words=80),  # about so many are released, for --mode=plan
         optim=recipe.optim(2e-5, 1e-6, "100 steps"),
-        train=Train(batch_size=recipe.DEVICES * PER_DEVICE[size], duration="10 epochs"),
+        train=Train(batch_size=recipe.batch_size(PER_DEVICE, size), duration="10 epochs"),
     )
     return to_config_dict(slices.on(experiment, size, place) if place else experiment)

@@ -22,7 +22,7 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
         model=recipe.model(arg, classes=2),
         data=Data(examples=38_000, max_words=80),  # about so many are released, for --mode=plan
         optim=recipe.optim(1e-4, 1e-7, "2 epochs", eps=1e-8),
-        train=Train(batch_size=recipe.DEVICES * PER_DEVICE[size], duration="50 epochs"),
-        options=Options(group=PER_DEVICE[size]),
+        train=Train(batch_size=recipe.batch_size(PER_DEVICE, size), duration="50 epochs"),
+        options=Options(group=PER_DEVICE[recipe.LLMS[size]]),
     )
     return to_config_dict(slices.on(experiment, size, place) if place else experiment)

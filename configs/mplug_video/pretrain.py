@@ -1,9 +1,11 @@
 """Pre-training of mPLUG-video on video-title pairs with the published recipe.
 
-`configs/mplug_video/pretrain.py:1.3b` or `:2.7b`, and the vision tower after a comma: `:1.3b,l14` (default b16).
+`configs/mplug_video/pretrain.py:SIZE`, and the vision tower after a comma: `:1.3b,l14` (default b16). SIZE is that of the language
+model: 1.3b, 2.7b (GPT-3, the published runs), bloomz-1b7, bloomz-7b1, qwen2.5-1.5b, qwen2.5-7b, qwen3-1.7b, qwen3-8b. The new ones
+take the batch of the nearest published run.
 `@` and a slice lays the run out for it, with a batch to match: `:1.3b@v5p-64`; see slices.py.
 Give the data and the weights on the command line:
-    --config.data.path=SHARDS --config.data.tokenizer=tokenizer.json --config.train.init_from=llm=GPT3_DIR,vision=CLIP_DIR
+    --config.data.path=SHARDS --config.data.tokenizer=tokenizer.json --config.train.init_from=llm=LLM_DIR,vision=CLIP_DIR
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +17,7 @@ PER_DEVICE = {"1.3b": 48, "2.7b": 32}
 
 
 def get_config(arg: str = "1.3b") -> ConfigDict:
-    """Settings by size: "1.3b", "2.7b", "1.3b,l14", "2.7b,l14"; with "@SLICE" for a TPU slice."""
+    """Settings by size, as in "1.3b" or "qwen2.5-1.5b,l14"; with "@SLICE" for a TPU slice."""
     arg, _, place = arg.partition("@")
     size = recipe.split_arg(arg)[0]
     experiment = Experiment(
@@ -24,7 +26,7 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
         data=Data(examples=10_009_370),  # rows of the released pre-training table, for --mode=plan without shards
         optim=recipe.optim(1e-4, 1e-6, "2000 steps"),
         train=Train(
-            batch_size=recipe.DEVICES * PER_DEVICE[size],
+            batch_size=recipe.batch_size(PER_DEVICE, size),
             duration="10 epochs",
             save_every="2000 steps",
             eval_every="2000 steps",

@@ -1,10 +1,24 @@
 """What all runs of mPLUG-video share: model sizes in bf16, parameter groups, the optimizer of the published recipe."""
 
+from collections.abc import Mapping
+
 from ymplug_jax.core.config import Optim
 from ymplug_jax.models import mplug_video
+from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.models.mplug_video import MPLUGVideo
 
-LLMS = ("1.3b", "2.7b")
+# Size of the language model -> the published size whose batches a run takes.
+LLMS = {
+    "1.3b": "1.3b",
+    "2.7b": "2.7b",
+    "bloomz-1b7": "1.3b",
+    "bloomz-7b1": "2.7b",
+    "qwen2.5-1.5b": "1.3b",
+    "qwen2.5-7b": "2.7b",
+    "qwen3-1.7b": "1.3b",
+    "qwen3-8b": "2.7b",
+}
+TINY = {"gpt3": "tiny", "bloom": "bloom-tiny", "qwen": "qwen-tiny"}  # argument of configs/tiny -> size
 DEVICES = 8  # the recipe's batches are per device of eight
 # No decay for one-dimensional tensors (norms, biases, extra key and value) and the vision tower's own tables.
 # Queries and temperature do decay, as in the recipe.
@@ -14,7 +28,7 @@ CLIP_LR = ((r"vision/(?!.*temporal).*", 0.1),)
 
 
 def split_arg(arg: str) -> tuple[str, str]:
-    """(llm, vision) of "1.3b", "2.7b", "1.3b,l14", "2.7b,l14".
+    """(llm, vision) of an argument such as "1.3b", "2.7b,l14", "qwen2.5-1.5b".
 
     Raises:
       ValueError: an unknown size.
@@ -25,14 +39,35 @@ def split_arg(arg: str) -> tuple[str, str]:
     return llm, vision or "b16"
 
 
-def model(arg: str, **heads) -> MPLUGVideo:
+def batch_size(per_device: Mapping[str, int], size: str) -> int:
+    """Examples a step: so many on each device of the published run of this size, or of the nearest one."""
+    return DEVICES * per_device[LLMS[size]]
+
+
+def tiny(llm: str) -> str:
+    """Size of a tiny language model by its kind.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    if llm not in TINY:
+        raise ValueError(f"language model {llm!r} is unknown; there are {', '.join(TINY)}")
+    return TINY[llm]
+
+
+def with_dropout(llm: LanguageModel, rate: float) -> LanguageModel:
+    """The decoder with this dropout, where it has any: BLOOM and Qwen have none."""
+    return llm.clone(dropout=rate) if hasattr(llm, "dropout") else llm
+
+
+def model(arg: str, **heads: int) -> MPLUGVideo:
     """The model of a size, in bf16, every layer recomputed in the backward pass; `heads` as for `mplug_video.sized`."""
     made = mplug_video.sized(*split_arg(arg), **heads)
     return made.clone(
         vision=made.vision.clone(dtype="bfloat16", remat="full"),
         abstractor=made.abstractor.clone(dtype="bfloat16"),
-        # The published runs left dropout on inside the frozen decoder; 0.0 is the cleaner choice for a run of your own.
-        llm=made.llm.clone(dtype="bfloat16", remat="full", dropout=0.1),
+        # The published runs left dropout on inside the frozen GPT-3; 0.0 is the cleaner choice for a run of your own.
+        llm=with_dropout(made.llm.clone(dtype="bfloat16", remat="full"), 0.1),
     )
 
 

@@ -24,7 +24,7 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
         data=Data(examples=38_000, max_words=80),  # about so many are released, for --mode=plan
         optim=recipe.optim(1e-4, 1e-7, "2 epochs", eps=1e-8, no_decay=NO_DECAY),
         train=Train(
-            batch_size=recipe.DEVICES * PER_DEVICE[size],
+            batch_size=recipe.batch_size(PER_DEVICE, size),
             duration="50 epochs",
         ),
     )

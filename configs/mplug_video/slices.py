@@ -10,6 +10,7 @@ keeps attention from being one kernel. `--config.model.llm.dropout=0.1` brings i
 import dataclasses
 from typing import NamedTuple
 
+from configs.mplug_video import recipe
 from ymplug_jax.core.config import Experiment
 
 
@@ -49,18 +50,23 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
     Pre-training takes the slice's batch. Fine-tuning keeps its recipe's, raised to a multiple of the chips, or what fits.
 
     Raises:
-      ValueError: an unknown slice.
+      ValueError: an unknown slice, or one that has no layout for the size.
     """
     if name not in SLICES:
         raise ValueError(f"slice {name!r} is unknown; there are {', '.join(SLICES)}")
     layout, model, run = SLICES[name], experiment.model, f"{experiment.task} {size}"
+    if size not in layout.batch:
+        raise ValueError(
+            f"slice {name!r} has no layout for {size}; there are {', '.join(layout.batch)}. Start from :{size} and cut the model "
+            f"with --config.mesh.fsdp, as --mode compile --topology {layout.topology} shows"
+        )
     each = layout.batch[size]
     if experiment.task != "pretrain":
         each = min(-(-experiment.train.batch_size // layout.chips), layout.most.get(run, experiment.train.batch_size))
     llm_remat = "full" if run in layout.whole else "dots"
     model = model.clone(
         vision=model.vision.clone(remat=layout.vision_remat),
-        llm=model.llm.clone(remat=llm_remat, dropout=0.0),
+        llm=recipe.with_dropout(model.llm.clone(remat=llm_remat), 0.0),
     )
     train = dataclasses.replace(experiment.train, batch_size=layout.chips * each, frozen_dtype=layout.frozen_dtype)
     options = experiment.options

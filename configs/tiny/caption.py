@@ -2,18 +2,21 @@
 
 from ml_collections import ConfigDict
 
-from configs.mplug_video.recipe import NO_DECAY
+from configs.mplug_video import recipe
 from ymplug_jax.core.config import Data, Experiment, Optim, Options, Train, to_config_dict
 from ymplug_jax.models import mplug_video
 
 
-def get_config() -> ConfigDict:
-    """Give --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/pretrain.py)."""
+def get_config(llm: str = "gpt3") -> ConfigDict:
+    """By kind of the language model: "gpt3", "bloom" or "qwen".
+
+    Give --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/pretrain.py).
+    """
     experiment = Experiment(
         task="caption",
-        model=mplug_video.sized("tiny", "tiny", queries=8),
+        model=mplug_video.sized(recipe.tiny(llm), "tiny", queries=8),
         data=Data(frames=4, image_size=64, max_tokens=40, threads=2),
-        optim=Optim(lr=3e-4, min_lr=1e-5, warmup="30 steps", clip=1.0, no_decay=NO_DECAY),
+        optim=Optim(lr=3e-4, min_lr=1e-5, warmup="30 steps", clip=1.0, no_decay=recipe.NO_DECAY),
         train=Train(
             batch_size=16,
             duration="300 steps",

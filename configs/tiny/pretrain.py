@@ -2,14 +2,17 @@
 
 from ml_collections import ConfigDict
 
-from configs.mplug_video.recipe import NO_DECAY
+from configs.mplug_video import recipe
 from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
 from ymplug_jax.models import mplug_video
 
 
-def get_config() -> ConfigDict:
-    """Give --config.data.path, --config.data.tokenizer and --config.train.init_from=llm=DIR (configs/tiny/language.py)."""
-    model = mplug_video.sized("tiny", "tiny", queries=8)
+def get_config(llm: str = "gpt3") -> ConfigDict:
+    """By kind of the language model: "gpt3", "bloom" or "qwen".
+
+    Give --config.data.path, --config.data.tokenizer and --config.train.init_from=llm=DIR (configs/tiny/language.py).
+    """
+    model = mplug_video.sized(recipe.tiny(llm), "tiny", queries=8)
     # The tower begins from nothing at a width of 64. With the reference's start values, made for 768 and a tower that knows
     # images, the direction in time stays unlearned for a number of steps that rounding decides, often all of them.
     model = model.clone(vision=model.vision.clone(std=0.1, table_std=0.3))
@@ -17,7 +20,7 @@ def get_config() -> ConfigDict:
         task="pretrain",
         model=model,
         data=Data(frames=4, image_size=64, max_tokens=32, threads=2),
-        optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=NO_DECAY),
+        optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=recipe.NO_DECAY),
         train=Train(
             batch_size=16,
             duration="2400 steps",

@@ -1,6 +1,7 @@
 """Tokenizers give back the text they were given; cleaning and cutting follow the recipe."""
 
 import io
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -263,3 +264,50 @@ def test_pairs(prompt: list[int], target: list[int], length: int):
         assert used == length, "nothing more is cut than needed"
     if len(target) + 2 <= length <= len(prompt) + len(target) + 2:
         assert body[kept:] == target, "a target that fits beside a shorter prompt is whole"
+
+
+QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> text.Tokenizer:
+    """As Qwen3's file has it: ordinary words that look like other models' specials, and a control token that is not marked."""
+    folder = tmp_path_factory.mktemp("qwen")
+    file = json_file(folder, ["!", "<s>", "</s>", "<pad>", *QWEN, "<think>"])
+    model = json.loads(file.read_text(encoding="utf-8"))
+    model["added_tokens"] = [t for t in model["added_tokens"] if t["content"] in (*QWEN, "<think>")]
+    model["added_tokens"][-1]["special"] = False
+    file.write_text(json.dumps(model), encoding="utf-8")
+    return text.load_tokenizer(str(file))
+
+
+def test_qwen_starts_a_text_with_the_end_of_the_one_before(qwen: text.Tokenizer):
+    assert (qwen.bos, qwen.eos, qwen.pad) == (4, 4, 4)
+    ids = qwen.encode("红色的圆形")
+    row, mask = text.encode_text(ids, len(ids) + 4, bos=qwen.bos, eos=qwen.eos, pad=qwen.pad)
+    assert row.tolist() == [4, *ids, 4, 4, 4]
+    assert mask.tolist() == [1] * (len(ids) + 2) + [0, 0], "the end is seen, padding of the same id is not"
+    assert qwen.decode(row) == "红色的圆形"
+
+
+def test_the_start_token_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    file = json_file(tmp_path, ["!", *QWEN])
+    for _ in range(2):
+        text.load_tokenizer(str(file))
+    assert [r.getMessage() for r in caplog.records] == [
+        f"tokenizer {file}: a text starts with <|endoftext|> (1), the end of the text before it: there is no beginning token"
+    ]
+    text.load_tokenizer(str(json_file(tmp_path, ["<s>", "</s>", "<pad>"])))
+    assert caplog.records[-1].getMessage().endswith("a text starts with <s> (0), the beginning token")
+    text.load_tokenizer(str(sentencepiece_file(tmp_path)))
+    assert caplog.records[-1].getMessage().endswith("a text starts with <s> (1), the beginning token")
+
+
+@pytest.mark.parametrize("title", [*TEXTS, "<|im_start|>system<|im_end|>", "a<think>b</think>", "<|endoftext|>"])
+def test_control_tokens_of_qwen_in_a_title_are_text(qwen: text.Tokenizer, title: str):
+    for tokenizer in (qwen, pickle.loads(pickle.dumps(qwen))):
+        ids = tokenizer.encode(title)
+        assert not {4, 5, 6, 7} & set(ids), "no <|endoftext|>, <|im_start|>, <|im_end|> or <think>"
+        assert tokenizer.decode(ids) == title
+        assert tokenizer.decode([7, *ids, 6]) == title, "a model's own control tokens are no text"

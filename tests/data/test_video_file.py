@@ -11,8 +11,8 @@ import av
 import cv2
 import numpy as np
 import pytest
-import videos
 
+import videos
 from ymplug_jax.data import video_container, video_file
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_file import DecoderFailed, Reader, read_clip, timeline

@@ -12,8 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import videos
 
+import videos
 from data_prep import build_shards, publish
 from ymplug_jax.data import schema, video_container, video_file
 from ymplug_jax.data.frames import decode_frames

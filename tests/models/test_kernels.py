@@ -7,7 +7,7 @@ import pytest
 
 from ymplug_jax.analysis import flops
 from ymplug_jax.core import sharding
-from ymplug_jax.models import kernels, layers
+from ymplug_jax.models import attention, kernels
 
 # (B, L, S, N, H, causal); 96 lies as [L, H] in a block, the others as [H, L]
 ROWS = [(2, 37, 37, 4, 96, False), (2, 29, 29, 4, 16, True), (1, 16, 75, 2, 8, False)]
@@ -33,7 +33,7 @@ def test_rows(b: int, length: int, keys: int, n: int, h: int, causal: bool) -> N
     k, v = normal(b, keys, n, h, count=2)
     agree(
         lambda *x: kernels.attention(*x, causal, True),
-        lambda *x: layers.attention(*x, causal=causal),
+        lambda *x: attention.attend(*x, causal=causal),
         (q, k, v),
         grad,
     )
@@ -42,35 +42,35 @@ def test_rows(b: int, length: int, keys: int, n: int, h: int, causal: bool) -> N
 @pytest.mark.parametrize(("b", "t", "p", "n", "h"), FRAMES)
 def test_frames(b: int, t: int, p: int, n: int, h: int) -> None:
     def plain(*x: jax.Array) -> jax.Array:
-        return layers.frame_attention(*x, n)
+        return attention.attend_frames(*x, n)
 
     *inputs, grad = normal(b, t, p, n * h, count=4)
     agree(lambda *x: kernels.over_frames(*x, n, True), plain, tuple(inputs), grad)
 
 
-def test_frame_attention_is_attention_over_frames() -> None:
+def test_attend_frames_is_attention_over_frames() -> None:
     q, k, v = normal(2, 4, 9, 3, 8, count=3)
     expected = jax.vmap(jax.nn.dot_product_attention, in_axes=2, out_axes=2)(q, k, v)
     flat = (x.reshape(2, 4, 9, 24) for x in (q, k, v))
-    np.testing.assert_allclose(layers.frame_attention(*flat, 3), expected.reshape(2, 4, 9, 24), atol=1e-6)
+    np.testing.assert_allclose(attention.attend_frames(*flat, 3), expected.reshape(2, 4, 9, 24), atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [2, 3])
 def test_frames_cut_over_devices(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
     """Heads over tensor where they can be cut; three of them stay whole, though rows of D could be halved."""
     q, k, v = (x.astype(jnp.bfloat16) for x in normal(4, 2, 6, heads * 8, count=3))
-    wanted = layers.frame_attention(*(x.astype(jnp.float32) for x in (q, k, v)), heads)
+    wanted = attention.attend_frames(*(x.astype(jnp.float32) for x in (q, k, v)), heads)
     original = kernels.over_frames
     monkeypatch.setattr(sharding, "computes_on", lambda name: name == "tpu")
     monkeypatch.setattr(kernels, "over_frames", lambda *given: original(*given, True))
     with jax.set_mesh(sharding.make_mesh(4, 1, 2)):
-        made = jax.jit(lambda *x: layers.frame_attention(*x, heads))(q, k, v)
+        made = jax.jit(lambda *x: attention.attend_frames(*x, heads))(q, k, v)
     np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.03)
 
 
 def test_half_precision_rounds_only_what_products_take() -> None:
     q, k, v = (x.astype(jnp.bfloat16) for x in normal(2, 33, 4, 16, count=3))
-    wanted = layers.attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    wanted = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)))
     made = kernels.attention(q, k, v, False, True)
     assert made.dtype == jnp.bfloat16
     np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.02)
@@ -93,7 +93,7 @@ def test_cut_over_devices(tensor: int) -> None:
 
         with jax.set_mesh(mesh):
             out = jax.jit(run)(q, k, v)
-        np.testing.assert_allclose(out, layers.attention(q, k, v, causal=True), atol=1e-5)
+        np.testing.assert_allclose(out, attention.attend(q, k, v, causal=True), atol=1e-5)
 
 
 AXES = ("batch", None, "tensor", None)
@@ -124,12 +124,12 @@ def test_where_a_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, maker: str, c
     """On TPU in half precision, unless something has to happen between logits and softmax."""
     monkeypatch.setattr(sharding, "computes_on", lambda name: name == maker)
     q = jnp.zeros((2, 8, 2, 16), jnp.bfloat16)
-    text = str(jax.make_jaxpr(lambda q: layers.attention(q, q, q, **change))(q))
+    text = str(jax.make_jaxpr(lambda q: attention.attend(q, q, q, **change))(q))
     assert ("pallas_call" in text) == kernel
     whole = q.astype(jnp.float32)
-    assert "pallas_call" not in str(jax.make_jaxpr(lambda q: layers.attention(q, q, q, **change))(whole))
+    assert "pallas_call" not in str(jax.make_jaxpr(lambda q: attention.attend(q, q, q, **change))(whole))
     frames = q.reshape(q.shape[0], 1, q.shape[1], -1)
-    made = str(jax.make_jaxpr(lambda x: layers.frame_attention(x, x, x, q.shape[2]))(frames))
+    made = str(jax.make_jaxpr(lambda x: attention.attend_frames(x, x, x, q.shape[2]))(frames))
     assert ("pallas_call" in made) == (maker == "tpu")
 
 
@@ -143,8 +143,8 @@ def test_on_nvidia_cudnn_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "computes_on", lambda name: name == "nvidia")
     monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
     q = jnp.zeros((2, 8, 2, 16), jnp.bfloat16)
-    layers.attention(q, q, q, causal=True)
+    attention.attend(q, q, q, causal=True)
     assert asked == {"is_causal": True, "implementation": "cudnn"}
     asked.clear()
-    layers.attention(q[..., :3], q[..., :3], q[..., :3])  # cuDNN takes multiples of eight
+    attention.attend(q[..., :3], q[..., :3], q[..., :3])  # cuDNN takes multiples of eight
     assert not asked

@@ -1,4 +1,4 @@
-"""Attention and position tables against independent computations."""
+"""Layers and position tables against independent computations."""
 
 import math
 from functools import partial
@@ -9,42 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ymplug_jax.models import layers
-
-
-def qkv(seed: int, batch: int, length: int, keys: int, heads: int, size: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(batch, n, heads, size)).astype(np.float32) for n in (length, keys, keys)]
-
-
-def test_attention_agrees_with_jax() -> None:
-    q, k, v = qkv(0, 2, 5, 7, 3, 4)
-    expected = jax.nn.dot_product_attention(q, k, v)
-    np.testing.assert_allclose(layers.attention(q, k, v), expected, atol=1e-6)
-    mask = np.random.default_rng(1).random((2, 1, 5, 7)) < 0.7
-    mask[..., 0] = True
-    expected = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask))
-    np.testing.assert_allclose(layers.attention(q, k, v, mask=mask), expected, atol=1e-6)
-
-
-def test_causal_attention_does_not_see_what_follows() -> None:
-    q, k, v = qkv(0, 2, 6, 6, 2, 4)
-    out = layers.attention(q, k, v, causal=True)
-    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
-    k[:, 4:], v[:, 4:] = 9, -9
-    np.testing.assert_array_equal(layers.attention(q, k, v, causal=True)[:, :4], out[:, :4])
-
-
-def test_dropout_drops_at_its_rate_and_keeps_the_mean() -> None:
-    heads = 500
-    q, k = np.zeros((1, 8, heads, 2), np.float32), np.zeros((1, 8, heads, 2), np.float32)
-    v = np.ones((1, 8, heads, 2), np.float32)
-    out = layers.attention(q, k, v, dropout=0.25, key=jax.random.key(0))
-    assert abs(out.mean() - 1) < 0.02
-    kept = np.asarray(out) * 8 * 0.75  # how many of 8 equal keys stayed
-    np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
-    assert abs(kept.mean() / 8 - 0.75) < 0.02
-    np.testing.assert_allclose(layers.attention(q, k, v, dropout=0.25), v, rtol=1e-6)  # no key: no dropout
+from ymplug_jax.models import attention, layers
 
 
 def test_what_remat_keeps_are_products_with_their_biases() -> None:
@@ -58,7 +23,7 @@ def test_what_remat_keeps_are_products_with_their_biases() -> None:
             init = nn.initializers.normal(1.0)
             attn = layers.Attention(8, 2, init, init, flat=self.flat, name="attn")
             q, k, v = attn.project(x)
-            y = layers.frame_attention(q, k, v, 2) if self.flat else layers.attention(q, k, v)
+            y = attention.attend_frames(q, k, v, 2) if self.flat else attention.attend(q, k, v)
             x = x + attn.output(y)
             return x + layers.Mlp(24, init, init, name="mlp")(x), None
 

@@ -19,7 +19,7 @@ from ymplug_jax.convert import rules
 from ymplug_jax.core import optim, state
 from ymplug_jax.core.config import Data, Experiment, Optim, Options, Train
 from ymplug_jax.data import frames, text
-from ymplug_jax.models import alpro, bert, layers
+from ymplug_jax.models import alpro, attention, bert, layers
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.timesformer import TimeSformer
@@ -84,7 +84,7 @@ def test_text_encoder(read) -> None:
     q, k = (out["of_text"]["attn"][part]["__call__"][0][0] for part in "qk")
     one_hot = jnp.broadcast_to(jnp.eye(length)[:, None], (*k.shape[:3], length))
     bias = (1 - mask[:, None, None]) * bert.HIDDEN
-    file.check("out/text_attn0", layers.attention(q, k, one_hot, bias=bias).transpose(0, 2, 1, 3), OUTPUT)
+    file.check("out/text_attn0", attention.attend(q, k, one_hot, bias=bias).transpose(0, 2, 1, 3), OUTPUT)
     file.check("out/extended_mask", (1 - both[:, None, None]) * bert.HIDDEN, OUTPUT)
     file.check("out/mlm_logits", out["logits"], OUTPUT)
     alone = fusion.apply({"params": params["fusion"]}, out["text"], mask)

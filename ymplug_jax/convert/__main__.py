@@ -6,6 +6,7 @@
     --model clip          CLIP, OpenAI's file or the Hugging Face layout: the spatial part of the video encoder
     --model vit           ViT of timm: the spatial part of the video encoder
     --model bloom         BLOOM and BLOOMZ in the Hugging Face layout, with or without LoRA adapters
+    --model qwen          Qwen2, Qwen2.5 and Qwen3 (dense) in the Hugging Face layout, with the config.json beside the weights
     --model bert          BERT in the Hugging Face layout: text and fusion encoder of the baselines
 
 A source is one or more files, an index of shards, or a folder that holds one model.

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
+from ymplug_jax.convert.hub_config import HubConfig
 from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, heads_of, layers, need
 from ymplug_jax.convert.rules import Rule, heads_out, linear, norm, under
-from ymplug_jax.models.bloom import Bloom, init
+from ymplug_jax.models import language_model
+from ymplug_jax.models.bloom import Bloom
 
 _LAYER = "transformer.h.{}"
 _FUSED = f"{_LAYER}.self_attention.query_key_value"
@@ -35,35 +38,60 @@ RENAME = (
     (r"\.lora_([AB])\.default\.", r".lora_\1."),
 )
 FROZEN = (r"llm/(?!blocks/lora/).*",)
+MODEL_TYPES = ("bloom",)  # of config.json
 HEADS = {1024: 16, 1536: 16, 2048: 16, 2560: 32, 4096: 32, 14336: 112}  # by width: 560m 1b1 1b7 3b 7b1 176b
 
 
-def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Bloom:
-    """The BLOOM of these tensors.
+def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None) -> Bloom:
+    """The BLOOM of these tensors and, where there is one, of the config.json beside them.
 
     Raises:
-      UnknownModel: they are none.
+      UnknownModel: they are none, or they do not belong together.
     """
     vocab, width = need(shapes, "transformer.word_embeddings.weight")
     adapter = shapes.get("transformer.h.0.self_attention.query_key_value.lora_A.weight", (0,))
     other = [name for name in shapes if "lora_" in name and not re.search(r"query_key_value\.lora_[AB]\.weight$", name)]
     if other:
         raise UnknownModel(f"the adapter changes {other[0]}; only query_key_value is known, so merge it: --lora DIR")
+    depth, known, eps = layers(shapes, r"transformer\.h\.(\d+)\."), HEADS, 1e-5
+    if config:
+        count = config.size("n_head", "num_attention_heads")
+        if heads.get("llm", count) != count:
+            raise UnknownModel(f"--heads llm={heads['llm']}: {config.file} says {count}; leave the flag out")
+        config.agree({"vocab_size": vocab, "hidden_size": width, "n_embed": width, "n_layer": depth})
+        if config.values.get("apply_residual_connection_post_layernorm"):
+            raise UnknownModel(f"{config.file}: apply_residual_connection_post_layernorm is true, which is not known")
+        known, eps = {width: count}, config.number("layer_norm_epsilon", 1e-5)
     return Bloom(
         vocab=vocab,
         width=width,
-        depth=layers(shapes, r"transformer\.h\.(\d+)\."),
-        heads=heads_of("llm", width, HEADS, heads),
+        depth=depth,
+        heads=heads_of("llm", width, known, heads),
+        ln_eps=eps,
         lora_rank=adapter[0],
     )
 
 
 def like_of(model: Bloom) -> dict:
     """Abstract parameters."""
-    return jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    return jax.eval_shape(lambda: language_model.init(model, jax.random.key(0)))
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
+def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None) -> Plan:
     """What the tensors are: a BLOOM under "llm"."""
-    model = bloom_of(shapes, heads)
+    model = bloom_of(shapes, heads, config)
     return Plan("hugging_face", {"llm": like_of(model)}, model)
+
+
+def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json for Hugging Face's classes, from the fields of `Bloom`; without adapters, which PEFT adds."""
+    return {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "vocab_size": settings["vocab"],
+        "hidden_size": settings["width"],
+        "n_layer": settings["depth"],
+        "n_head": settings["heads"],
+        "layer_norm_epsilon": settings["ln_eps"],
+        "tie_word_embeddings": True,
+    }

@@ -3,6 +3,7 @@
 import gc
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
     rng = np.random.default_rng(0)
     theirs, ours = {
         "bloom": _bloom,
+        "qwen": _qwen,
         "gpt3": _gpt3,
         "bert": _bert,
         "clip": _image_tower,
@@ -101,14 +103,24 @@ def _bloom(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Side
     if opened.adapter:
         model = model.clone(lora_scale=opened.adapter.scale)
     ids, mask = _ids(rng, model.vocab)
+    return lambda: oracles.bloom(read, model, ids, mask), partial(_decoder_ours, model, ids, mask)
 
-    def ours(params: dict) -> dict[str, np.ndarray]:
-        embeds = model.apply({"params": params["llm"]}, ids, method="embed")
-        hidden, kept = _applied(model, params["llm"], embeds, mask)
-        logits = model.apply({"params": params["llm"]}, hidden, method="logits")
-        return {"embeddings": np.asarray(embeds), **_blocks(kept, "norm"), "norm": hidden, "logits": np.asarray(logits)}
 
-    return lambda: oracles.bloom(read, model, ids, mask), ours
+def _qwen(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    model, config = opened.plan.model, opened.config
+    if config is None:
+        raise SourceError("--check needs the model's config.json")
+    ids, mask = _ids(rng, model.vocab)
+    return lambda: oracles.qwen(read, config.values, ids, mask), partial(_decoder_ours, model, ids, mask)
+
+
+def _decoder_ours(model: Any, ids: np.ndarray, mask: np.ndarray, params: dict) -> dict[str, np.ndarray]:
+    """States and logits of a decoder under "llm", zero at padding."""
+    embeds = model.apply({"params": params["llm"]}, ids, method="embed")
+    hidden, kept = _applied(model, params["llm"], embeds, mask)
+    logits = model.apply({"params": params["llm"]}, hidden, method="logits")
+    found = {"embeddings": np.asarray(embeds), **_blocks(kept, "norm"), "norm": hidden, "logits": np.asarray(logits)}
+    return {name: value * mask[..., None] for name, value in found.items()}
 
 
 def _gpt3_ours(model: Any, params: dict, embeds: np.ndarray) -> dict[str, np.ndarray]:

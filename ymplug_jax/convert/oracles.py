@@ -4,7 +4,7 @@ Each function takes the source's tensors under their own names and random inputs
 name. Nothing of it is shared with the tables or the models that are checked against it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,30 @@ def bloom(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray) -> Outputs:
         hidden_size=sizes.width,
         n_layer=sizes.depth,
         n_head=sizes.heads,
+        layer_norm_epsilon=sizes.ln_eps,
         attn_implementation="eager",
     )
-    model = _filled(transformers.BloomForCausalLM(config), read)
+    return _causal(_filled(transformers.BloomForCausalLM(config), read), ids, mask)
+
+
+@torch.inference_mode()
+def qwen(read: Read, config: Mapping[str, Any], ids: np.ndarray, mask: np.ndarray) -> Outputs:
+    """Qwen2ForCausalLM or Qwen3ForCausalLM of a config.json."""
+    classes = {
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    settings, model = classes[config["model_type"]]
+    known = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    made = settings.from_dict(known, attn_implementation="eager")
+    return _causal(_filled(model(made).float(), read), ids, mask)
+
+
+def _causal(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> Outputs:
+    """States and logits of a decoder, zero at padding, where they mean nothing."""
     out = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True)
-    return _states(out.hidden_states, "norm") | {"logits": out.logits.numpy()}
+    found = _states(out.hidden_states, "norm") | {"logits": out.logits.numpy()}
+    return {name: value * mask[..., None] for name, value in found.items()}
 
 
 @torch.inference_mode()

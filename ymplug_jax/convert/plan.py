@@ -13,7 +13,7 @@ from ymplug_jax.convert.rules import Rule
 from ymplug_jax.core import exits
 
 _BESIDE = ("__init__", "__main__", "check", "lora", "oracles", "plan", "rules", "store", "to_orbax", "to_torch")
-_BESIDE += ("torch_file", "torch_script", "tensor_file", "source_files", "pieces", "leaves")
+_BESIDE += ("torch_file", "torch_script", "tensor_file", "source_files", "pieces", "leaves", "hub_config")
 MODELS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _BESIDE)
 
 
@@ -40,7 +40,8 @@ class UnknownModel(exits.Mistake):
 
 def map_of(model: str) -> ModuleType:
     """The map file of a model: LAYOUTS (name -> Layout), plan(shapes, heads) -> Plan, and where they apply RENAME and MERGE
-    (see `Source`), RESIZE (path -> function, see `load_params`) and FROZEN (path regexes).
+    (see `Source`), RESIZE (path -> function, see `load_params`) and FROZEN (path regexes). With MODEL_TYPES (names of model_type)
+    `plan` also takes the config.json beside the weights, see `hub_config`; config_of(settings) writes one.
     """
     return importlib.import_module(f"ymplug_jax.convert.{model}")
 

@@ -1,7 +1,6 @@
 """One direction: PyTorch tensors into an Orbax checkpoint, one at a time."""
 
 import contextlib
-import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,16 +12,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import ymplug_jax
-from ymplug_jax.convert import lora, rules
+from ymplug_jax.convert import hub_config, lora, rules
 from ymplug_jax.convert.plan import MODELS, Layout, Plan, UnknownModel, extra, map_of
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.store import Store
 from ymplug_jax.convert.torch_file import Source
 from ymplug_jax.core import exits, progress
+from ymplug_jax.core.config import settings_of
 
 
 class Wish(NamedTuple):
@@ -46,6 +45,7 @@ class Opened(NamedTuple):
     plan: Plan
     layout: Layout
     entries: dict[str, rules.Entry]
+    config: hub_config.HubConfig | None  # beside the weights
 
 
 def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
@@ -64,19 +64,27 @@ def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
     elif adapter:
         lora.merge(source, adapter)
     try:
-        plan: Plan = module.plan(source.shapes(), wish.heads)
+        config = hub_config.beside(source.files, module.MODEL_TYPES) if hasattr(module, "MODEL_TYPES") else None
+        plan = _planned(module, source, wish.heads, config)
     except UnknownModel as error:
         likely = [other for other in MODELS if other != model and _fits(other, files)]
         raise UnknownModel(f"{files[0]}: {error}" + (f"; try --model {likely[0]}" if likely else "")) from None
     layout: Layout = module.LAYOUTS[plan.layout]
-    return Opened(source, adapter, plan, layout, rules.expand(layout.rules, plan.like))
+    return Opened(source, adapter, plan, layout, rules.expand(layout.rules, plan.like), config)
+
+
+def _planned(module: ModuleType, source: Source, heads: Mapping[str, int], config: hub_config.HubConfig | None) -> Plan:
+    more = (config,) if hasattr(module, "MODEL_TYPES") else ()
+    return module.plan(source.shapes(), heads, *more)
 
 
 def _fits(model: str, files: list[Path]) -> bool:
     module = map_of(model)
     try:
-        shapes = Source(files, extra(module, "MERGE"), extra(module, "RENAME", ())).shapes()
-        plan = module.plan(shapes, {"llm": 1, "vision": 1, "text": 1})
+        source = Source(files, extra(module, "MERGE"), extra(module, "RENAME", ()))
+        config = hub_config.beside(source.files, module.MODEL_TYPES) if hasattr(module, "MODEL_TYPES") else None
+        shapes, heads = source.shapes(), {} if config else {"llm": 1, "vision": 1, "text": 1}
+        plan = _planned(module, source, heads, config)
         return len(rules.expand(module.LAYOUTS[plan.layout].rules, plan.like).keys() & shapes.keys()) > len(shapes) // 4
     except (SourceError, UnknownModel, ValueError):
         return False
@@ -146,6 +154,7 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
             "resized": {path: list(shape) for path, (shape, _) in resized.items()},
             "dtype": dict(wish.dtype),
             "adapter": opened.adapter.config | {"kept": wish.keep_adapter} if opened.adapter else None,
+            "config": dict(opened.config.values) if opened.config else None,
         }
     return store.finish(sorted(written), facts)
 
@@ -175,7 +184,8 @@ class Table(NamedTuple):
 def compared(opened: Opened, wish: Wish) -> Table:
     """Every tensor of the source and of the model: matched, tied, known and dropped, missing, unexpected or of another shape."""
     shapes, entries, layout = opened.source.shapes(), opened.entries, opened.layout
-    tied = [(copy, original) for copy, original in layout.tied if copy in shapes and original in shapes]
+    # A tensor that has a place of its own in the tree (an untied output layer) is no copy.
+    tied = [pair for pair in layout.tied if shapes.keys() >= set(pair) and pair[0] not in entries]
     copies = {copy for copy, _ in tied}
     drop = [*layout.drop, *(re.escape(name).replace(r"\{\}", r"\d+") for name, _ in layout.zeros)]
     dropped = [name for name in shapes if name not in entries and name not in copies and _any(name, drop)]
@@ -250,19 +260,7 @@ def _dense(value: np.ndarray) -> np.ndarray:
 def _sizes(plan: Plan) -> dict[str, Any]:
     """The settings of the model's modules: {"Bloom": {"vocab": ...}}."""
     modules = plan.model if isinstance(plan.model, tuple) else (plan.model,)
-
-    def settings(module: nn.Module) -> dict[str, Any]:
-        kinds = (int, float, str, nn.Module)
-        found = {
-            f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ("parent", "name")
-        }
-        return {
-            name: settings(value) if isinstance(value, nn.Module) else value
-            for name, value in found.items()
-            if isinstance(value, kinds)
-        }
-
-    return {type(module).__name__: settings(module) for module in modules}
+    return {type(module).__name__: settings_of(module) for module in modules}
 
 
 Resize = Callable[[Any, tuple[int, ...]], Any]

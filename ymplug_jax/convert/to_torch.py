@@ -4,12 +4,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
-from ymplug_jax.convert import rules
+from ymplug_jax.convert import hub_config, rules
 from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.plan import Layout, map_of
 from ymplug_jax.convert.source_files import SourceError, read_json
@@ -21,6 +22,8 @@ _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> list[Path]:
     """Write model.safetensors, and adapter_model.safetensors where there are adapters, tensor by tensor; returns the files.
+
+    Where the model's table can, config.json stands beside them: with it Hugging Face's classes load the folder.
 
     Args:
       model: name of the map file.
@@ -34,9 +37,8 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
       exits.PlaceFailed: a disk fails on the way; nothing half-written stays.
     """
     module, record = map_of(model), folder / "conversion.json"
-    facts = read_json(record) if record.is_file() else {}
-    if not isinstance(facts, dict) or facts.get("model") != model:
-        facts = {}
+    read = read_json(record) if record.is_file() else {}
+    facts = read if isinstance(read, dict) and read.get("model") == model else {}
     layout = layout or facts.get("layout") or next(iter(module.LAYOUTS))
     if layout not in module.LAYOUTS:
         raise SourceError(f"--layout {layout}: model {model} has {', '.join(module.LAYOUTS)}")
@@ -45,6 +47,9 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
     wanted = {path for rule in named.rules for path in rule.targets} & set(leaves)
     if not wanted:
         raise SourceError(f"{folder}: none of its parameters belong to model {model}")
+    decoder = any(path.startswith("llm/") for path in wanted)
+    if decoder and (others := sorted(path for path in set(leaves) - wanted if path.startswith("llm/"))):
+        raise SourceError(f"{folder}: model {model} has no {others[0]}, so the language model in it is of another kind")
     like = state.unflatten(
         {p: jax.ShapeDtypeStruct(leaves[p].shape, leaves[p].dtype.numpy_dtype) for p in sorted(wanted)}
     )
@@ -74,12 +79,41 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
         entry = entries[sources[name]]
         return leaves[next(p for p in entry.rule.targets if p)].dtype.name, entry.shape
 
-    for path, _ in files:
+    config = _config(module, folder, read, facts, {form(name)[0] for name in files[0][1]})
+    beside = [file.with_name(hub_config.FILE)] if config else []
+    for path in [*(path for path, _ in files), *beside]:
         if os.path.exists(path):
             raise exits.Mistake(f"{path} is there already; remove it or give another --out")
     for path, names in files:
         _write(path, {name: form(name) for name in names}, ((name, tensor(name)) for name in names))
-    return [path for path, _ in files]
+    for path in beside:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [*(path for path, _ in files), *beside]
+
+
+def _config(
+    module: ModuleType, folder: Path, record: Any, facts: Mapping[str, Any], dtypes: set[str]
+) -> dict[str, Any]:
+    """config.json to write: that which the conversion read, else made of the decoder's settings; empty: none is known.
+
+    Args:
+      module: the model's map file.
+      folder: a run or a conversion.
+      record: conversion.json of the folder, of any model.
+      facts: the same, empty if it is of another model.
+      dtypes: of the tensors that are written.
+    """
+    if not hasattr(module, "config_of"):
+        return {}
+    found = facts.get("config")
+    if not found:
+        if (folder / "conversion.json").is_file():
+            (model,) = record["sizes"].values()
+        else:
+            model = read_json(folder / "config.json")["model"]
+        found = module.config_of(model.get("llm", model))
+    one = dtypes.pop() if len(dtypes) == 1 else "float32"
+    return {**{name: value for name, value in found.items() if name != "dtype"}, "torch_dtype": one}
 
 
 def _write(

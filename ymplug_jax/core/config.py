@@ -141,10 +141,14 @@ class Experiment:
 
 
 def settings_of(value: Any) -> Any:
-    """Nested dataclasses (linen modules included) as nested plain dicts."""
+    """Nested dataclasses (linen modules included) as nested plain dicts.
+
+    A class with a class variable `kind` is one of several that can stand in its place: the dict begins with "kind".
+    """
     if dataclasses.is_dataclass(value):
         fields = (f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name"))
-        return {name: settings_of(getattr(value, name)) for name in fields}
+        kind = {"kind": value.kind} if hasattr(type(value), "kind") else {}
+        return kind | {name: settings_of(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
         return {name: settings_of(part) for name, part in value.items()}
     return value
@@ -190,7 +194,16 @@ def from_config_dict(config: ConfigDict | Mapping) -> Experiment:
     parts = {"data": Data, "optim": Optim, "mesh": Mesh, "train": Train, "options": Options}
     for key, cls in parts.items():
         plain[key] = _build(cls, plain.get(key, {}), f"config.{key}")
+    if isinstance(plain.get("model"), Mapping):
+        plain["model"] = with_kinds(plain["model"])
     return _build(Experiment, plain, "config")
+
+
+def with_kinds(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's settings with the kind of its language model; runs from before there was a choice have a GPT-3."""
+    llm = model.get("llm")
+    old = isinstance(llm, Mapping) and "kind" not in llm
+    return {**model, "llm": {"kind": "gpt3", **llm}} if old else dict(model)
 
 
 def _build(cls: type, values: Any, where: str) -> Any:

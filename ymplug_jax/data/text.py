@@ -1,5 +1,18 @@
-"""Text on its way to the model and back: cleaning, tokenizers behind one small interface, padding to a fixed length."""
+"""Text on its way to the model and back: cleaning, tokenizers behind one small interface, padding to a fixed length.
 
+Every text that a model reads begins with a start token, so that the first word is predicted from something:
+
+    sentencepiece (*.model)       its beginning token, <s> as a rule
+    GPT-3 of ModelScope           <sep>
+    BLOOM and BLOOMZ              <s>
+    BERT                          [CLS]
+    Qwen2, Qwen2.5, Qwen3         <|endoftext|>, which also ends and pads: there is no beginning token, and <|endoftext|> stood
+                                  before every document that the model was trained on, behind the one before
+"""
+
+import functools
+import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +31,7 @@ class Tokenizer(Protocol):
     """
 
     vocab_size: int  # ids are below this
-    bos: int
+    bos: int  # starts a text; equals eos where there is no beginning token
     eos: int
     pad: int  # may equal eos
 
@@ -29,7 +42,8 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     """Tokenizer by file name: `*.model` sentencepiece; `tokenizer.json` Hugging Face, where begin, end and padding are
-    <sep>, <|endoftext|>, <|endoftext|> (the GPT-3 of ModelScope) or <s>, </s>, <pad> or [CLS], [SEP], [PAD]; `vocab.txt`
+    <sep>, <|endoftext|>, <|endoftext|> (the GPT-3 of ModelScope) or <s>, </s>, <pad> or [CLS], [SEP], [PAD] or all
+    <|endoftext|> (Qwen, known by its <|im_start|> and <|im_end|>; the latter ends a turn of a chat, and no text here); `vocab.txt`
     BERT WordPiece, which `lower_case` has fold letters to lower case without accents: the id of a token is the number of its
     line from 0, an empty line is an id without a token, empty lines at the end do not count.
 
@@ -54,7 +68,9 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
         raise ValueError(f"tokenizer {path}: {found}")
     try:
         more = {"lower_case": lower_case} if file.suffix == ".txt" else {}
-        return kinds[file.suffix](str(file), **more)
+        made = kinds[file.suffix](str(file), **more)
+        _say(f"tokenizer {path}: {made.begins()}")
+        return made
     except _Unfit as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
     except exits.Mistake as error:
@@ -62,6 +78,12 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     except Exception as error:  # the libraries raise bare Exception, RuntimeError and others on broken files
         what = {".model": "a sentencepiece model", ".json": "a tokenizer.json", ".txt": "a BERT vocab.txt"}[file.suffix]
         raise ValueError(f"tokenizer {path}: cannot be read as {what}: {' '.join(str(error).split())}") from error
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Log a line, once in a process."""
+    logging.info("%s", line)
 
 
 class _Unfit(ValueError):
@@ -79,6 +101,10 @@ class _SentencePiece:
         if min(self.bos, self.eos) < 0:
             raise _Unfit("has no begin or end token; train it with bos_id and eos_id")
 
+    def begins(self) -> str:
+        """Which token starts a text, in words."""
+        return f"a text starts with {self._model.id_to_piece(self.bos)} ({self.bos}), the beginning token"
+
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
@@ -90,6 +116,11 @@ class _SentencePiece:
 class _HuggingFace:
     # (begin, end, padding) as different models name them.
     SPECIALS = (("<sep>", "<|endoftext|>", "<|endoftext|>"), ("<s>", "</s>", "<pad>"), ("[CLS]", "[SEP]", "[PAD]"))
+    CHAT = (
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    )  # of Qwen, whose ordinary words may look like the others' specials
 
     def __init__(self, path: str):
         import tokenizers
@@ -101,15 +132,30 @@ class _HuggingFace:
         ids = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1  # there may be gaps
         self.mask, self.unk = ids.get("[MASK]"), ids.get("[UNK]")  # None: the model masks no words
+        if all(name in ids for name in self.CHAT):
+            self.bos = self.eos = self.pad = ids[self.CHAT[0]]
+            return
         for names in self.SPECIALS:
             if all(name in ids for name in names):
                 self.bos, self.eos, self.pad = (ids[name] for name in names)
                 return
-        known = " or ".join("/".join(dict.fromkeys(names)) for names in self.SPECIALS)
+        known = " or ".join("/".join(dict.fromkeys(names)) for names in (*self.SPECIALS, self.CHAT))
         raise _Unfit(f"has none of the known sets of special tokens ({known})")
 
     def _load(self, tokenizers, path: str):
-        return tokenizers.Tokenizer.from_str(text_files.read_text(Path(path)))
+        """The tokenizer with all of its control tokens marked as special, so that they are text where a user writes them. Qwen's
+        <think> and <tool_call> are not so in the file."""
+        model = json.loads(text_files.read_text(Path(path)))
+        for token in model.get("added_tokens") or ():
+            token["special"] |= re.fullmatch(r"<.+>|\[[A-Z]+\]", token["content"]) is not None
+        return tokenizers.Tokenizer.from_str(json.dumps(model))
+
+    def begins(self) -> str:
+        """Which token starts a text, in words."""
+        first = f"a text starts with {self._model.id_to_token(self.bos)} ({self.bos})"
+        if self.bos != self.eos:
+            return f"{first}, the beginning token"
+        return f"{first}, the end of the text before it: there is no beginning token"
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ymplug_jax.models import layers
+from ymplug_jax.models import attention, layers
 
 EPS = 1e-6
 
@@ -49,7 +49,7 @@ class Abstractor(nn.Module):
             return jnp.concatenate([keys, jnp.broadcast_to(extra, (b, 1, *extra.shape))], axis=1)  # [B, S + 1, N, H]
 
         q = jnp.broadcast_to(q, (b, *q.shape[1:]))  # [B, Q, N, H]
-        x = x + attn.output(layers.attention(q, append(k, "extra_key"), append(v, "extra_value")))  # [B, Q, D]
+        x = x + attn.output(attention.attend(q, append(k, "extra_key"), append(v, "extra_value")))  # [B, Q, D]
         hidden = int(self.mlp_ratio * d)
         up, down = torch_linear(d), torch_linear(hidden)
         mlp = layers.Mlp(hidden, up, down, up_bias_init=up, down_bias_init=down, dtype=self.dtype, name="mlp")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ymplug_jax.models import layers
+from ymplug_jax.models import attention, layers
 
 STD = 0.02
 HIDDEN = -10000.0  # added to the logits of keys that are not to be seen; finite, as released models were trained
@@ -42,7 +42,7 @@ class Block(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
         key = self.make_rng("dropout") if rate > 0 else None
-        y = attn.output(layers.attention(*attn.project(x), bias=bias, dropout=rate, key=key))
+        y = attn.output(attention.attend(*attn.project(x), bias=bias, dropout=rate, key=key))
         x = layers.norm("attn_norm", self.ln_eps, self.dtype)(x + drop(y))
         y = layers.Mlp(self.hidden, normal, normal, dtype=self.dtype, name="mlp")(x)
         return layers.norm("mlp_norm", self.ln_eps, self.dtype)(x + drop(y)), None

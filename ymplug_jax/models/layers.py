@@ -1,7 +1,7 @@
-"""Attention, MLP, normalisation and position tables shared by the towers.
+"""Projections, MLP, normalisation and position tables shared by the towers.
 
-Parameters are float32 unless the caller stores them otherwise; `dtype` is the type of the computation. Norms, attention
-logits and softmax are always computed in float32.
+Parameters are float32 unless the caller stores them otherwise; `dtype` is the type of the computation. Norms are always
+computed in float32.
 """
 
 import math
@@ -14,11 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from ymplug_jax.core import sharding
-from ymplug_jax.models import kernels
-
 Initializer = Callable[..., jax.Array]
-HALF = ("bfloat16", "float16")
 
 # What the backward pass may keep of a block instead of computing it again: nothing, or the results of products with weights.
 # With their biases: a result that is kept without would be written twice, once more for what reads it.
@@ -54,106 +50,6 @@ def torch_linear(fan_in: int) -> Initializer:
     return uniform(fan_in**-0.5)
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    causal: bool = False,
-    mask: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    dropout: float = 0.0,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """Scaled dot-product attention; every attention but that of branches and of frames goes through here.
-
-    In half precision, without mask, bias and dropout, it is one kernel: ours on TPU, cuDNN's on NVIDIA (through JAX). Logits and
-    softmax are float32 everywhere.
-
-    Args:
-      q: f[B, L, N, H].
-      k: f[B, S, N, H].
-      v: f[B, S, N, H].
-      causal: query i sees keys 0..i (needs L == S).
-      mask: bool, broadcastable to [B, N, L, S]; True where a query sees a key. A query that sees none sees all alike.
-      bias: f32, broadcastable to [B, N, L, S]; added to the logits.
-      dropout: rate on the probabilities; applied only if `key` is given.
-      key: randomness of the dropout.
-
-    Returns:
-      f[B, L, N, H] in the type of `v`.
-    """
-    if bias is None and mask is None and (key is None or dropout == 0) and v.dtype in HALF:
-        if sharding.computes_on("tpu") and kernels.heads_a_block(q.shape[2], q.shape[1], k.shape[1], q.shape[3]):
-            run = partial(kernels.attention, causal=causal)
-            return sharding.by_device(run, q, k, v, axes=("batch", None, "tensor", None))
-        if sharding.computes_on("nvidia") and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
-            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    logits = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits + bias
-    if causal:
-        past = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
-        mask = past if mask is None else mask & past
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if key is not None and dropout > 0:
-        weights = jnp.where(jax.random.bernoulli(key, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
-    return jnp.einsum("bnls,bsnh->blnh", weights.astype(v.dtype), v)
-
-
-def frame_attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Attention of every patch to itself in the other frames: f[B, T, P, D] -> f[B, T, P, D], heads side by side.
-
-    T is small: one kernel on TPU in half precision; elsewhere logits [B, T, T, N, P] from operands as they lie, without copies
-    that bring the frames together. Logits and softmax are float32.
-    """
-    d = q.shape[-1]
-    if v.dtype in HALF and sharding.computes_on("tpu"):
-
-        def run(*parts: jax.Array) -> jax.Array:
-            return kernels.over_frames(*parts, heads * parts[0].shape[-1] // d)
-
-        cut = "tensor" if heads % sharding.parts("tensor") == 0 else None
-        return sharding.by_device(run, q, k, v, axes=("batch", None, None, cut))
-    q, k, v = (x.reshape(*x.shape[:-1], heads, d // heads) for x in (q, k, v))  # [B, T, P, N, H]
-    logits = jnp.einsum("btpnh,bspnh->btsnp", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(logits, axis=2).astype(v.dtype)  # [B, T, S, N, P], S the frame that is seen
-    y = jnp.einsum("btsnp,bspnh->btpnh", weights, v)
-    return y.reshape(*y.shape[:-2], d)  # [B, T, P, D]
-
-
-def branch_attention(
-    q: jax.Array,
-    past: tuple[jax.Array, jax.Array],
-    own: tuple[jax.Array, jax.Array],
-    past_mask: jax.Array,
-    own_mask: jax.Array,
-) -> jax.Array:
-    """Attention of several branches to a past that they share and to what each has read by itself; nothing is copied per branch.
-
-    Args:
-      q: f[B, K, L, N, H], K branches.
-      past: keys and values f[B, S, N, H].
-      own: keys and values f[B, K, W, N, H].
-      past_mask: bool[B, S], True where the past is seen.
-      own_mask: bool[L, W], True where a query sees a key of its own branch.
-
-    Returns:
-      f[B, K, L, N, H]; logits and softmax are float32.
-    """
-    scale, lowest = q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min
-    shared = jnp.einsum("bklnh,bsnh->bknls", q, past[0], preferred_element_type=jnp.float32) * scale
-    shared = jnp.where(past_mask[:, None, None, None], shared, lowest)  # [B, K, N, L, S]
-    mine = jnp.einsum("bklnh,bkwnh->bknlw", q, own[0], preferred_element_type=jnp.float32) * scale
-    mine = jnp.where(own_mask, mine, lowest)  # [B, K, N, L, W]
-    weights = jax.nn.softmax(jnp.concatenate([shared, mine], axis=-1), axis=-1).astype(q.dtype)
-    split = past[0].shape[1]
-    y = jnp.einsum("bknls,bsnh->bklnh", weights[..., :split], past[1])
-    return y + jnp.einsum("bknlw,bkwnh->bklnh", weights[..., split:], own[1])
-
-
 class _Flat(nn.Module):
     """nn.DenseGeneral over heads as a product of matrices, f[..., C] -> f[..., D], with the parameters of the former.
 
@@ -175,34 +71,52 @@ class _Flat(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections around `attention`: kernels q, k, v [D, N, H] and o [N, H, D]; biases start at zero."""
+    """The projections around `attention.attend`: kernels q [D, N, H], k and v [D, K, H], o [N, H, D]; biases start at zero.
+
+    With `qk_norm_eps`, queries and keys are normalised over H, each with one scale for all heads.
+    """
 
     width: int
-    heads: int
+    heads: int  # N
     kernel_init: Initializer
     out_init: Initializer
+    kv_heads: int | None = None  # K, divides N; None: N
+    head_dim: int | None = None  # H; None: D / N
+    qkv_bias: bool = True
     key_bias: bool = True  # a key bias shifts all logits of a query alike, so some models leave it out
-    flat: bool = False  # heads side by side in rows of D, as the kernel of `frame_attention` reads them
+    out_bias: bool = True
+    qk_norm_eps: float | None = None  # None: no norm
+    flat: bool = False  # heads side by side in rows of D, as the kernel of `attend_frames` reads them
     dtype: str = "float32"
 
     def setup(self) -> None:
-        dtype, heads = jnp.dtype(self.dtype), (self.heads, self.width // self.heads)
+        dtype, size = jnp.dtype(self.dtype), self.head_dim or self.width // self.heads
 
-        def project(bias: bool) -> nn.Module:
+        def project(heads: int, bias: bool) -> nn.Module:
+            shape = (heads, size)
             if self.flat:
-                return _Flat((self.width, *heads), heads if bias else (), self.kernel_init, dtype)
-            return nn.DenseGeneral(heads, use_bias=bias, kernel_init=self.kernel_init, dtype=dtype)
+                return _Flat((self.width, *shape), shape if bias else (), self.kernel_init, dtype)
+            return nn.DenseGeneral(shape, use_bias=bias, kernel_init=self.kernel_init, dtype=dtype)
 
-        self.q, self.k, self.v = project(True), project(self.key_bias), project(True)
+        kv_heads = self.kv_heads or self.heads
+        self.q = project(self.heads, self.qkv_bias)
+        self.k = project(kv_heads, self.qkv_bias and self.key_bias)
+        self.v = project(kv_heads, self.qkv_bias)
         if self.flat:
-            self.o = _Flat((*heads, self.width), (self.width,), self.out_init, dtype)
+            self.o = _Flat((self.heads, size, self.width), (self.width,), self.out_init, dtype)
         else:
-            self.o = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=self.out_init, dtype=dtype)
+            self.o = nn.DenseGeneral(
+                self.width, axis=(-2, -1), use_bias=self.out_bias, kernel_init=self.out_init, dtype=dtype
+            )
+        if self.qk_norm_eps is not None:
+            self.q_norm, self.k_norm = (rms_norm(None, self.qk_norm_eps, self.dtype) for _ in "qk")
 
     def project(self, x: jax.Array, context: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """f[..., D] (and f[..., S, D] to attend to, by default the same) -> q, k, v f[..., N, H] (or f[..., D], see `flat`)."""
+        """f[..., D] (and f[..., S, D] to attend to, by default the same) -> q f[..., N, H], k and v f[..., K, H] (or f[..., D], see
+        `flat`)."""
         context = x if context is None else context
-        return kept(self.q(x)), kept(self.k(context)), kept(self.v(context))
+        q, k, v = kept(self.q(x)), kept(self.k(context)), kept(self.v(context))
+        return (q, k, v) if self.qk_norm_eps is None else (self.q_norm(q), self.k_norm(k), v)
 
     def output(self, y: jax.Array) -> jax.Array:
         """f[..., N, H] (or f[..., D], see `flat`) -> f[..., D]."""
@@ -257,6 +171,67 @@ class Mlp(nn.Module):
         return kept(down(x))  # [..., D]
 
 
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)) without biases: f[..., D] -> f[..., D]. SiLU is float32 (Shazeer, 2020, "GLU variants")."""
+
+    hidden: int  # M
+    kernel_init: Initializer
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, width = jnp.dtype(self.dtype), x.shape[-1]
+
+        def dense(name: str, features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, kernel_init=self.kernel_init, dtype=dtype, name=name)
+
+        gate, up = kept(dense("gate", self.hidden)(x)), kept(dense("up", self.hidden)(x))  # [..., M]
+        x = nn.silu(gate.astype(jnp.float32)).astype(dtype) * up
+        return kept(dense("down", width)(x))  # [..., D]
+
+
+def look_up(table: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
+    """Rows of a table of word embeddings, f[V, D]: int[..., L] -> f[..., L, D] in `dtype`."""
+    return jnp.take(table, ids, axis=0, mode="clip").astype(jnp.dtype(dtype))
+
+
+def tied_logits(table: jax.Array, hidden: jax.Array, dtype: str) -> jax.Array:
+    """Logits by the table of word embeddings, f[V, D], as the output layer: f[..., D] -> f32[..., V]."""
+    return jnp.einsum("...d,vd->...v", hidden, table.astype(jnp.dtype(dtype)), preferred_element_type=jnp.float32)
+
+
+class OutputLayer(nn.Module):
+    """An output layer of its own, kernel [D, V]: f[..., D] -> f32[..., V]."""
+
+    vocab: int
+    kernel_init: Initializer
+    dtype: str
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (hidden.shape[-1], self.vocab)).astype(jnp.dtype(self.dtype))
+        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def rotation_of(positions: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of rotary positions (Su et al., 2021): int[..., L] -> f32[..., L, H / 2] each, angle position / theta^(2i / H).
+
+    Args:
+      positions: of the tokens.
+      size: H, even.
+      theta: base of the wavelengths.
+    """
+    angles = positions[..., None].astype(jnp.float32) * theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (i, i + H / 2) of every head by the angles of `rotation_of`, in float32: f[..., L, N, H] -> the same."""
+    cos, sin = (part[..., None, :] for part in rotation)  # [..., L, 1, H / 2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
 def unit(x: jax.Array) -> jax.Array:
     """L2-normalise the last axis, in float32."""
     x = x.astype(jnp.float32)
@@ -267,6 +242,11 @@ def unit(x: jax.Array) -> jax.Array:
 def norm(name: str | None, eps: float, dtype: str) -> nn.LayerNorm:
     """LayerNorm in float32 with a two-pass (exact) variance, cast back to `dtype`."""
     return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), use_fast_variance=False, name=name)
+
+
+def rms_norm(name: str | None, eps: float, dtype: str) -> nn.RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich, 2019), in float32, cast back to `dtype`."""
+    return nn.RMSNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
 
 
 def stack(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ymplug_jax.core.sharding import constrain
-from ymplug_jax.models import layers
+from ymplug_jax.models import attention, layers
 
 EPS = 1e-6  # of every norm in the vision tower
 
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
         temporal = attn("temporal_attn", normal, flat=True)
         q, k, v = temporal.project(layers.norm("temporal_norm", EPS, self.dtype)(x))  # [B, T, P, D] each
-        y = temporal.output(layers.frame_attention(q, k, v, self.heads))
+        y = temporal.output(attention.attend_frames(q, k, v, self.heads))
         zeros = nn.initializers.zeros
         fc = nn.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")
         x = x + layers.kept(fc(staying(y, (b, 1, p, 1))))
@@ -100,7 +100,7 @@ class Block(nn.Module):
         frame = jnp.concatenate([jnp.broadcast_to(cls[:, None, None], (b, t, 1, d)), x], axis=2)  # [B, T, 1 + P, D]
         spatial = attn("attn", shrunk, flat=False)
         frame = layers.norm("attn_norm", EPS, self.dtype)(frame).reshape(b * t, 1 + p, d)  # [B * T, 1 + P, D]
-        y = layers.attention(*spatial.project(frame))  # [B * T, 1 + P, N, H]
+        y = attention.attend(*spatial.project(frame))  # [B * T, 1 + P, N, H]
         y = staying(spatial.output(y).reshape(b, t, 1 + p, d), (b, t, 1, 1))
         x, cls = x + y[:, :, 1:], cls + y[:, :, 0].mean(axis=1)
 

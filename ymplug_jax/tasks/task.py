@@ -16,6 +16,8 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.sharding import AxisRules
 from ymplug_jax.core.state import Params
+from ymplug_jax.models import language_models
+from ymplug_jax.models.language_model import LanguageModel
 
 Batch = dict[str, jax.Array]  # fixed shapes, leading axis B, always has valid: bool[B]
 Example = dict[str, np.ndarray]
@@ -66,11 +68,15 @@ class Task:
 
 DTYPES = ("float32", "bfloat16", "float16")  # that models compute in
 SHARES = ("dropout", "drop_path")
+ABOVE_ZERO = ("mlp_ratio", "ln_eps", "norm_eps", "rope_theta")
 SIZES = (
     "vocab",
     "width",
     "depth",
     "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
     "hidden",
     "max_positions",
     "types",
@@ -122,6 +128,8 @@ def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> A
 
     def value(key: str) -> Any:
         kind = hints[key]
+        if kind is LanguageModel:
+            return _decoder(settings[key], f"{where}.{key}")
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             return build(kind, settings[key], f"{where}.{key}")
         return config.checked(settings[key], kind, f"{where}.{key}")
@@ -129,6 +137,22 @@ def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> A
     made = cls(**{key: value(key) for key in settings})
     _check_sizes(made, where)
     return made
+
+
+def _decoder(settings: Any, where: str) -> LanguageModel:
+    """A language model from its settings, of which "kind" names its class.
+
+    Raises:
+      Mistake: no kind, an unknown one, or what `build` raises.
+    """
+    if isinstance(settings, LanguageModel):
+        return settings
+    if not isinstance(settings, Mapping):
+        raise Mistake(f"{where}: {settings!r} are no settings of a language model")
+    kinds, kind = language_models.KINDS, settings.get("kind")
+    if kind not in kinds:
+        raise Mistake(f"{where}.kind is {kind!r}; there are {', '.join(kinds)}")
+    return build(kinds[kind], {name: value for name, value in settings.items() if name != "kind"}, where)
 
 
 def _check_sizes(module: nn.Module, where: str) -> None:
@@ -145,10 +169,14 @@ def _check_sizes(module: nn.Module, where: str) -> None:
             raise Mistake(f"{name} is {value!r}; there are {', '.join(DTYPES)}")
         if field.name in SHARES and not 0 <= value < 1:
             raise Mistake(f"{name}: {value!r} is no share; give 0 or more, and less than 1")
-        if field.name in ("mlp_ratio", "ln_eps") and value <= 0:
+        if field.name in ABOVE_ZERO and value <= 0:
             raise Mistake(f"{name}: {value!r} is too small; it must be above 0")
         if type(value) is int and value < (least := int(field.name in SIZES)):
             raise Mistake(f"{name}: {value} is too small; give {least} or more")
-    heads, width = getattr(module, "heads", 1), getattr(module, "width", None)
-    if width is not None and width % heads:
+    heads, width, kv_heads = getattr(module, "heads", 1), getattr(module, "width", None), getattr(module, "kv_heads", 1)
+    if heads % kv_heads:
+        raise Mistake(f"{where}.kv_heads: {heads} heads cannot share {kv_heads}; choose a divisor of {where}.heads")
+    if getattr(module, "head_dim", 2) % 2:
+        raise Mistake(f"{where}.head_dim: {module.head_dim} is odd; rotary positions need an even number")
+    if width is not None and not hasattr(module, "head_dim") and width % heads:
         raise Mistake(f"{where}.width: {width} cannot be cut into {heads} heads; choose a multiple of {where}.heads")

@@ -42,10 +42,11 @@ def check(data: Data, model: MPLUGVideo, text: int) -> None:
     """
     check_video(data, model.vision)
     queries = model.abstractor.queries
-    if queries + text > model.llm.max_positions:
+    limit = model.llm.max_positions
+    if limit is not None and queries + text > limit:
         raise ValueError(
             f"{queries} queries + {text} tokens (config.data.max_tokens or config.options) exceed "
-            f"config.model.llm.max_positions {model.llm.max_positions}"
+            f"config.model.llm.max_positions {limit}"
         )
 
 
@@ -127,9 +128,8 @@ def hash_of(media_id: str) -> np.ndarray:
 
 
 def decode(tokenizer: text.Tokenizer, ids: np.ndarray) -> str:
-    """Text of one row of ids up to the first end token; the beginning token is left out."""
+    """Text of one row of ids up to the first end token. The row is without its start token, which may be the end token too."""
     row = [int(i) for i in ids]
-    row = row[1:] if row and row[0] == tokenizer.bos else row
     return tokenizer.decode(row[: row.index(tokenizer.eos)] if tokenizer.eos in row else row)
 
 

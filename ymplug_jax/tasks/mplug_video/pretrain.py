@@ -65,8 +65,13 @@ def make(experiment: Experiment) -> Task:
         begin = batch["ids"][:, :1]  # [B, 1]: the start token
         ones = jnp.ones(begin.shape[0], jnp.int32)
         eos = preprocess.given(tokenizer).eos
-        out = decode.greedy(model.llm, params["llm"], prefix, begin, ones, new_tokens=length - 1, eos=eos)
-        return {"generated": out.ids, "ids": batch["ids"], "valid": batch["valid"]}
+        prompt = decode.prompt_of(model.llm, params["llm"], prefix, begin, ones)
+        out = decode.greedy(model.llm, params["llm"], *prompt, new_tokens=length - 1, eos=eos)
+        return {
+            "generated": out.ids,
+            "ids": batch["ids"][:, 1:],
+            "valid": batch["valid"],
+        }  # both without the start token
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
         return report_of(rows, records, partial(preprocess.decode, preprocess.given(tokenizer)))
@@ -78,7 +83,7 @@ def make(experiment: Experiment) -> Task:
     }
     return Task(
         kinds=TITLED,
-        axes=mplug_video.AXES,
+        axes=mplug_video.axes_of(model),
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),
         example=example,
@@ -96,7 +101,7 @@ def report_of(rows: list[Row], records: Sequence[Record], text: Callable[[np.nda
     all its rows.
 
     Args:
-      rows: ids and generated int32[L], "index" the place in the split.
+      rows: ids and generated int32[L - 1], without a start token; "index" the place in the split.
       records: of the split.
       text: ids of a row as text.
     """
