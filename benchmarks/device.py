@@ -31,7 +31,7 @@ import torch  # noqa: E402
 
 from benchmarks import attention_parity, profile_summary, torch_captioner, torch_generate, torch_step  # noqa: E402
 from benchmarks.device_report import Report  # noqa: E402
-from ymplug_jax import aot, bench  # noqa: E402
+from ymplug_jax.analysis import aot, bench  # noqa: E402
 from ymplug_jax.models.abstractor import Abstractor  # noqa: E402
 from ymplug_jax.models.gpt3 import GPT3  # noqa: E402
 from ymplug_jax.models.mplug_video import MPLUGVideo  # noqa: E402

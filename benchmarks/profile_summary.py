@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.profiler import ProfileData
 
-from ymplug_jax import hlo
+from ymplug_jax.analysis import hlo
 
 # Operations that contain others, which have events of their own.
 CONTAINERS = re.compile(r"(while|call|conditional|fori_loop)[.\d]*$")

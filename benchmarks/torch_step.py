@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from benchmarks.torch_captioner import MODELS, Captioner, batch_of, fresh, to_jax
-from ymplug_jax import run as run_lib
-from ymplug_jax import sharding
-from ymplug_jax import state as state_lib
-from ymplug_jax import step as step_lib
-from ymplug_jax.config import Data, Experiment, Optim, Train
+from ymplug_jax.core import sharding
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.training import setup as run_lib
+from ymplug_jax.training import step as step_lib
 
 
 class Ours:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from ymplug_jax import sharding
+from ymplug_jax.core import sharding
 from ymplug_jax.models import kernels
 
 Initializer = Callable[..., jax.Array]
