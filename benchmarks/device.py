@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 BEGAN = time.perf_counter()
 # PyTorch shares the device: JAX takes memory when it needs it instead of three quarters at its start.
@@ -31,67 +31,56 @@ import torch  # noqa: E402
 
 from benchmarks import attention_parity, profile_summary, torch_captioner, torch_generate, torch_step  # noqa: E402
 from benchmarks.device_report import Report  # noqa: E402
+from benchmarks.device_sizes import SIZES, Size  # noqa: E402
 from ymplug_jax.analysis import aot, bench  # noqa: E402
-from ymplug_jax.models.abstractor import Abstractor  # noqa: E402
-from ymplug_jax.models.gpt3 import GPT3  # noqa: E402
-from ymplug_jax.models.mplug_video import MPLUGVideo  # noqa: E402
-from ymplug_jax.models.timesformer import TimeSformer  # noqa: E402
 
 # Seconds of each step, in the order of the steps.
-BUDGETS = {"attention": 60, "train": 220, "mfu": 20, "captions": 110, "memory": 5, "profile": 40}
+BUDGETS = {
+    "attention": 60, "build": 90, "train": 50, "compiled": 120, "mfu": 15, "captions": 90, "memory": 5, "profile": 30
+}  # fmt: skip
+NEED_BUILD = {"train", "compiled", "mfu", "memory", "profile"}  # steps for which our training step is compiled
 LIMIT = 465.0  # seconds of all, with the imports
 WARM_UP = 3  # training steps of a side before its first timed one
 PROFILED = 3  # training steps in the trace
 
 
-class Size(NamedTuple):
-    """What `--size` stands for."""
-
-    model: MPLUGVideo
-    batch: int  # of a training step
-    length: int  # tokens of a title
-    rounds: int  # timed runs in each of the two orders
-    captions: tuple[tuple[int, int], ...]  # (beams, batch)
-    new_tokens: int
-
-
-SIZES = {
-    "small": Size(
-        MPLUGVideo(
-            vision=TimeSformer(image_size=32, patch_size=16, depth=2, width=64, heads=2, frames=4, clip=False),
-            abstractor=Abstractor(queries=8, heads=2),
-            llm=GPT3(vocab=512, width=64, depth=2, heads=4, max_positions=192),
-        ),
-        batch=2, length=16, rounds=2, captions=((1, 1), (3, 2)), new_tokens=6,
-    ),
-    "1.3b": Size(
-        torch_captioner.MODELS["1.3b"],
-        batch=16, length=torch_captioner.LENGTH, rounds=8, captions=((1, 1), (1, 16), (5, 4)), new_tokens=32,
-    ),
-}  # fmt: skip
-
-
 class Bench:
-    """The steps; what they share is made by the first that needs it."""
+    """The steps, and what one of them leaves for the next."""
 
-    def __init__(self, size: Size, dtype: str, report: Report, *, compiled: bool):
-        self.size, self.dtype, self.report, self.compiled = size, dtype, report, compiled
+    def __init__(self, size: Size, dtype: str, report: Report):
+        self.size, self.dtype, self.report = size, dtype, report
         self.torch_device = {"gpu": "cuda", "cpu": "cpu"}.get(jax.default_backend(), "")
+        self.batch = torch_captioner.batch_of(size.model, size.batch, size.length)
+        self.captioner: torch_captioner.Captioner | None = None
+        self.step: torch_step.Ours | None = None
         self.medians: dict[str, float] = {}  # seconds of a training step by side
         self.memory: dict[str, dict[str, int | None]] = {}  # bytes by side
 
-    @functools.cached_property
-    def captioner(self) -> torch_captioner.Captioner:
-        return torch_captioner.fresh(self.size.model, self.torch_device or "cpu", self.dtype)
-
-    @functools.cached_property
-    def batch(self) -> dict[str, np.ndarray]:
-        return torch_captioner.batch_of(self.size.model, self.size.batch, self.size.length)
-
-    @functools.cached_property
+    @property
     def ours(self) -> torch_step.Ours:
+        """Our training step.
+
+        Raises:
+          RuntimeError: it could not be built.
+        """
+        if self.step is None:
+            raise RuntimeError("our training step was not built")
+        return self.step
+
+    def build(self) -> None:
+        """The weights of all sides, and our training step compiled."""
+        began = time.perf_counter()
+        self.captioner = torch_captioner.fresh(self.size.model, self.torch_device or "cpu", self.dtype)
         params = torch_captioner.to_jax(self.captioner, self.size.model)
-        return torch_step.Ours(self.size.model, params, self.batch, self.dtype, keep_logits=False)
+        counts = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+        seconds = time.perf_counter() - began
+        self.report.add(
+            "build", "weights", counts | {"seconds": seconds}, f"{counts['parameters']:,} in {seconds:.1f} s"
+        )
+        began = time.perf_counter()
+        self.step = torch_step.Ours(self.size.model, params, self.batch, self.dtype, keep_logits=False)
+        value = {"trained": self.step.trained, "seconds": time.perf_counter() - began}
+        self.report.add("build", "ours", value, f"{value['trained']:,} trained; compiled in {value['seconds']:.1f} s")
 
     def attention(self) -> None:
         """Fused attention against plain XLA, with gradients."""
@@ -111,31 +100,37 @@ class Bench:
             )  # fmt: skip
 
     def train(self) -> None:
-        """The training step of every side, first in one order, then in the other."""
+        """The training step, ours and PyTorch's run eagerly."""
+        self._time("train", {"PyTorch eager, classes": (False, False), "PyTorch eager": (True, False)})
+
+    def compiled_step(self) -> None:
+        """The training step through torch.compile, and ours again beside it: a step of its own, since it takes minutes to compile."""
+        self._time("compiled", {"PyTorch compiled": (True, True)})
+
+    def _time(self, step: str, forms: dict[str, tuple[bool, bool]]) -> None:
+        """Time ours and `forms`, (tuned, compiled) by name, first in this order, then in the reverse one."""
         makers: dict[str, Callable[[], Any]] = {"ours": lambda: self.ours}
-        forms = {"PyTorch eager, classes": (False, False), "PyTorch eager": (True, False)}
-        if self.compiled:
-            forms["PyTorch compiled"] = (True, True)
-        for name, (tuned, compiled) in forms.items():
-            makers[name] = functools.partial(
-                torch_step.Theirs, self.captioner, self.batch, self.dtype, tuned=tuned, compiled=compiled
-            )
         if not self.torch_device:
-            self.report.fail("train", "PyTorch", f"skipped: no PyTorch for {jax.default_backend()} devices")
-            makers = {"ours": makers["ours"]}
+            self.report.fail(step, "PyTorch", f"skipped: no PyTorch for {jax.default_backend()} devices")
+        elif self.captioner is not None:
+            for name, (tuned, compiled) in forms.items():
+                makers[name] = functools.partial(
+                    torch_step.Theirs, self.captioner, self.batch, self.dtype, tuned=tuned, compiled=compiled
+                )
         sides: dict[str, Any] = {}
         found: dict[str, dict[str, Any]] = {}
         for name, make in makers.items():
             try:
                 sides[name], found[name] = self._first_order(name, make)
             except Exception as error:  # out of memory, no compiler: the other sides can still be timed
-                self.report.fail("train", name, error)
+                self.report.fail(step, name, error)
                 continue
-            self._told(name, found[name], found.get("ours"))
+            self._told(step, name, found)
         for name, side in reversed(sides.items()):
             side.step()  # its memory and clocks are warm again
             found[name]["second_order_seconds"] = [torch_step.timed(side.step)[0] for _ in range(self.size.rounds)]
-            self._told(name, found[name], found.get("ours"))
+        for name in sides:
+            self._told(step, name, found)
 
     def _first_order(self, name: str, make: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
         before = self._peak(name)
@@ -147,7 +142,7 @@ class Bench:
         seconds = [torch_step.timed(side.step)[0] for _ in range(self.size.rounds)]
         peak = self._peak(name)
         hidden = name == "ours" and before is not None and peak is not None and peak <= before
-        self.memory[name] = {"peak_bytes": None if hidden else peak}
+        self.memory.setdefault(name, {"peak_bytes": None if hidden else peak})
         return side, {"losses": losses, "seconds_to_first_step": ready, "first_order_seconds": seconds}
 
     def _peak(self, name: str) -> int | None:
@@ -160,22 +155,27 @@ class Bench:
         torch.cuda.reset_peak_memory_stats()
         return peak
 
-    def _told(self, name: str, found: dict[str, Any], ours: dict[str, Any] | None) -> None:
+    def _told(self, step: str, name: str, sides: dict[str, dict[str, Any]]) -> None:
+        """Report a side by all of its times so far."""
+        found, ours = sides[name], sides.get("ours")
         orders = [found[key] for key in ("first_order_seconds", "second_order_seconds") if key in found]
-        low, median, high = np.quantile([x for order in orders for x in order], [0.1, 0.5, 0.9])
-        found["milliseconds"] = {"median": 1e3 * median, "p10": 1e3 * low, "p90": 1e3 * high}
+        low, median, high = (1e3 * float(x) for x in np.quantile(np.concatenate(orders), [0.1, 0.5, 0.9]))
+        found["milliseconds"] = {"median": median, "p10": low, "p90": high}
         found["milliseconds_by_order"] = [1e3 * float(np.median(order)) for order in orders]
-        found["batch_size"], found["samples_per_second"] = self.size.batch, self.size.batch / median
-        self.medians[name] = float(median)
-        line = f"{1e3 * median:.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f}), {self.size.batch / median:.1f} samples/s"
+        found["batch_size"], found["samples_per_second"] = self.size.batch, 1e3 * self.size.batch / median
+        if name != "ours" or step == "train" or name not in self.medians:
+            self.medians[name] = median / 1e3
+        line = f"{median:.1f} ms ({low:.1f} to {high:.1f}), {found['samples_per_second']:.1f} samples/s"
         if len(orders) > 1:
             line += ", by order " + " and ".join(f"{x:.1f}" for x in found["milliseconds_by_order"])
         if ours is not None and name != "ours":
-            found["times_ours"] = float(median) / self.medians["ours"]
-            close = np.allclose(found["losses"], ours["losses"], rtol=1e-4 if self.dtype == "float32" else 1e-2)
-            found["same_losses"] = bool(close)
-            line += f", {found['times_ours']:.2f} x ours" + ("" if close else ", LOSSES DIFFER")
-        self.report.add("train", name, found, f"{line}; losses " + " ".join(f"{x:.4f}" for x in found["losses"]))
+            found["times_ours"] = median / ours["milliseconds"]["median"]
+            line += f", {found['times_ours']:.2f} x ours"
+            if step == "train":  # later, our weights have moved on
+                close = np.allclose(found["losses"], ours["losses"], rtol=1e-4 if self.dtype == "float32" else 1e-2)
+                found["same_losses"] = bool(close)
+                line += "" if close else ", LOSSES DIFFER"
+        self.report.add(step, name, found, f"{line}; losses " + " ".join(f"{x:.4f}" for x in found["losses"]))
 
     def mfu(self) -> None:
         """Share of the device's peak that the FLOPs of the model take, by the times of the training step."""
@@ -185,9 +185,7 @@ class Bench:
             raise RuntimeError("no training step was timed")
         for name, seconds in self.medians.items():
             value = {"mfu": flops / seconds / peak, "model_flops": flops, "peak_flops": peak, "peak_source": source}
-            line = (
-                f"{100 * value['mfu']:.1f} % of {peak / 1e12:.1f} TFLOP/s ({source}); {flops / 1e12:.3f} TFLOP a step"
-            )
+            line = f"{100 * value['mfu']:.1f} % of {peak / 1e12:.1f} TFLOP/s ({source}); {flops:.3g} FLOPs a step"
             self.report.add("mfu", name, value, line)
 
     def captions(self) -> None:
@@ -274,7 +272,7 @@ def facts_of(arguments: argparse.Namespace, work: Bench) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None, began: float = BEGAN) -> dict[str, Any]:
     """Run the command line `argv`; returns what is in the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("device.json"), help="the JSON file")
     parser.add_argument("--size", choices=sorted(SIZES), default="1.3b")
     parser.add_argument("--steps", default=",".join(BUDGETS), help="some of them, comma between (default: %(default)s)")
@@ -285,7 +283,7 @@ def main(argv: list[str] | None = None, began: float = BEGAN) -> dict[str, Any]:
         "--limit", type=float, default=LIMIT, help="seconds after which no step goes on (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
-    steps = arguments.steps.split(",")
+    steps = [step.strip() for step in arguments.steps.split(",")]
     if unknown := [step for step in steps if step not in BUDGETS]:
         parser.error(f"--steps: no step named {unknown[0]!r}; there are {', '.join(BUDGETS)}")
     if arguments.batch is not None and arguments.batch < 1:
@@ -294,22 +292,38 @@ def main(argv: list[str] | None = None, began: float = BEGAN) -> dict[str, Any]:
     report = Report(arguments.out, arguments.limit, began)
     dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     size = SIZES[arguments.size]._replace(**{"batch": arguments.batch} if arguments.batch else {})
-    work = Bench(size, dtype, report, compiled=not arguments.no_compile)
+    work = Bench(size, dtype, report)
     report.put(command=["benchmarks.device", *(sys.argv[1:] if argv is None else argv)], finished=False)
     report.put(**facts_of(arguments, work))
     print(f"{report.result['device']} ({report.result['platform']}), size {arguments.size}, {dtype}", flush=True)
-    runs = {step: getattr(work, step) for step in BUDGETS if step != "memory"} | {"memory": work.memory_use}
+    runs = {
+        "attention": work.attention, "build": work.build, "train": work.train, "compiled": work.compiled_step,
+        "mfu": work.mfu, "captions": work.captions, "memory": work.memory_use, "profile": work.profile,
+    }  # fmt: skip
+    if arguments.no_compile:
+        runs.pop("compiled")
     with report.watch():
-        for step, budget in BUDGETS.items():
-            if step in steps:
-                report.run(step, budget, runs[step])
+        for step, run in runs.items():
+            if step in steps or (step == "build" and NEED_BUILD & set(steps)):
+                report.run(step, BUDGETS[step], run)
                 gc.collect()
                 if work.torch_device == "cuda":
                     torch.cuda.empty_cache()
-    report.put(finished=True)
-    print(f"{report.elapsed():.0f} s in all; {arguments.out}", flush=True)
+    failed = [
+        f"{step}/{name}"
+        for step, part in report.result["steps"].items()
+        for name, value in part.get("results", {}).items()
+        if "error" in value or not value.get("agrees", True) or not value.get("same_losses", True)
+    ]
+    report.put(finished=True, failed=failed)
+    print(
+        f"{report.elapsed():.0f} s in all; {arguments.out}" + (f"; FAILED: {', '.join(failed)}" if failed else ""),
+        flush=True,
+    )
     return report.result
 
 
 if __name__ == "__main__":
-    main()
+    code = 1 if main()["failed"] else 0
+    sys.stdout.flush()
+    os._exit(code)  # a step that was interrupted in native code may crash the interpreter's shutdown
