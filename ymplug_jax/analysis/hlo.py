@@ -78,7 +78,8 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
         inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
         product = any(part.kind in ("convolution", "dot") or KERNEL in part.text for part in (*inner, op))
         if found := re.search(r'"estimated_cycles":"(\d+)"', op.text):
-            cost = costs[_operation(op), product]
+            name = re.search(r'op_name="([^"]*)"', op.text)
+            cost = costs[place(name[1] if name else op.kind), product]
             cost[0] += times
             cost[1] += times * int(found[1])
         if _reached(op, computations) or op.kind.removesuffix("-start") in COLLECTIVES:
@@ -92,10 +93,8 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
     return Traffic({kind: dict(axes) for kind, axes in sent.items()}, *moved, kernels, cycles, tuple(listed))
 
 
-def _operation(op: Op) -> str:
-    """Where in the model an instruction comes from, and in which pass."""
-    found = re.search(r'op_name="([^"]*)"', op.text)
-    path = found[1] if found else op.kind
+def place(path: str) -> str:
+    """Where in the model an instruction comes from, and in which pass, by the `op_name` that JAX gave it."""
     way = "backward " if "transpose(jvp(" in path else "forward " if "jvp(" in path else ""
     way += "again " if "rematted_computation" in path else ""
     dull = r"jit\([^/]*\)|(transpose\()?jvp\([^/]*\)|while|body|closed_call|checkpoint|rematted_computation|\w+\._run"

@@ -13,11 +13,12 @@ import re
 import types
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import Any, Union, get_args, get_origin, get_type_hints
-
-from ml_collections import ConfigDict, config_dict
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from ymplug_jax.core.exits import Mistake
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,21 +177,23 @@ MOST = {
 }
 
 
-def to_config_dict(experiment: Experiment) -> ConfigDict:
+def to_config_dict(experiment: Experiment) -> "ConfigDict":
     """Locked ConfigDict with every setting of the experiment, for command-line overrides."""
+    from ml_collections import ConfigDict, config_dict  # here: benchmarks run without it
+
     made = ConfigDict(settings_of(experiment), convert_dict=True)
     if made.train.frozen is None:  # ConfigDict knows the type of a setting by its value
         made.train.frozen = config_dict.placeholder(tuple)
     return made.lock()
 
 
-def from_config_dict(config: ConfigDict | Mapping) -> Experiment:
+def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Experiment:
     """Experiment from a (possibly overridden) ConfigDict. An int given for a float setting becomes a float.
 
     Raises:
       Mistake: a key that no setting has, a value of another type, or one that is too small; the message names the setting.
     """
-    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    plain = dict(config) if isinstance(config, Mapping) else config.to_dict()
     parts = {"data": Data, "optim": Optim, "mesh": Mesh, "train": Train, "options": Options}
     for key, cls in parts.items():
         plain[key] = _build(cls, plain.get(key, {}), f"config.{key}")

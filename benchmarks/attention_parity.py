@@ -1,0 +1,138 @@
+"""Fused attention against plain XLA on this device: forward pass, gradient, and time. A step of `benchmarks.device`.
+
+Each case has the shapes that one attention of the model has. Errors are those of the fused path and of plain XLA in the same
+type, both against plain XLA in float32 with exact products.
+"""
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ymplug_jax.models import layers
+from ymplug_jax.models.mplug_video import MPLUGVideo
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+ALLOWED = 2.0  # times the error of plain XLA in the same type
+FLOOR = 1e-5  # an error below this is rounding of float32
+# Targets of custom calls in compiled programs, by what runs there.
+KERNELS = {"cuDNN": "fmha", "Pallas on TPU": "tpu_custom_call", "Pallas on GPU": "mosaic_gpu|triton_kernel_call"}
+
+
+class Case(NamedTuple):
+    """One attention of the model."""
+
+    fused: Attend  # what the model calls
+    plain: Attend  # the same in einsum and softmax
+    queries: tuple[int, ...]  # shape of q
+    keys: tuple[int, ...]  # shape of k and v
+
+
+def cases(model: MPLUGVideo, batch: int, length: int) -> dict[str, Case]:
+    """The attentions of a training step.
+
+    Args:
+      model: the sizes.
+      batch: B.
+      length: L, tokens of a title.
+    """
+    vision, llm, count = model.vision, model.llm, model.abstractor.queries
+    patches = (vision.image_size // vision.patch_size) ** 2
+    head = vision.width // vision.heads
+    space = (batch * vision.frames, 1 + patches, vision.heads, head)
+    frames = (batch, vision.frames, patches, vision.width)
+    queries = (batch, count, model.abstractor.heads, vision.width // model.abstractor.heads)
+    keys = (batch, 2 + vision.frames * patches, *queries[2:])
+    row = (batch, count + length, llm.heads, llm.width // llm.heads)
+
+    def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return layers.attention(q, k, v, causal=True)
+
+    def in_time(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return layers.frame_attention(q, k, v, vision.heads)
+
+    def plain_in_time(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        b, t, p, d = q.shape
+        parts = (x.reshape(b, t, p, vision.heads, head).swapaxes(1, 2).reshape(b * p, t, -1, head) for x in (q, k, v))
+        return plain(*parts).reshape(b, p, t, d).swapaxes(1, 2)
+
+    return {
+        "video encoder, space": Case(layers.attention, plain, space, space),
+        "video encoder, time": Case(in_time, plain_in_time, frames, frames),
+        "abstractor": Case(layers.attention, plain, queries, keys),
+        "decoder, causal": Case(causal, plain_causal, row, row),
+    }
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention, f[B, L, N, H] and f[B, S, N, H] twice -> f[B, L, N, H]; mask bool[L, S]."""
+    logits = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
+    return jnp.einsum("bnls,bsnh->blnh", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+
+
+def plain_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`plain`, where query i sees keys 0..i."""
+    return plain(q, k, v, jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])
+
+
+def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
+    """Compare and time one case on noise.
+
+    Returns:
+      kernel (its name, or "none" where the program is plain XLA), forward_error and gradient_error (relative, in the Euclidean
+      norm, the largest of dq, dk and dv), the same of plain XLA, agrees, milliseconds of forward and backward pass and those of
+      plain XLA, medians.
+    """
+    rng = np.random.default_rng(0)
+    shapes = (case.queries, case.keys, case.keys, case.queries)  # q, k, v and the gradient of the output
+    arrays = [jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes]
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(_with_gradient(case.plain))(*(x.astype(jnp.float32) for x in arrays))
+    result: dict[str, Any] = {}
+    for name, attend in (("", case.fused), ("plain_", case.plain)):
+        run = jax.jit(_with_gradient(attend)).lower(*arrays).compile()
+        if not name:
+            result["kernel"] = kernel_of(run.as_text() or "")
+        forward, *gradient = (_error(*pair) for pair in zip(run(*arrays), exact, strict=True))
+        result |= {name + "forward_error": forward, name + "gradient_error": max(gradient, key=_worst)}
+        result[name + "milliseconds"] = 1e3 * statistics.median(_seconds(run, arrays) for _ in range(rounds))
+    result["agrees"] = all(  # comparisons with NaN are false
+        result[part] <= ALLOWED * result["plain_" + part] + FLOOR for part in ("forward_error", "gradient_error")
+    )
+    return result
+
+
+def kernel_of(program: str) -> str:
+    """What computes attention in a compiled program."""
+    targets = " ".join(re.findall(r'custom_call_target="([^"]+)"', program))
+    return next((name for name, pattern in KERNELS.items() if re.search(pattern, targets)), "none")
+
+
+def _with_gradient(attend: Attend) -> Callable[..., tuple[jax.Array, ...]]:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(gradient)
+
+    return run
+
+
+def _error(got: jax.Array, exact: jax.Array) -> float:
+    difference = np.asarray(got, np.float64) - np.asarray(exact, np.float64)
+    return float(np.linalg.norm(difference) / np.linalg.norm(np.asarray(exact, np.float64)))
+
+
+def _worst(error: float) -> float:
+    return error if error == error else float("inf")  # NaN is the largest
+
+
+def _seconds(run: Callable[..., Any], arrays: list[jax.Array]) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(run(*arrays))
+    return time.perf_counter() - began
