@@ -19,7 +19,7 @@ from typing import Any
 from ymplug_jax import command_line
 from ymplug_jax.core import exits
 from ymplug_jax.core.config import Experiment
-from ymplug_jax.training import hosts
+from ymplug_jax.training import cluster, hosts
 
 HERE = Path(__file__).parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)  # a write that fails names no file
@@ -71,7 +71,7 @@ def _quiet() -> None:
 
 def _join(flags: argparse.Namespace) -> None:
     """Meet the other processes, where there are any."""
-    meeting = hosts.find(flags.coordinator, flags.processes, flags.process_id, flags.start_timeout)
+    meeting = cluster.find(flags.coordinator, flags.processes, flags.process_id, flags.start_timeout)
     if meeting:
         hosts.join(meeting, flags.start_timeout, flags.heartbeat)
     import jax

@@ -61,7 +61,7 @@ def place_of(folder: epath.Path) -> Iterator[None]:
     except (PlaceFailed, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        chain = [error]
+        chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
         for one in chain:
@@ -196,7 +196,7 @@ def sums_in(place: epath.Path, step: epath.Path | None) -> dict[str, str] | None
     return in_step or leaf_checksums.read(place)
 
 
-def json_in(item: epath.Path, what: str) -> dict:
+def json_in(item: epath.Path, what: str) -> dict[str, Any]:
     """Content of an item that Orbax saved as JSON."""
     try:
         content = json.loads((item / "metadata").read_bytes())
@@ -210,6 +210,7 @@ def json_in(item: epath.Path, what: str) -> dict:
 
 
 def say_unverified(place: epath.Path) -> None:
+    """Warn that a folder has no checksums to compare with."""
     logging.warning("%s: saved without checksums by an older version; read unverified", place)
 
 
@@ -240,6 +241,11 @@ def damaged(workdir: epath.Path, step: int | None, error: Damaged, read: Callabl
 def fits(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path, *, extra_allowed: bool = False
 ) -> None:
+    """Compare names and shapes of what a folder holds with what is wanted from it.
+
+    Raises:
+      CheckpointError: names are missing, or too many unless `extra_allowed`, or shapes differ.
+    """
     missing = sorted(set(wanted) - set(stored))
     extra = [] if extra_allowed else sorted(set(stored) - set(wanted))
     shapes = [

@@ -1,13 +1,17 @@
 """Text on its way to the model and back: cleaning, tokenizers behind one small interface, padding to a fixed length."""
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ymplug_jax.core import exits, text_files
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Tokenizer(Protocol):
@@ -22,9 +26,13 @@ class Tokenizer(Protocol):
     eos: int
     pad: int  # may equal eos
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        ...
 
 
 def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
@@ -43,7 +51,11 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
             f"tokenizer {path}: no such file; set config.data.tokenizer to a *.model (sentencepiece), tokenizer.json or "
             "vocab.txt, or train one with python -m data_prep.train_tokenizer"
         )
-    kinds = {".model": _SentencePiece, ".json": _HuggingFace, ".txt": _BertWordPiece}
+    kinds: dict[str, Callable[[str], Tokenizer]] = {
+        ".model": _SentencePiece,
+        ".json": _HuggingFace,
+        ".txt": functools.partial(_BertWordPiece, lower_case=lower_case),
+    }
     if file.suffix not in kinds:
         raise ValueError(
             f"tokenizer {path}: not a known kind; give a *.model (sentencepiece), tokenizer.json or vocab.txt"
@@ -53,8 +65,7 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     if found := text_files.lfs_pointer(head) or text_files.web_page(head) or ("" if head else "empty; fetch it again"):
         raise ValueError(f"tokenizer {path}: {found}")
     try:
-        more = {"lower_case": lower_case} if file.suffix == ".txt" else {}
-        return kinds[file.suffix](str(file), **more)
+        return kinds[file.suffix](str(file))
     except _Unfit as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
     except exits.Mistake as error:
@@ -92,9 +103,7 @@ class _HuggingFace:
     SPECIALS = (("<sep>", "<|endoftext|>", "<|endoftext|>"), ("<s>", "</s>", "<pad>"), ("[CLS]", "[SEP]", "[PAD]"))
 
     def __init__(self, path: str):
-        import tokenizers
-
-        self._model = self._load(tokenizers, path)
+        self._model = self._load(path)
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True  # read them as plain text
@@ -108,10 +117,12 @@ class _HuggingFace:
         known = " or ".join("/".join(dict.fromkeys(names)) for names in self.SPECIALS)
         raise _Unfit(f"has none of the known sets of special tokens ({known})")
 
-    def _load(self, tokenizers, path: str):
+    def _load(self, path: str) -> "tokenizers.Tokenizer":
+        import tokenizers
+
         return tokenizers.Tokenizer.from_str(text_files.read_text(Path(path)))
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
         self._model.encode_special_tokens = True  # pickling loses it
 
@@ -130,7 +141,9 @@ class _BertWordPiece(_HuggingFace):
         self._lower_case = lower_case
         super().__init__(path)
 
-    def _load(self, tokenizers, path: str):
+    def _load(self, path: str) -> "tokenizers.Tokenizer":
+        import tokenizers
+
         vocab: dict[str, int] = {}
         for i, token in enumerate(text_files.read_lines(Path(path))):
             if token in vocab:
