@@ -20,6 +20,7 @@ FROZEN = "frozen"
 BEST = "best"  # folder below a run's own: a run's folder of its best step, which shares the frozen parameters
 STEPS = "steps"
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
+METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a step
 CONVERTED = "converted"  # parameters of another program's checkpoint, in a folder of their own
 
 SPACE = "look at its free space and permissions; the same command goes on from the newest checkpoint"
@@ -169,13 +170,28 @@ def fingerprint(workdir: str) -> str:
 
 
 def sums_of(step_folder: epath.Path) -> dict[str, dict[str, str]] | None:
-    """{item: {path: checksum}} of a step; None for one of an older version."""
+    """{item: {path: checksum}} of a step; None for one of an older version.
+
+    Raises:
+      Damaged: the step was saved with checksums, and they are gone or are none.
+    """
     if not (step_folder / CHECKSUMS).exists():
+        if _saved_with_sums(step_folder):
+            raise Damaged("its checksums", f"were saved with the step but are gone ({step_folder / CHECKSUMS})")
         return None
     sums = json_in(step_folder / CHECKSUMS, "its checksums")
     if not all(isinstance(part, dict) for part in sums.values()):
         raise Damaged("its checksums", "are no checksums")
     return sums
+
+
+def _saved_with_sums(step_folder: epath.Path) -> bool:
+    """Whether the step's own metadata names them among its items."""
+    try:
+        items = json.loads((step_folder / METADATA).read_bytes())["item_handlers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(items, dict) and CHECKSUMS in items
 
 
 def step_folder(workdir: epath.Path, step: int | None) -> epath.Path | None:

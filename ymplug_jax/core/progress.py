@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, Self, TextIO, TypeAlias, TypeVar, cast
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 Item = TypeVar("Item")
+Bar: TypeAlias = "tqdm[Item] | Lines[Item]"
 EVERY = 30.0  # seconds between two lines of a log
 
 
@@ -27,7 +28,7 @@ def bar(
     leave: bool = False,
     scale: bool = False,
     file: TextIO | None = None,
-) -> "tqdm[Item] | Lines[Item]":
+) -> "Bar[Item]":
     """A progress display: iterate over it, or call `update(n)`, `set_postfix_str(text)` and `close()`.
 
     Args:

@@ -146,7 +146,7 @@ class Batches:
 
     def __init__(self, stream: Generator[Example], positions: np.ndarray, step: int, size: int):
         self.skipped = 0  # corrupt records in the batches given out so far
-        self._batches = self._run(stream, positions, step, size)
+        self._batches = self._given_out(stream, positions, step, size)
 
     def __iter__(self) -> "Batches":
         return self
@@ -158,7 +158,7 @@ class Batches:
         """Let go of threads and processes; there are no more batches after it."""
         self._batches.close()
 
-    def _run(self, stream: Generator[Example], positions: np.ndarray, step: int, size: int) -> Generator[Example]:
+    def _given_out(self, stream: Generator[Example], positions: np.ndarray, step: int, size: int) -> Generator[Example]:
         with closing(stream):
             for batch in stream:
                 self.skipped += int(np.sum(~batch["valid"] & (positions < size)))  # beyond it is padding

@@ -41,7 +41,7 @@ class Feed(Generic[Batch]):
         self._stream, self._put = stream, put
         self._ready: queue.Queue[tuple[Batch, int] | BaseException] = queue.Queue(1)  # the thread holds the second
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self._thread = threading.Thread(target=self._read_ahead, name="feed", daemon=True)
         self._thread.start()
 
     def __next__(self) -> Batch:
@@ -66,7 +66,7 @@ class Feed(Generic[Batch]):
             self._thread.join(0.01)
         self._stream.close()
 
-    def _run(self) -> None:
+    def _read_ahead(self) -> None:
         try:
             for local in self._stream:
                 self._ready.put((self._put(local), self._stream.skipped))

@@ -243,9 +243,9 @@ class _Watch:
         self._failed, self._ends = "", float("inf")  # another process's error, and until when this one may say the same
         for peer in peers:
             peer.heard = time.monotonic()
-        threading.Thread(target=self._run, daemon=True, name="hosts").start()
+        threading.Thread(target=self._look_after, daemon=True, name="hosts").start()
 
-    def _run(self) -> None:
+    def _look_after(self) -> None:
         pause = max(0.5, self._heartbeat / 5)
         spoken = 0.0
         with selectors.DefaultSelector() as selector:
