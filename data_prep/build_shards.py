@@ -20,6 +20,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from data_prep import rows as rows_lib
 from data_prep.build_flags import BuildError, check, parse
@@ -27,6 +30,9 @@ from data_prep.flags import PLACE, Ticks, bar, run, say
 from data_prep.publish import BUILDING, PLAN, finish, publish
 from ymplug_jax.data import schema
 from ymplug_jax.data.video_container import REASONS
+
+if TYPE_CHECKING:
+    from data_prep.builder import Settings
 
 NEEDS = ("apache_beam", "tensorflow", "tensorflow_datasets")  # the extra `prep`
 
@@ -127,7 +133,9 @@ def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, row
     return [json.loads((work / f"part-{i:05d}.json").read_text(encoding="utf-8")) for i in range(len(parts))]
 
 
-def _run_beam(elements: list, settings: tuple, args: argparse.Namespace, work: Path, beam_flags: list[str]) -> None:
+def _run_beam(
+    elements: list[Any], settings: "Settings", args: argparse.Namespace, work: Path, beam_flags: list[str]
+) -> None:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -159,7 +167,7 @@ class _Progress:
 
     def __enter__(self) -> "_Progress":
         total = sum(map(len, self._parts))
-        self._bar = bar(None, "build", "clip", total=total, initial=self._count(), mininterval=0.5)
+        self._bar: tqdm[None] = bar(None, "build", "clip", total=total, initial=self._count(), mininterval=0.5)
         self._ticks = Ticks("build", "clip", total)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()

@@ -80,8 +80,8 @@ def serialize(row: Row, clip: Clip) -> bytes:
         schema.ROW: [row.number],
         schema.LABEL_INDEX: [row.label_index],
     }
-    for key, values in texts.items():
-        feature[key].bytes_list.value.extend(values)
+    for key, pieces in texts.items():
+        feature[key].bytes_list.value.extend(pieces)
     for key, values in numbers.items():
         feature[key].int64_list.value.extend(values)
     return message.SerializeToString(deterministic=True)
@@ -94,12 +94,19 @@ class BuildPartition(beam.DoFn):
         self._settings, self._root, self._folder = settings, video_root, folder
 
     def setup(self) -> None:
+        """A reader for each worker."""
         self._reader = Reader(self._settings.time_limit)
 
     def teardown(self) -> None:
+        """Ends its decoder process."""
         self._reader.close()
 
-    def process(self, element: tuple[int, list[tuple]]) -> Iterator[int]:
+    def process(self, element: tuple[int, list[tuple[Any, ...]]]) -> Iterator[int]:
+        """Builds one partition.
+
+        Raises:
+          PartitionFailed: a disk or the decoder failed.
+        """
         number, rows = element
         shard = Path(self._folder) / f"part-{number:05d}.tfrecord"
         partial = shard.with_suffix(f".partial-{os.getpid()}")

@@ -75,6 +75,7 @@ class Clip(NamedTuple):
 
     @property
     def title(self) -> str:
+        """What the clip shows, motion included."""
         return f"{self.colour}的{self.shape}在{self.motion}"
 
     @property
@@ -162,10 +163,8 @@ def background(rng: np.random.Generator) -> np.ndarray:
     v, u = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
     angle = rng.uniform(0, 2 * math.pi)
     along = u * math.cos(angle) + v * math.sin(angle)
-    if rng.random() < 0.5:  # a slope of brightness, or soft stripes
-        mix = along + 0.5
-    else:
-        mix = 0.5 + 0.4 * np.sin(2 * math.pi * rng.uniform(2, 4) * along)
+    slope = rng.random() < 0.5  # of brightness; else soft stripes
+    mix = along + 0.5 if slope else 0.5 + 0.4 * np.sin(2 * math.pi * rng.uniform(2, 4) * along)
     return (first + np.clip(mix, 0, 1)[..., None] * (second - first)).astype(np.float32)  # [SIZE, SIZE, 3]
 
 

@@ -43,17 +43,18 @@ def read_entities(path: Path) -> list[str]:
     return found
 
 
-def count_in(texts: Iterable[str], entities: Sequence[str]) -> Counter:
+def count_in(texts: Iterable[str], entities: Sequence[str]) -> Counter[str]:
     """In how many texts each entity stands. Where one entity is part of another ("猫", "猫咪") both are counted."""
     longest = max(map(len, entities))
-    known, counts = set(entities), Counter()
+    known = set(entities)
+    counts: Counter[str] = Counter()
     for text in texts:
         pieces = {text[i : i + n] for n in range(1, longest + 1) for i in range(len(text) - n + 1)}
         counts.update(pieces & known)
     return counts
 
 
-def choose(entities: Sequence[str], counts: Counter, count: int) -> list[str]:
+def choose(entities: Sequence[str], counts: Counter[str], count: int) -> list[str]:
     """The `count` most frequent ones, ties and zeros in the order of the list."""
     return sorted(entities, key=lambda entity: -counts[entity])[:count]
 
@@ -73,21 +74,21 @@ def _main(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise ValueError(f"--count {args.count}: give at least 1")
-    entities, counts = read_entities(args.entities), Counter()
+    entities = read_entities(args.entities)
+    counts: Counter[str] = Counter()
     if args.csv:
         texts = (text for path in args.csv for text in texts_of(path))
         with bar(texts, "counting", "text") as read:
             counts = count_in(read, entities)
     chosen = choose(entities, counts, args.count)
+    templates = TEMPLATES[args.language]
     made = {
         "entities": chosen,
-        "templates": TEMPLATES[args.language],
+        "templates": templates,
         "counts": [counts[entity] for entity in chosen] if args.csv else [],
     }
     write_text(args.out, json.dumps(made, ensure_ascii=False, indent=1) + "\n")
-    print(
-        f"{args.out}: {len(chosen)} entities, {len(made['templates'])} templates; config.model.entities={len(chosen)}"
-    )
+    print(f"{args.out}: {len(chosen)} entities, {len(templates)} templates; config.model.entities={len(chosen)}")
     if args.csv and (never := sum(counts[entity] == 0 for entity in chosen)):
         print(f"note: {never} of them stand in no title")
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Ends the program."""
         self.exit(MISTAKE, f"error: {message}; --help lists the flags\n")
 
@@ -82,15 +82,28 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def bar(items: Iterable[Item] | None, desc: str, unit: str, **more: object) -> tqdm:
+def bar(
+    items: Iterable[Item] | None,
+    desc: str,
+    unit: str,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    leave: bool = True,
+    mininterval: float = 0.1,
+) -> tqdm[Item]:
     """tqdm on a terminal; elsewhere a plain line every EVERY seconds, so that logs hold no redrawn bars."""
     shown = sys.stderr.isatty()
     if items is not None and not shown:
-        items = _with_lines(items, desc, unit, more.get("total"))
-    return tqdm(items, desc=desc, unit=unit, file=sys.stderr, disable=not shown, **more)
+        items = _with_lines(items, desc, unit, total)
+    return tqdm(
+        cast("Iterable[Item]", items),  # the stubs of tqdm(None) lose the type of the items
+        desc=desc, unit=unit, total=total, initial=initial, leave=leave, mininterval=mininterval,
+        file=sys.stderr, disable=not shown,
+    )  # fmt: skip
 
 
-def _with_lines(items: Iterable[Item], desc: str, unit: str, total: object) -> Iterator[Item]:
+def _with_lines(items: Iterable[Item], desc: str, unit: str, total: int | None) -> Iterator[Item]:
     ticks = Ticks(desc, unit, total)
     for done, item in enumerate(items):
         ticks.tell(done)
@@ -100,7 +113,7 @@ def _with_lines(items: Iterable[Item], desc: str, unit: str, total: object) -> I
 class Ticks:
     """Plain lines of progress, one every EVERY seconds."""
 
-    def __init__(self, desc: str, unit: str, total: object = None):
+    def __init__(self, desc: str, unit: str, total: int | None = None):
         self._desc, self._unit, self._total = desc, unit, total
         self._next = time.monotonic() + EVERY
 
@@ -109,5 +122,5 @@ class Ticks:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY
-        of = f" of {self._total:,}" if isinstance(self._total, int) else ""
+        of = "" if self._total is None else f" of {self._total:,}"
         print(f"{self._desc}: {done:,}{of} {self._unit}s", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ def index_of(shard: Path) -> np.ndarray:
     Raises:
       BrokenShard: a length or a checksum does not fit.
     """
-    places = []
+    places: list[tuple[int, int]] = []
     total = shard.stat().st_size
     with shard.open("rb") as file:
         offset = 0

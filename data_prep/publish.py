@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from data_prep.flags import bar, write_text
 from data_prep.index_shards import BrokenShard, write_index
@@ -51,7 +52,13 @@ def publish(out: Path, work: Path, split: str, facts: dict, done: list[dict], ol
     reasons = dict(Counter(reject["reason"] for reject in rejects))
     classes = {"classes": facts["classes"]} if "classes" in facts else {}
     facts = {key: value for key, value in facts.items() if key != "classes"}
-    entry = {**facts, **numbers, "bytes": sum(shard["bytes"] for shard in shards), "rejects": reasons, "shards": shards}
+    entry: dict[str, Any] = {
+        **facts,
+        **numbers,
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "rejects": reasons,
+        "shards": shards,
+    }
     splits = {**old.get("splits", {}), split: entry}
     manifest = {
         "schema_version": schema.SCHEMA_VERSION,

@@ -46,7 +46,8 @@ def _row(number: int, header: list[str], fields: list[str], kind: str, classes: 
     def text(column: str) -> str:
         return by_name.get(column, "").strip()
 
-    title, captions, label, index, problem, reason = text("title"), (), "", -1, "", "bad_row"
+    captions: tuple[str, ...] = ()
+    title, label, index, problem, reason = text("title"), "", -1, "", "bad_row"
     if kind == "retrieval":
         captions = (text("caption"),) if text("caption") else ()
         if text("caption") in MISSING:

@@ -82,7 +82,25 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path) -> None:
 
 def test_flags_that_take_several_can_be_given_again() -> None:
     args = predict_lib.parse(
-        "retrieve --checkpoint r --video a b --video c --text 一 --text 二 三 --title x --title y".split()
+        [
+            "retrieve",
+            "--checkpoint",
+            "r",
+            "--video",
+            "a",
+            "b",
+            "--video",
+            "c",
+            "--text",
+            "一",
+            "--text",
+            "二",
+            "三",
+            "--title",
+            "x",
+            "--title",
+            "y",
+        ]
     )
     assert (args.video, args.text, args.title) == (["a", "b", "c"], ["一", "二", "三"], ["x", "y"])
 

@@ -125,7 +125,8 @@ def experiment_of(flags: argparse.Namespace, settings: list[str]) -> Experiment:
     """The settings of `--config`, or of the run in `--workdir`, with those of the command line over them.
 
     Args:
-      flags, settings: of `parse`.
+      flags: of `parse`.
+      settings: of `parse`.
 
     Raises:
       Mistake: neither a config file nor a run, or settings that cannot be read; names the nearest setting there is.
@@ -163,7 +164,7 @@ def _of_run(name: str, seeds: int) -> Experiment:
         kept = run_folder.kept_tokenizer(folder, experiment)
         data = dataclasses.replace(data, tokenizer=str(kept) if kept else data.tokenizer)
     data = dataclasses.replace(data, path=_from_there(folder, data.path))
-    options = {name: _from_there(folder, getattr(experiment.options, name)) for name in FILES}
+    options: dict[str, Any] = {name: _from_there(folder, getattr(experiment.options, name)) for name in FILES}
     return dataclasses.replace(experiment, data=data, options=dataclasses.replace(experiment.options, **options))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from ymplug_jax import command_line
 from ymplug_jax.core import exits
 from ymplug_jax.core.config import Experiment
-from ymplug_jax.training import hosts
+from ymplug_jax.training import cluster, hosts
 
 HERE = Path(__file__).parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)  # a write that fails names no file
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
             _join(flags)
         runs = _accepted(flags, experiment)
         started = True
-        result = _run(flags, experiment, runs)
+        result = _result_of(flags, experiment, runs)
     except Exception as error:
         if (code := _code(error, started)) is None:
             raise
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
     if result is not None and jax.process_index() == 0:
         print(json.dumps(result, ensure_ascii=False), flush=True)
-    return exits.DOES_NOT_FIT if flags.mode == "compile" and not result["fits"] else 0
+    return exits.DOES_NOT_FIT if result is not None and not result.get("fits", True) else 0
 
 
 def _quiet() -> None:
@@ -71,7 +71,7 @@ def _quiet() -> None:
 
 def _join(flags: argparse.Namespace) -> None:
     """Meet the other processes, where there are any."""
-    meeting = hosts.find(flags.coordinator, flags.processes, flags.process_id, flags.start_timeout)
+    meeting = cluster.find(flags.coordinator, flags.processes, flags.process_id, flags.start_timeout)
     if meeting:
         hosts.join(meeting, flags.start_timeout, flags.heartbeat)
     import jax
@@ -91,22 +91,48 @@ def _accepted(flags: argparse.Namespace, experiment: Experiment) -> list[tuple[E
     from ymplug_jax.core import checkpoint_files
     from ymplug_jax.training import preflight, setup
 
-    runs = setup.seeds(experiment, checkpoint_files.folder_of(flags.workdir), flags.seeds)
+    folder = checkpoint_files.folder_of(flags.workdir)
+    runs = setup.seeds(experiment, folder, flags.seeds)
+    if flags.mode == "eval" and flags.seeds > 1:
+        _check_seeds(folder, runs)
     for one, workdir in runs:
         preflight.check(one, workdir, flags.mode)
     return runs
 
 
-def _run(flags: argparse.Namespace, experiment: Experiment, runs: list) -> dict[str, Any] | None:
+def _check_seeds(folder: Any, runs: list[tuple[Experiment, Any]]) -> None:
+    """Whether there is a run in the folder of each seed that is to be evaluated.
+
+    Raises:
+      Mistake: there is not, or `folder` is that of a single run.
+    """
+    from ymplug_jax.training import run_folder
+
+    if (folder / run_folder.CONFIG).exists():
+        raise exits.Mistake(
+            f"--seeds {len(runs)}: {folder} holds one run, not runs of several seeds; leave --seeds out"
+        )
+    if missing := [place.name for _, place in runs if not (place / run_folder.CONFIG).exists()]:
+        there = sorted(place.name for place in folder.glob("seed_*")) if folder.exists() else []
+        raise exits.Mistake(
+            f"--seeds {len(runs)}: no run in {folder / missing[0]}; there are {', '.join(there) or 'no runs of seeds'}: train them "
+            "first, with the same --seeds"
+        )
+
+
+def _result_of(
+    flags: argparse.Namespace, experiment: Experiment, runs: list[tuple[Experiment, Any]]
+) -> dict[str, Any] | None:
     """What the mode prints as JSON."""
     if flags.mode == "plan":
+        from ymplug_jax.analysis import estimate
         from ymplug_jax.training import parameter_table, setup
         from ymplug_jax.training import step as step_lib
 
         ready = setup.prepare(experiment)
         logging.info("%s", parameter_table.table(ready))
-        facts = parameter_table.estimate(ready, step_lib.compile_step(ready))
-        logging.info("%s", parameter_table.render_estimate(facts))
+        facts = estimate.estimate(ready, step_lib.compile_step(ready))
+        logging.info("%s", estimate.render(facts))
         return facts
     if flags.mode == "compile":
         from ymplug_jax.analysis import aot
@@ -122,13 +148,14 @@ def _run(flags: argparse.Namespace, experiment: Experiment, runs: list) -> dict[
         result = bench.bench(experiment, flags.steps, epath.Path(flags.workdir) if flags.workdir else None)
         logging.info("%s", bench.render(result))
         return result
+    from ymplug_jax.analysis import estimate
     from ymplug_jax.core import checkpoint_files
     from ymplug_jax.training import evaluate, loop
 
     if flags.mode == "eval":
         return evaluate.evaluate_all(runs, checkpoint_files.folder_of(flags.workdir), examples=flags.examples)
     for one, workdir in runs:
-        loop.train(one, workdir)
+        loop.train(one, workdir, estimate.describe)
     return None
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import runs
 from tests import tiny
-from ymplug_jax.analysis import aot
+from ymplug_jax.analysis import aot, estimate
 from ymplug_jax.core import quantize, state
 from ymplug_jax.training import parameter_table, setup
 from ymplug_jax.training import step as step_lib
@@ -95,7 +95,7 @@ def test_eight_devices_equal_one() -> None:
 
 def test_the_plan_counts_bytes_and_parameters() -> None:
     eight, half = (tiny.prepare(1, train={"frozen_dtype": dtype}) for dtype in ("int8", "bfloat16"))
-    one, two = parameter_table.estimate(eight), parameter_table.estimate(half)
+    one, two = estimate.estimate(eight), estimate.estimate(half)
     assert one["frozen_params"] == two["frozen_params"]
     assert one["checkpoint_bytes"] == two["checkpoint_bytes"]
     kernels = sum(

@@ -639,7 +639,7 @@ def check_templates(expected: dict) -> None:
     for prompt, name in ((classify.prompt_of, "classification"), (match.prompt_of, "itm")):
         kept = title[: length - int(expected[f"{name}_title_chars"].removeprefix("max_length - "))]
         assert prompt(title, length) == expected[f"{name}_prompt"].format(title=kept)
-    assert (match.YES, match.NO) == (expected["itm_yes"], expected["itm_no"])
+    assert (expected["itm_yes"], expected["itm_no"]) == (match.YES, match.NO)
 
 
 def test_rules(golden) -> None:

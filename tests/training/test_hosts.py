@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import runs
-from ymplug_jax.training import hosts
+from ymplug_jax.training import cluster, hosts
 
 HOST = socket.gethostname()
 SLACK = 60  # seconds for a busy machine
@@ -20,11 +20,11 @@ SLACK = 60  # seconds for a busy machine
 PROGRAM = """
 import sys, time, logging
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-from ymplug_jax.training import hosts
+from ymplug_jax.training import cluster, hosts
 def main(argv):
     coordinator, count, number, timeout, heartbeat, then = argv
     try:
-        meeting = hosts.find(coordinator, int(count), int(number), float(timeout))
+        meeting = cluster.find(coordinator, int(count), int(number), float(timeout))
         hosts.join(meeting, float(timeout), float(heartbeat))
     except hosts.HostsError as error:
         logging.error("error: %s", error)
@@ -174,15 +174,15 @@ def test_the_same_mistake_on_all_keeps_its_exit_code() -> None:
 
 def test_flags_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="belong together"):
-        hosts.find("a:1", None, 0, 1)
+        cluster.find("a:1", None, 0, 1)
     with pytest.raises(ValueError, match="write host:port"):
-        hosts.find("a", 2, 0, 1)
+        cluster.find("a", 2, 0, 1)
     with pytest.raises(ValueError, match="--process_id 2 is not in 0 to 1"):
-        hosts.find("a:1", 2, 2, 1)
+        cluster.find("a:1", 2, 2, 1)
 
 
 def test_alone_without_flags() -> None:
-    assert hosts.find(None, None, None, 1) is None
+    assert cluster.find(None, None, None, 1) is None
 
 
 SLURM = {
@@ -194,23 +194,21 @@ SLURM = {
 def test_slurm_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    meeting = hosts.find(None, None, None, 1)
+    meeting = cluster.find(None, None, None, 1)
     assert meeting.names == ("gpu08", "gpu09", "gpu10", "login") and (meeting.count, meeting.number) == (4, 2)
     assert meeting.address == "gpu08:61441" and meeting.devices is None, "one task a node has all GPUs of it"
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2)")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert hosts.find(None, None, None, 1).devices == (1,)
+    assert cluster.find(None, None, None, 1).devices == (1,)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # SLURM has cut them itself
-    assert hosts.find(None, None, None, 1).devices is None
+    assert cluster.find(None, None, None, 1).devices is None
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert hosts.find(None, None, None, 1) is None
+    assert cluster.find(None, None, None, 1) is None
 
 
 def test_a_tpu_slice_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jax._src.clusters import cloud_tpu_cluster
-
-    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # there are no chips here
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,b.svc,c.svc,d.svc")
     monkeypatch.setenv("TPU_WORKER_ID", "3")
     for name, value in {
@@ -220,11 +218,11 @@ def test_a_tpu_slice_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setenv(name, value)
     names = ("localhost", "b.svc", "c.svc", "d.svc")
-    assert hosts.find(None, None, None, 1) == hosts.Meeting("localhost:8482", 4, 3, names)
+    assert cluster.find(None, None, None, 1) == hosts.Meeting("localhost:8482", 4, 3, names)
     monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "localhost:8080")
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
     monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
-    assert hosts.find(None, None, None, 1) == hosts.Meeting("localhost:8482", 8, 7)
+    assert cluster.find(None, None, None, 1) == hosts.Meeting("localhost:8482", 8, 7)
 
 
 def test_the_names_of_missing_hosts_are_told_where_they_are_known() -> None:

@@ -54,9 +54,8 @@ def test_data_that_cannot_be_read_any_more():
     with pytest.raises(PlaceFailed, match="^/data: cannot be read any more .OSError: .Errno 5. Input/output error"):
         with stop.reading("/data"):  # as a worker process tells it
             raise RuntimeError("Grain worker failed:\n  File x\nOSError: [Errno 5] Input/output error\n")
-    with pytest.raises(RuntimeError, match="a bug"):
-        with stop.reading("/data"):
-            raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"), stop.reading("/data"):
+        raise RuntimeError("a bug")
 
 
 @pytest.mark.parametrize(
@@ -70,9 +69,8 @@ def test_a_folder_that_cannot_be_written_any_more(error: Exception):
     with pytest.raises(PlaceFailed, match=r"^runs/x: cannot be written \(No space left on device\)[^\n]*$"):
         with checkpoint_files.place_of(checkpoint_files.folder_of("runs/x")):
             raise error
-    with pytest.raises(ValueError, match="a bug"):
-        with checkpoint_files.place_of(checkpoint_files.folder_of("runs/x")):
-            raise ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"), checkpoint_files.place_of(checkpoint_files.folder_of("runs/x")):
+        raise ValueError("a bug")
 
 
 def test_a_batch_without_targets_is_named():

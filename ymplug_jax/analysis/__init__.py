@@ -1,0 +1,1 @@
+"""What a run costs: memory, FLOPs, traffic between chips and time, predicted for described chips or measured here."""

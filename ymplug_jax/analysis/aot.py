@@ -17,7 +17,8 @@ from ymplug_jax.analysis import chips, flops, hlo
 from ymplug_jax.core import config
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
-from ymplug_jax.training import parameter_table, setup
+from ymplug_jax.core.text_table import columns, human
+from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
@@ -65,24 +66,42 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", str(error))
-        size = float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))) if used else math.inf
-        return facts | {"fits": False, "hbm_bytes_per_device": int(size) if used else None, "advice": ADVICE}
+        return facts | {"fits": False, "hbm_bytes_per_device": _wanted(str(error)), "advice": ADVICE}
     facts["compile_seconds"] = round(time.perf_counter() - begin, 1)
-    memory = compiled.memory_analysis()
+    facts |= _memory(compiled)
+    facts["fits"] = facts["hbm_bytes_per_device"] <= chip.hbm
+    if not facts["fits"]:
+        facts["advice"] = ADVICE
+    moved = hlo.traffic(compiled.as_text() or "", run.mesh.shape)
+    return facts | _prediction(facts, moved, chip, slices)
+
+
+def _wanted(message: str) -> int | None:
+    """Bytes that a program would have taken, from the compiler's words; None if it does not say."""
+    used = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", message)
+    return int(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2])))) if used else None
+
+
+def _memory(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """XLA's own account of one device's memory."""
+    memory: Any = compiled.memory_analysis()  # JAX gives it no type
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-    total = sum(parts.values())
-    moved = hlo.traffic(compiled.as_text(), run.mesh.shape)
+    return {"hbm_bytes_per_device": sum(parts.values()), "hbm": parts}
+
+
+def _prediction(facts: Mapping[str, Any], moved: hlo.Traffic, chip: chips.Chip, slices: int) -> dict[str, Any]:
+    """Traffic and time of one step, by the roofline and by what the compiler expects."""
+    mesh = facts["mesh"]
     links = network = 0.0
     for name, axes in moved.collectives.items():
         for axis, size in axes.items():
-            names = [part for part in axis.split(",") if part in run.mesh.shape]
-            group = math.prod(run.mesh.shape[part] for part in names)
+            names = [part for part in axis.split(",") if part in mesh]
+            group = math.prod(mesh[part] for part in names)
             over, between = chips.leaving(name, size, max(group, 1), slices if "data" in names else 1)
             links, network = links + over, network + between
     seconds = chips.roofline(
@@ -93,28 +112,20 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
         links=links,
         network=network,
     )
-    fits = total <= chip.hbm
     expected = moved.cycles / chip.clock + moved.kernel_bytes / chip.hbm_rate + seconds["links"] + seconds["network"]
-    return (
-        facts
-        | {
-            "fits": fits,
-            "hbm_bytes_per_device": total,
-            "hbm": parts,
-            "collectives": {
-                name: {axis: int(size) for axis, size in axes.items()} for name, axes in moved.collectives.items()
-            },
-            "memory_traffic_bytes": int(moved.product_bytes + moved.other_bytes),
-            "seconds": {name: round(value, 6) for name, value in seconds.items()},
-            "predicted_step_seconds": seconds["step"],
-            "predicted_mfu": facts["model_flops_per_device"] / chip.flops / seconds["step"],
-            "predicted_samples_per_second": experiment.train.batch_size / seconds["step"],
-            "compiler_step_seconds": expected,
-            "compiler_mfu": facts["model_flops_per_device"] / chip.flops / expected,
-            "compiler_costs": [cost._asdict() | {"seconds": cost.cycles / chip.clock} for cost in moved.costs[:COSTS]],
-        }
-        | ({} if fits else {"advice": ADVICE})
-    )
+    return {
+        "collectives": {
+            name: {axis: int(size) for axis, size in axes.items()} for name, axes in moved.collectives.items()
+        },
+        "memory_traffic_bytes": int(moved.product_bytes + moved.other_bytes),
+        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+        "predicted_step_seconds": seconds["step"],
+        "predicted_mfu": facts["model_flops_per_device"] / chip.flops / seconds["step"],
+        "predicted_samples_per_second": facts["batch_size"] / seconds["step"],
+        "compiler_step_seconds": expected,
+        "compiler_mfu": facts["model_flops_per_device"] / chip.flops / expected,
+        "compiler_costs": [cost._asdict() | {"seconds": cost.cycles / chip.clock} for cost in moved.costs[:COSTS]],
+    }
 
 
 def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -173,15 +184,15 @@ def render(facts: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
     rows = [("devices", f"{facts['devices']} {facts['device_kind']}, {mesh}")]
     if facts["hbm_bytes_per_device"] is not None:
-        parts = ", ".join(f"{name} {parameter_table.human(size)}" for name, size in facts.get("hbm", {}).items())
+        parts = ", ".join(f"{name} {human(size)}" for name, size in facts.get("hbm", {}).items())
         total, capacity = (
-            parameter_table.human(facts["hbm_bytes_per_device"]),
-            parameter_table.human(facts["hbm_capacity"]),
+            human(facts["hbm_bytes_per_device"]),
+            human(facts["hbm_capacity"]),
         )
         rows.append(("memory a device", f"{total} of {capacity}" + (f": {parts}" if parts else "")))
     if "seconds" in facts:
         for kind, axes in facts["collectives"].items():
-            rows.append((kind, ", ".join(f"{axis}: {parameter_table.human(size)}" for axis, size in axes.items())))
+            rows.append((kind, ", ".join(f"{axis}: {human(size)}" for axis, size in axes.items())))
         spent = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in facts["seconds"].items())
         rows.append(("predicted time", spent))
         rows.append(
@@ -200,8 +211,10 @@ def render(facts: Mapping[str, Any]) -> str:
         )
         share = sum(cost["seconds"] for cost in facts["compiler_costs"]) / facts["compiler_step_seconds"]
         rows.append((f"of which {100 * share:.0f} %", "time, instructions, operation"))
-        for cost in facts["compiler_costs"]:
-            rows.append(("", f"{1e3 * cost['seconds']:7.2f} ms {cost['times']:5.0f} x  {cost['operation']}"))
+        rows += [
+            ("", f"{1e3 * cost['seconds']:7.2f} ms {cost['times']:5.0f} x  {cost['operation']}")
+            for cost in facts["compiler_costs"]
+        ]
     if not facts["fits"]:
         rows.append(("DOES NOT FIT", facts["advice"]))
-    return parameter_table.columns(rows)
+    return columns(rows)

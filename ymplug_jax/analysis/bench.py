@@ -10,7 +10,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ import numpy as np
 from etils import epath
 
 from ymplug_jax.analysis import aot, chips
+from ymplug_jax.analysis import estimate as estimate_lib
 from ymplug_jax.core import sharding
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
-from ymplug_jax.core.state import TrainState, split
+from ymplug_jax.core.metrics import Metrics
+from ymplug_jax.core.state import TrainState
+from ymplug_jax.core.text_table import columns, human
 from ymplug_jax.data.prefetch import Feed
-from ymplug_jax.training import parameter_table, setup
+from ymplug_jax.tasks.task import Batch
+from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
@@ -66,20 +70,30 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
     compiled = step_lib.compile_step(run)
     compile_seconds = time.perf_counter() - begin
     logging.info("compiled in %.1f s; fresh parameters", compile_seconds)
-    state, frozen = _fresh(run)
-    key = sharding.on_all_hosts(lambda: jax.random.key(0), sharding.replicated(run.mesh))
-    rows = sharding.local_rows(train.batch_size, run.mesh)
-    feed = Feed(_Synthetic(run, rows), lambda local: sharding.put_batch(local, rows, train.batch_size, run.mesh))
+    seconds, waits, loss = _timed(run, compiled, steps, workdir)
+    return _facts(run, compiled, seconds, waits) | {"compile_seconds": round(compile_seconds, 2), "loss": loss}
 
-    seconds, waits, before, last = [], [], None, time.perf_counter()
-    warm_up = min(WARM_UP, steps)
+
+def _timed(
+    run: Run, compiled: jax.stages.Compiled, steps: int, workdir: epath.Path | None
+) -> tuple[list[float], list[float], float]:
+    """(seconds of each step, of them for its batch, the last loss), after the steps that warm up."""
+    size, place = run.experiment.train.batch_size, sharding.replicated(run.mesh)
+    state, frozen, _ = setup.fresh_state(run)
+    frozen = setup.hold(run, frozen)
+    key = sharding.on_all_hosts(lambda: jax.random.key(0), place)
+    rows = sharding.local_rows(size, run.mesh)
+    feed: Feed[Batch] = Feed(_Synthetic(run, rows), lambda local: sharding.put_batch(local, rows, size, run.mesh))
+    seconds: list[float] = []
+    waits: list[float] = []
+    before: Metrics = {}
+    last, warm_up = time.perf_counter(), min(WARM_UP, steps)
     for number in range(warm_up + steps):
         asked = time.perf_counter()
         batch = next(feed)
         waited = time.perf_counter() - asked
         state, metrics = compiled(state, frozen, batch, key)
-        if before is not None:
-            jax.block_until_ready(before)
+        jax.block_until_ready(before)
         before, now = metrics, time.perf_counter()
         if number >= warm_up:
             seconds.append(now - last)
@@ -88,15 +102,19 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
         if number >= warm_up and (number - warm_up + 1) % max(steps // 4, 1) == 0:
             logging.info("step %d of %d: %.4f s", number - warm_up + 1, steps, statistics.median(seconds))
     jax.block_until_ready(before)
-    loss = before["loss"].value()
     if workdir is not None:
-        with jax.profiler.trace(str(workdir / "profile")):
-            for _ in range(PROFILED):
-                state, metrics = compiled(state, frozen, next(feed), key)
-            jax.block_until_ready(metrics)
-        logging.info("profile of %d steps: %s", PROFILED, workdir / "profile")
+        _profile(lambda state: compiled(state, frozen, next(feed), key), state, workdir)
     feed.close()
-    return _facts(run, compiled, seconds, waits) | {"compile_seconds": round(compile_seconds, 2), "loss": loss}
+    return seconds, waits, before["loss"].value()
+
+
+def _profile(step: Callable[[TrainState], tuple[TrainState, Metrics]], state: TrainState, workdir: epath.Path) -> None:
+    """Write the profile of a few more steps to `workdir`/profile."""
+    with jax.profiler.trace(str(workdir / "profile")):
+        for _ in range(PROFILED):
+            state, metrics = step(state)
+        jax.block_until_ready(metrics)
+    logging.info("profile of %d steps: %s", PROFILED, workdir / "profile")
 
 
 def _facts(run: Run, compiled: jax.stages.Compiled, seconds: list[float], waits: list[float]) -> dict[str, Any]:
@@ -106,7 +124,7 @@ def _facts(run: Run, compiled: jax.stages.Compiled, seconds: list[float], waits:
     model, program = aot.model_flops(run), aot.program_flops(run)
     peak, source = peak_flops(devices)
     text = run.task.spec.get("ids")
-    memory = parameter_table.estimate(run, compiled)["bytes_per_device"]
+    memory = estimate_lib.estimate(run, compiled)["bytes_per_device"]
     stats = devices[0].memory_stats() if devices[0].process_index == jax.process_index() else None
     return {
         "task": run.experiment.task,
@@ -160,16 +178,6 @@ class _Synthetic:
         """There is nothing to let go of."""
 
 
-def _fresh(run: Run) -> tuple[TrainState, dict]:
-    """State and frozen tree with fresh values."""
-    params, _ = setup.fresh_params(run)
-    trainable, frozen = split(params, run.frozen_patterns)
-    places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
-    opt_state = jax.jit(run.tx.init, out_shardings=places)(trainable)
-    number = sharding.on_all_hosts(lambda: jnp.int32(0), run.state.step.sharding)
-    return TrainState(number, trainable, opt_state), setup.hold(run, frozen)
-
-
 def peak_flops(devices: np.ndarray) -> tuple[float, str]:
     """(FLOPs a second of all devices together, where the figure comes from): the chip's from the table, else measured."""
     if chip := chips.of(devices[0].device_kind):
@@ -196,6 +204,6 @@ def render(facts: dict[str, Any]) -> str:
             f"{100 * facts['mfu']:.1f} % of {facts['peak_flops'] / 1e12:.2f} TFLOP/s ({facts['peak_flops_source']})",
         ),
         ("input wait", f"{100 * facts['input_wait']:.1f} % of the time"),
-        ("peak memory", parameter_table.human(facts["peak_memory_bytes"])),
+        ("peak memory", human(facts["peak_memory_bytes"])),
     ]
-    return parameter_table.columns(rows)
+    return columns(rows)

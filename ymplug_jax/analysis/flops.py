@@ -11,7 +11,7 @@ import jax
 from jax.extend import core
 
 
-def count(function: Callable, *args: Any) -> int:
+def count(function: Callable[..., Any], *args: Any) -> int:
     """FLOPs of one call, over all devices; arguments may be abstract. A multiplication and an addition are two.
 
     Raises:
@@ -26,12 +26,12 @@ def _count(jaxpr: core.Jaxpr) -> int:
         name = eqn.primitive.name
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contract)
+            shape = _shape(eqn.invars[0])
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(shape[axis] for axis in contract)
         elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
+            kernel = _shape(eqn.invars[1])
             out = eqn.params["dimension_numbers"].rhs_spec[0]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[out]
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // kernel[out]
         elif name == "scan":
             total += eqn.params["length"] * _count(eqn.params["jaxpr"].jaxpr)
         elif name == "pallas_call":
@@ -48,6 +48,11 @@ def _count(jaxpr: core.Jaxpr) -> int:
         else:
             total += sum(_count(inner) for inner in _inner(eqn.params))
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    """Of an operand or a result; JAX types neither."""
+    return variable.aval.shape
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:

@@ -72,9 +72,9 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for one in _sent(computations, entry, mesh):
         sent[one.kind][one.axes] += one.times * one.size
-    moved, kernels = [0.0, 0.0], 0.0
+    product_bytes = other_bytes = kernels = 0.0
     costs: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for op, table, times, _ in _run(computations, entry):
+    for op, table, times, _ in _executed(computations, entry):
         inner = computations.get(_called(op, "calls"), []) if op.kind == "fusion" else []
         product = any(part.kind in ("convolution", "dot") or KERNEL in part.text for part in (*inner, op))
         if found := re.search(r'"estimated_cycles":"(\d+)"', op.text):
@@ -86,11 +86,13 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
             continue
         if op.kind not in _FREE and not op.kind.endswith(("-done", "-update")):
             size = times * _bytes(op, table, inner, computations)
-            moved[0 if product else 1] += size
+            product_bytes += size if product else 0
+            other_bytes += 0 if product else size
             kernels += size if KERNEL in op.text else 0
     listed = sorted((Cost(*key, *cost) for key, cost in costs.items()), key=lambda cost: -cost.cycles)
     cycles = sum(cost.cycles for cost in listed)
-    return Traffic({kind: dict(axes) for kind, axes in sent.items()}, *moved, kernels, cycles, tuple(listed))
+    by_kind = {kind: dict(axes) for kind, axes in sent.items()}
+    return Traffic(by_kind, product_bytes, other_bytes, kernels, cycles, tuple(listed))
 
 
 def place(path: str) -> str:
@@ -111,7 +113,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 def _sent(computations: Mapping[str, list[Op]], entry: str, mesh: Mapping[str, int]) -> list[Collective]:
     found, chains = [], set()
-    for op, _, times, in_loop in _run(computations, entry):
+    for op, _, times, in_loop in _executed(computations, entry):
         for part in computations.get(_called(op, "calls"), []) if op.kind == "fusion" else [op]:
             if part.kind.removesuffix("-start") not in COLLECTIVES:
                 continue
@@ -126,7 +128,7 @@ def _sent(computations: Mapping[str, list[Op]], entry: str, mesh: Mapping[str, i
     return found
 
 
-def _run(
+def _executed(
     computations: Mapping[str, list[Op]], name: str, times: float = 1, in_loop: bool = False
 ) -> Iterator[tuple[Op, dict[str, Op], float, bool]]:
     """What runs: (instruction, its computation by name, how often, whether in a loop); of a conditional, the first branch."""
@@ -135,7 +137,7 @@ def _run(
         yield op, table, times, in_loop
         if reached := _reached(op, computations):
             inner, trips = reached
-            yield from _run(computations, inner, times * trips, in_loop or op.kind == "while")
+            yield from _executed(computations, inner, times * trips, in_loop or op.kind == "while")
 
 
 def _reached(op: Op, computations: Mapping[str, list[Op]]) -> tuple[str, int] | None:
@@ -218,7 +220,8 @@ def _bytes(op: Op, table: Mapping[str, Op], inner: Sequence[Op], computations: M
             if written >= whole:  # written in place
                 written += _size(by_name[part.operands[1]].type) - whole if part.operands[1] in by_name else -whole
         if part.kind == "parameter":
-            shape = reads[int(re.search(r"parameter\((\d+)\)", part.text)[1])]
+            number = re.search(r"parameter\((\d+)\)", part.text)
+            shape = reads[int(number[1])] if number else ""
             total += min(_size(shape, hbm_only=True), _read(part.name, inner, computations))
     return total + max(written, 0.0)
 

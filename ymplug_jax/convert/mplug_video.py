@@ -74,7 +74,7 @@ MPLUG_VIDEO = (
 VISION_HEADS = {768: 8, 1024: 16}  # the released models run ViT-B/16 with 8 heads
 LLM = "text_decoder.dist_model.language_model"
 LAYOUTS = {"youku": Layout(MPLUG_VIDEO)}
-__all__ = ["FROZEN", "RESIZE", "LAYOUTS", "MERGE", "plan"]
+__all__ = ["FROZEN", "LAYOUTS", "MERGE", "RESIZE", "plan"]
 
 
 def timesformer_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> TimeSformer:

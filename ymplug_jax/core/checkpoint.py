@@ -159,9 +159,8 @@ class Checkpoints:
             raise damaged(self.workdir, step, error, read) from None
         if sums_of(self.folder / STEPS / str(step)) is None:
             say_unverified(self.folder / STEPS / str(step))
-        place = abstract.step.sharding
         state = state_lib.TrainState(
-            step=sharding.on_all_hosts(lambda: jax.numpy.int32(progress["step"]), place),
+            step=sharding.on_all_hosts(lambda: jax.numpy.int32(progress["step"]), abstract.step.sharding),
             trainable=trainable,
             opt_state=opt_state["state"],
         )
@@ -235,7 +234,7 @@ def stored_params(workdir: str) -> dict[str, Any]:
 
 def load_params(
     workdir: str,
-    abstract: Mapping,
+    abstract: Mapping[str, Any],
     *,
     subtree: str = "",
     stored_as: str | None = None,

@@ -20,6 +20,7 @@ FROZEN = "frozen"
 BEST = "best"  # folder below a run's own: a run's folder of its best step, which shares the frozen parameters
 STEPS = "steps"
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
+METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a step
 CONVERTED = "converted"  # parameters of another program's checkpoint, in a folder of their own
 
 SPACE = "look at its free space and permissions; the same command goes on from the newest checkpoint"
@@ -61,7 +62,7 @@ def place_of(folder: epath.Path) -> Iterator[None]:
     except (PlaceFailed, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        chain = [error]
+        chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
         for one in chain:
@@ -169,13 +170,28 @@ def fingerprint(workdir: str) -> str:
 
 
 def sums_of(step_folder: epath.Path) -> dict[str, dict[str, str]] | None:
-    """{item: {path: checksum}} of a step; None for one of an older version."""
+    """{item: {path: checksum}} of a step; None for one of an older version.
+
+    Raises:
+      Damaged: the step was saved with checksums, and they are gone or are none.
+    """
     if not (step_folder / CHECKSUMS).exists():
+        if _saved_with_sums(step_folder):
+            raise Damaged("its checksums", f"were saved with the step but are gone ({step_folder / CHECKSUMS})")
         return None
     sums = json_in(step_folder / CHECKSUMS, "its checksums")
     if not all(isinstance(part, dict) for part in sums.values()):
         raise Damaged("its checksums", "are no checksums")
     return sums
+
+
+def _saved_with_sums(step_folder: epath.Path) -> bool:
+    """Whether the step's own metadata names them among its items."""
+    try:
+        items = json.loads((step_folder / METADATA).read_bytes())["item_handlers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(items, dict) and CHECKSUMS in items
 
 
 def step_folder(workdir: epath.Path, step: int | None) -> epath.Path | None:
@@ -196,7 +212,7 @@ def sums_in(place: epath.Path, step: epath.Path | None) -> dict[str, str] | None
     return in_step or leaf_checksums.read(place)
 
 
-def json_in(item: epath.Path, what: str) -> dict:
+def json_in(item: epath.Path, what: str) -> dict[str, Any]:
     """Content of an item that Orbax saved as JSON."""
     try:
         content = json.loads((item / "metadata").read_bytes())
@@ -210,6 +226,7 @@ def json_in(item: epath.Path, what: str) -> dict:
 
 
 def say_unverified(place: epath.Path) -> None:
+    """Warn that a folder has no checksums to compare with."""
     logging.warning("%s: saved without checksums by an older version; read unverified", place)
 
 
@@ -240,6 +257,11 @@ def damaged(workdir: epath.Path, step: int | None, error: Damaged, read: Callabl
 def fits(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path, *, extra_allowed: bool = False
 ) -> None:
+    """Compare names and shapes of what a folder holds with what is wanted from it.
+
+    Raises:
+      CheckpointError: names are missing, or too many unless `extra_allowed`, or shapes differ.
+    """
     missing = sorted(set(wanted) - set(stored))
     extra = [] if extra_allowed else sorted(set(stored) - set(wanted))
     shapes = [

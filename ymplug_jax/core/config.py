@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
+    """Where the examples come from, and what is done to them on their way."""
+
     path: str = ""  # folder that data_prep.build_shards wrote; for task "language" also a text file, one title a line
     train_split: str = "train"
     eval_split: str = "validation"  # empty: never evaluate during training
@@ -42,6 +44,8 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
+    """AdamW, its schedule, and which parameters are treated otherwise."""
+
     lr: float = 1e-4  # peak
     min_lr: float = 1e-6
     warmup: str = "2000 steps"  # from 0 to the peak, both ends included
@@ -57,6 +61,8 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
+    """How the devices are laid out, and what is cut along which axis."""
+
     data: int = -1  # replicas; -1: all devices that the other axes leave
     fsdp: int = 1  # parameters and batch are both cut along this axis
     tensor: int = 1  # heads, mlp width and vocabulary are cut along this axis
@@ -71,6 +77,8 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
+    """How long and from where a run trains, and what it keeps."""
+
     batch_size: int = 8  # examples a step, over all hosts
     accumulate: int = 1  # micro-batches that one step is cut into
     duration: str = "10 epochs"
@@ -92,14 +100,9 @@ class Train:
     # In which frozen parameters are kept; "int8": stacked matrices in eight bits while a run computes, bfloat16 in checkpoints.
     frozen_dtype: str = "bfloat16"
 
-    def __post_init__(self):
-        every = self.log_every  # was a number of steps once: configs, command lines and runs of that time still hold it
-        if (
-            isinstance(every, int)
-            and not isinstance(every, bool)
-            or isinstance(every, str)
-            and every.strip().isdecimal()
-        ):
+    def __post_init__(self) -> None:
+        every = str(self.log_every).strip()  # a number of steps in configs, command lines and runs of older versions
+        if every.isdecimal():
             object.__setattr__(self, "log_every", f"{int(every)} steps")
 
 
@@ -157,7 +160,7 @@ def settings_of(value: Any) -> Any:
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of types, for messages
 # The least value of settings that have one. A value below it fails late or trains nothing.
-LEAST = {
+LEAST: Mapping[str, Mapping[str, float]] = {
     "config.data": {"examples": 0, "frames": 1, "image_size": 1, "max_tokens": 2, "max_words": 1, "threads": 1, "workers": 0},
     "config.optim": {"lr": 0, "min_lr": 0, "weight_decay": 0, "eps": 1e-30, "clip": 1e-30},
     "config.mesh": {"data": -1, "fsdp": 1, "tensor": 1},
@@ -170,7 +173,7 @@ LEAST = {
     },
 }  # fmt: skip
 # The settings that have a limit above; betas are below it.
-MOST = {
+MOST: Mapping[str, Mapping[str, float]] = {
     "config.optim": {"b1": 1, "b2": 1},
     "config.train": {"seed": 2**32 - 1},
     "config.options": {"top_p": 1, "masked_share": 1},
@@ -226,10 +229,10 @@ def _build(cls: type, values: Any, where: str) -> Any:
             below = "it must be above 0" if 0 < least < 1 else f"give {least} or more"
             raise Mistake(f"{where}.{name}: {made[name]!r} is too small; {below}")
     for name, most in MOST.get(where, {}).items():
-        below = name in ("b1", "b2")
-        if name in made and (made[name] > most or (below and not 0 <= made[name] < most)):
+        beta = name in ("b1", "b2")
+        if name in made and (made[name] > most or (beta and not 0 <= made[name] < most)):
             raise Mistake(
-                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if below else 'at most'} {most}"
+                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if beta else 'at most'} {most}"
             )
     return cls(**made)
 

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 import traceback
 import types
@@ -20,6 +21,9 @@ from ml_collections import ConfigDict
 from ymplug_jax.core.exits import Mistake
 
 TREE = "configs"
+BESIDE = Path(__file__).parents[
+    2
+]  # folder that holds the package: of a checkout, or site-packages; its configs came with it
 ALONE = "_config_file"  # package of a file that lies in no tree
 
 
@@ -27,7 +31,8 @@ def load(name: str) -> ConfigDict:
     """Settings of a config file.
 
     Args:
-      name: "FILE.py", or "FILE.py:ARGUMENT" where `get_config` takes one.
+      name: "FILE.py", or "FILE.py:ARGUMENT" where `get_config` takes one. "configs/..." that is not below the working directory
+        is taken from the configs that came with the package.
 
     Raises:
       Mistake: no such file, an error in it, or a `get_config` that is missing or gives no settings; in one line.
@@ -35,11 +40,17 @@ def load(name: str) -> ConfigDict:
     path, colon, argument = name.partition(":")
     file = Path(path).expanduser()
     if not file.is_file():
-        raise Mistake(f"--config {path}: {_missing(file)}")
+        installed = BESIDE / file
+        if file.parts[:1] != (TREE,) or not installed.is_file():
+            raise Mistake(f"--config {path}: {_missing(file)}")
+        logging.info(
+            "--config %s: no such file below this folder; taking the one that came with ymplug_jax, %s", path, installed
+        )
+        file = installed
     file = file.resolve()
     with _own_tree(file) as module_name:
         try:
-            module = _run(module_name, file)
+            module = _execute(module_name, file)
             make = getattr(module, "get_config", None)
             if not callable(make):
                 raise Mistake(f"--config {path}: no function get_config in it; it returns the settings")
@@ -80,7 +91,7 @@ def _check_argument(make: types.FunctionType, path: str, colon: str, argument: s
         raise Mistake(f"--config {path}: its get_config {what}") from None
 
 
-def _run(name: str, file: Path) -> types.ModuleType:
+def _execute(name: str, file: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise Mistake(f"--config {file}: no Python file; its name must end in .py")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def make(optim: Optim, trainable: state_lib.Params) -> optax.GradientTransformat
     decay = state_lib.unflatten({path: group.weight_decay for path, group in groups.items()})
     factor = state_lib.unflatten({path: group.lr_scale for path, group in groups.items()})
 
-    def decay_and_scale(updates, _, params):
+    def decay_and_scale(updates: Any, _: optax.OptState, params: Any) -> tuple[Any, optax.OptState]:
         updates = jax.tree.map(lambda u, p, d, f: f * (u + d * p), updates, params, decay, factor)
         return updates, optax.EmptyState()
 

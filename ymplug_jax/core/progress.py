@@ -5,15 +5,20 @@ A bar redraws its line with control codes, which fill a redirected log with thou
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Generic, Self, TextIO, TypeAlias, TypeVar, cast
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Item = TypeVar("Item")
+Bar: TypeAlias = "tqdm[Item] | Lines[Item]"
 EVERY = 30.0  # seconds between two lines of a log
 
 
 def bar(
-    items: Iterable | None = None,
+    items: Iterable[Item] | None = None,
     *,
     desc: str,
     unit: str,
@@ -23,7 +28,7 @@ def bar(
     leave: bool = False,
     scale: bool = False,
     file: TextIO | None = None,
-) -> Any:
+) -> "Bar[Item]":
     """A progress display: iterate over it, or call `update(n)`, `set_postfix_str(text)` and `close()`.
 
     Args:
@@ -42,9 +47,10 @@ def bar(
         from tqdm import tqdm
 
         return tqdm(
-            items, total=total, initial=initial, desc=desc, unit=unit, unit_scale=scale, file=file, leave=leave, mininterval=1.0,
+            cast("Iterable[Item]", items),  # the stubs of tqdm(None) lose the type of the items
+            total=total, initial=initial, desc=desc, unit=unit, unit_scale=scale, file=file, leave=leave, mininterval=1.0,
         )  # fmt: skip
-    return _Lines(items, desc, unit, total, initial, hidden, leave, scale, file)
+    return Lines(items, desc, unit, total, initial, hidden, leave, scale, file)
 
 
 def write(text: str, file: TextIO | None = None) -> None:
@@ -58,11 +64,11 @@ def write(text: str, file: TextIO | None = None) -> None:
         print(text, file=file, flush=True)
 
 
-class _Lines:
+class Lines(Generic[Item]):
     """The part of tqdm's interface that this package uses, as plain lines."""
 
     def __init__(
-        self, items: Iterable | None, desc: str, unit: str, total: int | None, initial: int, hidden: bool, leave: bool,
+        self, items: Iterable[Item] | None, desc: str, unit: str, total: int | None, initial: int, hidden: bool, leave: bool,
         scale: bool, file: TextIO,
     ):  # fmt: skip
         self._items, self._desc, self._unit, self._leave, self._scale, self._file = (
@@ -73,13 +79,14 @@ class _Lines:
             scale,
             file,
         )
-        self.total = len(items) if total is None and hasattr(items, "__len__") else total
-        self.n, self.disable = initial, hidden
+        self.total = len(items) if total is None and isinstance(items, Sized) else total
+        self.n: float = initial
+        self.disable = hidden
         self._initial, self._note, self._closed = initial, "", False
         self._began = self._told = time.monotonic()
-        self._lines, self._shown = 0, -1
+        self._lines, self._shown = 0, -1.0
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Item]:
         try:
             for item in self._items or ():
                 yield item
@@ -94,11 +101,13 @@ class _Lines:
         self.close()
 
     def update(self, n: float = 1) -> None:
+        """Count `n` more."""
         self.n += n
         if not self.disable and time.monotonic() - self._told >= EVERY:
             self._tell()
 
     def set_postfix_str(self, text: str) -> None:
+        """What stands behind the counts from now on."""
         self._note = text
 
     def close(self) -> None:

@@ -77,7 +77,8 @@ def spec_of(
     for word, size in zip(words, shape, strict=True):
         axis = rules.get(word)
         fits = axis is not None and axis not in used and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
-        used |= {axis} if fits else set()
+        if axis is not None and fits:
+            used.add(axis)
         entries.append(axis if fits else None)
     return PartitionSpec(*entries)
 
@@ -101,7 +102,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def on_all_hosts(make: Callable[[], Any], place: NamedSharding) -> Any:
+def on_all_hosts(make: Callable[[], Any], place: jax.sharding.Sharding) -> Any:
     """What `make` computes, placed on devices of all hosts: every host runs it (device_put reaches only its own devices)."""
     return jax.jit(make, out_shardings=place)()
 
@@ -133,8 +134,8 @@ def put_batch(
     sharding = batch_sharding(mesh)
 
     def put(local: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = (index[0] if index else slice(None)).indices(batch_size)
             first = int(np.searchsorted(rows, start))
             return local[first : first + stop - start]
 

@@ -6,6 +6,7 @@ not saved again. The idea is Equinox's partition / combine, on plain nested dict
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ymplug_jax.core.exits import Mistake
 
-Params = dict  # nested dicts of arrays
+Params = dict[str, Any]  # nested dicts of arrays, or of what stands for them: `stand_in`, shardings
 
 
 @struct.dataclass
@@ -28,12 +29,17 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def flatten(params: Mapping) -> dict[str, jax.Array]:
+def stand_in(shape: Sequence[int], dtype: Any, place: jax.sharding.Sharding | None = None) -> jax.Array:
+    """A ShapeDtypeStruct under the type of the array that it stands for: abstract trees and real ones share their types."""
+    return cast(jax.Array, jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=place))
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     """Flat dict with paths such as "vision/blocks/attn/q/kernel"."""
     return flatten_dict(params, sep="/")
 
 
-def unflatten(flat: Mapping[str, jax.Array]) -> Params:
+def unflatten(flat: Mapping[str, Any]) -> Params:
     """Inverse of `flatten`."""
     return unflatten_dict(dict(flat), sep="/")
 
@@ -85,13 +91,13 @@ def cast_frozen(params: Params, patterns: Sequence[str], dtype: str) -> Params:
     def cast(path: str, leaf: jax.Array) -> jax.Array:
         target = jnp.dtype(dtype) if path in frozen else jnp.dtype("float32")
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, target)
+            return stand_in(leaf.shape, target)
         return leaf.astype(target)
 
     return unflatten({path: cast(path, leaf) for path, leaf in flat.items()})
 
 
-def count(params: Mapping) -> int:
+def count(params: Mapping[str, Any]) -> int:
     """Number of parameters in a (possibly abstract) tree."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())
 
@@ -101,7 +107,7 @@ def init_params(
     key: jax.Array,
     patterns: Sequence[str],
     dtype: str,
-    shardings: Mapping,
+    shardings: Mapping[str, Any],
     wanted: Iterable[str],
 ) -> Params:
     """Fresh values of the `wanted` paths only, made under jit straight into their sharding (nothing is ever whole on the host)."""

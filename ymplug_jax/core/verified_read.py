@@ -131,7 +131,7 @@ def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[s
                 max(guess, key=len, default=f"one of {', '.join(list(chosen)[:3])}, ..."), _short(error)
             ) from None
         for path, leaf in chosen.items():  # which one is it
-            _call(lambda path=path, leaf=leaf: once({path: leaf}), folder, path)
+            _call(functools.partial(once, {path: leaf}), folder, path)
         raise Damaged("its parameters", _short(error)) from None
 
 
@@ -173,10 +173,12 @@ def _forget_other_reads() -> None:
     gc.collect()
 
 
-def _tell_others(hook: Callable[..., Any], *given: Any, coroutines: type = types.CoroutineType) -> None:
+def _tell_others(
+    hook: Callable[..., Any], *given: Any, coroutines: "type[types.CoroutineType[Any, Any, Any]]" = types.CoroutineType
+) -> None:
     """A hook of `sys` that passes over the reads that Orbax let go of. Takes what is also there when the module's names are gone."""
     error = given[1] if len(given) > 1 else given[0].exc_value
-    found = None if len(given) > 1 else given[0].object
+    found: Any = None if len(given) > 1 else given[0].object
     late = str(error) == "Event loop is closed"
     if not late and not (isinstance(found, coroutines) and "orbax" in found.cr_code.co_filename):
         hook(*given)

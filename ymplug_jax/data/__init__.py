@@ -1,0 +1,1 @@
+"""From stored clips and texts to batches: records, frames, transforms, tokenizers and the loader."""

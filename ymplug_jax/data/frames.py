@@ -1,7 +1,7 @@
 """Which frames of a clip, and their pixels. Choosing comes before decoding: a frame that is not used costs nothing."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -53,19 +53,24 @@ def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -
     Raises:
       ValueError: bytes that are no JPEG, or frames of different sizes.
     """
-    return np.stack(Decoded(jpegs, indices))
+    return np.stack(list(Decoded(jpegs, indices)))
 
 
-class Decoded(Sequence[np.ndarray]):
+class Decoded:
     """The frames of `decode_frames`, uint8[H, W, 3] each, decoded when they are asked for: what is done to a frame at once
     finds it in the cache. The latest one is kept. Errors are those of `decode_frames`."""
 
     def __init__(self, jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray):
         self._jpegs, self._indices = jpegs, [int(index) for index in indices]
-        self._latest, self._image, self._size = -1, None, None
+        self._latest = -1
+        self._image = np.empty((0, 0, 3), np.uint8)
+        self._size: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[t] for t in range(len(self)))
 
     def __getitem__(self, t: int) -> np.ndarray:
         index = self._indices[t]

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ymplug_jax.data.records import CorruptRecord, Records
+from ymplug_jax.data.records import CorruptRecord, Record, Split
 
 Example = dict[str, np.ndarray]
-MakeExample = Callable[[Any, np.random.Generator | None], Example]
+MakeExample = Callable[[Record, np.random.Generator | None], Example]
 
 
 def batches(
-    records: Records,
+    records: Split,
     example: MakeExample,
     *,
     seed: int,
@@ -72,13 +72,13 @@ def batches(
     return Batches(stream, start + rows, batch_size, size)
 
 
-def _in_threads(source: "_Source", width: int, threads: int) -> Iterator[Example]:
+def _in_threads(source: "_Source", width: int, threads: int) -> Generator[Example]:
     """Batches of `width` items. The thread that makes an item copies it into its row, so that nothing is left to do for
     the one that takes the batch, and the memory of items stays with the thread."""
     pool = ThreadPoolExecutor(threads, "loader")
     ahead = max(2, -(-2 * threads // width))
     numbers = iter(range(len(source) // width))
-    begun: deque[tuple[_Rows, list[Future]]] = deque()
+    begun: deque[tuple[_Rows, list[Future[None]]]] = deque()
     try:
         while True:
             for number in islice(numbers, ahead + 1 - len(begun)):
@@ -120,7 +120,7 @@ class _Rows:
             array[row] = value
 
 
-def _in_processes(source: "_Source", width: int, threads: int, workers: int) -> Iterator[Example]:
+def _in_processes(source: "_Source", width: int, threads: int, workers: int) -> Generator[Example]:
     """The same from worker processes, each with so many threads."""
     import grain
     from absl import flags
@@ -144,9 +144,9 @@ class Batches:
     """Iterator over this host's part of the global batches. Threads and processes end with it: at its end, at an error or
     at `close`."""
 
-    def __init__(self, stream: Iterator[Example], positions: np.ndarray, step: int, size: int):
+    def __init__(self, stream: Generator[Example], positions: np.ndarray, step: int, size: int):
         self.skipped = 0  # corrupt records in the batches given out so far
-        self._batches = self._run(stream, positions, step, size)
+        self._batches = self._given_out(stream, positions, step, size)
 
     def __iter__(self) -> "Batches":
         return self
@@ -158,7 +158,7 @@ class Batches:
         """Let go of threads and processes; there are no more batches after it."""
         self._batches.close()
 
-    def _run(self, stream: Iterator[Example], positions: np.ndarray, step: int, size: int) -> Iterator[Example]:
+    def _given_out(self, stream: Generator[Example], positions: np.ndarray, step: int, size: int) -> Generator[Example]:
         with closing(stream):
             for batch in stream:
                 self.skipped += int(np.sum(~batch["valid"] & (positions < size)))  # beyond it is padding
@@ -171,7 +171,7 @@ class _Source:
 
     def __init__(
         self,
-        records: Records,
+        records: Split,
         example: MakeExample,
         seed: int,
         batch_size: int,
@@ -188,10 +188,10 @@ class _Source:
         self._filler: Example | None = None
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_lock": threading.Lock()}
         if multiprocessing.parent_process() and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the run decides when these end
@@ -211,7 +211,7 @@ class _Source:
         if self._shuffle:
             index, rng = self._shuffled(position), np.random.default_rng((self._seed, position))
         try:
-            return self._make(index, rng) | {"valid": np.bool_(True)}
+            return self._make(index, rng) | {"valid": np.array(True)}
         except CorruptRecord:
             if not self._skip:
                 raise
@@ -236,7 +236,7 @@ class _Source:
         """An example of the right shapes that counts for nothing: the split's first readable record, marked invalid."""
         with self._lock:
             if self._filler is None:
-                self._filler = self._first_readable() | {"valid": np.bool_(False)}
+                self._filler = self._first_readable() | {"valid": np.array(False)}
             return self._filler
 
     def _first_readable(self) -> Example:

@@ -3,19 +3,34 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
-from ymplug_jax.data.loader import Batches, Example
+from ymplug_jax.data.loader import Example
 
 Batch = TypeVar("Batch")
+
+
+class Stream(Protocol):
+    """This host's rows of one batch after the other: `loader.Batches`, or what stands in for it."""
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt records in the batches given out so far."""
+        ...
+
+    def __iter__(self) -> Iterator[Example]: ...
+
+    def close(self) -> None:
+        """Let go of threads and processes."""
+        ...
 
 
 class Feed(Generic[Batch]):
     """Batches that are put on the devices two ahead of the one taken. A thread of its own puts them there, so that neither
     a late batch nor its transfer keeps the loop from a batch that is ready."""
 
-    def __init__(self, stream: Batches, put: Callable[[Example], Batch]):
+    def __init__(self, stream: Stream, put: Callable[[Example], Batch]):
         """Begin to read.
 
         Args:
@@ -24,9 +39,9 @@ class Feed(Generic[Batch]):
         """
         self.skipped = 0  # corrupt records in the batches given out so far
         self._stream, self._put = stream, put
-        self._ready: queue.Queue = queue.Queue(1)  # the thread holds the second
+        self._ready: queue.Queue[tuple[Batch, int] | BaseException] = queue.Queue(1)  # the thread holds the second
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self._thread = threading.Thread(target=self._read_ahead, name="feed", daemon=True)
         self._thread.start()
 
     def __next__(self) -> Batch:
@@ -51,7 +66,7 @@ class Feed(Generic[Batch]):
             self._thread.join(0.01)
         self._stream.close()
 
-    def _run(self) -> None:
+    def _read_ahead(self) -> None:
         try:
             for local in self._stream:
                 self._ready.put((self._put(local), self._stream.skipped))

@@ -4,13 +4,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ymplug_jax.data import schema, tf_example
+
+if TYPE_CHECKING:
+    import tensorstore
 
 SHARD = re.compile(r"([^/]+)-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
 
@@ -25,6 +28,18 @@ class Record(NamedTuple):
     captions: list[str]
     label_text: str
     label_index: int  # -1: unknown or withheld
+
+
+class Split(Protocol):
+    """The records of one split, wherever they come from; threads and worker processes share it, so it can be pickled."""
+
+    path: str
+    split: str
+    kind: str  # of the CSV that it was built from, see schema.COLUMNS; "text" for a text file; "": nobody knows
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Record: ...
 
 
 class CorruptRecord(ValueError):
@@ -107,13 +122,14 @@ class _Bucket:
     """A folder of a bucket, through TensorStore, which retries by itself. The connection is opened at the first use."""
 
     def __init__(self, url: str):
-        self._url, self._connection = url, None
+        self._url = url
+        self._connection: tensorstore.KvStore | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"_url": self._url, "_connection": None}
 
     @property
-    def _store(self) -> Any:
+    def _store(self) -> "tensorstore.KvStore":
         if self._connection is None:
             import tensorstore  # only where a bucket is used
 
@@ -142,7 +158,7 @@ class _Bucket:
         pending = [self._store.read(name) for name in names]  # side by side: there may be thousands
         return [self._value(name, result.result()) for name, result in zip(names, pending, strict=True)]
 
-    def _value(self, name: str, result: Any) -> bytes:
+    def _value(self, name: str, result: "tensorstore.KvStore.ReadResult") -> bytes:
         if result.state != "value":
             raise FileNotFoundError(f"{self._url}/{name} is gone; copy it or build again")
         return result.value
@@ -152,7 +168,7 @@ def _no_folder(path: Path | str) -> str:
     return f"{path}: no such folder; build it with python -m data_prep.build_shards and set config.data.path"
 
 
-def _manifest(file: str, content: bytes) -> dict:
+def _manifest(file: str, content: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         version = str(manifest["schema_version"])
@@ -165,7 +181,7 @@ def _manifest(file: str, content: bytes) -> dict:
     return manifest
 
 
-def _kind(manifest: dict, split: str) -> str:
+def _kind(manifest: Mapping[str, Any], split: str) -> str:
     """Kind of a split: its own where the manifest says so, as splits are built one by one."""
     splits = manifest.get("splits")
     own = splits.get(split) if isinstance(splits, dict) else None
@@ -179,16 +195,16 @@ def _shards_of(path: str, split: str, names: set[str]) -> list[str]:
         if match := SHARD.fullmatch(name):
             found.setdefault(match[2], {}).setdefault((match[1], int(match[4])), set()).add(int(match[3]))
     if split not in found:
-        there = ", ".join(sorted(found)) or "no shards at all"
+        known = ", ".join(sorted(found)) or "no shards at all"
         raise FileNotFoundError(
-            f"{path}: no split {split!r} here, there are: {there}; build it or name another "
+            f"{path}: no split {split!r} here, there are: {known}; build it or name another "
             "(config.data.train_split, config.data.eval_split; with an empty eval_split nothing is evaluated in training)"
         )
     if len(found[split]) > 1:
         builds = ", ".join(f"{prefix}-{split} of {count} shards" for prefix, count in sorted(found[split]))
         raise ValueError(f"{path}: split {split!r} holds several builds ({builds}); keep one of them in this folder")
-    (prefix, count), there = next(iter(found[split].items()))
-    if missing := sorted(set(range(count)) - there):
+    (prefix, count), numbers = next(iter(found[split].items()))
+    if missing := sorted(set(range(count)) - numbers):
         raise FileNotFoundError(
             f"{path}: {len(missing)} of {count} shards of split {split!r} are missing, the first is "
             f"{schema.shard_name(prefix, split, missing[0], count)}; copy them or build again"

@@ -14,13 +14,16 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ymplug_jax.core import exits, text_files
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Tokenizer(Protocol):
@@ -35,9 +38,13 @@ class Tokenizer(Protocol):
     eos: int
     pad: int  # may equal eos
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        ...
 
 
 def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
@@ -57,7 +64,11 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
             f"tokenizer {path}: no such file; set config.data.tokenizer to a *.model (sentencepiece), tokenizer.json or "
             "vocab.txt, or train one with python -m data_prep.train_tokenizer"
         )
-    kinds = {".model": _SentencePiece, ".json": _HuggingFace, ".txt": _BertWordPiece}
+    kinds: dict[str, Callable[[str], Tokenizer]] = {
+        ".model": _SentencePiece,
+        ".json": _HuggingFace,
+        ".txt": functools.partial(_BertWordPiece, lower_case=lower_case),
+    }
     if file.suffix not in kinds:
         raise ValueError(
             f"tokenizer {path}: not a known kind; give a *.model (sentencepiece), tokenizer.json or vocab.txt"
@@ -67,8 +78,7 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     if found := text_files.lfs_pointer(head) or text_files.web_page(head) or ("" if head else "empty; fetch it again"):
         raise ValueError(f"tokenizer {path}: {found}")
     try:
-        more = {"lower_case": lower_case} if file.suffix == ".txt" else {}
-        made = kinds[file.suffix](str(file), **more)
+        made = kinds[file.suffix](str(file))
         _say(f"tokenizer {path}: {made.begins()}")
         return made
     except _Unfit as error:
@@ -123,9 +133,7 @@ class _HuggingFace:
     )  # of Qwen, whose ordinary words may look like the others' specials
 
     def __init__(self, path: str):
-        import tokenizers
-
-        self._model = self._load(tokenizers, path)
+        self._model = self._load(path)
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True  # read them as plain text
@@ -142,9 +150,11 @@ class _HuggingFace:
         known = " or ".join("/".join(dict.fromkeys(names)) for names in (*self.SPECIALS, self.CHAT))
         raise _Unfit(f"has none of the known sets of special tokens ({known})")
 
-    def _load(self, tokenizers, path: str):
+    def _load(self, path: str) -> "tokenizers.Tokenizer":
         """The tokenizer with all of its control tokens marked as special, so that they are text where a user writes them. Qwen's
         <think> and <tool_call> are not so in the file."""
+        import tokenizers
+
         model = json.loads(text_files.read_text(Path(path)))
         for token in model.get("added_tokens") or ():
             token["special"] |= re.fullmatch(r"<.+>|\[[A-Z]+\]", token["content"]) is not None
@@ -157,7 +167,7 @@ class _HuggingFace:
             return f"{first}, the beginning token"
         return f"{first}, the end of the text before it: there is no beginning token"
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
         self._model.encode_special_tokens = True  # pickling loses it
 
@@ -176,7 +186,9 @@ class _BertWordPiece(_HuggingFace):
         self._lower_case = lower_case
         super().__init__(path)
 
-    def _load(self, tokenizers, path: str):
+    def _load(self, path: str) -> "tokenizers.Tokenizer":
+        import tokenizers
+
         vocab: dict[str, int] = {}
         for i, token in enumerate(text_files.read_lines(Path(path))):
             if token in vocab:

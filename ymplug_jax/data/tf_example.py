@@ -32,7 +32,7 @@ class Slices(Sequence[bytes]):
     @overload
     def __getitem__(self, i: slice) -> "Slices": ...
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int | slice) -> "bytes | Slices":
         if isinstance(i, slice):
             return Slices(self._data, self._slices[i])
         return self._data[self._slices[i]]
@@ -40,7 +40,7 @@ class Slices(Sequence[bytes]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # the language's way to say that equality is by content; typeshed has none
 
     def __repr__(self) -> str:
         return repr(list(self))
@@ -68,11 +68,11 @@ def parse_example(data: bytes, start: int, end: int) -> dict[str, Feature]:
 
 def _feature(data: bytes, place: tuple[int, int]) -> Feature:
     slices = [slice(*value) for values in _messages(data, place, 1) for value in _messages(data, values, 1)]
-    integers = []
+    integers: list[int] = []
     for values in _messages(data, place, 3):
         for number, kind, value in _fields(data, *values):
             if number == 1:
-                integers += [_signed(value)] if kind == VARINT else _packed(data, *_message(kind, value))
+                integers += [_signed(value)] if isinstance(value, int) else _packed(data, *_message(kind, value))
     return Feature(slices, integers)
 
 
@@ -105,7 +105,7 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int | tu
 
 
 def _message(kind: int, value: int | tuple[int, int]) -> tuple[int, int]:
-    if kind != BYTES:
+    if kind != BYTES or isinstance(value, int):
         raise ValueError(f"wire type {kind} where a message or bytes should be")
     return value
 

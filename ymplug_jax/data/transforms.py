@@ -6,8 +6,9 @@ arithmetic the reference used (OpenCV 5 differs by up to 5 grey levels).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -16,8 +17,17 @@ from ymplug_jax.data.frames import opencv
 LEVEL = 5  # of 10
 FILL = (128, 128, 128)
 Frame = np.ndarray  # uint8[H, W, 3]
-Clip = Sequence[Frame]  # uint8[T, H, W, 3], or frames decoded when asked for: each is done with before the next
 Crop = tuple[int, int, int, int]  # top, left, height, width
+
+
+class Clip(Protocol):
+    """uint8[T, H, W, 3], a list of frames, or frames decoded when asked for: each is done with before the next."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Frame]: ...
+
+    def __getitem__(self, t: int, /) -> Frame: ...
 
 
 def train_transform(
@@ -163,7 +173,7 @@ def _warp(frame: Frame, matrix: list[list[float]] | np.ndarray) -> Frame:
     """`matrix` [2, 3] maps the source to the destination, (x, y, 1) -> (x, y); bilinear, grey outside."""
     height, width = frame.shape[:2]
     return opencv().warpAffine(
-        frame, np.float32(matrix), (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR
+        frame, np.asarray(matrix, np.float32), (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR
     )
 
 

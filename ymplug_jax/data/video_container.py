@@ -5,6 +5,7 @@ So a file is opened only as one of the formats below, and FFmpeg may open nothin
 """
 
 import os
+from typing import Any
 
 import av
 import av.codec.codec
@@ -69,7 +70,7 @@ TS_PACKETS = (
 # Errors that speak of the file. Anything else is a fault of this program, and must not pass for a broken video.
 FILE_ERRORS = (av.FFmpegError, av.codec.codec.UnknownCodecError, UnicodeError, OSError, MemoryError)
 # PyAV 19 keeps metadata that is not UTF-8 as surrogates; before, it raised UnicodeDecodeError unless told not to.
-METADATA = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class Reject(Exception):
@@ -94,7 +95,7 @@ def open_video(path: str) -> "av.container.InputContainer":
     """
     try:
         # The prefix keeps names such as "concat:a.mp4" from being read as a protocol.
-        container = av.open(f"file:{os.path.abspath(path)}", container_options=OPTIONS, **METADATA)
+        container = av.open(f"file:{os.path.abspath(path)}", "r", container_options=OPTIONS, **METADATA)
     except FILE_ERRORS as error:
         with open(path, "rb") as file:
             head = file.read(256)

@@ -11,8 +11,9 @@ import os
 import statistics
 import traceback
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import av.logging
@@ -98,7 +99,8 @@ def _decode(path: str, num_frames: int, count: int) -> tuple[Clip | None, int]:
     last, needed = wanted[-1], set(wanted)
     kept: dict[int, bytes] = {}
     times: list[float | None] = []
-    size, enough = None, last + 1
+    size: tuple[int, int] | None = None
+    enough = last + 1
     with open_video(path) as container:
         stream = video_stream(container)
         stream.thread_type = "NONE"  # processes are the parallelism
@@ -109,11 +111,12 @@ def _decode(path: str, num_frames: int, count: int) -> tuple[Clip | None, int]:
             times.append(frame.time)
             if i in needed:
                 kept[i], size = _encode(frame, size)
-            if i and None not in times[-2:] and times[-1] < times[-2]:
+            before, now = times[-2:] if i else (None, None)
+            if before is not None and now is not None and now < before:
                 enough = last + 1 + REORDER  # the times of the last frames come with later frames
             if len(times) >= enough:
                 break
-    if not needed <= kept.keys():
+    if size is None or not needed <= kept.keys():
         return None, len(times)
     line_of_times = timeline(times, step)
     moments = [round(1e6 * line_of_times[i]) for i in wanted]
@@ -155,7 +158,7 @@ def timeline(times: Sequence[float | None], step: float) -> list[float]:
     filled: list[float] = []
     for time in times:
         filled.append(time if time is not None else (filled[-1] + step if filled else 0.0))
-    forward = [b - a for a, b in zip(filled, filled[1:], strict=False) if b > a]
+    forward = [b - a for a, b in pairwise(filled) if b > a]
     gap = statistics.median(forward) if forward else step
     if len(filled) > 1 and not forward:
         return [i * step for i in range(len(filled))]  # all equal: no times at all
@@ -184,7 +187,7 @@ def _encode(frame: "av.VideoFrame", size: tuple[int, int] | None) -> tuple[bytes
         height, width = size if turns % 2 == 0 else size[::-1]
     shrinks = width * height < frame.width * frame.height
     try:
-        image = frame.reformat(
+        image: np.ndarray = frame.reformat(
             width=width, height=height, format="bgr24", interpolation="AREA" if shrinks else "BILINEAR"
         ).to_ndarray()
     except FILE_ERRORS as error:
@@ -194,7 +197,7 @@ def _encode(frame: "av.VideoFrame", size: tuple[int, int] | None) -> tuple[bytes
     if max(image.shape) > 65500:
         raise Reject("too_large", f"{image.shape[1]}x{image.shape[0]} pixels: no JPEG is as long")
     jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
-    return jpeg, image.shape[:2]
+    return jpeg, (image.shape[0], image.shape[1])
 
 
 def _serve(pipe: "multiprocessing.connection.Connection") -> None:
@@ -202,7 +205,7 @@ def _serve(pipe: "multiprocessing.connection.Connection") -> None:
     cv2.setNumThreads(0)
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         try:
-            with av.open(io.BytesIO(KNOWN_GIF)) as known:
+            with av.open(io.BytesIO(KNOWN_GIF), "r") as known:
                 for frame in known.decode(video=0):
                     _encode(frame, None)
             pipe.send(("ready",))
@@ -210,6 +213,7 @@ def _serve(pipe: "multiprocessing.connection.Connection") -> None:
             pipe.send(("bug", traceback.format_exc()))
         while True:
             path, num_frames = pipe.recv()
+            answer: tuple[object, ...]
             try:
                 answer = ("clip", tuple(read_clip(path, num_frames)))
             except Reject as reject:
@@ -226,7 +230,7 @@ class Reader:
 
     def __init__(self, time_limit: float):
         self._limit = time_limit
-        self._child: multiprocessing.Process | None = None
+        self._child: multiprocessing.process.BaseProcess | None = None
         self._ready = False
         self._deaths = 0  # files in a row on which the child died
 
@@ -252,7 +256,7 @@ class Reader:
             raise Reject(*answer[1:])
         return Clip(*answer[1])
 
-    def _ask(self, path: str, num_frames: int) -> tuple:
+    def _ask(self, path: str, num_frames: int) -> tuple[Any, ...]:
         """The child's answer about one file, or ("died", how)."""
         if self._child is None or not self._child.is_alive() or not self._ready:
             self._begin()
@@ -282,11 +286,14 @@ class Reader:
                 how = f"not ready after {START_LIMIT:g} s"
                 self.close()
             except (EOFError, OSError) as error:
-                how = self._how_it_died() if self._child is not None else line(error)
+                how = self._how_it_died() or line(error)
         raise DecoderFailed(f"the decoder process cannot start ({how}; {STARTS} tries); is there enough memory?")
 
     def _how_it_died(self) -> str:
+        """Of a child that is dead; "" where none was made."""
         child = self._child
+        if child is None:
+            return ""
         child.join(1.0)
         code = child.exitcode
         self.close()

@@ -1,0 +1,1 @@
+"""Answers of a trained model to single clips and questions."""

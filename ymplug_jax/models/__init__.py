@@ -1,0 +1,1 @@
+"""Linen modules, each with the table that names the axes of its parameters."""

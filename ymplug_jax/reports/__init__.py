@@ -1,0 +1,1 @@
+"""What an evaluation or a run looks like: the HTML report, contact sheets and loss curves."""

@@ -6,39 +6,27 @@ dies, ends early or falls silent is named to all others, which then end with exi
 is gone would wait for ever. JAX has timeouts for both, but they end the process without saying which host to look at.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import logging
 import os
-import re
+import selectors
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import wait  # as select, for any number of sockets
 from pathlib import Path
+from typing import Any
+
+from ymplug_jax.training.cluster import HostsError, Meeting
 
 LOST = 4  # exit code: another process is missing or gone; the same command on all hosts goes on
 GRACE = 10  # seconds for the others to end by the same mistake and say so themselves
 PORT_WAIT = 20  # seconds until the last run must have let go of the port
-
-
-class HostsError(RuntimeError):
-    """The processes did not come together; the message names those that are missing and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Meeting:
-    """Where the processes of a run meet, how many they are, and which of them this one is."""
-
-    address: str  # host:port of process 0
-    count: int
-    number: int
-    names: tuple[str, ...] = ()  # hosts by process, as far as the platform tells
-    devices: tuple[int, ...] | None = None  # of this host that are this process's; None: all
 
 
 def without_accelerator() -> None:
@@ -54,69 +42,11 @@ def without_accelerator() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def find(coordinator: str | None, processes: int | None, process_id: int | None, timeout: float) -> Meeting | None:
-    """The meeting that the flags name; without them the one that SLURM or a TPU slice knows; None for a process alone.
-
-    Raises:
-      ValueError: some of the three flags without the others, or numbers that cannot be.
-      HostsError: the platform does not know process 0's address within `timeout` seconds.
-    """
-    given = (coordinator, processes, process_id)
-    if given != (None, None, None):
-        if None in given:
-            raise ValueError("--coordinator, --processes and --process_id belong together; give all three or none")
-        if not re.fullmatch(r".+:\d+", coordinator):
-            raise ValueError(f"--coordinator {coordinator!r}: write host:port of process 0")
-        if not 0 <= process_id < processes:
-            raise ValueError(f"--process_id {process_id} is not in 0 to {processes - 1} of --processes {processes}")
-        return Meeting(coordinator, processes, process_id)
-    # What JAX itself asks for the platform; its own start would hide who is missing.
-    from jax._src.clusters import GceTpuCluster, GkeTpuCluster, SlurmCluster
-
-    try:
-        platform = next((c for c in (SlurmCluster, GkeTpuCluster, GceTpuCluster) if c.is_env_present()), None)
-        if platform is None or (count := platform.get_process_count()) == 1:
-            return None
-        port = os.environ.get("JAX_COORDINATOR_PORT")
-        address = platform.get_coordinator_address(timeout_secs=timeout, override_coordinator_port=port)
-        number = platform.get_process_id()
-        workers = (
-            _nodes(os.environ["SLURM_STEP_NODELIST"])
-            if platform is SlurmCluster
-            else platform._get_worker_list_in_slice()
-        )
-    except OSError as error:  # a machine with TPU chips that no metadata server speaks for
-        logging.warning("no word from the platform about other hosts (%s); this process goes on alone", error)
-        return None
-    except RuntimeError as error:
-        raise HostsError(f"{error} within {timeout:.0f} s; look whether that host has started") from None
-    names = tuple(workers) if len(workers) == count else ()
-    return Meeting(address, count, number, names, _own_devices() if platform is SlurmCluster else None)
-
-
-def _nodes(text: str) -> list[str]:
-    """SLURM's list of nodes, "a[1,03-05],b" -> a1 a03 a04 a05 b; one level of brackets."""
-    nodes = []
-    for prefix, inside, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", text):
-        for part in inside.split(",") if inside else [""]:
-            low, _, high = part.partition("-")
-            numbers = [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)] if high else [low]
-            nodes += [prefix + number + suffix for number in numbers]
-    return nodes
-
-
-def _own_devices() -> tuple[int, ...] | None:
-    """The GPU of this task where SLURM runs several on a node and each sees all GPUs; else all that are seen."""
-    per_node = int(re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return (int(os.environ["SLURM_LOCALID"]),) if per_node > 1 and len(seen) > 1 else None
-
-
 def join(meeting: Meeting, timeout: float, heartbeat: float) -> None:
     """Wait for all processes, start JAX's distributed runtime, and watch over the others from then on.
 
     Args:
-      meeting: from `find`.
+      meeting: from `cluster.find`.
       timeout: seconds until all must have come, counted from the first.
       heartbeat: seconds of silence after which a process counts as gone.
 
@@ -128,7 +58,7 @@ def join(meeting: Meeting, timeout: float, heartbeat: float) -> None:
 
     begin = time.monotonic()
     logging.info("process %d of %d waits for the others at %s", meeting.number, meeting.count, meeting.address)
-    peers = _hear(meeting, timeout) if meeting.number == 0 else [_answer(meeting, timeout)]
+    peers = _RollCall(meeting, timeout).hear() if meeting.number == 0 else [_answer(meeting, timeout)]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     left = max(30, timeout - (time.monotonic() - begin))
     jax.distributed.initialize(
@@ -136,7 +66,7 @@ def join(meeting: Meeting, timeout: float, heartbeat: float) -> None:
         meeting.count,
         meeting.number,
         meeting.devices,
-        cluster_detection_method="deactivate",  # `find` has asked
+        cluster_detection_method="deactivate",  # `cluster.find` has asked
         initialization_timeout=int(left),
         heartbeat_timeout_seconds=int(heartbeat) + 30,  # the watch speaks first: it knows the names
     )
@@ -157,14 +87,12 @@ class _Peer:
     def __str__(self) -> str:
         return f"process {self.number} ({self.host})"
 
-    def say(self, **words) -> None:
+    def say(self, **words: object) -> None:
         """One line of JSON; a peer that is gone is noticed by reading."""
-        try:
+        with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(words).encode() + b"\n")
-        except OSError:
-            pass
 
-    def lines(self) -> list[dict] | None:
+    def lines(self) -> list[dict[str, Any]] | None:
         """What has come since the last call; None: the connection has ended. For a socket that is ready to read."""
         try:
             data = self.socket.recv(65536)
@@ -181,47 +109,62 @@ class _Peer:
             return None  # not one of us
 
 
-def _hear(meeting: Meeting, timeout: float) -> list[_Peer]:
+class _RollCall:
     """Process 0: one connection of every other process, or an error to all that came."""
-    begin = time.monotonic()
-    deadline = begin + timeout
-    callers: list[_Peer] = []  # all that called; number -1 until one has said who it is
-    here: dict[int, _Peer] = {}
-    problem = ""
-    with _listen(int(meeting.address.rsplit(":", 1)[1]), deadline) as server:
-        while len(here) < meeting.count - 1 and not problem:
-            if (left := deadline - time.monotonic()) <= 0:
-                problem = _missing(meeting, here, time.monotonic() - begin)
-                break
-            known = {peer.socket: peer for peer in callers}
-            for ready in wait([server, *known], min(left, 1.0)):
-                if ready is server:
+
+    def __init__(self, meeting: Meeting, timeout: float):
+        self._meeting = meeting
+        self._begin = time.monotonic()
+        self._deadline = self._begin + timeout
+        self._callers: list[_Peer] = []  # all that called; number -1 until one has said who it is
+        self._here: dict[int, _Peer] = {}
+        self._problem = ""
+
+    def hear(self) -> list[_Peer]:
+        """The connections, once all have come."""
+        with (
+            _listen(int(self._meeting.address.rsplit(":", 1)[1]), self._deadline) as server,
+            selectors.DefaultSelector() as selector,
+        ):
+            selector.register(server, selectors.EVENT_READ)
+            while len(self._here) < self._meeting.count - 1 and not self._problem:
+                if (left := self._deadline - time.monotonic()) <= 0:
+                    self._problem = _missing(self._meeting, self._here, time.monotonic() - self._begin)
+                    break
+                for key, _ in selector.select(min(left, 1.0)):
+                    if key.data is not None:
+                        self._read(key.data, selector)
+                        continue
                     connection, place = server.accept()
                     connection.settimeout(5)
-                    callers.append(_Peer(-1, place[0], connection))
-                    continue
-                peer = known[ready]
-                if (lines := peer.lines()) is None:  # a port scan, or a process that ended while it waited
-                    ready.close()
-                    callers.remove(peer)
-                    if here.get(peer.number) is peer:
-                        del here[peer.number]
-                for line in lines or []:
-                    peer.number, peer.host = line["number"], line["host"]
-                    deadline = min(deadline, time.monotonic() + line["left"])
-                    other = here.setdefault(peer.number, peer)
-                    if line["count"] != meeting.count:
-                        problem = f"{peer} was started for {line['count']} processes, process 0 for {meeting.count}"
-                    elif other is not peer:
-                        problem = f"--process_id {peer.number} was given twice, on {other.host} and on {peer.host}"
-        for peer in callers:
-            peer.say(**({"error": problem} if problem else {"welcome": socket.gethostname()}))
-    for peer in callers:
-        if problem or peer.number < 0:
+                    self._callers.append(_Peer(-1, place[0], connection))
+                    selector.register(connection, selectors.EVENT_READ, self._callers[-1])
+            for peer in self._callers:
+                peer.say(**({"error": self._problem} if self._problem else {"welcome": socket.gethostname()}))
+        for peer in self._callers:
+            if self._problem or peer.number < 0:
+                peer.socket.close()
+        if self._problem:
+            raise HostsError(self._problem)
+        return list(self._here.values())
+
+    def _read(self, peer: _Peer, selector: selectors.BaseSelector) -> None:
+        """What a caller says of itself."""
+        lines = peer.lines()
+        if lines is None:  # a port scan, or a process that ended while it waited
+            selector.unregister(peer.socket)
             peer.socket.close()
-    if problem:
-        raise HostsError(problem)
-    return list(here.values())
+            self._callers.remove(peer)
+            if self._here.get(peer.number) is peer:
+                del self._here[peer.number]
+        for line in lines or []:
+            peer.number, peer.host = line["number"], line["host"]
+            self._deadline = min(self._deadline, time.monotonic() + line["left"])
+            other = self._here.setdefault(peer.number, peer)
+            if line["count"] != self._meeting.count:
+                self._problem = f"{peer} was started for {line['count']} processes, process 0 for {self._meeting.count}"
+            elif other is not peer:
+                self._problem = f"--process_id {peer.number} was given twice, on {other.host} and on {peer.host}"
 
 
 def _listen(port: int, deadline: float) -> socket.socket:
@@ -297,43 +240,46 @@ class _Watch:
 
     def __init__(self, peers: list[_Peer], meeting: Meeting, heartbeat: float):
         self._peers, self._first, self._heartbeat = peers, meeting.number == 0, heartbeat
+        self._failed, self._ends = "", float("inf")  # another process's error, and until when this one may say the same
         for peer in peers:
             peer.heard = time.monotonic()
-        threading.Thread(target=self._run, daemon=True, name="hosts").start()
+        threading.Thread(target=self._look_after, daemon=True, name="hosts").start()
 
-    def _run(self) -> None:
+    def _look_after(self) -> None:
         pause = max(0.5, self._heartbeat / 5)
-        spoken, failed, ends = 0.0, "", float("inf")
-        open_ = list(self._peers)
-        while open_:
-            now = time.monotonic()
-            if now - spoken >= pause:
-                spoken = now
+        spoken = 0.0
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers:
+                selector.register(peer.socket, selectors.EVENT_READ, peer)
+            while open_ := [key.data for key in selector.get_map().values()]:
+                if time.monotonic() - spoken >= pause:
+                    spoken = time.monotonic()
+                    for peer in open_:
+                        peer.say()
+                for key, _ in selector.select(min(pause, 1.0)):
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
                 for peer in open_:
-                    peer.say()
-            for ready in wait([peer.socket for peer in open_], min(pause, 1.0)):
-                peer = next(peer for peer in open_ if peer.socket is ready)
-                lines = peer.lines()
-                peer.heard = time.monotonic()
-                for line in lines or []:
-                    if "gone" in line:
-                        self._end(line["gone"])
-                    if "done" in line:
-                        peer.done = True
-                        if line["done"] and not failed:
-                            failed, ends = (
-                                f"{peer} ended with exit code {line['done']}; its own output says why",
-                                now + GRACE,
-                            )
-                if lines is None:
-                    open_.remove(peer)
-                    if not peer.done:
-                        self._end(f"{peer} is gone: its connection has ended")
-            silent = [peer for peer in open_ if not peer.done and time.monotonic() - peer.heard > self._heartbeat]
-            if silent:
-                self._end(f"{silent[0]} is gone: no sign of life for {self._heartbeat:.0f} s")
-            if time.monotonic() > ends:
-                self._end(failed)
+                    if not peer.done and time.monotonic() - peer.heard > self._heartbeat:
+                        self._end(f"{peer} is gone: no sign of life for {self._heartbeat:.0f} s")
+                if time.monotonic() > self._ends:
+                    self._end(self._failed)
+
+    def _hear(self, peer: _Peer) -> bool:
+        """Whether the connection goes on."""
+        lines = peer.lines()
+        peer.heard = time.monotonic()
+        for line in lines or []:
+            if "gone" in line:
+                self._end(line["gone"])
+            if "done" in line:
+                peer.done = True
+                if line["done"] and not self._failed:
+                    self._failed = f"{peer} ended with exit code {line['done']}; its own output says why"
+                    self._ends = time.monotonic() + GRACE
+        if lines is None and not peer.done:
+            self._end(f"{peer} is gone: its connection has ended")
+        return lines is not None
 
     def _end(self, reason: str) -> None:
         if self._first:

@@ -1,9 +1,9 @@
-"""The one training loop. It sees a Task, never a particular model; what a run needs is laid out in `run.py`."""
+"""The one training loop. It sees a Task, never a particular model; what a run needs is laid out in `setup.py`."""
 
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,149 +15,198 @@ from ymplug_jax.core.checkpoint_files import BEST, place_of
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.core.metrics import Metrics, Writer
+from ymplug_jax.core.state import Params, TrainState
 from ymplug_jax.data import loader
-from ymplug_jax.data import prefetch as feed_lib
+from ymplug_jax.data.prefetch import Feed
+from ymplug_jax.data.records import CorruptRecord
 from ymplug_jax.data.source import open_split
 from ymplug_jax.reports.curves import draw_curve
+from ymplug_jax.tasks.task import Batch
 from ymplug_jax.training import evaluate, parameter_table, run_folder, setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.best_step import Best
 from ymplug_jax.training.setup import Run
 from ymplug_jax.training.stop import Stop, finite_scores, must_have_targets, reading
 
+Describe = Callable[[Run, jax.stages.Compiled], str]
 
-def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
+
+def train(experiment: Experiment, workdir: epath.Path, describe: Describe | None = None) -> dict[str, float]:
     """Train until the end of `duration`, or go on where this folder's newest checkpoint stands. Returns the last scores.
 
     The first SIGINT or SIGTERM saves and returns; a second SIGINT ends the process at once. Nothing in the folder changes before the
     settings, the stored parameters and the compiled step were found to fit.
 
+    Args:
+      experiment: resolved settings.
+      workdir: folder of the run.
+      describe: what to log of a run and its compiled step before it begins, such as its memory.
+
     Raises:
       Mistake: the folder cannot be used, or holds a run that cannot go on with these settings.
       TrainingStopped: too many consecutive non-finite steps, a step without any target, or an evaluation that is not finite.
+      CorruptRecord: a record is damaged and `skip_corrupt` is not set; the run was saved where that was possible.
       PlaceFailed: the data or the folder could not be read or written any more; the run was saved where that was possible.
     """
-    run_folder.check(experiment, workdir)
+    run_folder.check(experiment, workdir, training=True)
     if checkpoint_files.latest_step(str(workdir)) is None:
         run_folder.check_init_from(experiment)
     with Stop() as stop:
         run = setup.prepare(experiment)
         with contextlib.closing(Checkpoints(str(workdir), keep=experiment.train.keep)) as checkpoints:
-            scores = _train(run, workdir, checkpoints, stop)
+            scores = _Training(run, workdir, checkpoints, stop, describe).go()
         with place_of(workdir):
             if jax.process_index() == 0 and (picture := draw_curve(workdir)):
                 logging.info("loss curve: %s", picture)
     return scores
 
 
-def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: Stop) -> dict[str, float]:
-    experiment = run.experiment
-    settings, data = experiment.train, experiment.data
-    first = jax.process_index() == 0
-    state, frozen, seen, origin = setup.initialise(run, checkpoints)
-    start = int(state.step)
-    logging.info("\n%s", parameter_table.table(run, origin))
-    compiled = step_lib.compile_step(run)
-    logging.info("\n%s", parameter_table.render_estimate(parameter_table.estimate(run, compiled)))
-    if start >= run.total_steps:
-        logging.info("step %d of %d is reached already; nothing to train", start, run.total_steps)
-    stop.listen()
-    if first:
+class _Training:
+    """A run from where it stands to its end."""
+
+    def __init__(self, run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: Stop, describe: Describe | None):
+        self._run, self._workdir, self._checkpoints, self._stop = run, workdir, checkpoints, stop
+        settings, data = run.experiment.train, run.experiment.data
+        first = jax.process_index() == 0
+        self._state, frozen, self._seen, origin = setup.initialise(run, checkpoints)
+        self._start = int(self._state.step)
+        logging.info("\n%s", parameter_table.table(run, origin))
+        self._compiled = step_lib.compile_step(run)
+        if describe is not None:
+            logging.info("\n%s", describe(run, self._compiled))
+        if self._start >= run.total_steps:
+            logging.info("step %d of %d is reached already; nothing to train", self._start, run.total_steps)
+        stop.listen()
+        if first:
+            with place_of(workdir):
+                run_folder.write(run.experiment, workdir)
+        checkpoints.save_frozen(frozen)
+        self._frozen = setup.hold(run, frozen)
         with place_of(workdir):
-            run_folder.write(experiment, workdir)
-    checkpoints.save_frozen(frozen)
-    frozen = setup.hold(run, frozen)
+            self._writer = Writer(workdir, active=first)
+        self._log = _Log(run, self._writer, checkpoints, self._start)
+        self._evaluation = _Evaluation(run, workdir) if data.eval_split else None
+        self._scores: dict[str, float] = {}
+        self._key = sharding.on_all_hosts(lambda: jax.random.key(settings.seed), sharding.replicated(run.mesh))
 
-    with place_of(workdir):
-        writer = Writer(workdir, active=first)
+    def go(self) -> dict[str, float]:
+        """Every step that is left; the scores of the last evaluation."""
+        run, stop, log = self._run, self._stop, self._log
+        settings = run.experiment.train
+        log_every, save_every = steps_in(run, settings.log_every), steps_in(run, settings.save_every)
+        if self._start == 0:
+            self._check(0)
+        with contextlib.closing(self._feed()) as feed:
+            for step in range(self._start + 1, run.total_steps + 1):  # `step` counts finished steps
+                self._take(step, feed)
+                last, stopping = step == run.total_steps, stop.asked(step)
+                if step % log_every == 0 or last or stopping:
+                    log.flush(step, corrupt=feed.skipped)
+                if self._evaluation and self._evaluation.due(step) and not stopping:
+                    log.flush(step)
+                    self._check(step)
+                    stopping = stop.alone and stop.asked(step)
+                if step % save_every == 0 or last or stopping:
+                    self._save(step)
+                if stopping:
+                    log.say(f"asked to stop: saving step {step}; the same command goes on from there")
+                    break
+        log.close()
+        with place_of(self._workdir):
+            self._writer.close()
+        return self._scores
 
-    def steps(duration: str) -> int:
-        return max(1, config.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
+    def _feed(self) -> Feed[Batch]:
+        run, settings, data = self._run, self._run.experiment.train, self._run.experiment.data
+        records = open_split(data.path, data.train_split)
+        rows = sharding.local_rows(settings.batch_size, run.mesh)
+        stream = loader.batches(
+            records, run.task.example, seed=settings.seed, batch_size=settings.batch_size, rows=rows, start=self._seen, shuffle=True,
+            threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
+        )  # fmt: skip
+        return Feed(stream, lambda local: sharding.put_batch(local, rows, settings.batch_size, run.mesh))
 
-    log_every, save_every, eval_every = map(steps, (settings.log_every, settings.save_every, settings.eval_every))
-    key = sharding.on_all_hosts(lambda: jax.random.key(settings.seed), sharding.replicated(run.mesh))
-    scores: dict[str, float] = {}
-    records = open_split(data.path, data.train_split)
-    rows = sharding.local_rows(settings.batch_size, run.mesh)
-    stream = loader.batches(
-        records, run.task.example, seed=settings.seed, batch_size=settings.batch_size, rows=rows, start=seen, shuffle=True,
-        threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
-    )  # fmt: skip
-    log = _Log(run, writer, checkpoints, start)
+    def _take(self, step: int, feed: Feed[Batch]) -> None:
+        """The step `step`."""
+        with self._saved_first(step - 1), self._log.waiting(), reading(self._run.experiment.data.path):
+            batch = next(feed)
+        with jax.transfer_guard("disallow"):
+            self._state, metrics = self._compiled(self._state, self._frozen, batch, self._key)
+        self._log.add(step, metrics)
 
-    loss_step = evaluate.make_loss_step(run)
-    held_out = open_split(data.path, data.eval_split) if data.eval_split else None
-    scorer = evaluate.Scorer(run) if settings.eval_scores_every else None
-    scores_every = steps(settings.eval_scores_every) if scorer else 0
-    best = Best(experiment, workdir) if settings.best else None
-
-    def check(step: int) -> None:
-        """The losses of the evaluation split, and every `eval_scores_every` the task's own scores."""
-        if stop.alone and stop.asked(step):
+    def _check(self, step: int) -> None:
+        """An evaluation, unless the run is to stop; a signal leaves it."""
+        stop, log, evaluation = self._stop, self._log, self._evaluation
+        if evaluation is None or (stop.alone and stop.asked(step)):
             return
+        data = self._run.experiment.data
         whole: dict[str, Any] = {}
-        with saved_first(step), stop.at_once(), reading(data.path):
-            if scorer and (step % scores_every == 0 or step == run.total_steps):
-                whole, _ = scorer.score(held_out, state.trainable, frozen, settings.eval_examples, step)
-                found = {name: value for name, value in whole.items() if isinstance(value, float)}
-            else:
-                found = evaluate.losses(run, loss_step, held_out, state.trainable, frozen)
-            scores.update(finite_scores(step, found, data.eval_split))
+        with self._saved_first(step), stop.at_once(), reading(data.path):
+            found, whole = evaluation.at(step, self._state, self._frozen)
+            self._scores |= finite_scores(step, found, data.eval_split)
             log.write(step, {f"eval/{name}": value for name, value in found.items()})
             log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-        if best and whole and best.offer(state, step, seen_after(step), whole, checkpoints.frozen_sums):
-            log.say(f"step {step}: best {settings.best} so far, kept in {workdir / BEST}")
+        best, sums = evaluation.best, self._checkpoints.frozen_sums
+        if best and whole and best.offer(self._state, step, self._seen_after(step), whole, sums):
+            log.say(f"step {step}: best {self._run.experiment.train.best} so far, kept in {self._workdir / BEST}")
         log.restart_clock()
 
-    def seen_after(step: int) -> int:
-        return seen + (step - start) * settings.batch_size
+    def _seen_after(self, step: int) -> int:
+        return self._seen + (step - self._start) * self._run.experiment.train.batch_size
 
-    def save(step: int) -> None:
-        log.flush(step)  # a run of bad steps must not become the last good checkpoint
-        with place_of(workdir):
-            writer.flush()
-        checkpoints.save(state, step, seen_after(step))
+    def _save(self, step: int) -> None:
+        self._log.flush(step)  # a run of bad steps must not become the last good checkpoint
+        with place_of(self._workdir):
+            self._writer.flush()
+        self._checkpoints.save(self._state, step, self._seen_after(step))
 
     @contextlib.contextmanager
-    def saved_first(step: int) -> Iterator[None]:
+    def _saved_first(self, step: int) -> Iterator[None]:
         """Where the data cannot be read any more after `step`, that step is saved; several processes would wait for each other."""
         try:
             yield
-        except PlaceFailed as error:
-            if step == start or not stop.alone:
+        except (PlaceFailed, CorruptRecord) as error:
+            if step == self._start or not self._stop.alone:
                 raise
-            save(step)
-            checkpoints.wait()
-            raise PlaceFailed(f"{error}; step {step} is saved, the same command goes on from there") from None
+            self._save(step)
+            self._checkpoints.wait()
+            text = f"{error}; step {step} is saved, the same command goes on from there"
+            raise type(error)(text) from None
 
-    if held_out is not None and start == 0:
-        check(0)
-    with contextlib.closing(
-        feed_lib.Feed(stream, lambda local: sharding.put_batch(local, rows, settings.batch_size, run.mesh))
-    ) as feed:
-        for step in range(start + 1, run.total_steps + 1):  # `step` counts finished steps
-            with saved_first(step - 1), log.waiting(), reading(data.path):
-                batch = next(feed)
-            with jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, frozen, batch, key)
-            log.add(step, metrics)
-            last, stopping = step == run.total_steps, stop.asked(step)
-            if step % log_every == 0 or last or stopping:
-                log.flush(step, corrupt=feed.skipped)
-            due = step % eval_every == 0 or last or (scorer and step % scores_every == 0)
-            if held_out is not None and due and not stopping:
-                log.flush(step)
-                check(step)
-                stopping = stop.alone and stop.asked(step)
-            if step % save_every == 0 or last or stopping:
-                save(step)
-            if stopping:
-                log.say(f"asked to stop: saving step {step}; the same command goes on from there")
-                break
-    log.close()
-    with place_of(workdir):
-        writer.close()
-    return scores
+
+class _Evaluation:
+    """What a run is checked with on its way, and when."""
+
+    def __init__(self, run: Run, workdir: epath.Path):
+        settings, data = run.experiment.train, run.experiment.data
+        self._run = run
+        self._records = open_split(data.path, data.eval_split)
+        self._loss_step = evaluate.make_loss_step(run)
+        self._every = steps_in(run, settings.eval_every)
+        self._scorer = evaluate.Scorer(run) if settings.eval_scores_every else None
+        self._scores_every = steps_in(run, settings.eval_scores_every) if self._scorer else 0
+        self.best = Best(run.experiment, workdir) if settings.best else None
+
+    def due(self, step: int) -> bool:
+        """Whether there is one after this step."""
+        scores = self._scorer is not None and step % self._scores_every == 0
+        return step % self._every == 0 or step == self._run.total_steps or scores
+
+    def at(self, step: int, state: TrainState, frozen: Params) -> tuple[dict[str, float], dict[str, Any]]:
+        """(the losses of the evaluation split, the task's own scores every `eval_scores_every`).
+
+        The first are what is written as numbers; the second is empty where only losses are due.
+        """
+        if self._scorer is None or (step % self._scores_every and step != self._run.total_steps):
+            return evaluate.losses(self._run, self._loss_step, self._records, state.trainable, frozen), {}
+        examples = self._run.experiment.train.eval_examples
+        whole, _ = self._scorer.score(self._records, state.trainable, frozen, examples, step)
+        return {name: value for name, value in whole.items() if isinstance(value, float)}, whole
+
+
+def steps_in(run: Run, duration: str) -> int:
+    """Whole steps of an interval of the settings, at least 1."""
+    return max(1, config.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
 
 
 class _Log:
@@ -171,7 +220,7 @@ class _Log:
         self._since = time.perf_counter()
         self._waited = 0.0  # seconds since then, for batches
         hidden = jax.process_index() != 0
-        self._bar = progress.bar(
+        self._bar: progress.Bar[None] = progress.bar(
             total=run.total_steps, initial=start, unit="step", desc="train", hidden=hidden, leave=True
         )
 
@@ -193,7 +242,7 @@ class _Log:
         """Leave out what was not training."""
         self._since, self._waited = time.perf_counter(), 0.0
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.
 
         Raises:
@@ -203,6 +252,7 @@ class _Log:
             self._writer.write(step, values)
 
     def say(self, text: str) -> None:
+        """A line above the bar, on the first host."""
         if not self._bar.disable:
             progress.write(text)
 
@@ -215,8 +265,33 @@ class _Log:
         """
         if not self._pending:
             return
-        limit = self._run.experiment.train.max_bad_steps
         fetched = [(number, jax.device_get(metrics)) for number, metrics in self._pending]
+        total = self._summed(fetched)
+        seconds = time.perf_counter() - self._since
+        samples = len(fetched) * self._run.experiment.train.batch_size
+        values: dict[str, float] = {name: mean.value() for name, mean in total.items()}
+        values |= {
+            "skipped_total": self._skipped,
+            "samples_per_second": samples / seconds,
+            "input_wait": self._waited / seconds,  # share of the time, 0 to 1
+            "epoch": step / self._run.steps_per_epoch,
+        }
+        if corrupt:
+            values["corrupt_total"] = corrupt
+        self.write(step, values)
+        self._bar.update(len(fetched))
+        self._bar.set_postfix_str(
+            f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s, "
+            f"{values['input_wait']:.0%} waiting for input"
+            + (f", {self._skipped} skipped" if self._skipped else "")
+            + (f", {corrupt} corrupt records" if corrupt else "")
+        )
+        self._pending.clear()
+        self.restart_clock()
+
+    def _summed(self, fetched: list[tuple[int, Metrics]]) -> Metrics:
+        """The metrics of several steps, added up; of a bad step only that it was one."""
+        limit = self._run.experiment.train.max_bad_steps
         total: Metrics = {}
         for number, metrics in fetched:
             must_have_targets(number, float(metrics["loss"].weight))
@@ -237,27 +312,8 @@ class _Log:
                 if bad and name not in ("skipped", "lr"):
                     continue  # a NaN would hide the good steps of the interval
                 total[name] = total[name] + mean if name in total else mean
-        seconds = time.perf_counter() - self._since
-        samples = len(fetched) * self._run.experiment.train.batch_size
-        values = {name: mean.value() for name, mean in total.items()}
-        values |= {
-            "skipped_total": self._skipped,
-            "samples_per_second": samples / seconds,
-            "input_wait": self._waited / seconds,  # share of the time, 0 to 1
-            "epoch": step / self._run.steps_per_epoch,
-        }
-        if corrupt:
-            values["corrupt_total"] = corrupt
-        self.write(step, values)
-        self._bar.update(len(fetched))
-        self._bar.set_postfix_str(
-            f"loss {values.get('loss', float('nan')):.4f}, {samples / seconds:.1f} samples/s, "
-            f"{values['input_wait']:.0%} waiting for input"
-            + (f", {self._skipped} skipped" if self._skipped else "")
-            + (f", {corrupt} corrupt records" if corrupt else "")
-        )
-        self._pending.clear()
-        self.restart_clock()
+        return total
 
     def close(self) -> None:
+        """The bar's last state."""
         self._bar.close()

@@ -1,7 +1,7 @@
 """A run made ready: task, mesh, optimizer, and where every parameter will live and come from. Shared by all programs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -62,7 +62,7 @@ def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple
     ]
 
 
-def prepare(experiment: Experiment, devices: list | None = None, *, training: bool = True) -> Run:
+def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None, *, training: bool = True) -> Run:
     """Check the settings against each other and lay the run out.
 
     Args:
@@ -78,6 +78,7 @@ def prepare(experiment: Experiment, devices: list | None = None, *, training: bo
         raise Mistake(f"config.train.frozen_dtype is {train.frozen_dtype!r}; there are {', '.join(DTYPES)}")
     task = task_lib.get(experiment)
     axes = experiment.mesh
+    _check_rules(dict(axes.rules), task)
     mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, devices)
     sharding.local_rows(train.batch_size, mesh)  # says so if the batch cannot be cut
     if train.batch_size % (train.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -95,17 +96,31 @@ def prepare(experiment: Experiment, devices: list | None = None, *, training: bo
     trainable, frozen = state_lib.split(params, patterns)
     tx = optim.make(experiment.optim, trainable)
     whole = sharding.replicated(mesh)
-    opt_state = optax.tree_utils.tree_map_params(
+    opt_state = optax.tree.map_params(
         tx,
         lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
         jax.eval_shape(tx.init, trainable),
         trainable,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
     )
-    state = TrainState(jax.ShapeDtypeStruct((), "int32", sharding=whole), trainable, opt_state)
+    state = TrainState(state_lib.stand_in((), "int32", whole), trainable, opt_state)
     rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
     held = quantize.abstract(frozen, task.axes) if train.frozen_dtype == "int8" else frozen
     return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held)
+
+
+def _check_rules(rules: Mapping[str, str], task: Task) -> None:
+    """Whether each rule of the mesh says something: a word of the model, or of the rules that every model has, to an axis."""
+    words = {word for _, axes in task.axes for word in axes.split()} | dict(config.Mesh().rules).keys()
+    for word, axis in rules.items():
+        if word not in words:
+            raise Mistake(
+                f"config.mesh.rules: no parameter of this model has an axis {word!r}; there are {', '.join(sorted(words))}"
+            )
+        if axis not in sharding.MESH_AXES:
+            raise Mistake(
+                f"config.mesh.rules: {word!r} goes to the mesh axis {axis!r}; there are {', '.join(sharding.MESH_AXES)}"
+            )
 
 
 def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
@@ -178,16 +193,18 @@ def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainSt
         frozen = checkpoint.load_params(str(checkpoints.folder.parent), run.frozen) if run.frozen else {}
         flat = state_lib.flatten(state_lib.merge(run.state.trainable, run.frozen))
         return state, state_lib.unflatten(frozen), seen, dict.fromkeys(flat, f"this run, step {step}")
+    fresh, frozen, origin = fresh_state(run)
+    return fresh, frozen, 0, origin
+
+
+def fresh_state(run: Run) -> tuple[TrainState, Params, dict[str, str]]:
+    """(state at step 0, frozen as checkpoints keep it, origin of each path) of a run that begins: see `fresh_params`."""
     params, origin = fresh_params(run)
     trainable, frozen = state_lib.split(params, run.frozen_patterns)
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
     opt_state = jax.jit(run.tx.init, out_shardings=places)(trainable)
-    return (
-        TrainState(sharding.on_all_hosts(lambda: jax.numpy.int32(0), run.state.step.sharding), trainable, opt_state),
-        frozen,
-        0,
-        origin,
-    )
+    step = sharding.on_all_hosts(lambda: jax.numpy.int32(0), run.state.step.sharding)
+    return TrainState(step, trainable, opt_state), frozen, origin
 
 
 def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:

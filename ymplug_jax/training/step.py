@@ -47,7 +47,7 @@ def make_train_step(
         else:
             loss, metrics, grads = _accumulated(gradient, state.trainable, batch, key, accumulate)
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         lr = rate(state.step)
@@ -74,7 +74,7 @@ def make_train_step(
 
 
 def _accumulated(
-    gradient: Callable, trainable: Params, batch: Batch, key: jax.Array, parts: int
+    gradient: Callable[..., Any], trainable: Params, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[jax.Array, Metrics, Params]:
     """Weighted mean of loss and gradients over micro-batches. Row i goes to part i % parts: every device keeps its own rows."""
     micro = jax.tree.map(

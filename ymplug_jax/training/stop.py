@@ -13,12 +13,14 @@ import jax
 from jax.experimental import multihost_utils
 
 from ymplug_jax.core.exits import PlaceFailed
+from ymplug_jax.data.records import CorruptRecord
 from ymplug_jax.training.step import TrainingStopped
 
 # What worker processes pass on is text alone.
 FAILED_READ = re.compile(
     r"\b(FileNotFoundError|PermissionError|OSError|IsADirectoryError|NotADirectoryError)\b:?[^\n]*"
 )
+CORRUPT = re.compile(r"\bCorruptRecord: ([^\n]+)")
 
 
 class _Asked(BaseException):
@@ -33,7 +35,7 @@ class Stop:
     stop and the second ends the process.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.alone = jax.process_count() == 1
         self._flag = False
         self._at_once = False
@@ -46,7 +48,7 @@ class Stop:
             self._handle(signal.SIGINT, signal.SIG_DFL)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -93,7 +95,8 @@ class Stop:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Around what reads data in the middle of a run: a place that worked at the start and fails now is PlaceFailed, in one line."""
+    """Around what reads data in the middle of a run: a place that worked at the start and fails now is PlaceFailed, in one line.
+    A damaged record is CorruptRecord, also where a worker process found it."""
     try:
         yield
     except OSError as error:
@@ -101,7 +104,11 @@ def reading(path: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise PlaceFailed(f"{where}: cannot be read any more ({reason}); bring it back") from error
     except RuntimeError as error:
-        if isinstance(error, jax.errors.JaxRuntimeError | PlaceFailed) or not (found := FAILED_READ.search(str(error))):
+        if isinstance(error, jax.errors.JaxRuntimeError | PlaceFailed):
+            raise
+        if corrupt := CORRUPT.search(str(error)):
+            raise CorruptRecord(corrupt[1].strip()) from error
+        if not (found := FAILED_READ.search(str(error))):
             raise
         raise PlaceFailed(f"{path}: cannot be read any more ({found[0].strip()}); bring it back") from error
 

@@ -1,0 +1,1 @@
+"""What tasks of several families share: examples, losses, ranking, metrics."""
