@@ -89,7 +89,7 @@ def test_parameter_table(name: str, argument: str | None):
 
 
 def test_unknown_sizes_are_named():
-    with pytest.raises(ValueError, match="size '13b' is unknown; there are 1.3b, 2.7b"):
+    with pytest.raises(ValueError, match=r"size '13b' is unknown; there are 1.3b, 2.7b"):
         load("mplug_video/pretrain", "13b")
     with pytest.raises(ValueError, match="vision: b16, l14"):
         load("mplug_video/pretrain", "1.3b,h14")

@@ -155,3 +155,9 @@ def test_tests_are_found_by_pytest_alone() -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.is_relative_to(PACKAGE)], ids=lambda p: p.stem)
+def test_jax_is_used_by_its_public_names(path: Path):
+    assert not [name for name in imports_of(path) if name.startswith("jax._src")]
+    assert "jax._src" not in path.read_text(encoding="utf-8")

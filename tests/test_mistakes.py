@@ -21,7 +21,7 @@ import shards
 from ymplug_jax import command_line, main
 from ymplug_jax.core import config
 from ymplug_jax.core.checkpoint import Checkpoints
-from ymplug_jax.data import schema
+from ymplug_jax.data import records, schema, source
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.training import preflight, run_folder, setup
 
@@ -465,3 +465,49 @@ def test_as_a_process(home: Path, tmp_path: Path, name: str):
     assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: " + message.format(home=home))
+
+
+@pytest.mark.parametrize("there", ["one", "few"])
+def test_an_evaluation_of_seeds_that_were_not_trained(home: Path, tmp_path: Path, refused: Refused, there: str):
+    """Not those of `init_from`, which would be scored as they stand."""
+    folder = tmp_path / ("run" if there == "one" else "run/seed_42")
+    shutil.copytree(home / "language", folder)
+    line = refused("--mode=eval", "--seeds=2", f"--config.train.init_from={home}/language", task="language")
+    if there == "one":
+        assert line == f"--seeds 2: {folder} holds one run, not runs of several seeds; leave --seeds out"
+    else:
+        assert line.startswith(f"--seeds 2: no run in {tmp_path}/run/seed_43; there are seed_42: train them first")
+
+
+def test_a_conversion_is_not_trained_in(tmp_path: Path, refused: Refused):
+    (tmp_path / "run/checkpoints/converted").mkdir(parents=True)
+    assert refused(task="language").startswith(f"--workdir {tmp_path}/run: holds a conversion, ")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_record_in_the_middle_saves_first(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, workers: int
+):
+    """One line, exit code 2, and the steps before it are kept."""
+    data = tmp_path / "titles.txt"
+    data.write_text("红色的圆形\n" * 19 + "坏\n", encoding="utf-8")
+    real = source.Texts.__getitem__
+
+    def get(self: source.Texts, i: int) -> records.Record:
+        if (found := real(self, i)).title == "坏":
+            raise records.CorruptRecord(f"{self.path}: record {i}: checksum does not fit; restore the shard")
+        return found
+
+    monkeypatch.setattr(source.Texts, "__getitem__", get)
+    flags = [
+        *base(home, "language"), f"--workdir={tmp_path / 'run'}", f"--config.data.path={data}", "--config.train.duration=20 steps",
+        "--config.train.batch_size=2", "--config.optim.warmup=1 steps", "--config.data.eval_split=", f"--config.data.workers={workers}",
+        "--config.train.seed=1",
+    ]  # fmt: skip
+    assert main.main(["ymplug_jax.main", *flags]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    (step,) = (folder.name for folder in (tmp_path / "run/checkpoints/steps").iterdir())
+    assert line.startswith(
+        f"error: {data}: record 19: checksum does not fit; restore the shard; step {step} is saved"
+    ), line
+    assert int(step) > 0

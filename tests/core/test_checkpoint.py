@@ -84,6 +84,14 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: min(100, file.stat().st_size // 2)])
 
 
+def without_checksums(step: Path) -> None:
+    """A step as the version before checksums saved it."""
+    shutil.rmtree(step / "checksums")
+    facts = json.loads((step / "_CHECKPOINT_METADATA").read_text())
+    del facts["item_handlers"]["checksums"]
+    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(facts))
+
+
 def load(workdir: Path) -> dict[str, jax.Array]:
     run = prepare()
     return checkpoint.load_params(str(workdir), state_lib.merge(run.state.trainable, run.frozen))
@@ -137,7 +145,7 @@ def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how
 def test_a_step_that_cannot_be_read_is_one_line(copy: Path, file: str, how):
     how(copy / "checkpoints" / file)
     with pytest.raises(
-        checkpoint_files.CheckpointError, match="^[^\n]* step 10: [^\n]*the newest whole step is 5[^\n]*$"
+        checkpoint_files.CheckpointError, match=r"^[^\n]* step 10: [^\n]*the newest whole step is 5[^\n]*$"
     ):
         restore(copy)
 
@@ -173,7 +181,7 @@ def test_an_export_verifies_a_run_by_its_own_checksums(copy: Path):
     with pytest.raises(exits.Mistake, match=f"steps/10/trainable: {name} is damaged, its checksum is wrong"):
         leaves.verified(copy)
     damage(copy / "checkpoints" / "frozen", Path.unlink)
-    with pytest.raises(exits.Mistake, match="checkpoints/frozen: .*(damaged|cannot be read)"):
+    with pytest.raises(exits.Mistake, match=r"checkpoints/frozen: .*(damaged|cannot be read)"):
         leaves.verified(copy)
 
 
@@ -190,9 +198,18 @@ def test_another_dtype_is_cast_after_it_was_verified(copy: Path):
 
 def test_a_checkpoint_without_checksums_is_read_with_a_word(copy: Path, caplog: pytest.LogCaptureFixture):
     for step in (5, 10):
-        shutil.rmtree(copy / "checkpoints" / "steps" / str(step) / "checksums")
+        without_checksums(copy / "checkpoints" / "steps" / str(step))
     assert len(load(copy)) > 50 and "saved without checksums" in caplog.text
     restore(copy)
+
+
+@pytest.mark.parametrize("read", [load, restore])
+def test_checksums_that_are_gone_as_a_whole_are_missed(copy: Path, read: Callable[[Path], object]):
+    shutil.rmtree(copy / "checkpoints" / "steps" / "10" / "checksums")
+    with pytest.raises(checkpoint_files.CheckpointError) as caught:
+        read(copy)
+    assert "step 10: its item 'checksums' is damaged: it was saved with the step but is gone (" in str(caught.value)
+    assert "the newest whole step is 5: to go on from it" in str(caught.value)
 
 
 def test_a_fingerprint_is_of_the_weights(saved: Path, copy: Path, tmp_path: Path):
@@ -201,7 +218,7 @@ def test_a_fingerprint_is_of_the_weights(saved: Path, copy: Path, tmp_path: Path
     shutil.rmtree(copy / "checkpoints" / "steps" / "10")
     fifth = checkpoint_files.fingerprint(str(copy))
     assert fifth != first
-    shutil.rmtree(copy / "checkpoints" / "steps" / "5" / "checksums")
+    without_checksums(copy / "checkpoints" / "steps" / "5")
     assert checkpoint_files.fingerprint(str(copy)) not in (first, fifth)
     with pytest.raises(checkpoint_files.CheckpointError, match="no checkpoint here"):
         checkpoint_files.fingerprint(str(tmp_path / "nothing"))

@@ -22,7 +22,7 @@ def test_misspelt_key_fails_on_its_line():
     locked = config.to_config_dict(make())
     with pytest.raises(AttributeError, match="batch_sise"):
         locked.train.batch_sise = 3
-    with pytest.raises(ValueError, match="config.train: no setting named 'batch_sise'; did you mean 'batch_size'?"):
+    with pytest.raises(ValueError, match=r"config.train: no setting named 'batch_sise'; did you mean 'batch_size'?"):
         config.from_config_dict({"task": "x", "model": {}, "train": {"batch_sise": 3}})
 
 
@@ -107,7 +107,7 @@ def test_unreadable_durations(text: str):
 
 def test_a_share_above_the_whole_run_is_refused():
     with pytest.raises(
-        exits.Mistake, match="^config.optim.warmup: '101%' is more than the whole run; give at most 100%$"
+        exits.Mistake, match=r"^config.optim.warmup: '101%' is more than the whole run; give at most 100%$"
     ):
         config.steps_in("101%", steps_per_epoch=7, total=200, setting="config.optim.warmup")
 

@@ -42,7 +42,7 @@ def test_what_is_no_index_gives_one_line(content: bytes | str, tmp_path: Path) -
         path.write_bytes(data)
     else:
         path.write_bytes(content)
-    with pytest.raises(Mistake, match="index.npz: --index cannot be read as an index") as caught:
+    with pytest.raises(Mistake, match=r"index.npz: --index cannot be read as an index") as caught:
         index_file.read(path, ("video",), setting="--index")
     assert "\n" not in str(caught.value)
 
@@ -63,7 +63,7 @@ def test_entities_are_of_the_prompter_that_teaches(tmp_path: Path, monkeypatch: 
 
     origin = {"fingerprint": "a" * 64, "step": 5, "task": "alpro_prompter", "frames": 4}
     np.testing.assert_array_equal(load("mine", **origin), table)
-    with pytest.raises(Mistake, match="weights aaaaaaaaaaaa, but .*other.* is weights bbbbbbbbbbbb"):
+    with pytest.raises(Mistake, match=r"weights aaaaaaaaaaaa, but .*other.* is weights bbbbbbbbbbbb"):
         load("other", **origin)
     with pytest.raises(Mistake, match="does not say which run computed it"):
         load("mine")

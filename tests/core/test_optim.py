@@ -20,7 +20,7 @@ def test_groups():
 
 
 def test_a_pattern_without_a_match_is_an_error():
-    with pytest.raises(ValueError, match="no_decay.*'nothing/.*' matches no parameter"):
+    with pytest.raises(ValueError, match=r"no_decay.*'nothing/.*' matches no parameter"):
         optim.param_groups(["head/kernel"], Optim(no_decay=("nothing/.*",)))
 
 

@@ -18,11 +18,8 @@ from ymplug_jax.training import step as step_lib
 
 def ready(devices: int = 1, dtype: str = "int8", **mesh: int):
     run = tiny.prepare(devices, train={"frozen_dtype": dtype}, mesh=mesh)
-    params, _ = setup.fresh_params(run)
-    trainable, frozen = state.split(params, run.frozen_patterns)
-    opt_state = jax.device_put(run.tx.init(trainable), jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state))
-    step = jax.device_put(jnp.int32(0), run.state.step.sharding)
-    return run, state.TrainState(step, trainable, opt_state), frozen
+    now, frozen, _ = setup.fresh_state(run)
+    return run, now, frozen
 
 
 def test_every_value_is_within_half_a_step_of_its_channel() -> None:

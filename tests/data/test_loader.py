@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -207,9 +208,8 @@ def test_evaluation_can_go_on(records: Records):
 
 def test_a_corrupt_record_stops_with_its_place(broken: Records):
     stream = stream_of(broken)
-    with pytest.raises(CorruptRecord, match="tfrecord-00000-of-00002: record 3 at byte [0-9]+: checksum does not fit"):
-        for _ in range(2):
-            next(stream)
+    with pytest.raises(CorruptRecord, match=r"tfrecord-00000-of-00002: record 3 at byte [0-9]+: checksum does not fit"):
+        list(islice(stream, 2))
     assert threads_end(), "an error leaves no threads"
     with pytest.raises(StopIteration):
         next(stream)

@@ -35,9 +35,7 @@ class Stream:
 def test_every_batch_in_order_and_the_end():
     stream = Stream(20)
     feed = Feed(stream, lambda number: number + 100)
-    got = []
-    for _ in range(20):
-        got.append((next(feed), feed.skipped))
+    got = [(next(feed), feed.skipped) for _ in range(20)]
     assert got == [(100 + i, 10 * i) for i in range(20)], "counts are those of the batch in hand, not of what is ahead"
     for _ in range(2):
         with pytest.raises(StopIteration):

@@ -105,7 +105,7 @@ def test_truncated_shard(tmp_path: Path, cut: int):
     """The last record is cut, or begins beyond the end."""
     file = first_shard(shards.write(tmp_path))
     file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(CorruptRecord, match="record 4 .*length does not fit the index"):
+    with pytest.raises(CorruptRecord, match=r"record 4 .*length does not fit the index"):
         Records(str(tmp_path), "train")[4]
 
 
@@ -137,14 +137,16 @@ def test_missing_and_broken_index(tmp_path: Path):
 
 def test_missing_shards(tmp_path: Path):
     first_shard(shards.write(tmp_path)).unlink()
-    with pytest.raises(FileNotFoundError, match="1 of 2 shards of split 'train' are missing, the first is .*00000-of-"):
+    with pytest.raises(
+        FileNotFoundError, match=r"1 of 2 shards of split 'train' are missing, the first is .*00000-of-"
+    ):
         Records(str(tmp_path), "train")
 
 
 def test_two_builds_in_one_folder(tmp_path: Path):
     shards.write(tmp_path)
     shards.write(tmp_path, (1, 1, 1))
-    with pytest.raises(ValueError, match="several builds .clips-train of 2 shards, clips-train of 3 shards"):
+    with pytest.raises(ValueError, match=r"several builds .clips-train of 2 shards, clips-train of 3 shards"):
         Records(str(tmp_path), "train")
 
 
@@ -153,11 +155,11 @@ def test_schema_version(tmp_path: Path):
     manifest.write_text(json.dumps({"schema_version": schema.SCHEMA_VERSION}))
     assert len(Records(str(tmp_path), "train")) == 9
     manifest.write_text(json.dumps({"schema_version": "9.0.0"}))
-    with pytest.raises(ValueError, match="schema_version 9.0.0, this reader knows"):
+    with pytest.raises(ValueError, match=r"schema_version 9.0.0, this reader knows"):
         Records(str(tmp_path), "train")
     for content in ("{", "[]", "{}"):
         manifest.write_text(content)
-        with pytest.raises(ValueError, match="manifest.json: no manifest of data_prep"):
+        with pytest.raises(ValueError, match=r"manifest.json: no manifest of data_prep"):
             Records(str(tmp_path), "train")
 
 
@@ -237,8 +239,8 @@ def test_mistakes_in_a_bucket(bucket: Path):
     data = file.read_bytes()
     for cut in (3, 20_000):
         file.write_bytes(data[:-cut])
-        with pytest.raises(CorruptRecord, match="gs://bucket/data/.*record 4 at byte .*length does not fit"):
+        with pytest.raises(CorruptRecord, match=r"gs://bucket/data/.*record 4 at byte .*length does not fit"):
             records[4]
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="gs://bucket/data/clips-train.tfrecord-00000-of-00002 is gone"):
+    with pytest.raises(FileNotFoundError, match=r"gs://bucket/data/clips-train.tfrecord-00000-of-00002 is gone"):
         records[4]

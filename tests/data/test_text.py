@@ -211,10 +211,10 @@ def test_mistakes_are_named(tmp_path: Path):
         with pytest.raises(ValueError, match=f"{name}: cannot be read as"):
             text.load_tokenizer(str(tmp_path / name))
     shutil.copy(sentencepiece_file(tmp_path, bos_id=-1), tmp_path / "nobos.model")
-    with pytest.raises(ValueError, match="nobos.model: has no begin or end token"):
+    with pytest.raises(ValueError, match=r"nobos.model: has no begin or end token"):
         text.load_tokenizer(str(tmp_path / "nobos.model"))
     json_file(tmp_path, ["<unk>", "<sep>"])
-    with pytest.raises(ValueError, match="tokenizer.json: has none of the known sets of special tokens"):
+    with pytest.raises(ValueError, match=r"tokenizer.json: has none of the known sets of special tokens"):
         text.load_tokenizer(str(tmp_path / "tokenizer.json"))
     (tmp_path / "vocab.txt").write_text("红\n色\n", encoding="gb18030")
     with pytest.raises(ValueError, match=r"^tokenizer .*vocab.txt: not UTF-8 \(byte 0\)"):

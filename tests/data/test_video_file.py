@@ -142,7 +142,7 @@ def test_faults_of_the_program_are_no_rejects(tmp_path: Path, monkeypatch: pytes
 
 def test_faults_of_the_program_come_back_from_the_decoder_process(tmp_path: Path):
     reader = Reader(30.0)
-    with pytest.raises(RuntimeError, match="(?s)fault of the program.*Traceback.*TypeError"):
+    with pytest.raises(RuntimeError, match=r"(?s)fault of the program.*Traceback.*TypeError"):
         reader.read(videos.write(tmp_path / "a.mp4"), "four")
     assert reader.read(tmp_path / "a.mp4", 4).decoded == 4
     reader.close()

@@ -231,7 +231,7 @@ def test_publishing_goes_on_after_a_full_disk(root: Path, tmp_path: Path, monkey
         write(path, text)
 
     monkeypatch.setattr(publish, "write_text", full)
-    with pytest.raises(build_shards.PlaceError, match="manifest.json: No space left on device; give the same command"):
+    with pytest.raises(build_shards.PlaceError, match=r"manifest.json: No space left on device; give the same command"):
         build(tmp_path / "out", csv, root)
     assert not (tmp_path / "out" / schema.MANIFEST).exists(), "until the end there is no whole data set"
     monkeypatch.setattr(publish, "write_text", write)
@@ -294,7 +294,7 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def test_too_many_rejects_publish_nothing(tmp_path: Path, root: Path):
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲"), ("nowhere.mp4", "乙")])
-    with pytest.raises(build_shards.BuildError, match="1 of 2 rows were rejected, more than --max_rejects 0.25"):
+    with pytest.raises(build_shards.BuildError, match=r"1 of 2 rows were rejected, more than --max_rejects 0.25"):
         build(tmp_path / "out", csv, root, "--max_rejects", "0.25")
     with pytest.raises(FileNotFoundError, match="no split"):
         Records(str(tmp_path / "out"), "train")

@@ -190,7 +190,7 @@ def test_lost_file_is_named(tmp_path: Path):
     draw(tmp_path / "c", clips=20)
     (tmp_path / "c/videos/val_00001.mp4").unlink()
     settings = {"version": draw_shapes.VERSION, "clips": 20, "seed": 0}
-    with pytest.raises(FileExistsError, match="lacks 1 of its files, such as videos/val_00001.mp4"):
+    with pytest.raises(FileExistsError, match=r"lacks 1 of its files, such as videos/val_00001.mp4"):
         is_drawn(tmp_path / "c", settings, [clip.file for part in plan(20, 0) for clip in part])
 
 

@@ -58,7 +58,7 @@ def test_entities_are_counted_and_set_into_templates(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "prompts.json").read_text(encoding="utf-8"))
     assert made["entities"] == ["猫", "狗", "猫咪", "vlog"] and made["counts"] == [3, 1, 1, 1]
     assert "config.model.entities=4" in out and len(made["templates"]) == len(set(made["templates"])) == 12
-    entities, prompts = read_prompts(str(tmp_path / "prompts.json"))
+    _, prompts = read_prompts(str(tmp_path / "prompts.json"))
     assert len(prompts) == 48 and prompts[:2] == ["一段猫的视频", "一段狗的视频"] and prompts[4] == "一个猫的视频"
     assert "A portrait of the {}." in entity_prompts.TEMPLATES["en"] and len(entity_prompts.TEMPLATES["en"]) == 12
     assert entity_prompts.choose(["甲", "乙"], Counter({"乙": 1}), 1) == ["乙"]
@@ -66,7 +66,7 @@ def test_entities_are_counted_and_set_into_templates(tmp_path: Path) -> None:
     error = command("entity_prompts", "--entities", tmp_path / "none.txt", "--out", tmp_path / "x.json", code=2)
     assert "no entity in it" in error and "Traceback" not in error
     (tmp_path / "none.txt").write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match="no file of data_prep.entity_prompts"):
+    with pytest.raises(ValueError, match=r"no file of data_prep.entity_prompts"):
         read_prompts(str(tmp_path / "none.txt"))
 
 

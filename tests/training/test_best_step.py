@@ -51,7 +51,7 @@ def test_a_better_step_replaces_the_one_before(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"score": "cider", "value": 0.75, "step": 4}
     again = best_step.Best(experiment, checkpoint_files.folder_of(str(tmp_path)))  # a resumed run knows what it has
     assert not again.offer(training_state(5), 5, 40, {"cider": 0.7}, None) and kept(tmp_path) == (4, 4.0)
-    with pytest.raises(exits.Mistake, match="'cider'.* it has bleu4"):
+    with pytest.raises(exits.Mistake, match=r"'cider'.* it has bleu4"):
         again.offer(training_state(6), 6, 48, {"bleu4": 0.1, "clips": 3, "task": "caption"}, None)
 
 

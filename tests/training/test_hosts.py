@@ -2,10 +2,12 @@
 
 import contextlib
 import fnmatch
+import http.server
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -223,6 +225,55 @@ def test_a_tpu_slice_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
     monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
     assert cluster.find(None, None, None, 1) == hosts.Meeting("localhost:8482", 8, 7)
+
+
+TPU_ENV = "ACCELERATOR_TYPE: 'v5litepod-16'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_metadata_server_tells_the_meeting(monkeypatch: pytest.MonkeyPatch, joined: bool):
+    """As on a TPU VM: the answers of Google's server, from one of this process."""
+    answers = {
+        "agent-worker-number": "1",
+        "worker-network-endpoints": "unknown:unknown:127.0.0.1,unknown:unknown:10.0.0.3",
+    }
+    answers |= {"tpu-env": TPU_ENV} if joined else {}
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            text = answers.get(self.path.removeprefix("/computeMetadata/v1/instance/attributes/"))
+            self.send_response(200 if text and self.headers["Metadata-Flavor"] == "Google" else 404)
+            self.end_headers()
+            self.wfile.write((text or "").encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # there are no chips here
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+    try:
+        found = cluster.find(None, None, None, 1)
+        del answers["agent-worker-number"]
+        assert cluster.find(None, None, None, 1) is None, "a machine that is no TPU VM"
+    finally:
+        server.shutdown()
+        server.server_close()
+    names = ("127.0.0.1", "10.0.0.3")
+    assert found == (
+        cluster.Meeting("127.0.0.1:8482", 4, 3) if joined else cluster.Meeting("127.0.0.1:8482", 2, 1, names)
+    )
+
+
+def test_a_first_host_without_an_address(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # there are no chips here
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "nowhere.invalid,b")
+    with pytest.raises(hosts.HostsError, match=r"no address of process 0's host nowhere\.invalid within 0 s"):
+        cluster.find(None, None, None, 0.2)
 
 
 def test_the_names_of_missing_hosts_are_told_where_they_are_known() -> None:

@@ -149,7 +149,7 @@ def test_settings_of_older_versions_are_read(folder: Path):
     plain["train"]["log_every"] = 7
     (folder / "run/config.json").write_text(json.dumps(plain))
     assert run_folder.read_settings("run") == experiment(log_every="7 steps")
-    with pytest.raises(Mistake, match="nowhere: no config.json here"):
+    with pytest.raises(Mistake, match=r"nowhere: no config.json here"):
         run_folder.read_settings("nowhere")
 
 
@@ -175,10 +175,18 @@ def test_init_from_another_tokenizer(folder: Path):
     checkpoint.Checkpoints("run").save_frozen({"w": jax.numpy.zeros(2)})
     check("run")
     Path("a.model").write_bytes(b"changed")
-    with pytest.raises(Mistake, match="run was trained with another tokenizer than a.model, .*other_tokenizer=True"):
+    with pytest.raises(Mistake, match=r"run was trained with another tokenizer than a.model, .*other_tokenizer=True"):
         check("run")
     with pytest.raises(Mistake, match="another tokenizer"):
         check("llm=run")
     check("run", other_tokenizer=True)
     check("vision=run")
     run_folder.check_init_from(dataclasses.replace(experiment(init_from="run"), data=Data()))
+
+
+def test_a_conversion_is_not_trained_in(folder: Path):
+    (folder / "given/checkpoints/converted").mkdir(parents=True)
+    with pytest.raises(Mistake, match=r"^--workdir given: holds a conversion, .*--config\.train\.init_from=given$"):
+        run_folder.check_no_conversion("given")
+    run_folder.check(experiment(), "given")  # it can be evaluated
+    run_folder.check_no_conversion("run")

@@ -49,6 +49,19 @@ def test_durations_that_make_no_run(changes: dict, message: str):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("head", "tensor"), "no parameter of this model has an axis 'head'; there are classes, embed, "),
+        (("mlp", "tensr"), "'mlp' goes to the mesh axis 'tensr'; there are data, fsdp, tensor"),
+    ],
+)
+def test_rules_of_the_mesh_that_say_nothing(rule: tuple[str, str], message: str):
+    with pytest.raises(Mistake) as caught:
+        tiny.prepare(mesh={"rules": (("embed", "fsdp"), rule)})
+    assert str(caught.value).startswith(f"config.mesh.rules: {message}")
+
+
 def test_a_share_below_one_step_is_each_step():
     tiny.prepare(train={"save_every": "1%", "eval_every": "0.1 epochs"})
 

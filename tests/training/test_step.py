@@ -14,13 +14,9 @@ from ymplug_jax.training.setup import Run
 
 def start(run: Run):
     """(state, frozen, key) of a fresh run."""
-    params, _ = setup.fresh_params(run)
-    trainable, frozen = state.split(params, run.frozen_patterns)
-    place = lambda leaf: leaf.sharding  # noqa: E731
-    opt_state = jax.jit(run.tx.init, out_shardings=jax.tree.map(place, run.state.opt_state))(trainable)
-    step = jax.device_put(jnp.int32(0), run.state.step.sharding)
+    now, frozen, _ = setup.fresh_state(run)
     key = jax.device_put(jax.random.key(run.experiment.train.seed), sharding.replicated(run.mesh))
-    return state.TrainState(step, trainable, opt_state), frozen, key
+    return now, frozen, key
 
 
 def losses_of(run: Run, steps: int = 4) -> tuple[list[float], state.TrainState]:

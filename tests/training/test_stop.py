@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,12 +49,16 @@ def test_a_second_ctrl_c_ends_the_process():
 
 
 def test_data_that_cannot_be_read_any_more():
-    with pytest.raises(PlaceFailed, match=r"^/gone/x: cannot be read any more \(No such file or directory\)"):
-        with stop.reading("/data"):
-            open("/gone/x")
-    with pytest.raises(PlaceFailed, match="^/data: cannot be read any more .OSError: .Errno 5. Input/output error"):
-        with stop.reading("/data"):  # as a worker process tells it
-            raise RuntimeError("Grain worker failed:\n  File x\nOSError: [Errno 5] Input/output error\n")
+    with (
+        pytest.raises(PlaceFailed, match=r"^/gone/x: cannot be read any more \(No such file or directory\)"),
+        stop.reading("/data"),
+    ):
+        Path("/gone/x").read_bytes()
+    with (
+        pytest.raises(PlaceFailed, match=r"^/data: cannot be read any more .OSError: .Errno 5. Input/output error"),
+        stop.reading("/data"),
+    ):  # as a worker process tells it
+        raise RuntimeError("Grain worker failed:\n  File x\nOSError: [Errno 5] Input/output error\n")
     with pytest.raises(RuntimeError, match="a bug"), stop.reading("/data"):
         raise RuntimeError("a bug")
 
@@ -66,16 +71,18 @@ def test_data_that_cannot_be_read_any_more():
     ],
 )
 def test_a_folder_that_cannot_be_written_any_more(error: Exception):
-    with pytest.raises(PlaceFailed, match=r"^runs/x: cannot be written \(No space left on device\)[^\n]*$"):
-        with checkpoint_files.place_of(checkpoint_files.folder_of("runs/x")):
-            raise error
+    with (
+        pytest.raises(PlaceFailed, match=r"^runs/x: cannot be written \(No space left on device\)[^\n]*$"),
+        checkpoint_files.place_of(checkpoint_files.folder_of("runs/x")),
+    ):
+        raise error
     with pytest.raises(ValueError, match="a bug"), checkpoint_files.place_of(checkpoint_files.folder_of("runs/x")):
         raise ValueError("a bug")
 
 
 def test_a_batch_without_targets_is_named():
     stop.must_have_targets(7, 1.0)
-    with pytest.raises(TrainingStopped, match="^step 7: no example of the batch has a target"):
+    with pytest.raises(TrainingStopped, match=r"^step 7: no example of the batch has a target"):
         stop.must_have_targets(7, 0.0)
 
 

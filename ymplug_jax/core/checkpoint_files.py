@@ -177,7 +177,7 @@ def sums_of(step_folder: epath.Path) -> dict[str, dict[str, str]] | None:
     """
     if not (step_folder / CHECKSUMS).exists():
         if _saved_with_sums(step_folder):
-            raise Damaged("its checksums", f"were saved with the step but are gone ({step_folder / CHECKSUMS})")
+            raise Damaged("its item 'checksums'", f"it was saved with the step but is gone ({step_folder / CHECKSUMS})")
         return None
     sums = json_in(step_folder / CHECKSUMS, "its checksums")
     if not all(isinstance(part, dict) for part in sums.values()):

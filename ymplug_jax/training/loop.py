@@ -48,7 +48,8 @@ def train(experiment: Experiment, workdir: epath.Path, describe: Describe | None
       CorruptRecord: a record is damaged and `skip_corrupt` is not set; the run was saved where that was possible.
       PlaceFailed: the data or the folder could not be read or written any more; the run was saved where that was possible.
     """
-    run_folder.check(experiment, workdir, training=True)
+    run_folder.check(experiment, workdir)
+    run_folder.check_no_conversion(workdir)
     if checkpoint_files.latest_step(str(workdir)) is None:
         run_folder.check_init_from(experiment)
     with Stop() as stop:

@@ -36,7 +36,9 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
       Mistake, ValueError, FileNotFoundError: what is wrong, in one line that names the setting or file and the fix.
       OSError: a place that cannot be read.
     """
-    run_folder.check(experiment, workdir, training=mode == "train")
+    run_folder.check(experiment, workdir)
+    if mode == "train":
+        run_folder.check_no_conversion(workdir)
     train, data = experiment.train, experiment.data
     begun = checkpoint_files.latest_step(str(workdir)) is not None
     if mode == "eval" and not (train.init_from or checkpoint_files.places(str(workdir))):

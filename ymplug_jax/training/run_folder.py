@@ -61,20 +61,14 @@ def read_settings(workdir: str | epath.Path) -> Experiment:
     return experiment
 
 
-def check(experiment: Experiment, workdir: str | epath.Path, *, training: bool) -> None:
-    """Whether a run with these settings can begin or go on in this folder, or be evaluated. Changes nothing on disk.
+def check(experiment: Experiment, workdir: str | epath.Path) -> None:
+    """Whether a run with these settings can begin or go on in this folder. Changes nothing on disk.
 
     Raises:
-      Mistake: the folder cannot be made, written or read back, it holds a run of another task, model, tokenizer or other classes, or
-        it is to be trained in and holds a conversion.
+      Mistake: the folder cannot be made, written or read back, or it holds a run of another task, model, tokenizer or other classes.
     """
     folder = checkpoint_files.whole(str(workdir))
     _check_place(folder)
-    if training and (folder / "checkpoints" / checkpoint_files.CONVERTED).exists():
-        raise Mistake(
-            f"--workdir {workdir}: holds a conversion, whose parameters would stand beside those of the run; choose another folder, "
-            f"and start from this one with --config.train.init_from={workdir}"
-        )
     if (folder / CONFIG).exists():
         old = read_settings(folder)
         _check_same_run(old, experiment, folder)
@@ -82,6 +76,19 @@ def check(experiment: Experiment, workdir: str | epath.Path, *, training: bool) 
         _check_same_classes(old, experiment, folder)
     elif experiment.data.classes:
         preprocess.class_names(experiment.data)
+
+
+def check_no_conversion(workdir: str | epath.Path) -> None:
+    """Whether a run can be trained in this folder, as far as a conversion in it goes.
+
+    Raises:
+      Mistake: there is one, whose parameters would stand beside those of the run.
+    """
+    if (checkpoint_files.whole(str(workdir)) / "checkpoints" / checkpoint_files.CONVERTED).exists():
+        raise Mistake(
+            f"--workdir {workdir}: holds a conversion, whose parameters would stand beside those of the run; choose another folder, "
+            f"and start from this one with --config.train.init_from={workdir}"
+        )
 
 
 def _check_place(folder: epath.Path) -> None:
