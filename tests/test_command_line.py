@@ -57,6 +57,29 @@ def test_settings_of_the_model():
     assert read("--config", PRETRAIN, "--config.model.llm.vocab=77").model["llm"]["vocab"] == 77
 
 
+def test_the_kind_of_a_language_model():
+    """The config file gives it with the settings that belong to it; the command line can state it, not change it."""
+    model = read("--config", f"{PRETRAIN}:qwen", "--config.model.llm.kind=qwen", "--config.model.llm.kv_heads=4").model
+    assert model["llm"]["kind"] == "qwen" and model["llm"]["kv_heads"] == 4
+    with pytest.raises(Mistake) as caught:
+        read("--config", PRETRAIN, "--config.model.llm.kind=qwen", "--config.model.llm.width=64")
+    assert str(caught.value) == (
+        "config.model.llm.kind: a 'gpt3' cannot become a 'qwen', whose settings are others; give a size of it to --config, as "
+        "--config configs/mplug_video/pretrain.py:qwen2.5-1.5b"
+    )
+    with pytest.raises(Mistake) as caught:
+        read("--config", PRETRAIN, "--config.model.llm.kind=llama")
+    assert str(caught.value) == "config.model.llm.kind: there is no 'llama'; there are gpt3, bloom, qwen"
+    with pytest.raises(
+        Mistake, match="^config.model.llm: no setting named 'max_position'; did you mean 'max_positions'"
+    ):
+        read("--config", f"{PRETRAIN}:qwen", "--config.model.llm.max_position=3")
+    with pytest.raises(
+        Mistake, match=r"pretrain.py:llama: language model 'llama' is unknown; there are gpt3, bloom, qwen$"
+    ):
+        read("--config", f"{PRETRAIN}:llama")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A folder with the settings of a run; its tokenizer is gone from where it was."""
@@ -70,7 +93,8 @@ def run(tmp_path: Path) -> Path:
 
 def test_settings_of_a_run(run: Path):
     made = read("--workdir", str(run), "--mode=eval", "--config.data.eval_split=test")
-    assert (made.task, made.model, made.optim.lr) == ("pretrain", {"llm": {"vocab": 9}}, 0.5)
+    assert (made.task, made.optim.lr) == ("pretrain", 0.5)
+    assert made.model == {"llm": {"kind": "gpt3", "vocab": 9}}, "the run is older than the choice of a decoder"
     assert made.train.frozen == ("a",) and made.data.path == "shards" and made.data.eval_split == "test"
     assert made.data.tokenizer == f"{run}/tokenizer/t.model"
     (run.parent / "gone").mkdir()

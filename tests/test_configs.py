@@ -1,22 +1,26 @@
-"""Every config builds; its parameters stand as a table under review: a change shows up as a diff of a text file.
+"""Every config builds; its parameters and its resolved settings stand under review: a change shows up as a diff of a text file.
 
-After a change that is meant, write the tables again with `UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py`.
+After a change that is meant, write them again with `UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py`.
 """
 
+import dataclasses
 import importlib.util
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
-from configs.mplug_video import slices
+from configs.mplug_video import recipe, slices
 from ymplug_jax.core import config
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.training import setup
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "params"
+SETTINGS = Path(__file__).parent / "golden" / "configs"
 FILES = sorted(
     p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("recipe", "slices")
 )  # shared by the runs of a model
@@ -26,6 +30,12 @@ VARIANTS = {
     ("mplug_video/pretrain", "2.7b"): {"fsdp": 4, "tensor": 2},
     ("mplug_video/pretrain", "1.3b,l14"): {"fsdp": 8},
     ("mplug_video/pretrain", "2.7b,l14"): {"fsdp": 8},
+    ("mplug_video/pretrain", "bloomz-1b7"): {"fsdp": 8},
+    ("mplug_video/pretrain", "bloomz-7b1"): {"fsdp": 8},
+    ("mplug_video/pretrain", "qwen2.5-1.5b"): {"fsdp": 4, "tensor": 2},
+    ("mplug_video/pretrain", "qwen2.5-7b"): {"fsdp": 4, "tensor": 2},
+    ("mplug_video/pretrain", "qwen3-1.7b"): {"fsdp": 8},
+    ("mplug_video/pretrain", "qwen3-8b"): {"fsdp": 2, "tensor": 4},
     ("mplug_video/classify", "1.3b"): {"fsdp": 8},
     ("mplug_video/caption", "1.3b"): {"fsdp": 8},
     ("mplug_video/retrieve", "2.7b"): {"fsdp": 8},
@@ -44,6 +54,8 @@ VARIANTS = {
     ("tiny/alpro_classify", None): {},
     ("tiny/alpro_retrieve", None): {},
     ("tiny/pretrain", None): {},
+    ("tiny/pretrain", "bloom"): {},
+    ("tiny/pretrain", "qwen"): {},
     ("tiny/classify", None): {},
     ("tiny/caption", None): {},
     ("tiny/retrieve", None): {},
@@ -52,15 +64,29 @@ VARIANTS = {
 }
 
 
-def load(name: str, argument: str | None) -> config.Experiment:
+# Frozen parameters of the released decoders, as Hugging Face counts them: see tests/convert/test_decoders.py.
+FROZEN = {
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-8b": 8_190_735_360,
+    "bloomz-1b7": 1_722_408_960,
+    "bloomz-7b1": 7_069_016_064,
+}
+
+
+def resolved(name: str, argument: str | None) -> config.Experiment:
     path = ROOT / "configs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location("a_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    settings = module.get_config(argument) if argument else module.get_config()
-    with settings.unlocked():
-        settings.data.examples = 10_000_000
-    return config.from_config_dict(settings)
+    return config.from_config_dict(module.get_config(argument) if argument else module.get_config())
+
+
+def load(name: str, argument: str | None) -> config.Experiment:
+    """For a run without data."""
+    experiment = resolved(name, argument)
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, examples=10_000_000))
 
 
 def test_every_config_has_a_table():
@@ -75,6 +101,7 @@ def test_parameter_table(name: str, argument: str | None):
     mesh = config.Mesh(**VARIANTS[name, argument])
     experiment = config.Experiment(**{**vars(experiment), "mesh": mesh})
     run = setup.prepare(experiment, jax.devices()[: 8 if VARIANTS[name, argument] else 1])
+    assert state_lib.count(run.frozen) == FROZEN.get(argument or "", state_lib.count(run.frozen))
     lines = []
     for kind, tree in (("trained", run.state.trainable), ("frozen", run.frozen)):
         for path, leaf in state_lib.flatten(tree).items():
@@ -86,6 +113,51 @@ def test_parameter_table(name: str, argument: str | None):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     assert file.read_text(encoding="utf-8") == text
+
+
+def arguments(name: str) -> Iterator[str | None]:
+    """All that a config takes; its settings in full are those of the first."""
+    family, _, task = name.partition("/")
+    if family == "mplug_video":
+        for size in recipe.LLMS:
+            yield size
+            yield f"{size},l14"
+            yield from (f"{size}@{place}" for place, layout in slices.SLICES.items() if size in layout.batch)
+    elif family == "tiny" and not task.startswith("alpro"):
+        yield from recipe.TINY
+    else:
+        yield from (argument for one, argument in VARIANTS if one == name)
+
+
+def flat(settings: object, before: str = "") -> dict[str, object]:
+    """{"train.batch_size": 8, ...}."""
+    if not isinstance(settings, dict):
+        return {before: settings}
+    return {k: v for key, part in settings.items() for k, v in flat(part, f"{before}.{key}" if before else key).items()}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in VARIANTS}))
+def test_resolved_settings(name: str):
+    """Of the first argument in full, of the others what differs; null where a setting is not there."""
+    first, *others = arguments(name)
+    full = json.loads(config.to_json(resolved(name, first)))
+    changes = {}
+    for argument in others:
+        here, base = flat(json.loads(config.to_json(resolved(name, argument)))), flat(full)
+        changes[argument] = {
+            key: here.get(key) for key in sorted(here.keys() | base.keys()) if here.get(key) != base.get(key)
+        }
+    text = json.dumps({"argument": first, "settings": full, "others": changes}, indent=1, ensure_ascii=False) + "\n"
+    file = SETTINGS / f"{name.replace('/', '_')}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    assert file.read_text(encoding="utf-8") == text
+
+
+def test_a_slice_without_a_layout_says_what_there_is():
+    with pytest.raises(ValueError, match="slice 'v5e-16' has no layout for qwen3-8b; there are 1.3b, 2.7b"):
+        load("mplug_video/pretrain", "qwen3-8b@v5e-16")
 
 
 def test_unknown_sizes_are_named():

@@ -18,12 +18,22 @@ from ymplug_jax.core import checkpoint
 
 BLOOM = {"width": 64, "depth": 3, "heads": 4, "vocab": 97}
 IMAGE = {"width": 64, "depth": 2, "heads": 4, "patch": 16, "image": 64}
+QWEN = {
+    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 80, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+}  # fmt: skip
+QWEN2 = QWEN | {"kind": "qwen2", "tie_word_embeddings": True}
+QWEN3 = QWEN | {"kind": "qwen3", "tie_word_embeddings": True, "head_dim": 16}  # N * H is not D
 MEGATRON = {"width": 96, "depth": 3, "vocab": 101, "positions": 40}
 HEADS = ["--heads", "llm=4", "vision=4", "text=4"]
 SOURCES = {
     "bloom": ("bloom", "bloom", BLOOM, "float32"),
     "bloom in half precision": ("bloom", "bloom", BLOOM, "float16"),
     "bloom in shards": ("bloom", "bloom", BLOOM | {"shard": "100KB"}, "bfloat16"),
+    "qwen2": ("qwen", "qwen", QWEN2, "float32"),
+    "qwen2.5, untied in shards": ("qwen", "qwen", QWEN2 | {"tie_word_embeddings": False, "shard": "50KB"}, "bfloat16"),
+    "qwen3": ("qwen", "qwen", QWEN3, "bfloat16"),
+    "qwen3, untied": ("qwen", "qwen", QWEN3 | {"tie_word_embeddings": False}, "float32"),
     "bert": ("bert", "bert", {"width": 64, "depth": 4, "heads": 4, "vocab": 97}, "float32"),
     "clip": ("clip", "clip", IMAGE, "float32"),
     "openai archive": ("clip", "openai", IMAGE, "float16"),
@@ -150,14 +160,19 @@ def test_a_conversion_loads_on_any_mesh(tmp_path: Path) -> None:
 
 
 def test_the_classes_of_hugging_face_load_what_comes_back(tmp_path: Path) -> None:
+    """Of decoders the folder as it comes back; of CLIP the original's config.json says what the weights are."""
     import transformers
 
-    for name, cls in (("bloom", transformers.BloomForCausalLM), ("clip", transformers.CLIPVisionModel)):
+    causal = transformers.AutoModelForCausalLM
+    for name, cls in (
+        ("bloom", causal), ("clip", transformers.CLIPVisionModel), ("qwen2", causal), ("qwen3, untied", causal),
+    ):  # fmt: skip
         model, files = make(name, tmp_path / name)
         run("--model", model, "--source", *files, "--out", tmp_path / f"{name}-out", *HEADS)
         back = tmp_path / f"{name}-back"
         run("--model", model, "--source", tmp_path / f"{name}-out", "--out", back, "--to", "torch")
-        (back / "config.json").write_bytes((tmp_path / name / "config.json").read_bytes())
+        if name == "clip":
+            (back / "config.json").write_bytes((tmp_path / name / "config.json").read_bytes())
         loaded, info = cls.from_pretrained(back, output_loading_info=True)
         assert not [n for n in info["missing_keys"] if n != "lm_head.weight"] and not info["unexpected_keys"], info
         original = cls.from_pretrained(tmp_path / name)

@@ -1,11 +1,14 @@
 """Settings: locked, typed, the same after a round trip."""
 
 import dataclasses
+import json
 
 import pytest
 
 from ymplug_jax.core import config, exits
 from ymplug_jax.core.config import Experiment, Train
+from ymplug_jax.models import gpt3, language_models, mplug_video
+from ymplug_jax.tasks import task
 
 
 def make() -> Experiment:
@@ -159,3 +162,50 @@ def test_ints_become_floats_and_lists_tuples():
 def test_json_that_holds_no_settings(text: str):
     with pytest.raises(ValueError):
         config.from_json(text)
+
+
+@pytest.mark.parametrize("kind", language_models.KINDS)
+def test_the_kind_of_a_decoder_survives(kind: str):
+    """Settings -> config.json -> settings -> module."""
+    (lm, *_) = language_models.TABLE[kind].sizes.values()
+    model = mplug_video.sized("tiny", "tiny").clone(llm=lm)
+    read = config.from_json(config.to_json(Experiment(task="pretrain", model=model)))
+    assert read.model["llm"]["kind"] == kind
+    assert read == config.from_config_dict(config.to_config_dict(read))
+    assert task.build(mplug_video.MPLUGVideo, read.model) == model
+
+
+def test_a_run_without_a_kind_has_a_gpt3():
+    fields = {"vocab": 64, "width": 32, "depth": 2, "heads": 2, "max_positions": 32}
+    read = config.from_json(json.dumps(settings(model={"llm": fields, "classes": 3})))
+    assert read.model == {"llm": {"kind": "gpt3", **fields}, "classes": 3}
+    assert task.build(mplug_video.MPLUGVideo, read.model).llm == gpt3.GPT3(**fields)
+
+
+@pytest.mark.parametrize(
+    ("llm", "message"),
+    [
+        ({"kind": "llama"}, "config.model.llm.kind is 'llama'; there are gpt3, bloom, qwen"),
+        ({"width": 8}, "config.model.llm.kind is None; there are gpt3, bloom, qwen"),
+        (7, "config.model.llm: 7 are no settings of a language model"),
+        (
+            {"kind": "qwen", "dropout": 0.1},
+            "config.model.llm: no setting named 'dropout'; there are depth, dtype, head_dim, heads, kv_heads, max_positions, "
+            "mlp, norm_eps, qk_norm, qkv_bias, remat, rope_theta, tied, vocab, width",
+        ),
+        (
+            {"kind": "qwen", "heads": 6, "kv_heads": 4},
+            "config.model.llm.kv_heads: 6 heads cannot share 4; choose a divisor of config.model.llm.heads",
+        ),
+        (
+            {"kind": "qwen", "head_dim": 15},
+            "config.model.llm.head_dim: 15 is odd; rotary positions need an even number",
+        ),
+        ({"kind": "qwen", "norm_eps": 0.0}, "config.model.llm.norm_eps: 0.0 is too small; it must be above 0"),
+        ({"kind": "qwen", "mlp": 0}, "config.model.llm.mlp: 0 is too small; give 1 or more"),
+    ],
+)
+def test_settings_of_a_decoder_that_cannot_be(llm: object, message: str):
+    with pytest.raises(exits.Mistake) as caught:
+        task.build(mplug_video.MPLUGVideo, {"llm": llm})
+    assert str(caught.value) == message

@@ -87,12 +87,11 @@ def _refuse(config: HubConfig, qk_norm: bool) -> None:
     """Refuse what changes the computation and is not in `Qwen`."""
     values = config.values
     sliding = values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ())
-    scaling = values.get("rope_scaling") or {}
-    rope = {**(values.get("rope_parameters") or {}), **scaling}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    ropes = [values.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
     odd = {
         "use_sliding_window": sliding,
-        f"rope_scaling of type {kind}": kind != "default",
+        **{f"rope_scaling of type {kind}": kind != "default" for kind in kinds},
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
     }
     if found := [name for name, there in odd.items() if there]:
