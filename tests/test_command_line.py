@@ -71,7 +71,7 @@ def test_the_kind_of_a_language_model():
         read("--config", PRETRAIN, "--config.model.llm.kind=llama")
     assert str(caught.value) == "config.model.llm.kind: there is no 'llama'; there are gpt3, bloom, qwen"
     with pytest.raises(
-        Mistake, match="^config.model.llm: no setting named 'max_position'; did you mean 'max_positions'"
+        Mistake, match=r"^config\.model.llm: no setting named 'max_position'; did you mean 'max_positions'"
     ):
         read("--config", f"{PRETRAIN}:qwen", "--config.model.llm.max_position=3")
     with pytest.raises(

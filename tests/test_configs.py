@@ -156,7 +156,7 @@ def test_resolved_settings(name: str):
 
 
 def test_a_slice_without_a_layout_says_what_there_is():
-    with pytest.raises(ValueError, match="slice 'v5e-16' has no layout for qwen3-8b; there are 1.3b, 2.7b"):
+    with pytest.raises(ValueError, match=r"slice 'v5e-16' has no layout for qwen3-8b; there are 1\.3b, 2\.7b"):
         load("mplug_video/pretrain", "qwen3-8b@v5e-16")
 
 
