@@ -148,7 +148,8 @@ def test_settings_of_older_versions_are_read(folder: Path):
     del plain["train"]["other_tokenizer"], plain["data"]["classes"]
     plain["train"]["log_every"] = 7
     (folder / "run/config.json").write_text(json.dumps(plain))
-    assert run_folder.read_settings("run") == experiment(log_every="7 steps")
+    model = {**MODEL, "llm": {"kind": "gpt3", **MODEL["llm"]}}  # the only decoder that there was
+    assert run_folder.read_settings("run") == experiment(model=model, log_every="7 steps")
     with pytest.raises(Mistake, match=r"nowhere: no config.json here"):
         run_folder.read_settings("nowhere")
 
