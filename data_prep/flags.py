@@ -91,7 +91,7 @@ def bar(
     initial: int = 0,
     leave: bool = True,
     mininterval: float = 0.1,
-) -> tqdm[Item]:
+) -> "tqdm[Item]":
     """tqdm on a terminal; elsewhere a plain line every EVERY seconds, so that logs hold no redrawn bars."""
     shown = sys.stderr.isatty()
     if items is not None and not shown:

@@ -59,7 +59,7 @@ def verified(folder: Path) -> dict[str, tensorstore.TensorStore]:
         raise exits.Mistake(
             f"{folder}: no checkpoint in it; give the folder of a run or of a conversion (--out of that)"
         )
-    found = {}
+    found: dict[str, tensorstore.TensorStore] = {}
     step = checkpoint_files.step_folder(checkpoint_files.whole(str(folder)), checkpoint_files.latest_step(str(folder)))
     for place in places:
         leaves = opened(place)

@@ -19,7 +19,7 @@ class Facts(NamedTuple):
 
     rank: int | None = None  # among the pieces
     process: int | None = None  # rank among all processes of the run that wrote it
-    count: int | None = None  # pieces of the model
+    pieces: int | None = None  # of the model
     stages: int | None = None  # of pipeline parallelism
     version: float | None = None  # of Megatron's layout
 
@@ -60,8 +60,10 @@ def check_whole(file: Path, facts: Facts) -> None:
       exits.Mistake: it says that it is one of several pieces, or one that no table is for.
     """
     _check_kind(file, facts)
-    if facts.count and facts.count > 1:
-        raise exits.Mistake(f"{file}: one of {facts.count} tensor-parallel pieces by its own account; give all of them")
+    if facts.pieces and facts.pieces > 1:
+        raise exits.Mistake(
+            f"{file}: one of {facts.pieces} tensor-parallel pieces by its own account; give all of them"
+        )
     if rank := rank_of(file):
         raise exits.Mistake(
             f"{file}: the tensor-parallel piece of rank {rank} by its name, without those before it; give all pieces, or rename it "
@@ -77,7 +79,7 @@ def order(files: Sequence[Path], facts: Mapping[Path, Facts]) -> list[Path]:
     """
     for file in files:
         _check_kind(file, facts[file])
-        if (count := facts[file].count) and count != len(files):
+        if (count := facts[file].pieces) and count != len(files):
             raise exits.Mistake(
                 f"{file}: one of {count} tensor-parallel pieces by its own account, but {len(files)} files are given; give all {count}"
             )

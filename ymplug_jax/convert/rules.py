@@ -105,10 +105,10 @@ def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     made: set[str] = set()
     for rule in rules:
-        present = [path for path in rule.targets if path in shapes]
+        placed = [path for path in rule.targets if path]
+        present = [path for path in placed if path in shapes]
         if not present:
             continue
-        placed = [path for path in rule.targets if path]
         if len(present) < len(placed) or len({shapes[path] for path in present}) > 1:
             raise ValueError(f"{rule.source}: its targets {rule.targets} do not all exist in one shape: {shapes}")
         if twice := made.intersection(present):
@@ -159,7 +159,7 @@ def tensor_of(entry: Entry, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
     if entry.layer is not None:
         found = {path: value[entry.layer] for path, value in found.items()}
     zeros = np.zeros_like(next(iter(found.values())))
-    values = [found.get(path, zeros) for path in entry.rule.targets]
+    values = [found[path] if path else zeros for path in entry.rule.targets]
     order, flat = _order(entry)
     moved = np.stack(values).reshape([flat[axis] for axis in order])
     return moved.transpose(np.argsort(order)).reshape(entry.shape)

@@ -72,9 +72,10 @@ def open_file(file: Path) -> tuple[Mapping[str, Stored], pieces.Facts]:
             if "data.pkl" not in members:
                 raise SourceError(f"{file}: a zip archive that torch.save did not write; unpack it")
             if "constants.pkl" in members:
-                found = torch_script.tensors(file, archive)
-                scripted = {name: _with_crc(Stored(file, *rest), archive, crc) for name, (*rest, crc) in found.items()}
-                return scripted, pieces.Facts()
+                return {
+                    name: _with_crc(Stored(file, offset, dtype, shape, strides), archive, member)
+                    for name, (offset, dtype, shape, strides, member) in torch_script.tensors(file, archive).items()
+                }, pieces.Facts()
             return _zipped(file, archive)
     except torch_script.Unsafe as error:
         raise SourceError(_unsafe(file, str(error))) from None
@@ -85,8 +86,10 @@ def open_file(file: Path) -> tuple[Mapping[str, Stored], pieces.Facts]:
 
 
 # What the readers of archives and pickles raise on bytes that their writers did not write.
-_BROKEN = (RuntimeError, EOFError, ValueError, LookupError, OSError, TypeError, AttributeError, AssertionError)
-_BROKEN += (zipfile.BadZipFile, struct.error, OverflowError, MemoryError, pickle.UnpicklingError, zlib.error)
+_BROKEN: tuple[type[Exception], ...] = (
+    RuntimeError, EOFError, ValueError, LookupError, OSError, TypeError, AttributeError, AssertionError,
+    zipfile.BadZipFile, struct.error, OverflowError, MemoryError, pickle.UnpicklingError, zlib.error,
+)  # fmt: skip
 
 
 def _loaded(file: Path) -> Any:
@@ -145,14 +148,15 @@ def _zipped(file: Path, archive: zipfile.ZipFile) -> tuple[dict[str, Stored], pi
     found = {}
     for name, tensor in _unnested(loaded, file).items():
         storage = tensor.untyped_storage()
+        begin: int = storage._checkpoint_offset  # type: ignore[assignment]  # never None for what torch.load has read
         stored = Stored(
             file,
-            storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize,
+            begin + int(tensor.storage_offset()) * tensor.itemsize,
             _dtype(tensor),
             tuple(tensor.shape),
             None if tensor.is_contiguous() else tuple(tensor.stride()),
         )
-        info = by_offset.get(storage._checkpoint_offset)
+        info = by_offset.get(begin)
         found[name] = _with_crc(stored, archive, info.filename if info else "")
     return found, pieces.facts_of(loaded)
 
@@ -233,12 +237,9 @@ def read(name: str, stored: Stored) -> np.ndarray:
 
 def _finite(value: np.ndarray, block: int = 1 << 18) -> bool:
     """Whether no value is infinite or not a number: without its sign, its bits are below those of infinity."""
-    bits, infinity = {
-        "float32": (np.uint32, 0x7F800000),
-        "float16": (np.uint16, 0x7C00),
-        "bfloat16": (np.uint16, 0x7F80),
-    }[value.dtype.name]
-    flat, magnitude = value.reshape(-1).view(bits), bits(np.iinfo(bits).max >> 1)
+    infinity = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[value.dtype.name]
+    bits = np.dtype(f"uint{8 * value.dtype.itemsize}")
+    flat, magnitude = value.reshape(-1).view(bits), np.array(np.iinfo(bits).max >> 1, bits)
     return all((flat[i : i + block] & magnitude).max() < infinity for i in range(0, flat.size, block))
 
 

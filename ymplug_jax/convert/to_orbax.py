@@ -286,7 +286,7 @@ def _resized(module: ModuleType, plan: Plan, wish: Wish) -> Iterator[tuple[str, 
 
 def _casts(module: ModuleType, shapes: Mapping[str, Any], wanted: Mapping[str, str]) -> dict[str, Any]:
     """Path -> type of the parameters whose type is to change; a later subtree overrides an earlier one."""
-    casts = {}
+    casts: dict[str, Any] = {}
     for subtree, dtype in wanted.items():
         if subtree == "frozen":
             found = [path for path in shapes if _any(path, extra(module, "FROZEN", ()))]

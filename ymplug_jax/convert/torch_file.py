@@ -104,8 +104,8 @@ class Source:
             forms = [(stored.dtype, [n for d, n in enumerate(stored.shape) if d != axis]) for stored in where]
             for i, stored in enumerate(where[1:], 1):
                 if forms[i] != forms[0]:
-                    one, two = (f"{part.file} ({part.dtype} {part.shape})" for part in (where[0], stored))
-                    raise SourceError(f"{name} differs in {one} and {two}; give the pieces of one model only")
+                    here, there = (f"{part.file} ({part.dtype} {part.shape})" for part in (where[0], stored))
+                    raise SourceError(f"{name} differs in {here} and {there}; give the pieces of one model only")
                 if axis is None and self._content(name, 0) != self._content(name, i):
                     self._check_near(name, where[0], stored)
 
@@ -116,7 +116,7 @@ class Source:
             return stored.dtype, stored.shape, stored.crc
         if stored.dtype not in FLOATS:
             return stored.dtype, stored.shape
-        return hashlib.sha256(np.ascontiguousarray(read(name, stored)).view(np.uint8)).digest()
+        return hashlib.sha256(np.ascontiguousarray(read(name, stored)).view(np.uint8).data).digest()
 
     def _check_near(self, name: str, first: Stored, other: Stored) -> None:
         """Copies of a parameter drift apart by roundings in some programs; those of another model are far from each other."""

@@ -37,7 +37,7 @@ def of_tree(flat: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
     return {path: text(array.dtype, array.shape, sums[path]) for path, array in flat.items()}
 
 
-def text(dtype: Any, shape: Sequence[int], sums: Sequence[int]) -> str:
+def text(dtype: Any, shape: Sequence[int], sums: Sequence[int] | np.ndarray) -> str:
     """The checksum as `of` gives it, from the two sums."""
     return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]+{int(sums[0]):08x}{int(sums[1]):08x}"
 
