@@ -27,11 +27,11 @@ from transformers.models.timesformer import modeling_timesformer
 from ymplug_jax.core import sharding
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Data, Experiment, Optim, Train
+from ymplug_jax.data import transforms
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks.common import preprocess
 from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 
@@ -94,7 +94,7 @@ class Captioner(nn.Module):
             )
         )  # fmt: skip
         self.llm.requires_grad_(False)
-        for name, values in (("mean", preprocess.MEAN), ("std", preprocess.STD)):
+        for name, values in (("mean", transforms.CLIP_MEAN), ("std", transforms.CLIP_STD)):
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def forward(self, video: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

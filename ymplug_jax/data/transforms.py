@@ -13,6 +13,9 @@ import numpy as np
 
 from ymplug_jax.data.frames import opencv
 
+# Of CLIP's images, RGB, for values in 0..1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LEVEL = 5  # of 10
 FILL = (128, 128, 128)
 Frame = np.ndarray  # uint8[H, W, 3]

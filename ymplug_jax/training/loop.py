@@ -89,7 +89,11 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: Stop) 
     held_out = open_split(data.path, data.eval_split) if data.eval_split else None
     scorer = evaluate.Scorer(run) if settings.eval_scores_every else None
     scores_every = steps(settings.eval_scores_every) if scorer else 0
-    best = Best(experiment, workdir) if settings.best else None
+    best = (
+        Best(experiment, workdir, higher_is_better=run.task.score_named(settings.best).higher_is_better)
+        if settings.best
+        else None
+    )
 
     def check(step: int) -> None:
         """The losses of the evaluation split, and every `eval_scores_every` the task's own scores."""
