@@ -10,7 +10,7 @@ import pytest
 
 import shards
 from task_rows import batch_of, kept_of, rows_of
-from ymplug_jax.core import sharding
+from ymplug_jax.core import exits, sharding
 from ymplug_jax.core.config import Data, Experiment, Mesh, Optim, Train
 from ymplug_jax.data.records import Records
 from ymplug_jax.models import mplug_video
@@ -18,6 +18,7 @@ from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.tasks import names
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.common import candidates, losses, pair_losses
 from ymplug_jax.tasks.mplug_video import match, retrieve
@@ -145,6 +146,25 @@ def test_classification_reports_every_modality(data: Data) -> None:
     assert report.rows[0]["label"] == "宠物" and len(report.rows[0]["top5"]) == 5
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_task_says_which_scores_it_has(name: str, data: Data) -> None:
+    """What an evaluation finds is what the record lists, in that order, and the record says no more than its file."""
+    task, params = prepared(name, data)
+    records = Records(data.path, "validation")
+    means = jax.jit(task.loss)(params, batch_of(task, records, None, range(4)), None)[1]
+    rows = rows_of(task, params, records)
+    rows = task.rescore(params, rows, kept_of(task, rows)) if task.rescore else rows
+    report = task.score(rows, records)
+    found = [*means, *(key for key, value in report.scores.items() if isinstance(value, float))]
+    assert found == [score.name for score in task.scores]
+    assert set(task.scores) <= set(names.scores_of(name))
+    commands = {*task.describe, *(["retrieve"] if task.embeds else [])}
+    assert commands == set(getattr(names.module_of(name), "ANSWERS", ()))
+    assert len(task.page.line(report.rows[0])) == len(task.page.columns) > 0
+    with pytest.raises(exits.Mistake, match=r"this task has no score 'los'; did you mean 'loss'\?"):
+        task.score_named("los")
+
+
 @pytest.mark.parametrize("name", ["classify", "caption"])
 def test_splits_without_labels_say_so(name: str, data: Data) -> None:
     task, params = prepared(name, data)
@@ -199,6 +219,10 @@ def test_matching_scores_all_pairs_or_the_best_of_an_index(data: Data, tmp_path:
     records = Records(data.path, "validation")
     rows = rows_of(task, params, records)
     full = task.rescore(params, rows, kept_of(task, rows))
+    cut = task.rescore(params, rows, kept_of(task, rows, devices=8, batch=8))  # each row is on one device of eight
+    for one, other in zip(full, cut, strict=True):
+        for name in match.NAMES:
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-6)
     report = task.score(full, records)
     assert report.scores["videos"] == report.scores["texts"] == 10
     assert {"generation/t2v_r1", "head/v2t_r10", "head/r_mean"} <= set(report.scores)
