@@ -214,7 +214,7 @@ def build(
 def unknown(name: str, known: Iterable[str], where: str) -> str:
     """What to say about a setting that there is not: the nearest one if one is near, else all there are."""
     near = difflib.get_close_matches(name, known, 1)
-    names = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+    names = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
     return f"{where}: no setting named {name!r}; {names}"
 
 
