@@ -106,13 +106,13 @@ def test_relative_places_of_a_run_are_those_of_its_start(run: Path, tmp_path: Pa
     (tmp_path / "there" / "shards").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     settings = json.loads((run / "config.json").read_text())
-    settings["data"]["path"], settings["options"]["candidates"] = "shards", "index.npz"
+    settings["data"]["path"], settings["task"], settings["options"]["candidates"] = "shards", "match", "index.npz"
     folder = shutil.copytree(run, tmp_path / "moved")
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "environment.json").write_text(json.dumps({"folder": str(tmp_path / "there")}))
     monkeypatch.chdir(tmp_path / "here")
     found = read("--workdir", str(folder))
-    assert found.data.path == str(tmp_path / "there" / "shards") and found.options.candidates == "index.npz"
+    assert found.data.path == str(tmp_path / "there" / "shards") and found.options["candidates"] == "index.npz"
     (tmp_path / "here" / "shards").mkdir()
     assert read("--workdir", str(folder)).data.path == "shards"
     (tmp_path / "here" / "shards").rmdir()

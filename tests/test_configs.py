@@ -172,6 +172,6 @@ def test_unknown_sizes_are_named():
 def test_matching_on_a_slice_keeps_negatives_near(size: str, name: str) -> None:
     """Groups of 8 rows or more that are whole chips' rows, and as many as the batch has room for."""
     experiment, chips = load("mplug_video/match", f"{size}@{name}"), slices.SLICES[name].chips
-    group, each = experiment.options.group, experiment.train.batch_size // chips
+    group, each = experiment.options["group"], experiment.train.batch_size // chips
     assert group >= 8 and group % each == 0 and experiment.train.batch_size % group == 0
     assert group == each or group // each <= 4

@@ -112,6 +112,39 @@ def test_no_cycles():
         visit(name, ())
 
 
+def makes_a_task(path: Path) -> bool:
+    return any(isinstance(node, ast.FunctionDef) and node.name == "make" for node in ast.parse(path.read_text()).body)
+
+
+FAMILIES = {
+    folder.name: sorted(folder.glob("*.py"))
+    for folder in (PACKAGE / "tasks").iterdir()
+    if folder.is_dir() and folder.name not in ("common", "__pycache__")
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_tasks_do_not_see_each_other(family: str):
+    """Neither those of one family nor another family; what several share lies in tasks/common, or in a file without `make`."""
+    tasks = {f"ymplug_jax.tasks.{family}.{path.stem}" for path in FAMILIES[family] if makes_a_task(path)}
+    assert tasks
+    for path in FAMILIES[family]:
+        used = imports_of(path) | {name.rpartition(".")[0] for name in imports_of(path)}
+        own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert not (used & tasks) - {own}, f"{path} imports another task"
+        others = [f"ymplug_jax.tasks.{name}" for name in FAMILIES if name != family]
+        assert not [name for name in used for other in others if f"{name}.".startswith(f"{other}.")], path
+
+
+def test_what_tasks_share_and_the_programs_name_none():
+    """tasks/common, the record itself and every package above know no family; configs choose the task."""
+    families = tuple(f"ymplug_jax.tasks.{name}" for name in FAMILIES)
+    shared = [*(PACKAGE / "tasks").glob("*.py"), *(PACKAGE / "tasks" / "common").glob("*.py")]
+    above = [path for path in SOURCES if path.is_relative_to(PACKAGE) and not path.is_relative_to(PACKAGE / "tasks")]
+    for path in (*shared, *above):
+        assert not [name for name in imports_of(path) if name.startswith(families)], path
+
+
 def test_data_prep_knows_only_data():
     for path in (ROOT / "data_prep").rglob("*.py"):
         used = {name for name in imports_of(path) if name.startswith("ymplug_jax")}

@@ -117,7 +117,7 @@ def base(home: Path, task: str) -> list[str]:
     alpro = task.startswith("alpro")
     kind, tokenizer = KINDS.get(task, "pretrain"), "vocab.txt" if alpro else "t.model"
     small = ALPRO if alpro else LANGUAGE if task == "language" else runs.SMALL
-    if task == "alpro_classify":
+    if task in ("alpro_classify", "alpro_prompter"):
         small = [flag for flag in small if "group" not in flag]
     data = [f"--config.data.path={home / kind}", f"--config.data.tokenizer={home / tokenizer}"]
     return [f"--config={runs.ROOT}/configs/tiny/{task}.py", *data, *small, "--config.train.duration=2 steps"]
@@ -182,8 +182,15 @@ SETTINGS = {
     "task": (["--config.task=dance"], "config.task is 'dance'; there are alpro_classify, "),
     "frozen pattern": (["--config.train.frozen=lm/.*"], "config.train.frozen: the pattern 'lm/.*' matches no parameter"),
     "frozen dtype": (["--config.train.frozen_dtype=int4"], "config.train.frozen_dtype is 'int4'; there are float32, "),
-    "candidates": (["--config.options.candidates={tmp}/i.npz"], "config.options.candidates {tmp}/i.npz: no such file"),
-    "no index": (["--config.options.candidates={home}/t.model"], "config.options.candidates {home}/t.model: no .npz file ("),
+    "best": (
+        ["--config.train.best=token_acuracy", "--config.train.eval_scores_every=1 steps"],
+        "config.train.best: this task has no score 'token_acuracy'; did you mean 'token_accuracy'?",
+    ),
+    "best of another task": (
+        ["--config.train.best=cider", "--config.train.eval_scores_every=1 steps"],
+        "config.train.best: this task has no score 'cider'; there are caption_loss, loss, token_accuracy, exact_share",
+    ),
+    "option of another task": (["--config.options.beams=3"], "config.options: no setting named 'beams'; there are none"),
     "classes": (["--config.data.classes={tmp}/names.txt"], "config.data.classes {tmp}/names.txt: No such file"),
     "unknown flag": (["--wrokdir=x"], "--wrokdir: no such flag; did you mean --workdir?"),
     "unknown mode": (["--mode=trian"], "--mode: 'trian' is no mode; did you mean train?"),
@@ -367,8 +374,15 @@ def test_an_evaluation_needs_its_own_split_alone(home: Path, tmp_path: Path):
 
 def test_arrays_that_an_index_lacks(tmp_path: Path, refused: Refused):
     np.savez(tmp_path / "index.npz", video=np.zeros((2, 3)))
-    line = refused(f"--config.options.entities={tmp_path}/index.npz", task="pretrain")
+    line = refused(f"--config.options.entities={tmp_path}/index.npz", task="alpro_pretrain")
     assert line.startswith(f"config.options.entities {tmp_path}/index.npz: no 'entity_features' in it; give")
+
+
+def test_files_that_options_name(tmp_path: Path, refused: Refused):
+    line = refused("--config.options.candidates={tmp}/i.npz", task="match")
+    assert line.startswith(f"config.options.candidates {tmp_path}/i.npz: no such file")
+    line = refused("--config.options.candidates={home}/t.model", task="match")
+    assert line.startswith(f"config.options.candidates {refused.home}/t.model: no .npz file (")
 
 
 def test_prompts_that_are_none(tmp_path: Path, refused: Refused):

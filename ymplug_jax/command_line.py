@@ -20,7 +20,6 @@ from ymplug_jax.core import config, config_file
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 
-FILES = ("candidates", "entities", "prompts", "answers")  # options that name one
 MODES = ("train", "eval", "plan", "compile", "bench")
 SETTING = re.compile(r"--?(?:no)?config\.")
 
@@ -140,13 +139,30 @@ def experiment_of(flags: argparse.Namespace, settings: list[str]) -> Experiment:
             "--config: missing; give a file, as --config configs/tiny/pretrain.py, or --workdir with the folder of a run to "
             "take its settings"
         )
-    return config.from_config_dict(overridden(made, settings))
+    from ymplug_jax.tasks import options
+
+    task = _task_given(settings)
+    if task is not None and task != made.get("task"):
+        with made.unlocked():  # the options of the file are those of another task
+            made.task, made.options = task, ConfigDict()
+    experiment = config.from_config_dict(overridden(options.complete(made), settings))
+    return options.completed(experiment)
+
+
+def _task_given(settings: Sequence[str]) -> str | None:
+    """The value of config.task on the command line, None where it is not there."""
+    for i, part in enumerate(settings):
+        name, equals, value = part.partition("=")
+        if re.fullmatch(r"--?config\.task", name):
+            return value if equals else next(iter(settings[i + 1 :]), "")
+    return None
 
 
 def _of_run(name: str, seeds: int) -> Experiment:
     """The settings that a run was started with; of several seeds' runs, those of the first. A tokenizer that is no longer where it
     was is the run's own copy, which is the same."""
     from ymplug_jax.core import checkpoint_files
+    from ymplug_jax.tasks import options
     from ymplug_jax.training import run_folder
 
     folder = checkpoint_files.folder_of(name)
@@ -164,8 +180,8 @@ def _of_run(name: str, seeds: int) -> Experiment:
         kept = run_folder.kept_tokenizer(folder, experiment)
         data = dataclasses.replace(data, tokenizer=str(kept) if kept else data.tokenizer)
     data = dataclasses.replace(data, path=_from_there(folder, data.path))
-    options: dict[str, Any] = {name: _from_there(folder, getattr(experiment.options, name)) for name in FILES}
-    return dataclasses.replace(experiment, data=data, options=dataclasses.replace(experiment.options, **options))
+    files = {file.name: _from_there(folder, file.value) for file in options.files(experiment)}
+    return options.with_values(dataclasses.replace(experiment, data=data), files)
 
 
 def _from_there(folder: epath.Path, name: str) -> str:

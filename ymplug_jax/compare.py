@@ -23,6 +23,7 @@ from ymplug_jax.core import exits
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.reports import curves, evaluation_report, score_table
 from ymplug_jax.reports.pictures import data_uri
+from ymplug_jax.tasks.presentation import Score
 
 SEED = "train.seed"
 
@@ -163,7 +164,13 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def _group(task: str, split: str, runs: list[Run]) -> Group:
-    tables = [{(line.group, line.name): line for line in score_table.table(_floats(run.scores[split]))} for run in runs]
+    from ymplug_jax.tasks import names  # imports all models: only where scores are compared
+
+    known = names.scores_of(task)
+    tables = [
+        {(line.group, line.name): line for line in score_table.table(_floats(run.scores[split], known), known)}
+        for run in runs
+    ]
     facts = {name: [str(run.scores[split].get(name, "–")) for run in runs] for name in ("step", "examples")}
     fair = len(set(facts["examples"])) == 1
     note = "" if fair else "Taken over different numbers of examples: no best score is marked."
@@ -179,9 +186,9 @@ def _group(task: str, split: str, runs: list[Run]) -> Group:
     return Group(task, split, [run.name for run in runs], facts, lines, note)
 
 
-def _floats(scores: dict[str, Any]) -> dict[str, Any]:
+def _floats(scores: dict[str, Any], known: Sequence[Score]) -> dict[str, Any]:
     """Whole numbers that a score happens to be are scores all the same."""
-    named = {key for key in scores if score_table.unit_of(key)[2] is not None}
+    named = {score.name for score in known}
     return {
         key: float(value) if key in named and isinstance(value, int) and not isinstance(value, bool) else value
         for key, value in scores.items()

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from configs.alpro import recipe
 from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 from ymplug_jax.data.schema import CLASS_NAMES
+from ymplug_jax.tasks.alpro.classify import Options
 
 
 def get_config(arg: str = "youku") -> ConfigDict:
@@ -22,5 +23,6 @@ def get_config(arg: str = "youku") -> ConfigDict:
             2e-5, 1e-6, "100 steps", clip=recipe.split_arg(arg)[1] != "b16", no_decay=recipe.NO_DECAY[:-1]
         ),
         train=Train(batch_size=recipe.DEVICES * 32, duration="10 epochs"),
+        options=Options(),
     )
     return to_config_dict(experiment)

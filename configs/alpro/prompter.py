@@ -11,6 +11,7 @@ from configs.alpro import recipe
 from configs.alpro.pretrain import EXAMPLES
 from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 from ymplug_jax.models import alpro
+from ymplug_jax.tasks.alpro.prompter import Options
 
 
 def get_config(arg: str = "salesforce") -> ConfigDict:
@@ -23,5 +24,6 @@ def get_config(arg: str = "salesforce") -> ConfigDict:
         train=Train(
             batch_size=16 * 8 * 2, accumulate=2, duration="10 epochs", save_every="2000 steps", eval_every="2000 steps"
         ),
+        options=Options(),
     )
     return to_config_dict(experiment)

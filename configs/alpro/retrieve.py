@@ -8,7 +8,8 @@ All pairs instead of the best: --config.options.best=0
 from ml_collections import ConfigDict
 
 from configs.alpro import recipe
-from ymplug_jax.core.config import Data, Experiment, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.tasks.alpro.retrieve import Options
 
 EXAMPLES = 38_000  # about so many are released, for --mode=plan
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe, slices
 from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.tasks.mplug_video.caption import Options
 
 PER_DEVICE = {"1.3b": 24, "2.7b": 36}
 
@@ -23,5 +24,6 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
         data=Data(examples=171_000, frames=16, max_words=80),  # about so many are released, for --mode=plan
         optim=recipe.optim(2e-5, 1e-6, "100 steps"),
         train=Train(batch_size=recipe.batch_size(PER_DEVICE, size), duration="10 epochs"),
+        options=Options(),
     )
     return to_config_dict(slices.on(experiment, size, place) if place else experiment)

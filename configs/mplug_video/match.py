@@ -8,7 +8,8 @@ Re-ranking instead of all pairs: --config.options.candidates=RETRIEVAL_RUN/eval/
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe, slices
-from ymplug_jax.core.config import Data, Experiment, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.tasks.mplug_video.match import Options
 
 PER_DEVICE = {"1.3b": 96, "2.7b": 64}
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from configs.mplug_video import recipe
 from ymplug_jax.core.config import Experiment
+from ymplug_jax.tasks.mplug_video import match
 
 
 class Layout(NamedTuple):
@@ -70,7 +71,7 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
     )
     train = dataclasses.replace(experiment.train, batch_size=layout.chips * each, frozen_dtype=layout.frozen_dtype)
     options = experiment.options
-    if experiment.task == "match":
+    if isinstance(options, match.Options):
         # Negatives from the own chip are not sent; where it has few rows, they come from its neighbours.
         options = dataclasses.replace(options, group=next(each * n for n in (1, 2, 4, 8) if each * n >= 8))
     return dataclasses.replace(experiment, model=model, train=train, options=options)

@@ -6,6 +6,7 @@ from configs.alpro.recipe import NO_DECAY
 from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
 from ymplug_jax.data.schema import CLASS_NAMES
 from ymplug_jax.models import alpro
+from ymplug_jax.tasks.alpro.classify import Options
 
 
 def get_config() -> ConfigDict:
@@ -19,5 +20,6 @@ def get_config() -> ConfigDict:
         train=Train(
             batch_size=16, duration="300 steps", log_every="20 steps", save_every="300 steps", eval_every="300 steps"
         ),
+        options=Options(),
     )
     return to_config_dict(experiment)

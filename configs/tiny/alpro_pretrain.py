@@ -3,8 +3,9 @@
 from ml_collections import ConfigDict
 
 from configs.alpro.recipe import NO_DECAY
-from ymplug_jax.core.config import Data, Experiment, Optim, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
 from ymplug_jax.models import alpro
+from ymplug_jax.tasks.alpro.pretrain import Options
 
 
 def get_config(arg: str = "youku") -> ConfigDict:

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from configs.alpro.recipe import NO_DECAY
 from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
 from ymplug_jax.models import alpro
+from ymplug_jax.tasks.alpro.prompter import Options
 
 
 def get_config() -> ConfigDict:
@@ -17,5 +18,6 @@ def get_config() -> ConfigDict:
         train=Train(
             batch_size=32, duration="500 steps", log_every="20 steps", save_every="500 steps", eval_every="500 steps"
         ),
+        options=Options(),
     )
     return to_config_dict(experiment)

@@ -3,8 +3,9 @@
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe
-from ymplug_jax.core.config import Data, Experiment, Optim, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
 from ymplug_jax.models import mplug_video
+from ymplug_jax.tasks.mplug_video.caption import Options
 
 
 def get_config(llm: str = "gpt3") -> ConfigDict:

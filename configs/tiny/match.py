@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from configs.mplug_video import recipe
 from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
 from ymplug_jax.models import mplug_video
+from ymplug_jax.tasks.mplug_video.match import Options
 
 
 def get_config(llm: str = "gpt3") -> ConfigDict:
@@ -25,5 +26,6 @@ def get_config(llm: str = "gpt3") -> ConfigDict:
             eval_every="500 steps",
             frozen_dtype="float32",
         ),
+        options=Options(),
     )
     return to_config_dict(experiment)

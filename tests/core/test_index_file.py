@@ -57,9 +57,9 @@ def test_entities_are_of_the_prompter_that_teaches(tmp_path: Path, monkeypatch: 
 
     def load(prompter: str, **more: object) -> np.ndarray:
         np.savez(tmp_path / "index.npz", entity_features=table, **more)
-        options = config.Options(entities=str(tmp_path / "index.npz"))
         train = config.Train(init_from=f"prompter:={tmp_path / prompter}")
-        return pretrain.teacher_entities(config.Experiment("alpro_pretrain", {}, options=options, train=train), model)
+        settings = config.Experiment("alpro_pretrain", {}, train=train)
+        return pretrain.teacher_entities(settings, str(tmp_path / "index.npz"), model)
 
     origin = {"fingerprint": "a" * 64, "step": 5, "task": "alpro_prompter", "frames": 4}
     np.testing.assert_array_equal(load("mine", **origin), table)

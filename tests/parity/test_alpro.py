@@ -17,7 +17,7 @@ from ymplug_jax.convert import mplug_video as vision_tables
 from ymplug_jax.convert import plan as plans
 from ymplug_jax.convert import rules
 from ymplug_jax.core import optim, state
-from ymplug_jax.core.config import Data, Experiment, Optim, Options, Train
+from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.data import frames, text
 from ymplug_jax.models import alpro, attention, bert, layers
 from ymplug_jax.models.alpro import ALPRO
@@ -307,11 +307,11 @@ def check_masking(file, never: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
 def experiment_of(model: ALPRO, file, task: str, **options) -> Experiment:
     size, length = file["in/input_ids"].shape
     data = Data(frames=model.vision.frames, image_size=model.vision.image_size, max_tokens=length, examples=64)
-    return Experiment(task, model, data, train=Train(batch_size=size), options=Options(**options))
+    return Experiment(task, model, data, train=Train(batch_size=size), options=options)
 
 
 def pass_of(file, model: ALPRO, params: dict, video: np.ndarray, told_shown: tuple | None = None) -> dict:
-    run, batch = encode_pairs.run_of(model, params, None), batch_of(file)
+    run, batch = model.bind({"params": params}), batch_of(file)
     shown = None if told_shown is None else told_shown[0]
     return encode_pairs.forward(
         run, video, batch, key=None, group=len(video), negatives=negatives_of(file), shown=shown
@@ -332,7 +332,7 @@ def test_pretrain(read) -> None:
 
     (total, (out, found)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     check_pairs(file, out, np.array([1, 0, 0]))
-    run, length = encode_pairs.run_of(model, params, None), file["in/input_ids"].shape[1]
+    run, length = model.bind({"params": params}), file["in/input_ids"].shape[1]
     file.check("out/video_tokens", run.vision(video), OUTPUT)
     file.check("out/mlm_text_embeds", run.encode_text(told_shown[0], file["in/attention_mask"]), OUTPUT)
     file.check("out/mlm_fusion", out["fused"][:, 3], OUTPUT)
@@ -366,7 +366,7 @@ def test_pretrain_sf(read) -> None:
         file.check(f"out/{kind}_prompt_feat", features, OUTPUT)
         file.unused.discard(f"buffer/prompter.{kind}_prompt_feat")
     file.check("out/video_prompt_feat", of_teacher["entities"], OUTPUT)
-    run = encode_pairs.run_of(teacher, of_teacher, None)
+    run = teacher.bind({"params": of_teacher})
     file.check("out/prompter_video_feat", run.embed_video(run.encode_video(crop)), OUTPUT)
     assert float(of_teacher["temperature"]) == pytest.approx(config["prompter_temp"])
     targets = pretrain.teach(model, of_teacher, pixels, box)
@@ -387,7 +387,7 @@ def test_pretrain_sf(read) -> None:
 
     (total, (out, found)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(student)
     check_pairs(file, out, np.array([1, 0, 0]))
-    run, length = encode_pairs.run_of(model, params, None), file["in/input_ids"].shape[1]
+    run, length = model.bind({"params": params}), file["in/input_ids"].shape[1]
     file.check("out/mlm_fusion", out["fused"][:, 3], OUTPUT)
     file.check("out/mlm_logits", run.words(out["fused"][:, 3, :length]), OUTPUT)
     file.check("out/mpm_logits", run.entity_logits(out["fused"][:, 0], pretrain.inside(model, box)), OUTPUT)
@@ -434,7 +434,7 @@ def check_retrieval(file, video: np.ndarray, ids: np.ndarray) -> tuple[ALPRO, di
     check_gradients(file, named_gradients(table, grads))
     if "out/temp_clamped" in file.arrays:
         file.check("out/temp_clamped", out["temperature"], OUTPUT)
-        file.check("out/video_tokens", encode_pairs.run_of(model, params, None).vision(video), OUTPUT)
+        file.check("out/video_tokens", model.bind({"params": params}).vision(video), OUTPUT)
         same = (ids == ids.T).astype(np.float32)
         file.check("out/sim_targets", same / same.sum(axis=1, keepdims=True), OUTPUT)
     return model, params
@@ -451,7 +451,7 @@ def test_retrieval(read) -> None:
     file = read("retrieval.npz")
     model, params = check_retrieval(file, channels_last(file["in/video"]), file["in/idx"][:, None])
     assert file.config["temp_before_clamp"] == pytest.approx(float(params["temperature"]))
-    run, mask = encode_pairs.run_of(model, params, None), file["in/eval_attention_mask"]
+    run, mask = model.bind({"params": params}), file["in/eval_attention_mask"]
     tokens = run.encode_video(channels_last(file["in/eval_video"]))
     states = run.encode_text(file["in/eval_input_ids"], mask)
     video, text_units = run.embed_video(tokens), run.embed_text(states)
@@ -481,7 +481,7 @@ def test_retrieval_sf(read) -> None:
     file = read("retrieval_sf.npz")
     size = len(file["in/input_ids"])
     model, params = check_retrieval(file, frames_first(file["in/visual_inputs"]), np.arange(size)[:, None])
-    run, mask = encode_pairs.run_of(model, params, None), file["in/eval_attention_mask"]
+    run, mask = model.bind({"params": params}), file["in/eval_attention_mask"]
     tokens = run.encode_video(frames_first(file["in/eval_visual_inputs"]))
     states = run.encode_text(file["in/eval_input_ids"], mask)
     out = encode_pairs.contrast(run, tokens, states)
@@ -508,7 +508,7 @@ def check_classifier(file, video: np.ndarray, name: str) -> None:
     labels, batch = file["in/labels"], batch_of(file)
 
     def loss(params: dict) -> tuple[jax.Array, dict]:
-        run = encode_pairs.run_of(model, params, None)
+        run = model.bind({"params": params})
         tokens, states = run.encode_video(video), run.encode_text(batch["ids"], batch["mask"])
         fused = run.fuse(states, batch["mask"], tokens)
         votes = run.classify(fused)
@@ -522,7 +522,7 @@ def check_classifier(file, video: np.ndarray, name: str) -> None:
         file.check("out/fusion", out["fused"], OUTPUT)
         file.check("out/text_embeds", out["states"], OUTPUT)
         file.check("out/video_embeds", out["tokens"], OUTPUT)
-        file.check("out/video_tokens", encode_pairs.run_of(model, params, None).vision(video), OUTPUT)
+        file.check("out/video_tokens", model.bind({"params": params}).vision(video), OUTPUT)
         for k in [int(key.removeprefix("out/top")) for key in file.arrays if key.startswith("out/top")]:
             file.check(f"out/top{k}", np.float32(task_metrics.top_k(np.asarray(out["votes"]), labels, k)), OUTPUT)
     check_gradients(file, named_gradients(table, grads))

@@ -12,10 +12,19 @@ from etils import epath
 import shards
 from ymplug_jax.core import config
 from ymplug_jax.reports import evaluation_report, examples
-from ymplug_jax.tasks.mplug_video import match, retrieve
+from ymplug_jax.tasks.common import chance, class_votes, example_pages, gallery, pair_ranking, scores
+from ymplug_jax.tasks.mplug_video import caption, classify, match, pretrain, retrieve
+from ymplug_jax.tasks.presentation import Page
 from ymplug_jax.tasks.task import Report
 from ymplug_jax.training import evaluate
 
+CLASSES = example_pages.classes(class_votes.MODALITIES, ("likelihood", "head"))
+CAPTIONS, RANKING, TITLES = (
+    example_pages.captions(),
+    example_pages.ranking("similarity", "text_similarity"),
+    example_pages.titles(),
+)
+KNOWN = (*classify.SCORES, *caption.SCORES, *pretrain.SCORES, *retrieve.SCORES, *match.SCORES)
 FACTS = {"task": "classify", "split": "validation", "step": 7, "examples": 3}
 NASTY = "videos/很长的名字" * 30 + "/a b'\"<script>alert(1)</script>&amp;\u202e.mp4"
 
@@ -58,8 +67,11 @@ def records(count: int) -> list:
     return [SimpleNamespace(frames=[shards.jpeg(10 * i + t) for t in range(4)]) for i in range(count)]
 
 
-def write(path: Path, scores: dict, rows: list[dict], held: list | None, **more) -> tuple[Reader, str]:
-    evaluation_report.write(epath.Path(path), FACTS | {"examples": len(rows)} | scores, rows, held, **more)
+def write(
+    path: Path, scores: dict, rows: list[dict], held: list | None, page: Page = CLASSES, **more
+) -> tuple[Reader, str]:
+    facts = FACTS | {"examples": len(rows)} | scores
+    evaluation_report.write(epath.Path(path), facts, rows, held, known=KNOWN, page=page, **more)
     html = path.read_text(encoding="utf-8")
     assert "http://" not in html and "https://" not in html and 'src="/' not in html
     return Reader(html), html
@@ -126,7 +138,9 @@ def test_captions(tmp_path: Path):
     ]  # fmt: skip
     rows += [{"index": 40, "id": "x", "caption": "", "references": []}]
     rows += [{"index": 41, "caption": "破", "references": ["a"], "cider": float("nan"), "meteor": None}]
-    found, html = write(tmp_path / "r.html", {"bleu4": 0.123456, "cider": 1.5, "labelled": 40}, rows, records(42))
+    found, html = write(
+        tmp_path / "r.html", {"bleu4": 0.123456, "cider": 1.5, "labelled": 40}, rows, records(42), CAPTIONS
+    )
     assert "BLEU-4 12.3 %" in found.text and "CIDEr 1.50" in found.text
     assert "Worst by CIDEr (12 of 40 shown)" in found.text and "Best by CIDEr (12 of 40 shown)" in found.text
     assert (
@@ -138,16 +152,18 @@ def test_captions(tmp_path: Path):
     places = [int(a["data-place"]) for tag, a in found.tags if a.get("class") == "card"]
     assert places[:12] == list(range(12)) and places[24:36] == list(range(39, 27, -1))
     assert sorted(set(places)) == sorted(places) and places == [
-        int(a["data-place"]) for _, a in write(tmp_path / "again.html", {}, rows, records(42))[0].tags if a.get("class") == "card"
+        int(a["data-place"]) for _, a in write(tmp_path / "again.html", {}, rows, records(42), CAPTIONS)[0].tags if a.get("class") == "card"
     ]  # fmt: skip
 
 
 def test_three_captions_are_shown_once_each(tmp_path: Path):
     rows = [{"index": i, "id": "", "caption": "c", "references": ["r"], "cider": 1.0 * i} for i in range(3)]
-    parts = {part.title: [card["index"] for card in part.cards] for part in examples.sections(rows, lambda *_: [])}
+    parts = {
+        part.title: [card["index"] for card in part.cards] for part in examples.sections(CAPTIONS, rows, lambda *_: [])
+    }
     assert parts == {"Worst by CIDEr": [0], "Drawn at random from the rest": [1], "Best by CIDEr": [2]}
-    assert [len(p.cards) for p in examples.sections(rows[:1], lambda *_: [])] == [1]
-    assert [len(p.cards) for p in examples.sections(rows[:2], lambda *_: [])] == [1, 1]
+    assert [len(p.cards) for p in examples.sections(CAPTIONS, rows[:1], lambda *_: [])] == [1]
+    assert [len(p.cards) for p in examples.sections(CAPTIONS, rows[:2], lambda *_: [])] == [1, 1]
 
 
 def ranked() -> tuple[list[dict], list]:
@@ -161,12 +177,12 @@ def ranked() -> tuple[list[dict], list]:
 
 def test_retrieval_shows_both_directions_with_similarities(tmp_path: Path):
     rows, held = ranked()
-    report = retrieve.rank_all(rows, held)
+    report = gallery.rank_all(rows, held)
     first = report.rows[0]
     assert (first["t2v_rank"], first["retrieved"], first["similarity"]) == (2, ["b.mp4", "a.mp4"], [0.8, 0.6])
     assert first["retrieved_texts"] == ["丙", "甲", "乙"] and first["text_similarity"] == [0.8, 0.6, 0.0]
     assert first["retrieved_texts_right"] == [False, True, False] and report.rows[1]["retrieved_texts_right"] == [True, False, True]  # fmt: skip
-    found, _ = write(tmp_path / "r.html", report.scores, report.rows, held)
+    found, _ = write(tmp_path / "r.html", report.scores, report.rows, held, RANKING)
     assert "甲 rank 2 +0.800 b.mp4 +0.600 a.mp4" in found.text
     assert "rank 2 丙 +0.800 甲 +0.600 乙 +0.000 a.mp4" in found.text
     assert (
@@ -184,26 +200,28 @@ def test_matching_shows_its_scores(tmp_path: Path):
         {"index": np.int64(i), "head": line, "scored": np.isfinite(line), "fallback": np.zeros(3, np.float32)}
         for i, line in enumerate(head[[0, 1, 1]])
     ]
-    report = match.score(rows, held, ("head",))
+    report = pair_ranking.score(rows, held, ("head",))
     first = report.rows[0]
     assert (first["retrieved"], first["match_score"], first["t2v_rank"]) == (["b.mp4", "a.mp4"], [0.75, 0.25], 2)
     assert first["retrieved_texts"] == ["乙", "甲", "丙"] and first["retrieved_texts_right"] == [False, True, False]
     assert (first["v2t_rank"], first["text_match_score"]) == (2, [0.5, 0.25, None])
-    found, _ = write(tmp_path / "r.html", report.scores, report.rows, held)
+    page = example_pages.ranking("match_score", "text_match_score", "head_accuracy")
+    found, _ = write(tmp_path / "r.html", report.scores, report.rows, held, page)
     assert "甲 rank 2 +0.750 b.mp4 +0.250 a.mp4" in found.text and "丙 not scored" in found.text
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("page", "row"),
     [
-        {"predicted": "猫", "index": 0}, {"predicted": "猫", "label": "猫", "top5": {}}, {"caption": "a"},
-        {"text": "甲", "t2v_rank": 9, "retrieved": [], "retrieved_index": [], "id": "x"}, {"title": "a", "generated": ""}, {"x": 1}, {},
+        (CLASSES, {"predicted": "猫", "index": 0}), (CLASSES, {"predicted": "猫", "label": "猫", "top5": {}}), (CAPTIONS, {"caption": "a"}),
+        (RANKING, {"text": "甲", "t2v_rank": 9, "retrieved": [], "retrieved_index": [], "id": "x"}),
+        (TITLES, {"title": "a", "generated": ""}), (Page(), {"x": 1}), (Page(), {}),
     ],
 )  # fmt: skip
-def test_missing_fields_do_not_break_the_page(tmp_path: Path, row: dict):
-    found, _ = write(tmp_path / "r.html", {"loss": float("nan"), "both/head_top1": None}, [row], None)
+def test_missing_fields_do_not_break_the_page(tmp_path: Path, page: Page, row: dict):
+    found, _ = write(tmp_path / "r.html", {"loss": float("nan"), "both/head_top1": None}, [row], None, page)
     assert "classify on split validation" in found.text and "loss –" in found.text
-    evaluation_report.summary(FACTS, [row])
+    evaluation_report.summary(FACTS, [row], known=KNOWN, page=page)
 
 
 def test_frames_that_cannot_be_read(tmp_path: Path):
@@ -226,8 +244,9 @@ def test_curve_settings_and_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     monkeypatch.setattr("sys.argv", ["/x/ymplug_jax/main.py", "--mode=eval"])
     experiment = config.Experiment("language", {"llm": {"vocab": 64}}, config.Data(path="<b>数据</b>"))
+    page = Page(chance=lambda scores, rows: chance.tokens(scores, 64, "token_accuracy"))
     found, html = write(
-        tmp_path / "r.html", {"token_accuracy": 0.5}, [], None, experiment=experiment, workdir=epath.Path(run)
+        tmp_path / "r.html", {"token_accuracy": 0.5}, [], None, page, experiment=experiment, workdir=epath.Path(run)
     )
     assert "python -m ymplug_jax.main '--config.optim.warmup=5 steps'" in found.text
     assert "python -m ymplug_jax.main --mode=eval" in found.text and "data.path <b>数据</b>" in found.text
@@ -236,7 +255,9 @@ def test_curve_settings_and_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_an_evaluation_writes_and_prints(tmp_path: Path):
     rows = [classified(i, "猫", "猫", "狗", extra=float("nan")) for i in range(21)]
-    said = evaluation_report.summary(FACTS | {"examples": 21, "both/head_top1": 4.7619, "classes": 45}, rows)
+    said = evaluation_report.summary(
+        FACTS | {"examples": 21, "both/head_top1": 4.7619, "classes": 45}, rows, known=KNOWN, page=CLASSES
+    )
     assert "both: head top-1  4.76 %   chance 2.22 %" in said and "10 of 21 examples shown:" in said
     assert said.count("title: 第") == 10
     evaluate._write(
@@ -250,7 +271,7 @@ def test_what_an_evaluation_writes_and_prints(tmp_path: Path):
 
 def test_seeds_are_printed_with_units():
     result = {"task": "caption", "split": "test", "seeds": [42, 43], "bleu4": {"mean": 0.25, "std": 0.0125}, "loss": {"mean": 2.0, "std": 0.5}}  # fmt: skip
-    assert evaluation_report.summary_of_seeds(result).split("\n") == [
+    assert evaluation_report.summary_of_seeds(result, (*scores.captions(), *scores.losses("loss"))).split("\n") == [
         "caption on test, seeds 42, 43:",
         "BLEU-4  25.0 ± 1.25 %",
         "loss    2.00 ± 0.500 nats",
@@ -258,5 +279,5 @@ def test_seeds_are_printed_with_units():
 
 
 def test_a_long_text_is_cut(tmp_path: Path):
-    found, _ = write(tmp_path / "r.html", {}, [{"caption": "长" * 5000, "references": ["对" * 5000]}], None)
+    found, _ = write(tmp_path / "r.html", {}, [{"caption": "长" * 5000, "references": ["对" * 5000]}], None, CAPTIONS)
     assert max(map(len, found.text.split())) == 400 and "长…" in found.text

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from ymplug_jax.reports import chance, classes, score_table
+from ymplug_jax.reports import classes, score_table
+from ymplug_jax.tasks.common import chance, example_pages
+from ymplug_jax.tasks.common import scores as score_lib
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,11 @@ def test_shares_are_percent_and_losses_nats():
         "exact_share": 0.5, "token_accuracy": 0.75, "caption_loss": 2.5, "t2v_r5": 62.5, "t2v_median_rank": 3.0, "labelled": 21,
         "match/v2t_r1": None, "loss": float("nan"), "r_mean": 50.0,
     }  # fmt: skip
-    lines = score_table.table(scores, {"t2v_r5": 25.0, "token_accuracy": 0.001})
+    known = (
+        *score_lib.votes(("both",), ("head",)), *score_lib.captions(), *score_lib.shares("exact_share", "token_accuracy"),
+        *score_lib.losses("caption_loss", "loss"), *score_lib.recalls("", "match"),
+    )  # fmt: skip
+    lines = score_table.table(scores, known, {"t2v_r5": 25.0, "token_accuracy": 0.001})
     assert [(line.group, line.name, line.text, line.chance_text) for line in lines] == [
         ("both", "head top-1", "47.6 %", ""),
         ("", "BLEU-4", "31.4 %", ""),
@@ -53,11 +59,11 @@ def test_chance_of_classes_counts_unlisted_labels_as_missed():
         "both/head_top5": 80.0,
         "accuracy": 0.5,
     }
-    found = chance.of(scores, rows)
+    found = chance.classes(scores, rows)
     assert found.scores == pytest.approx({"both/head_top1": 8.0, "both/head_top5": 40.0, "accuracy": 0.1})
     assert "top-1 40 % (2 of 5)" in found.notes[1] and "among 10 class names" in found.notes[0]
-    assert chance.of({"classes": 10}, [{"label": None, "predicted": "a"}]).scores == {}
-    three = chance.of({"classes": 3, "x_top5": 1.0}, [{"label": "a", "predicted": "a"}])
+    assert chance.classes({"classes": 10}, [{"label": None, "predicted": "a"}]).scores == {}
+    three = chance.classes({"classes": 3, "x_top5": 1.0}, [{"label": "a", "predicted": "a"}])
     assert three.scores == {"x_top5": 100.0}
 
 
@@ -69,7 +75,7 @@ def test_chance_of_recalls_with_several_right_texts():
         "t2v_mean_rank",
         "r_mean",
     ]
-    found = chance.of(dict.fromkeys(keys, 0.0), [{"id": name, "t2v_rank": 1} for name in ids]).scores
+    found = chance.retrieval(dict.fromkeys(keys, 0.0), [{"id": name, "t2v_rank": 1} for name in ids]).scores
     rng, texts = np.random.default_rng(0), np.array(ids)
     orders = [rng.permutation(texts) for _ in range(4000)]
     first = {name: np.array([1 + int(np.argmax(order == name)) for order in orders]) for name in "abcde"}
@@ -88,9 +94,16 @@ def test_chance_of_recalls_with_several_right_texts():
 
 def test_chance_of_titles_and_tokens():
     rows = [{"title": title, "generated": ""} for title in ("x", "x", "x", "y")]
-    found = chance.of({"exact_share": 0.0, "token_accuracy": 0.1}, rows, 512)
+    scores = {"exact_share": 0.0, "token_accuracy": 0.1}
+    found = chance.both(chance.titles(scores, rows), chance.tokens(scores, 512, "token_accuracy"))
     assert found.scores == {"exact_share": 0.75, "token_accuracy": 1 / 512} and "3 of 4" in found.notes[0]
-    assert chance.of({}, []).scores == {}
+    assert chance.titles({}, []).scores == chance.tokens({}, 512, "token_accuracy").scores == {}
+
+
+def test_a_score_that_its_task_does_not_know_has_its_own_name() -> None:
+    (known, other) = score_table.table({"other": 0.5, "loss": 1.0, "step": 3, "note": None}, score_lib.losses("loss"))
+    assert (known.name, known.text, known.higher_is_better) == ("loss", "1.00 nats", False)
+    assert (other.name, other.text, other.higher_is_better) == ("other", "0.500", None)
 
 
 ROWS = [
@@ -115,7 +128,10 @@ def test_precision_and_recall_of_both_votes():
         "车": (0, 0.0, [(0, None, None), (1, 0.0, None)]),
     }
     assert [line.name for line in lines] == ["猫", "狗", "船", "车"]
-    assert classes.kinds(ROWS) == {"both/likelihood": "by likelihood of the class name", "both/head": "by the head"}
+    assert example_pages.classes(("both",), ("likelihood", "head")).votes == {
+        "both/likelihood": "by likelihood of the class name",
+        "both/head": "by the head",
+    }
 
 
 def test_confusion_of_both_votes():

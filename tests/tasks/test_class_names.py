@@ -196,6 +196,6 @@ def test_a_name_longer_than_a_row_is_refused(folder: Path) -> None:
 
 def test_answers_and_classes_exclude_each_other(folder: Path) -> None:
     settings = experiment("alpro_classify", folder)
-    options = dataclasses.replace(settings.options, answers=str(folder / "names.txt"))
+    options = dict(answers=str(folder / "names.txt"))
     with pytest.raises(exits.Mistake, match="config.options.answers and config.data.classes are both set"):
         task_lib.get(dataclasses.replace(settings, options=options))

@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 
 from ymplug_jax.core import exits
-from ymplug_jax.core.config import Options
 from ymplug_jax.data.records import Record
 from ymplug_jax.tasks.alpro import retrieve as alpro_retrieve
-from ymplug_jax.tasks.common import caption_metrics, losses, pair_losses, preprocess, task_metrics
-from ymplug_jax.tasks.mplug_video import caption, classify, match, pretrain, retrieve
+from ymplug_jax.tasks.common import (
+    caption_metrics,
+    class_votes,
+    gallery,
+    losses,
+    pair_losses,
+    pair_ranking,
+    preprocess,
+    task_metrics,
+)
+from ymplug_jax.tasks.mplug_video import caption, match, pretrain
 
 NAMES = ("猫", "狗", "鸟")
 
@@ -28,7 +36,7 @@ def recalls_of(rows: list[dict], name: str) -> list[float]:
 
 def pairs_of(records: list[Record], scores: np.ndarray, scored: np.ndarray, **more) -> list[dict]:
     """Rows of a matching task: f32[videos, texts] of clips that are numbered by first appearance."""
-    clip = retrieve.clips_of([one.media_id for one in records])[0]
+    clip = gallery.clips_of([one.media_id for one in records])[0]
     return [
         {"index": i, "match": scores[c], "scored": scored[c], "fallback": np.zeros(len(records), np.float32)}
         | {name: values[c] for name, values in more.items()}
@@ -42,7 +50,7 @@ def test_retrieval_counts_by_clip_and_ties_against_the_model() -> None:
     text = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]], np.float32)
     video = np.array([[0.8, 0.6, 0], [0, 0, 1], [9, 9, 9], [0, 0, 1]], np.float32)  # of a clip the first row's counts
     rows = [{"index": i, "text": text[i], "video": video[i]} for i in range(4)]
-    report = retrieve.rank_all(rows, records)
+    report = gallery.rank_all(rows, records)
     assert [row["t2v_rank"] for row in report.rows] == [1, 2, 1, 2]
     assert [row["v2t_rank"] for row in report.rows] == [1, 2, 1, 2]
     assert [row["retrieved"] for row in report.rows] == [["a", "b", "c"], ["b", "c", "a"]] * 2
@@ -50,11 +58,11 @@ def test_retrieval_counts_by_clip_and_ties_against_the_model() -> None:
     assert report.scores["v2t_r1"] == pytest.approx(100 / 3) and "note" not in report.scores
     assert recalls_of(report.rows, "t2v_rank") == [report.scores[f"t2v_r{k}"] for k in (1, 5, 10)]
     several = [one._replace(captions=[*one.captions, "别"]) for one in records]
-    assert "4 rows have several captions" in retrieve.rank_all(rows, several).scores["note"]
+    assert "4 rows have several captions" in gallery.rank_all(rows, several).scores["note"]
 
 
 def test_one_example_is_found() -> None:
-    report = retrieve.rank_all([{"index": 0, "text": np.ones(2), "video": np.ones(2)}], [record("a", "甲")])
+    report = gallery.rank_all([{"index": 0, "text": np.ones(2), "video": np.ones(2)}], [record("a", "甲")])
     assert report.scores["r_mean"] == 100 and report.rows[0]["t2v_rank"] == 1
 
 
@@ -66,13 +74,13 @@ def test_vectors_that_are_no_numbers_name_their_video() -> None:
         with pytest.raises(
             exits.Mistake, match=rf"b \(example 1 of the split\): the model's '{key}' is nan, in 1 of 3"
         ):
-            retrieve.rank_all(rows, records)
+            gallery.rank_all(rows, records)
 
 
 def test_matching_counts_by_clip_and_ties_against_the_model() -> None:
     records = [record("a", "甲"), record("b", "乙"), record("a", "丙")]
     scores = np.array([[2, 0, 1], [0, 0, 1]], np.float32)
-    report = match.score(pairs_of(records, scores, np.ones((2, 3), bool)), records, ("match",))
+    report = pair_ranking.score(pairs_of(records, scores, np.ones((2, 3), bool)), records, ("match",))
     assert [row["t2v_rank"] for row in report.rows] == [1, 2, 2]
     assert [row["v2t_rank"] for row in report.rows] == [1, 3, 1]  # of b: another text is better, and one is as good
     assert report.scores["match/t2v_r1"] == pytest.approx(100 / 3) and report.scores["match/v2t_r1"] == 50
@@ -92,7 +100,7 @@ def test_pairs_that_were_not_scored_come_last_in_the_order_of_the_similarity() -
     fallback = np.array(
         [[0.9] * 4, [0.1, 0.50002, 0.1, 0.1], [0.1, 0.50001, 0.1, 0.1], [0.1, 0.5, 0.1, 0.1]], np.float32
     )
-    report = match.score(pairs_of(records, scores, scored, fallback=fallback), records, ("match",))
+    report = pair_ranking.score(pairs_of(records, scores, scored, fallback=fallback), records, ("match",))
     assert report.rows[1]["retrieved"] == ["0", "1", "2", "3"] and report.rows[1]["t2v_rank"] == 2
     assert report.rows[1]["match_score"] == [-9000, None, None, None]  # the page says that they were not scored
     assert report.rows[3]["t2v_rank"] == 4  # one video was scored, and two tie with it
@@ -103,13 +111,13 @@ def test_a_model_that_gives_no_number_is_not_taken_for_a_pair_without_a_score(ba
     records = [record(name, "甲") for name in "abc"]
     scores, scored = np.full((3, 3), -np.inf, np.float32), np.eye(3, dtype=bool)
     scores[scored] = 1
-    match.score(pairs_of(records, scores, scored), records, ("match",))
+    pair_ranking.score(pairs_of(records, scores, scored), records, ("match",))
     scored[1, 2], scores[1, 2] = True, bad
     message = (
         rf"b \(example 1 of the split\) with the text of c \(example 2 of the split\): the model's 'match' is {bad}"
     )
     with pytest.raises(exits.Mistake, match=message):
-        match.score(pairs_of(records, scores, scored), records, ("match",))
+        pair_ranking.score(pairs_of(records, scores, scored), records, ("match",))
 
 
 def test_both_stages_of_retrieval_agree_with_their_rows() -> None:
@@ -131,7 +139,7 @@ def test_both_stages_of_retrieval_agree_with_their_rows() -> None:
 def test_an_index_of_other_videos_is_refused(tmp_path) -> None:
     videos, clip = [preprocess.hash_of(name) for name in "ab"], np.array([0, 1])
     units = np.eye(2, dtype=np.float32)
-    options = Options(candidates=str(tmp_path / "index.npz"), best=1)
+    options = match.Options(candidates=str(tmp_path / "index.npz"), best=1)
 
     def read(**changes) -> np.ndarray:
         index = {"video": units, "text": units, "video_id": np.array(["a", "b"]), "text_clip": clip} | changes
@@ -154,7 +162,7 @@ def test_classes_are_told_by_one_rule_in_scores_and_rows() -> None:
     """A tie is missed in the top-1, in what is "predicted" and so in the confusion matrix."""
     records = [record(str(i), label=label) for i, label in enumerate(("猫", "狗", "鸟", "狗"))]
     votes = np.array([[3, 3, 0], [1, 2, 0], [3, 2, 2], [1, 1, 1]], np.float32)
-    report = classify.report(votes_of(votes, [0, 1, 2, 1]), records, NAMES, ("head",))
+    report = class_votes.report(votes_of(votes, [0, 1, 2, 1]), records, NAMES, ("head",))
     assert [row["predicted"] for row in report.rows] == ["狗", "狗", "猫", "猫"]
     assert [row["both/head"] for row in report.rows] == ["狗", "狗", "猫", "猫"]
     assert [list(row["top5"]).index(row["label"]) + 1 for row in report.rows] == [2, 1, 3, 3]
@@ -163,13 +171,15 @@ def test_classes_are_told_by_one_rule_in_scores_and_rows() -> None:
 
 
 def test_votes_whose_shares_vanish_keep_their_order() -> None:
-    report = classify.report(votes_of(np.array([[-900.0, 0, -800]]), [2]), [record("a", label="鸟")], NAMES, ("head",))
+    report = class_votes.report(
+        votes_of(np.array([[-900.0, 0, -800]]), [2]), [record("a", label="鸟")], NAMES, ("head",)
+    )
     assert list(report.rows[0]["top5"]) == ["狗", "鸟", "猫"]
 
 
 def test_a_split_whose_labels_are_all_unlisted_is_missed_throughout() -> None:
     records = [record("a")._replace(label_text="鱼")] * 2
-    report = classify.report(votes_of(np.eye(3)[:2], [-1, -1]), records, NAMES, ("head",))
+    report = class_votes.report(votes_of(np.eye(3)[:2], [-1, -1]), records, NAMES, ("head",))
     assert (report.scores["labelled"], report.scores["unlisted"], report.scores["both/head_top5"]) == (2, 2, 0)
 
 
@@ -181,7 +191,7 @@ def test_votes_that_are_no_numbers_name_their_video(bad: float) -> None:
     with pytest.raises(
         exits.Mistake, match=rf"c \(example 2 of the split\): the model's 'head' is {bad}, in 1 of 3 rows"
     ):
-        classify.report(rows, records, NAMES, ("head",))
+        class_votes.report(rows, records, NAMES, ("head",))
 
 
 def test_accuracies_of_a_loss_count_ties_against_the_model() -> None:

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 import shards
-from ymplug_jax.core import sharding
-from ymplug_jax.core.config import Data, Experiment, Mesh, Optim, Options, Train
+from task_rows import batch_of, kept_of, rows_of
+from ymplug_jax.core import exits, sharding
+from ymplug_jax.core.config import Data, Experiment, Mesh, Optim, Train
 from ymplug_jax.data.records import Records
 from ymplug_jax.models import mplug_video
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.tasks import names
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.common import candidates, losses, pair_losses
 from ymplug_jax.tasks.mplug_video import match, retrieve
@@ -55,23 +57,13 @@ def experiment(name: str, data: Data, **options) -> Experiment:
         optim=Optim(warmup="1 steps"),
         mesh=Mesh(),
         train=Train(batch_size=4, duration="2 steps", frozen_dtype="float32"),
-        options=Options(prompt_tokens=4, new_tokens=6, beams=2, **options),
+        options=({"prompt_tokens": 4, "new_tokens": 6, "beams": 2} if name == "caption" else {}) | options,
     )
 
 
 def prepared(name: str, data: Data, **options) -> tuple[Task, dict]:
     task = task_lib.get(experiment(name, data, **options))
     return task, jax.jit(task.init)(jax.random.key(0))
-
-
-def batch_of(task: Task, records: Records, rng: np.random.Generator | None, indices: range) -> dict[str, np.ndarray]:
-    examples = [task.example(records[i], rng) | {"valid": np.bool_(True)} for i in indices]
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-
-
-def rows_of(task: Task, params: dict, records: Records) -> list[dict]:
-    found = jax.device_get(jax.jit(task.predict)(params, batch_of(task, records, None, range(len(records)))))
-    return [{key: value[i] for key, value in found.items()} | {"index": i} for i in range(len(records))]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -154,6 +146,25 @@ def test_classification_reports_every_modality(data: Data) -> None:
     assert report.rows[0]["label"] == "宠物" and len(report.rows[0]["top5"]) == 5
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_task_says_which_scores_it_has(name: str, data: Data) -> None:
+    """What an evaluation finds is what the record lists, in that order, and the record says no more than its file."""
+    task, params = prepared(name, data)
+    records = Records(data.path, "validation")
+    means = jax.jit(task.loss)(params, batch_of(task, records, None, range(4)), None)[1]
+    rows = rows_of(task, params, records)
+    rows = task.rescore(params, rows, kept_of(task, rows)) if task.rescore else rows
+    report = task.score(rows, records)
+    found = [*means, *(key for key, value in report.scores.items() if isinstance(value, float))]
+    assert found == [score.name for score in task.scores]
+    assert set(task.scores) <= set(names.scores_of(name))
+    commands = {*task.describe, *(["retrieve"] if task.embeds else [])}
+    assert commands == set(getattr(names.module_of(name), "ANSWERS", ()))
+    assert len(task.page.line(report.rows[0])) == len(task.page.columns) > 0
+    with pytest.raises(exits.Mistake, match=r"this task has no score 'los'; did you mean 'loss'\?"):
+        task.score_named("los")
+
+
 @pytest.mark.parametrize("name", ["classify", "caption"])
 def test_splits_without_labels_say_so(name: str, data: Data) -> None:
     task, params = prepared(name, data)
@@ -207,7 +218,11 @@ def test_matching_scores_all_pairs_or_the_best_of_an_index(data: Data, tmp_path:
     task, params = prepared("match", data)
     records = Records(data.path, "validation")
     rows = rows_of(task, params, records)
-    full = task.rescore(params, rows)
+    full = task.rescore(params, rows, kept_of(task, rows))
+    cut = task.rescore(params, rows, kept_of(task, rows, devices=8, batch=8))  # each row is on one device of eight
+    for one, other in zip(full, cut, strict=True):
+        for name in match.NAMES:
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-6)
     report = task.score(full, records)
     assert report.scores["videos"] == report.scores["texts"] == 10
     assert {"generation/t2v_r1", "head/v2t_r10", "head/r_mean"} <= set(report.scores)
@@ -227,14 +242,14 @@ def test_matching_scores_all_pairs_or_the_best_of_an_index(data: Data, tmp_path:
     np.savez(tmp_path / "index.npz", video=vectors[0], text=vectors[1])
     options = {"candidates": str(tmp_path / "index.npz"), "best": 2}
     some, _ = prepared("match", data, **options)
-    few = some.rescore(params, rows)
+    few = some.rescore(params, rows, kept_of(some, rows))
     scored = np.isfinite(np.stack([row["head"] for row in few]))
     assert 20 <= scored.sum() < 100
     np.testing.assert_allclose(np.stack([row["head"] for row in few])[scored], matrix[scored], rtol=1e-4, atol=1e-6)
     assert some.score(few, records).scores["videos"] == 10
     np.savez(tmp_path / "index.npz", video=vectors[0][:3], text=vectors[1])
     with pytest.raises(ValueError, match="has 3 videos and 10 texts, this split 10 and 10"):
-        some.rescore(params, rows)
+        some.rescore(params, rows, kept_of(some, rows))
 
 
 def test_negatives_are_true_ones_unless_the_reference_is_asked_for(data: Data) -> None:
@@ -261,7 +276,7 @@ def test_negatives_are_true_ones_unless_the_reference_is_asked_for(data: Data) -
 
 @pytest.mark.parametrize("group", [2, 3, 12])
 def test_negatives_come_from_the_own_group(group: int) -> None:
-    videos, texts, others = match.rows(jax.random.key(0), 12 // group, group, Options())
+    videos, texts, others = match.rows(jax.random.key(0), 12 // group, group, match.Options())
     assert videos.shape == texts.shape == others.shape == (12 // group, group, 3)
     own = np.broadcast_to(np.arange(group)[:, None], videos[..., :1].shape)
     np.testing.assert_array_equal(videos[..., :1], own)  # its own pair first
@@ -269,7 +284,7 @@ def test_negatives_come_from_the_own_group(group: int) -> None:
     assert np.all(videos[..., 1:] != own)
     np.testing.assert_array_equal(texts, np.broadcast_to(own, texts.shape))
     np.testing.assert_array_equal(texts, others)
-    theirs, titles, _ = match.rows(jax.random.key(0), 12 // group, group, Options(reference_negatives=True))
+    theirs, titles, _ = match.rows(jax.random.key(0), 12 // group, group, match.Options(reference_negatives=True))
     np.testing.assert_array_equal(theirs, titles)
     x = np.arange(24).reshape(12, 2)
     taken = pair_losses.take(x, videos, group).reshape(12, 3, 2)

@@ -13,22 +13,6 @@ from ymplug_jax.core import checkpoint, checkpoint_files, config, exits, metrics
 from ymplug_jax.training import best_step, evaluate
 
 
-@pytest.mark.parametrize(
-    ("name", "lower"),
-    [
-        ("cider", False),
-        ("t2v_r1", False),
-        ("both/likelihood_top1", False),
-        ("loss", True),
-        ("itm_loss", True),
-        ("t2v_median_rank", True),
-        ("match/v2t_mean_rank", True),
-    ],
-)
-def test_direction_of_a_score(name: str, lower: bool) -> None:
-    assert best_step.lower_is_better(name) == lower
-
-
 def training_state(value: float) -> state.TrainState:
     return state.TrainState(jnp.int32(0), {"head": {"kernel": jnp.full((2, 3), value)}}, {"m": jnp.zeros(2)})
 
@@ -43,13 +27,15 @@ def kept(workdir: Path) -> tuple[int | None, float]:
 
 def test_a_better_step_replaces_the_one_before(tmp_path: Path) -> None:
     experiment = config.Experiment("caption", {}, train=config.Train(best="cider", eval_scores_every="1 steps"))
-    keeper = best_step.Best(experiment, checkpoint_files.folder_of(str(tmp_path)))
+    keeper = best_step.Best(experiment, checkpoint_files.folder_of(str(tmp_path)), higher_is_better=True)
     offers = [(1, 0.5, True), (2, 0.4, False), (3, 0.5, False), (4, 0.75, True)]
     for step, value, better in offers:
         assert keeper.offer(training_state(step), step, 8 * step, {"cider": value, "clips": 3}, None) == better
     assert kept(tmp_path) == (4, 4.0)
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"score": "cider", "value": 0.75, "step": 4}
-    again = best_step.Best(experiment, checkpoint_files.folder_of(str(tmp_path)))  # a resumed run knows what it has
+    again = best_step.Best(
+        experiment, checkpoint_files.folder_of(str(tmp_path)), higher_is_better=True
+    )  # a resumed run knows what it has
     assert not again.offer(training_state(5), 5, 40, {"cider": 0.7}, None) and kept(tmp_path) == (4, 4.0)
     with pytest.raises(exits.Mistake, match=r"'cider'.* it has bleu4"):
         again.offer(training_state(6), 6, 48, {"bleu4": 0.1, "clips": 3, "task": "caption"}, None)

@@ -19,7 +19,7 @@ from tests import tiny
 from ymplug_jax.analysis import aot, hlo
 from ymplug_jax.analysis.hlo import Collective
 from ymplug_jax.core import state
-from ymplug_jax.core.config import Experiment, Options
+from ymplug_jax.core.config import Experiment
 from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
@@ -39,7 +39,7 @@ def experiment(name: str) -> Experiment:
         return dataclasses.replace(tiny.experiment(PAIRS), task="retrieve")
     if name == "match":
         own = tiny.experiment(tiny.MODEL.clone(classes=2), train={"batch_size": 2 * ROWS})
-        return dataclasses.replace(own, task="match", options=Options(group=2))  # two rows for each device
+        return dataclasses.replace(own, task="match", options={"group": 2})  # two rows for each device
     axis, size = name.split()
     if axis == "data":
         return tiny.experiment(train={"batch_size": int(size)})

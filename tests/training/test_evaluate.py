@@ -15,6 +15,8 @@ from ymplug_jax.core import exits, sharding
 from ymplug_jax.core.config import Data, Experiment, Train
 from ymplug_jax.core.metrics import Mean
 from ymplug_jax.data.records import Records
+from ymplug_jax.tasks import kept_rows
+from ymplug_jax.tasks.presentation import Page
 from ymplug_jax.tasks.task import Report
 from ymplug_jax.training import evaluate
 
@@ -25,20 +27,24 @@ def number_of(record) -> np.ndarray:
     return np.float32(record.media_id.removeprefix("videos/").removesuffix(".mp4"))
 
 
-def run_of(path: Path, loss=None, score=None) -> SimpleNamespace:
+def run_of(path: Path, loss=None, score=None, **more) -> SimpleNamespace:
     """A run whose examples are numbers: predictions are the numbers, the loss is their mean."""
 
     def mean(params, batch, key):
         count = jnp.sum(batch["valid"], dtype=jnp.float32)
         return 0.0, {"loss": Mean(jnp.sum(jnp.where(batch["valid"], batch["x"], 0)), count)}
 
-    task = SimpleNamespace(
-        example=lambda record, rng: {"x": number_of(record)},
-        loss=loss or mean,
-        predict=lambda params, batch: {"y": batch["x"] * params["w"], "valid": batch["valid"]},
-        rescore=None,
-        score=score or (lambda rows, records: Report({"sum": float(sum(row["y"] for row in rows))}, [])),
-    )
+    fields = {
+        "example": lambda record, rng: {"x": number_of(record)},
+        "loss": loss or mean,
+        "predict": lambda params, batch: {"y": batch["x"] * params["w"], "valid": batch["valid"]},
+        "rescore": None,
+        "kept": (),
+        "score": score or (lambda rows, records: Report({"sum": float(sum(row["y"] for row in rows))}, [])),
+        "scores": (),
+        "page": Page(),
+    }
+    task = SimpleNamespace(**fields | more)
     experiment = Experiment(
         task="numbers",
         model={},
@@ -120,6 +126,31 @@ def test_a_prediction_that_is_no_number_names_its_example(folder: Path, tmp_path
         ):
             scores_of(run_of(folder), tmp_path, monkeypatch, weight)
     assert not (tmp_path / "eval").exists()
+
+
+def test_what_is_kept_stays_on_the_devices_and_must_be_finite(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The large prediction of row i is the number i three times; rescoring takes rows 7, 0 and 9 of it."""
+
+    def predict(params, batch):
+        return {"large": jnp.stack([batch["x"] * params["w"]] * 3, axis=1).astype("bfloat16"), "valid": batch["valid"]}
+
+    def rescore(params, rows, kept):
+        assert set(rows[0]) == {"index"} and kept.arrays["large"].shape == (3, 4, 3)
+        wanted = jnp.array([[7, 0], [9, 9]])
+        found = jax.jit(lambda table: kept_rows.take(table, wanted, kept.mesh))(kept.arrays["large"])
+        return [row | {"y": np.asarray(found, np.float32)} for row in rows]
+
+    score = lambda rows, records: Report({}, [{"index": 0, "y": rows[0]["y"].tolist()}])  # noqa: E731
+    run = run_of(folder, score=score, predict=predict, rescore=rescore, kept=("large",))
+    run.mesh = sharding.make_mesh(fsdp=4, devices=jax.devices()[:4])
+    scores_of(run, tmp_path / "run", monkeypatch)
+    (line,) = (tmp_path / "run" / "eval" / "validation" / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(line)["y"] == [[[7.0] * 3, [0.0] * 3], [[9.0] * 3] * 2]
+    with pytest.raises(
+        exits.Mistake, match=r"videos/0.mp4 \(example 0 of the split\): the model's 'large' is nan, in 1 of 4"
+    ):
+        scores_of(run, tmp_path / "bad", monkeypatch, np.inf)
+    assert not (tmp_path / "bad" / "eval").exists()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -17,6 +17,7 @@ from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
 from ymplug_jax.core import checkpoint, state
+from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import MaskedHead
 
 TOLERANCE = 1e-3  # of the largest value of a module's output
@@ -211,23 +212,27 @@ def _alpro(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Side
     ids, mask = _ids(rng, model.text.vocab)
 
     def ours(params: dict) -> dict[str, np.ndarray]:
-        run = model.bind({"params": params})
         _, kept = _applied(vision, params["vision"], video)
         x, cls = (np.asarray(part) for part in kept["blocks"]["__call__"][0][0])
         both = np.concatenate([cls[:, :, None], x.reshape(*cls.shape[:2], -1, cls.shape[-1])], axis=2)
         found: dict[str, Any] = {f"vision block {i}": block for i, block in enumerate(both)}
-        with jax.default_matmul_precision("highest"):
+
+        def read(run: ALPRO) -> dict[str, jax.Array]:
             tokens, states = run.encode_video(video), run.encode_text(ids, mask)
             fused = run.fuse(states, mask, tokens)
-            found |= {"video tokens": tokens, "text states": states, "fused states": fused}
+            out = {"video tokens": tokens, "text states": states, "fused states": fused}
             if model.contrastive_width:
-                found |= {"video vector": run.embed_video(tokens), "text vector": run.embed_text(states)}
+                out |= {"video vector": run.embed_video(tokens), "text vector": run.embed_text(states)}
             if model.matching:
-                found["match logits"] = run.match_logits(fused)
+                out["match logits"] = run.match_logits(fused)
             if model.masked:
-                found["word logits"] = run.words(fused[:, : ids.shape[1]])
+                out["word logits"] = run.words(fused[:, : ids.shape[1]])
             if model.classes:
-                found["class logits"] = run.classify(fused)
+                out["class logits"] = run.classify(fused)
+            return out
+
+        with jax.default_matmul_precision("highest"):
+            found |= model.apply({"params": params}, method=read)
         return {name: np.asarray(value) for name, value in found.items()}
 
     return lambda: oracles.alpro(read, model, layout, video, ids, mask), ours

@@ -13,12 +13,14 @@ import re
 import types
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ymplug_jax.core.exits import Mistake
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,33 +109,6 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What single tasks ask for beyond the rest."""
-
-    prompt: str = ""  # caption: text between the start token and the caption
-    search: str = "beam"  # caption: "beam" (the reference's rule), "beam_by_length", "greedy" or "sample"
-    beams: int = 5
-    prompt_tokens: int = 20  # caption: width of the prompt's row in generation; the reference's rule divides by it
-    new_tokens: int = 100  # caption: at most so many
-    top_k: int = 5  # caption, search "sample": among so many; 0: see top_p
-    top_p: float = 0.0
-    temperature: float = 1.0
-    # match: permute titles as well as videos; alpro: negatives may be other rows of the same clip; both as the reference did
-    reference_negatives: bool = False
-    candidates: str = ""  # match: index.npz of a retrieval run's evaluation, whose best pairs are scored; "": all pairs
-    best: int = 32  # match: pairs of each video and each title that are taken from it; alpro_retrieve: 0 for all pairs
-    # alpro, match: rows of a batch that share negatives, the reference's batch of one device; 0: all of them
-    group: int = 0
-    masked_share: float = 0.15  # alpro_pretrain: words to be told
-    entities: str = ""  # alpro_pretrain: index.npz of a prompter's evaluation, the teacher's table of entities
-    reference_entities: bool = (
-        False  # alpro_pretrain: leave rows out by the number of their best entity, as the reference did
-    )
-    prompts: str = ""  # alpro_prompter: file of entity prompts that data_prep.entity_prompts wrote
-    answers: str = ""  # alpro_classify: the possible answers, one a line; "": the 45 categories
-
-
-@dataclasses.dataclass(frozen=True)
 class Experiment:
     task: str  # a file of ymplug_jax/tasks
     model: Any  # fields of the task's model, see ymplug_jax/models; a linen module in a config file, a dict afterwards
@@ -141,7 +116,8 @@ class Experiment:
     optim: Optim = Optim()
     mesh: Mesh = Mesh()
     train: Train = Train()
-    options: Options = Options()
+    # `Options` of the task's file in a config file, a dict of its fields afterwards; see ymplug_jax/tasks/options.py
+    options: object = dataclasses.field(default_factory=dict)
 
 
 def settings_of(value: Any) -> Any:
@@ -167,16 +143,11 @@ LEAST: Mapping[str, Mapping[str, float]] = {
     "config.train": {
         "batch_size": 1, "accumulate": 1, "seed": 0, "eval_examples": 0, "keep": 1, "max_bad_steps": 1
     },
-    "config.options": {
-        "beams": 1, "prompt_tokens": 1, "new_tokens": 1, "top_k": 0, "top_p": 0, "temperature": 1e-30, "best": 0, "group": 0,
-        "masked_share": 0
-    },
 }  # fmt: skip
 # The settings that have a limit above; betas are below it.
 MOST: Mapping[str, Mapping[str, float]] = {
     "config.optim": {"b1": 1, "b2": 1},
     "config.train": {"seed": 2**32 - 1},
-    "config.options": {"top_p": 1, "masked_share": 1},
 }
 
 
@@ -197,12 +168,12 @@ def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Experiment:
       Mistake: a key that no setting has, a value of another type, or one that is too small; the message names the setting.
     """
     plain = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    parts = {"data": Data, "optim": Optim, "mesh": Mesh, "train": Train, "options": Options}
+    parts = {"data": Data, "optim": Optim, "mesh": Mesh, "train": Train}
     for key, cls in parts.items():
-        plain[key] = _build(cls, plain.get(key, {}), f"config.{key}")
+        plain[key] = build(cls, plain.get(key, {}), f"config.{key}")
     if isinstance(plain.get("model"), Mapping):
         plain["model"] = with_kinds(plain["model"])
-    return _build(Experiment, plain, "config")
+    return build(Experiment, plain, "config")
 
 
 def with_kinds(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +183,28 @@ def with_kinds(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**model, "llm": {"kind": "gpt3", **llm}} if old else dict(model)
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
+def build(
+    cls: type[T],
+    values: object,
+    where: str,
+    *,
+    least: Mapping[str, float] | None = None,
+    most: Mapping[str, float] | None = None,
+) -> T:
+    """A dataclass of settings from a dict of its fields.
+
+    Args:
+      cls: the dataclass.
+      values: name -> value.
+      where: name of the group, for messages.
+      least: smallest values by name; None: those of LEAST.
+      most: largest values by name; None: those of MOST.
+
+    Raises:
+      Mistake: no dict, an unknown or missing name, a value of another type or out of range; the message names the setting.
+    """
+    least = LEAST.get(where, {}) if least is None else least
+    most = MOST.get(where, {}) if most is None else most
     if not isinstance(values, Mapping):
         raise Mistake(f"{where}: {values!r} is no group of settings; set them one by one, as {where}.NAME")
     hints = get_type_hints(cls)
@@ -220,19 +212,20 @@ def _build(cls: type, values: Any, where: str) -> Any:
         if name not in hints:
             raise Mistake(unknown(name, hints, where))
     for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is dataclasses.MISSING:
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in values:
             raise Mistake(f"{where}.{field.name} is missing")
     hints |= {"log_every": int | str} if cls is Train else {}  # it was a number of steps once
     made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
-    for name, least in LEAST.get(where, {}).items():
-        if made.get(name, least) < least:
-            below = "it must be above 0" if 0 < least < 1 else f"give {least} or more"
+    for name, low in least.items():
+        if made.get(name, low) < low:
+            below = "it must be above 0" if 0 < low < 1 else f"give {low} or more"
             raise Mistake(f"{where}.{name}: {made[name]!r} is too small; {below}")
-    for name, most in MOST.get(where, {}).items():
-        beta = name in ("b1", "b2")
-        if name in made and (made[name] > most or (beta and not 0 <= made[name] < most)):
+    for name, high in most.items():
+        below = name in ("b1", "b2")
+        if name in made and (made[name] > high or (below and not 0 <= made[name] < high)):
             raise Mistake(
-                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if beta else 'at most'} {most}"
+                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if below else 'at most'} {high}"
             )
     return cls(**made)
 
@@ -240,7 +233,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 def unknown(name: str, known: Iterable[str], where: str) -> str:
     """What to say about a setting that there is not: the nearest one if one is near, else all there are."""
     near = difflib.get_close_matches(name, known, 1)
-    names = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+    names = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
     return f"{where}: no setting named {name!r}; {names}"
 
 

@@ -83,12 +83,21 @@ def _missing(file: Path) -> str:
 
 
 def _check_argument(make: types.FunctionType, path: str, colon: str, argument: str) -> None:
-    given = (argument,) if colon else ()
-    try:
-        inspect.signature(make).bind(*given)
-    except TypeError:
-        what = f"takes no argument, {argument!r} was given" if given else "needs an argument, as FILE.py:ARGUMENT"
-        raise Mistake(f"--config {path}: its get_config {what}") from None
+    taken = list(inspect.signature(make).parameters.values())
+    places = [one for one in taken if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD, one.VAR_POSITIONAL)]
+    needed = [
+        one for one in taken if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+    if colon and not places:
+        raise Mistake(f"--config {path}: its get_config takes no argument, {argument!r} was given")
+    if needed and not (colon and needed == places[:1]):
+        raise Mistake(f"--config {path}: its get_config needs {_words(needed)}")
+
+
+def _words(needed: list[inspect.Parameter]) -> str:
+    if len(needed) == 1 and needed[0].kind != needed[0].KEYWORD_ONLY:
+        return "an argument, as FILE.py:ARGUMENT"
+    return f"{', '.join(one.name for one in needed)}; it is given one argument at most"
 
 
 def _execute(name: str, file: Path) -> types.ModuleType:

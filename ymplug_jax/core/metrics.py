@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import struct
@@ -32,13 +31,6 @@ class Mean:
 
 
 Metrics = dict[str, Mean]
-
-
-def mean_of(values: jax.Array, mask: jax.Array) -> Mean:
-    """Mean of `values` where `mask` is non-zero (same shape)."""
-    mask = mask.astype(jnp.float32)
-    # where, not a product: a masked-out NaN or inf must not reach the total.
-    return Mean(jnp.where(mask > 0, values * mask, 0.0).sum(), mask.sum())
 
 
 class Writer:

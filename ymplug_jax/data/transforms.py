@@ -14,6 +14,9 @@ import numpy as np
 
 from ymplug_jax.data.frames import opencv
 
+# Of CLIP's images, RGB, for values in 0..1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LEVEL = 5  # of 10
 FILL = (128, 128, 128)
 Frame = np.ndarray  # uint8[H, W, 3]
@@ -30,17 +33,15 @@ class Clip(Protocol):
     def __getitem__(self, t: int, /) -> Frame: ...
 
 
-def train_transform(
-    clip: Clip, size: int, rng: np.random.Generator, *, random_signs: bool = False, wrap_uint8: bool = False
-) -> np.ndarray:
+def train_transform(clip: Clip, size: int, rng: np.random.Generator) -> np.ndarray:
     """Random resized crop, flip with probability 1/2, two RandAugment operations.
+
+    The overshoot of the bicubic filter is clipped; in the reference it wraps modulo 256.
 
     Args:
       clip: RGB frames.
       size: side of the result, pixels.
       rng: all randomness of the call.
-      random_signs: warp to either side; the reference warps to one side only.
-      wrap_uint8: let the overshoot of the bicubic filter wrap modulo 256 as the reference does, instead of clipping it.
 
     Returns:
       uint8[T, size, size, 3].
@@ -50,11 +51,9 @@ def train_transform(
     crop = choose_crop(height, width, rng)
     flip = rng.random() < 0.5
     operations = [(name, LEVEL) for name in choose_operations(rng)]
-    if random_signs:
-        operations = [(name, -level if name in WARPS and rng.random() < 0.5 else level) for name, level in operations]
     out = np.empty((len(clip), size, size, 3), np.uint8)
     for t, values in enumerate(_crop_resize(clip, crop, size)):
-        frame = to_uint8(values, wrap=True) if wrap_uint8 else np.clip(values, 0, 255, out=values).astype(np.uint8)
+        frame = np.clip(values, 0, 255, out=values).astype(np.uint8)
         frame = cv2.flip(frame, 1) if flip else frame
         for name, level in operations:
             frame = operate(frame, name, level)
@@ -130,10 +129,10 @@ def _crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
         yield cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
 
 
-def to_uint8(values: np.ndarray, *, wrap: bool = False) -> np.ndarray:
+def to_uint8(values: np.ndarray) -> np.ndarray:
     """Truncated toward zero and clipped to uint8; or modulo 256 as in the reference, which turns overshooting bright pixels
     black."""
-    return (values.astype(np.int64) % 256 if wrap else np.clip(values, 0, 255)).astype(np.uint8)
+    return np.clip(values, 0, 255).astype(np.uint8)
 
 
 def operate(frame: Frame, name: str, level: float = LEVEL) -> Frame:

@@ -1,10 +1,11 @@
-"""Answers of one run about a stream of clips: classes, captions, rankings, and the sheet that shows their frames."""
+"""Answers of one run about a stream of clips: what its task says about each, rankings, and the sheet that shows their frames."""
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ymplug_jax.core import index_file
@@ -13,55 +14,31 @@ from ymplug_jax.data.records import Record
 from ymplug_jax.inference.index_build import Export
 from ymplug_jax.inference.predictor import BATCH, Predictor, blank
 from ymplug_jax.inference.wording import readable, shown
-from ymplug_jax.tasks.mplug_video import classify
+from ymplug_jax.tasks.presentation import Answer
 
 SHEET = 64  # clips on a sheet at most
 
-Answer = dict[str, Any]
-
 
 def describe(args: argparse.Namespace, predictor: Predictor, reading: Any) -> Iterator[Answer]:
-    """The answer of classify or caption about each file that can be read, in order.
+    """The answer of the run's task about each file that can be read, in order.
 
     Raises:
-      Mistake: scores that are not finite.
+      Mistake: predictions that are not finite.
     """
-    about = _caption if args.command == "caption" else _class
+    about = predictor.task.describe[args.command]
     drawn: list[tuple[Record, str]] = []
     count = 0
     for records in reading.records(reading.files, BATCH):
         for row, record in zip(predictor.rows(records), records, strict=True):
-            answer = about(args, predictor, row, record)
+            for values in row.values():
+                if jax.numpy.issubdtype(values.dtype, np.floating):
+                    _finite(values, record.media_id)
+            answer = about(row, record, args.best)
             yield answer
             count += 1
             if args.sheet and len(drawn) < SHEET:
                 drawn.append((record, readable(answer)))
     draw(args, predictor, drawn, count)
-
-
-def _caption(args: argparse.Namespace, predictor: Predictor, row: dict, record: Record) -> Answer:
-    (found,) = predictor.task.score([row | {"index": np.int64(0)}], [record]).rows
-    return {"video": record.media_id, "caption": found.get("caption", found.get("generated"))}
-
-
-def _class(args: argparse.Namespace, predictor: Predictor, row: dict, record: Record) -> Answer:
-    names = predictor.class_names
-    given = classify.MODALITIES.index("both" if record.title else "video")
-    votes = _finite(row.get("likelihood", row["head"])[given], record.media_id)  # ALPRO has a head alone
-    head = _finite(row["head"][given], record.media_id)
-    if len(names) != len(votes):
-        raise Mistake(
-            f"{predictor.folder}: {len(names)} class names, but votes for {len(votes)}; put the run's own names back"
-        )
-    shares = np.exp(votes - np.logaddexp.reduce(votes))
-    best = np.argsort(-shares, kind="stable")[: args.best]
-    return {
-        "video": record.media_id,
-        "class": names[best[0]],
-        "head": names[int(head.argmax())],
-        "shown": "video and title" if record.title else "video",
-        "best": {names[c]: round(float(shares[c]), 4) for c in best},
-    }
 
 
 def _finite(values: np.ndarray, name: str) -> np.ndarray:
@@ -162,7 +139,9 @@ def _rank(args: argparse.Namespace, texts: np.ndarray, vectors: np.ndarray, name
     asked, given, key = (args.text, names, "text") if args.rank == "videos" else (names, args.text, "video")
     for question, line in zip(asked, scores if args.rank == "videos" else scores.T, strict=True):
         order = np.argsort(-line, kind="stable")[: args.best]
-        yield {key: question, "ranking": [[given[i], round(float(line[i]), 4)] for i in order]}
+        ranking = [[given[i], round(float(line[i]), 4)] for i in order]
+        places = (f"   {place}. {name}  ({score:+.3f})" for place, (name, score) in enumerate(ranking, 1))
+        yield Answer({key: question, "ranking": ranking}, (question, *places))
 
 
 def _to_draw(args: argparse.Namespace, predictor: Predictor, vectors: dict, names: list[str]) -> list[str]:
@@ -179,11 +158,11 @@ def _drawn(args: argparse.Namespace, answers: list[Answer], pool: dict[str, Reco
     if not args.text:
         return [(record, shown(name)) for name, record in pool.items()]
     if args.rank == "texts":
-        return [(pool[answer["video"]], readable(answer)) for answer in answers if answer["video"] in pool]
+        return [(pool[answer.json["video"]], readable(answer)) for answer in answers if answer.json["video"] in pool]
     return [
-        (pool[name], f"{shown(answer['text'])}\n   {place}. {shown(name)}  ({score:+.3f})")
+        (pool[name], f"{shown(answer.json['text'])}\n   {place}. {shown(name)}  ({score:+.3f})")
         for answer in answers
-        for place, (name, score) in enumerate(answer["ranking"], 1)
+        for place, (name, score) in enumerate(answer.json["ranking"], 1)
     ]
 
 

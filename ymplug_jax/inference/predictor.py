@@ -1,9 +1,8 @@
 """A run's newest checkpoint on one device, ready to answer about clips."""
 
 import dataclasses
-import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -14,18 +13,13 @@ from etils import epath
 from ymplug_jax.core import checkpoint_files, config
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
+from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
-from ymplug_jax.tasks.alpro import classify
-from ymplug_jax.tasks.common import preprocess
-from ymplug_jax.tasks.task import Task
+from ymplug_jax.tasks import names, options
+from ymplug_jax.tasks.task import Batch, Example, Row, Task
 from ymplug_jax.training import evaluate, run_folder, setup
 
 BATCH = 8
-TASKS = {
-    "classify": ("classify", "alpro_classify"),
-    "caption": ("caption", "pretrain"),
-    "retrieve": ("retrieve", "alpro_retrieve", "alpro_pretrain", "alpro_prompter"),
-}
 
 
 class Predictor:
@@ -36,15 +30,15 @@ class Predictor:
 
         Args:
           name: the run's folder, local or gs://.
-          command: a key of TASKS.
+          command: of `ymplug_jax.predict`.
 
         Raises:
           Mistake: no run with a checkpoint there, a run of another task, damaged settings, or a part of the run is missing.
         """
         self.folder = checkpoint_files.folder_of(name)
         experiment = _settings(self.folder)
-        if experiment.task not in TASKS[command]:
-            wanted = " or ".join(TASKS[command])
+        if experiment.task not in (able := names.answering(command)):
+            wanted = " or ".join(able)
             raise Mistake(f"{self.folder} is a run of task {experiment.task!r}; {command} needs one of {wanted}")
         if checkpoint_files.latest_step(str(self.folder)) is None:
             raise Mistake(f"{self.folder}: this run has no checkpoint yet; train it until its first save")
@@ -53,21 +47,21 @@ class Predictor:
             experiment.data, path="", examples=BATCH, tokenizer=self._tokenizer(experiment), classes=self._classes(experiment)
         )  # fmt: skip
         train = dataclasses.replace(experiment.train, batch_size=BATCH, accumulate=1, init_from="")
-        options = dataclasses.replace(experiment.options, group=0, entities="", candidates="")  # of training alone
-        self.experiment = dataclasses.replace(experiment, data=data, train=train, options=options, mesh=config.Mesh())
+        asked = dataclasses.replace(experiment, data=data, train=train, mesh=config.Mesh())
+        self.experiment = options.for_predict(asked)
         try:
             self._run = setup.prepare(self.experiment, jax.devices()[:1])
         except (ValueError, FileNotFoundError) as error:
             raise Mistake(f"{self.folder}: {error}") from None
-        self._ready: tuple | None = None
+        self._ready: tuple[Params, Callable[[Params, Example], dict[str, jax.Array]]] | None = None
 
     @property
     def task(self) -> Task:
         """The run's task."""
         return self._run.task
 
-    def load(self) -> None:
-        """Read the weights and compile; does nothing the second time.
+    def load(self) -> tuple[Params, Callable[[Params, Example], dict[str, jax.Array]]]:
+        """The weights and the compiled predictions; both are kept.
 
         Raises:
           Mistake: weights that are missing or do not fit the run's settings.
@@ -77,17 +71,21 @@ class Predictor:
                 params = evaluate.load(self._run, self.folder)
             except (checkpoint_files.CheckpointError, FileNotFoundError) as error:
                 raise Mistake(f"{self.folder}: {error}") from None
-            batch = self._batch([blank("")])
-            self._ready = params, jax.jit(self.task.predict).lower(params, batch).compile()
+            self._ready = params, jax.jit(self._predict).lower(params, self._batch([blank("")])).compile()
+        return self._ready
 
-    def rows(self, records: Sequence[Record]) -> list[dict[str, np.ndarray]]:
+    def _predict(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """The task's predictions but for those that only an evaluation needs."""
+        assert self.task.predict is not None
+        return {name: value for name, value in self.task.predict(params, batch).items() if name not in self.task.kept}
+
+    def rows(self, records: Sequence[Record]) -> list[Row]:
         """Predictions of the task for each record, in order: arrays without a leading axis B.
 
         A record's predictions do not depend on the others: rows of a batch are computed apart, and a last batch that is not
         full is padded, so that one compiled program serves all.
         """
-        self.load()
-        params, predict = self._ready
+        params, predict = self.load()
         rows = []
         for start in range(0, len(records), BATCH):
             part = records[start : start + BATCH]
@@ -95,17 +93,7 @@ class Predictor:
             rows += [{key: value[i] for key, value in found.items()} for i in range(len(part))]
         return rows
 
-    @functools.cached_property
-    def class_names(self) -> Sequence[str]:
-        """Names of the run's classes, in the order of its votes.
-
-        Raises:
-          Mistake: the file of names is missing, or no list of names.
-        """
-        data, options = self.experiment.data, self.experiment.options
-        return classify.class_names(options) if options.answers else preprocess.class_names(data)
-
-    def _batch(self, records: Sequence[Record]) -> dict[str, np.ndarray]:
+    def _batch(self, records: Sequence[Record]) -> Example:
         # Names tell records of one clip apart in training alone, and those of files may hold bytes that are no text.
         records = [record._replace(media_id="") for record in records]
         examples = [self.task.example(record, None) | {"valid": np.bool_(True)} for record in records]

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 MATRIX = 45  # classes of a matrix at most, the commonest ones
 TABLE = 500  # classes of the table at most
-WORDS = {"likelihood": "by likelihood of the class name", "head": "by the head"}
 
 
 class Matrix(NamedTuple):
@@ -30,12 +29,6 @@ class Line(NamedTuple):
     by: list[tuple[int, float | None, float | None]]  # of each kind of vote: times answered, precision, recall
 
 
-def kinds(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Key of a row -> words, of the kinds of vote with video and title: likelihood, head."""
-    keys = [key for key in (rows[0] if rows else {}) if key.startswith("both/")]
-    return {key: WORDS.get(key.removeprefix("both/"), key) for key in keys} or {"predicted": "as answered"}
-
-
 def matrix(rows: Sequence[Mapping[str, Any]], key: str, title: str) -> Matrix | None:
     """The confusion matrix of one kind of vote over the labelled rows; None if there are none.
 
@@ -47,8 +40,8 @@ def matrix(rows: Sequence[Mapping[str, Any]], key: str, title: str) -> Matrix | 
     pairs = Counter((row["label"], row.get(key)) for row in rows if row.get("label"))
     if not pairs:
         return None
-    truths: Counter = Counter()
-    answered: Counter = Counter()
+    truths: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
     for (label, answer), count in pairs.items():
         truths[label] += count
         answered[answer] += count

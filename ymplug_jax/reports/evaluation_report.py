@@ -12,9 +12,10 @@ from etils import epath
 
 from ymplug_jax.core import config
 from ymplug_jax.core.config import Experiment
-from ymplug_jax.reports import chance as chance_lib
+from ymplug_jax.data.records import Record
 from ymplug_jax.reports import classes, curves, examples, score_table
 from ymplug_jax.reports.pictures import Pictures, data_uri
+from ymplug_jax.tasks.presentation import Page, ReadableRow, Score
 
 LONGEST = 400  # characters of a text on the page
 SAID = 10  # examples that are printed
@@ -24,9 +25,11 @@ FACTS = ("task", "split", "step", "examples", "labelled", "search", "note", "unl
 def write(
     path: epath.Path,
     scores: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    records: Any,
+    rows: Sequence[ReadableRow],
+    records: Sequence[Record] | None,
     *,
+    known: Sequence[Score],
+    page: Page,
     experiment: Experiment | None = None,
     workdir: epath.Path | None = None,
 ) -> None:
@@ -34,49 +37,49 @@ def write(
 
     Args:
       path: of the HTML file.
-      scores: name -> value; names with a slash are grouped by what stands before it.
-      rows: readable predictions. What a row holds decides what is drawn: label and predicted (classes), caption and
-        references, text and retrieved_index (grid), title and generated.
+      scores: name -> value.
+      rows: readable predictions.
       records: the split, for the frames; rows name their record by "index".
+      known: scores of the task.
+      page: how the task's rows are shown.
       experiment: the settings, None: not shown.
       workdir: the run's folder, for its loss curve and the command that trained it.
     """
-    chance = chance_lib.of(scores, rows, vocabulary_of(experiment))
-    kinds = classes.kinds(rows) if examples.kind_of(rows) == "classes" else {}
-    lines = classes.table(rows, list(kinds)) if kinds else []
+    chance, votes = page.chance(scores, rows), page.votes if rows else {}
+    lines = classes.table(rows, list(votes)) if votes else []
     text = render(
         "evaluation_report.html",
         facts={key: scores[key] for key in FACTS if key in scores},
-        references=_references(rows),
-        groups=grouped(score_table.table(scores, chance.scores)),
+        about=page.about(rows),
+        groups=grouped(score_table.table(scores, known, chance.scores)),
         chance_notes=chance.notes,
         curve=_curve(workdir),
         settings=flat(config.settings_of(experiment)) if experiment else {},
         commands=_commands(workdir),
-        matrices=[m for key, words in kinds.items() if (m := classes.matrix(rows, key, words))],
-        kinds=list(kinds.values()),
+        matrices=[m for key, words in votes.items() if (m := classes.matrix(rows, key, words))],
+        kinds=list(votes.values()),
         class_lines=lines[: classes.TABLE],
         class_count=len(lines),
         class_names=scores.get("classes"),
-        sections=examples.sections(rows, Pictures(records).of),
-        table=examples.table(rows),
+        sections=examples.sections(page, rows, Pictures(records).of),
+        table=examples.table(page, rows),
         percent=lambda share: score_table.with_unit(None if share is None else 100 * share, "%"),
     )
     path.write_bytes(text.encode("utf-8", "replace"))  # a file name may hold bytes that are no text
 
 
-def summary(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], experiment: Experiment | None = None) -> str:
-    """The scores and the first predictions for a terminal."""
-    chance = chance_lib.of(scores, rows, vocabulary_of(experiment))
+def summary(scores: Mapping[str, Any], rows: Sequence[ReadableRow], *, known: Sequence[Score], page: Page) -> str:
+    """The scores and the first predictions for a terminal, arguments as for `write`."""
+    chance = page.chance(scores, rows)
     head = (
         f"{scores.get('task')} on {scores.get('split')}: step {scores.get('step')}, {scores.get('examples')} examples"
     )
     if "labelled" in scores:
         head += f", {scores['labelled']} with ground truth"
-    parts = [head, score_table.text(score_table.table(scores, chance.scores)), *chance.notes]
+    parts = [head, score_table.text(score_table.table(scores, known, chance.scores)), *chance.notes]
     if "note" in scores:
         parts.append(str(scores["note"]))
-    table = examples.table(rows[:SAID])
+    table = examples.table(page, rows[:SAID])
     if table.rows:
         parts.append(f"\n{len(table.rows)} of {len(rows)} examples shown:")
         for cells in table.rows:
@@ -85,11 +88,11 @@ def summary(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], experi
     return "\n".join(part for part in parts if part)
 
 
-def summary_of_seeds(result: Mapping[str, Any]) -> str:
-    """Mean and standard deviation of every score over several seeds, for a terminal."""
+def summary_of_seeds(result: Mapping[str, Any], known: Sequence[Score]) -> str:
+    """Mean and standard deviation of every score over several seeds, for a terminal; `known` are the scores of the task."""
     spread = {name: value for name, value in result.items() if isinstance(value, Mapping)}
     means, deviations = (
-        score_table.table({name: value[key] for name, value in spread.items()}) for key in ("mean", "std")
+        score_table.table({name: value[key] for name, value in spread.items()}, known) for key in ("mean", "std")
     )
     lines = [f"{result.get('task')} on {result.get('split')}, seeds {', '.join(map(str, result.get('seeds', [])))}:"]
     names = [f"{line.group}: {line.name}" if line.group else line.name for line in means]
@@ -136,15 +139,6 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def vocabulary_of(experiment: Experiment | None) -> int | None:
-    """Size of the vocabulary, where the model's settings name exactly one."""
-    if experiment is None:
-        return None
-    leaves = flat(config.settings_of(experiment.model))
-    sizes = {value for path, value in leaves.items() if path.rpartition(".")[2] == "vocab"}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
 def command_of(argv: Sequence[str]) -> str:
     """A command line as it can be given again."""
     if not argv:
@@ -170,13 +164,3 @@ def _curve(workdir: epath.Path | None) -> str | None:
         return None
     curve = curves.read(workdir)
     return None if curve.empty else data_uri(curves.picture({"": curve}), "png")
-
-
-def _references(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many references the captions have."""
-    counts = [len(row["references"]) for row in rows if row.get("references")]
-    if not counts:
-        return ""
-    low, high = min(counts), max(counts)
-    each = f"{low}" if low == high else f"{low} to {high}"
-    return f"{sum(counts)} references of {len(counts)} clips, {each} a clip"

@@ -1,38 +1,31 @@
 """Scores as people read them: names in an order, three digits and a unit, the chance level beside."""
 
 import math
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Patterns of the last part of a score's name, full match -> (factor to the shown number, unit, whether more is better).
-UNITS: tuple[tuple[str, float, str, bool | None], ...] = (
-    (r".*top\d+|((v2t|t2v)_)?r(\d+|_mean)", 1, "%", True),  # stored in percent
-    (r"bleu\d|meteor|rouge_l|.*_(share|accuracy)|accuracy|precision|recall", 100, "%", True),  # stored as fractions
-    (r"cider", 1, "", True),
-    (r".*loss", 1, "nats", False),
-    (r".*_rank", 1, "", False),
-)
-FACTS = ("modalities", "task", "split", "step", "search", "note")
+from ymplug_jax.tasks.presentation import Score
 
 
 class Shown(NamedTuple):
     """One line of the table."""
 
-    group: str  # what stands before the last slash, and the direction of a retrieval
+    group: str
     name: str
     value: float | None  # in the shown unit; None: nothing was counted, or not finite
     unit: str
-    higher_is_better: bool | None
+    higher_is_better: bool | None  # None: of a score that its task does not know
     chance: float | None  # in the shown unit
 
     @property
     def text(self) -> str:
+        """The value and its unit."""
         return with_unit(self.value, self.unit)
 
     @property
     def chance_text(self) -> str:
+        """The score by chance and its unit; empty where it is not known."""
         return "" if self.chance is None else with_unit(self.chance, self.unit)
 
 
@@ -54,42 +47,27 @@ def with_unit(value: float | None, unit: str) -> str:
     return f"{text} {unit}" if unit and text != "–" else text
 
 
-def unit_of(name: str) -> tuple[float, str, bool | None]:
-    """(factor, unit, whether more is better) of a score by its name; (1, "", None) where nothing is known of it."""
-    last = name.rpartition("/")[2]
-    return next((tuple(rest) for pattern, *rest in UNITS if re.fullmatch(pattern, last)), (1, "", None))
-
-
-def table(scores: Mapping[str, Any], chance: Mapping[str, float] | None = None) -> list[Shown]:
-    """The scores in the order in which they stand, groups together; texts and counts are left out.
+def table(scores: Mapping[str, Any], known: Sequence[Score], chance: Mapping[str, float] | None = None) -> list[Shown]:
+    """The scores in the order of `known`, groups together; texts and counts are left out.
 
     Args:
       scores: as in scores.json: floats are scores, None a score that was not counted.
+      known: scores of the task. Others follow them under their own names, without a unit.
       chance: name -> score by chance, in the stored unit.
     """
+    named = {score.name: score for score in known}
+    there = {
+        key: value for key, value in scores.items() if isinstance(value, float) or (value is None and key in named)
+    }
     lines = []
-    for key, value in scores.items():
-        if key in FACTS or not (value is None or isinstance(value, float)):
-            continue
-        factor, unit, better = unit_of(key)
-        group, _, name = key.rpartition("/")
-        if direction := re.match(r"(v2t|t2v)_", name):
-            words = {"v2t": "video to text", "t2v": "text to video"}[direction[1]]
-            group, name = f"{group}, {words}" if group else words, name.removeprefix(direction[0])
-        by_chance = (chance or {}).get(key)
-        number = None if value is None or not math.isfinite(value) else factor * value
-        lines.append(Shown(group, label(name), number, unit, better, None if by_chance is None else factor * by_chance))
+    for key in [*(name for name in named if name in there), *(key for key in there if key not in named)]:
+        score, value, by_chance = named.get(key, Score(key, key)), there[key], (chance or {}).get(key)
+        number = None if value is None or not math.isfinite(value) else score.factor * value
+        better = score.higher_is_better if key in named else None
+        guess = None if by_chance is None else score.factor * by_chance
+        lines.append(Shown(score.group, score.label, number, score.unit, better, guess))
     order = {group: i for i, group in enumerate(dict.fromkeys(line.group for line in lines))}
     return sorted(lines, key=lambda line: order[line.group])
-
-
-def label(name: str) -> str:
-    """The last part of a score's name in words: "r5" -> "R@5", "likelihood_top1" -> "likelihood, top-1"."""
-    name = re.sub(r"^r(\d+)$", r"R@\1", name)
-    name = re.sub(r"_?top(\d+)$", r" top-\1", name)
-    name = re.sub(r"^bleu(\d)$", r"BLEU-\1", name)
-    fixed = {"cider": "CIDEr", "meteor": "METEOR", "rouge_l": "ROUGE-L", "r_mean": "mean of the recalls"}
-    return fixed.get(name, name.replace("_", " ").strip())
 
 
 def text(lines: Sequence[Shown]) -> str:

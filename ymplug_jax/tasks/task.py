@@ -1,9 +1,12 @@
-"""What a task is: one record of functions that binds a model to data. The file name of a task is its name in a config."""
+"""What a task is: one record of functions that binds a model to data. The file name of a task is its name in a config.
+
+A task's file holds `make`, which builds the record; and where there are any, `Options` (its settings, see options.py), `SCORES` (all
+that its evaluations may have, see presentation.py) and `ANSWERS` (the commands of `ymplug_jax.predict` that its runs answer).
+"""
 
 import dataclasses
-import importlib
+import difflib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import flax.linen as nn
@@ -16,8 +19,12 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.sharding import AxisRules
 from ymplug_jax.core.state import Params
+from ymplug_jax.data.records import Record
 from ymplug_jax.models import language_models
 from ymplug_jax.models.language_model import LanguageModel
+from ymplug_jax.tasks import names
+from ymplug_jax.tasks.kept_rows import KeptRows
+from ymplug_jax.tasks.presentation import Describe, Page, Score
 
 Batch = dict[str, jax.Array]  # fixed shapes, leading axis B, always has valid: bool[B]
 Example = dict[str, np.ndarray]
@@ -35,7 +42,7 @@ class Report:
     """What an evaluation found."""
 
     scores: dict[str, Any]  # written to scores.json
-    rows: list[dict]  # readable, one an example, written to predictions.jsonl
+    rows: list[dict[str, Any]]  # readable, one an example, written to predictions.jsonl
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # written to index.npz if there are any
 
 
@@ -48,15 +55,20 @@ class Task:
     frozen: tuple[str, ...]  # path regexes, full match
     init: Callable[[jax.Array], Params]  # key -> fresh parameters, float32
     example: Callable[
-        [Any, np.random.Generator | None], Example
+        [Record, np.random.Generator | None], Example
     ]  # (record, rng or None for evaluation) -> fixed-shape arrays
     spec: Mapping[str, jax.ShapeDtypeStruct]  # one training example, without B and without valid
     # (params, batch, key or None for evaluation) -> (scalar loss, metrics); metrics["loss"].weight weighs micro-batches
     loss: Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
     predict: Callable[[Params, Batch], dict[str, jax.Array]] | None = None  # arrays with leading axis B
-    # Where scoring needs the model once more (all pairs): (params, rows) -> rows, on every host alike.
-    rescore: Callable[[Params, list[Row]], list[Row]] | None = None
-    score: Callable[[list[Row], Sequence[Any]], Report] | None = None  # (rows, records of the split)
+    # Where scoring needs the model once more (all pairs): (params, rows, kept predictions) -> rows, on every host alike.
+    rescore: Callable[[Params, list[Row], KeptRows], list[Row]] | None = None
+    kept: tuple[str, ...] = ()  # predictions too large for every host: they stay on the devices, for `rescore` alone
+    score: Callable[[list[Row], Sequence[Record]], Report] | None = None  # (rows, records of the split)
+    scores: tuple[Score, ...] = ()  # that an evaluation may have, in the order in which they are shown
+    page: Page = Page()  # how the report shows the readable rows
+    describe: Mapping[str, Describe] = dataclasses.field(default_factory=dict)  # command of `predict` -> its answer
+    embeds: bool = False  # "video" and "text" of a row are unit vectors, f32[E], which `predict retrieve` ranks
     fresh: tuple[str, ...] = ()  # path regexes that `init_from` may lack: heads that this task adds
     resize: Mapping[str, Resize] = dataclasses.field(
         default_factory=dict
@@ -64,6 +76,22 @@ class Task:
     bounds: Mapping[str, tuple[float, float]] = dataclasses.field(
         default_factory=dict
     )  # path -> limits that a trained value is cut to after each update
+
+    def score_named(self, name: str) -> Score:
+        """The score that `config.train.best` names.
+
+        Raises:
+          Mistake: the task has no such score; the message names the nearest one, or all.
+        """
+        found = next((score for score in self.scores if score.name == name), None)
+        if found is None:
+            known = [score.name for score in self.scores]
+            near = difflib.get_close_matches(name, known, 1)
+            raise Mistake(
+                f"config.train.best: this task has no score {name!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+            )
+        return found
 
 
 DTYPES = ("float32", "bfloat16", "float16")  # that models compute in
@@ -87,27 +115,15 @@ SIZES = (
 )
 
 
-def modules() -> dict[str, str]:
-    """Dotted module by task name. A task of `mplug_video/` is called by its file's name, one of another family FAMILY_FILE."""
-    files = [
-        p for p in sorted(Path(__file__).parent.glob("*/*.py")) if p.parent.name != "common" and p.stem != "__init__"
-    ]
-    names = {p: p.stem if p.parent.name == "mplug_video" else f"{p.parent.name}_{p.stem}" for p in files}
-    return {name: f"{__package__}.{p.parent.name}.{p.stem}" for p, name in names.items()}
-
-
 def get(experiment: Experiment) -> Task:
     """The task that the experiment names, with its model.
 
     Raises:
-      Mistake: no such task, or a model setting that the model does not have.
+      Mistake: no such task, or a setting that its model or its options do not have.
     """
-    found, name = modules(), experiment.task
-    # What a family's tasks share lies beside them and makes no task.
-    if name not in found or not hasattr(importlib.import_module(found[name]), "make"):
-        known = sorted(one for one, module in found.items() if hasattr(importlib.import_module(module), "make"))
-        raise Mistake(f"config.task is {name!r}; there are {', '.join(known)}")
-    return importlib.import_module(found[name]).make(experiment)
+    made = names.module_of(experiment.task).make(experiment)
+    assert isinstance(made, Task)
+    return made
 
 
 def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> Any:
@@ -122,9 +138,9 @@ def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> A
         raise Mistake(f"{where}: {settings!r} are no settings of {cls.__name__}")
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-    for name in settings:
-        if name not in known:
-            raise Mistake(config.unknown(name, known, where))
+    for given in settings:
+        if given not in known:
+            raise Mistake(config.unknown(given, known, where))
 
     def value(key: str) -> Any:
         kind = hints[key]

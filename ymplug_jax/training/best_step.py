@@ -25,7 +25,15 @@ NOTE = "best.json"  # {"score", "value", "step"} in that folder
 class Best:
     """Keeps one step. A score that is equal to the best one does not replace it."""
 
-    def __init__(self, experiment: Experiment, workdir: epath.Path):
+    def __init__(self, experiment: Experiment, workdir: epath.Path, *, higher_is_better: bool):
+        """Read what is kept already.
+
+        Args:
+          experiment: the settings of the run.
+          workdir: the run's folder.
+          higher_is_better: of the score `config.train.best`.
+        """
+        self._higher = higher_is_better
         self._experiment, self._folder = experiment, workdir / BEST
         self._name = experiment.train.best
         self._value = self._stored()
@@ -66,7 +74,7 @@ class Best:
         return True
 
     def _better(self, value: float) -> bool:
-        return value < self._value if lower_is_better(self._name) else value > self._value
+        return value > self._value if self._higher else value < self._value
 
     def _stored(self) -> float:
         """The score of the step that is kept, NaN if there is none by this name."""
@@ -77,9 +85,3 @@ class Best:
         except (OSError, ValueError, TypeError, KeyError):  # none yet, or cut off by a kill
             pass
         return math.nan
-
-
-def lower_is_better(name: str) -> bool:
-    """Of losses and ranks; all other scores are better when they are higher."""
-    last = name.rpartition("/")[2]
-    return last == "loss" or last.endswith(("_loss", "_rank"))

@@ -16,14 +16,19 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data import loader
-from ymplug_jax.data.source import open_split
+from ymplug_jax.data.records import Records
+from ymplug_jax.data.source import Texts, open_split
 from ymplug_jax.reports import evaluation_report
+from ymplug_jax.tasks import names
 from ymplug_jax.tasks.common import task_metrics as metrics_lib
+from ymplug_jax.tasks.kept_rows import KeptRows, first_not_finite
 from ymplug_jax.tasks.task import Batch, Report, Row
 from ymplug_jax.training import setup
 from ymplug_jax.training.setup import Run
 
 LossStep = Callable[[Params, Params, Batch], Metrics]
+Arrays = dict[str, jax.Array]
+Split = Records | Texts
 
 
 def make_loss_step(run: Run) -> LossStep:
@@ -35,7 +40,7 @@ def make_loss_step(run: Run) -> LossStep:
     return jax.jit(step, out_shardings=sharding.replicated(run.mesh))
 
 
-def losses(run: Run, step: LossStep, records: Any, trainable: Params, frozen: Params) -> dict[str, float]:
+def losses(run: Run, step: LossStep, records: Split, trainable: Params, frozen: Params) -> dict[str, float]:
     """Mean of every metric of the task over the head of the evaluation split (`eval_examples` at most), without dropout.
 
     A metric that nothing in the split counts for is left out.
@@ -54,13 +59,10 @@ class Scorer:
     def __init__(self, run: Run):
         self._run = run
         self._loss_step = make_loss_step(run)
-        self._predict = run.task.predict and jax.jit(
-            lambda t, f, batch: run.task.predict(state_lib.merge(t, f), batch),
-            out_shardings=sharding.replicated(run.mesh),
-        )
+        self._predict = _predictor(run) if run.task.predict else None
 
     def score(
-        self, records: Any, trainable: Params, frozen: Params, examples: int, step: int
+        self, records: Split, trainable: Params, frozen: Params, examples: int, step: int
     ) -> tuple[dict[str, Any], Report]:
         """(scores, what an evaluation found) of parameters as the devices hold them.
 
@@ -79,17 +81,21 @@ class Scorer:
         split = experiment.data.eval_split
         found: list[tuple[int, Metrics]] = []
         rows: list[Row] = []
+        kept = KeptRows(run.mesh, -(-_size(records, examples) // experiment.train.batch_size))
         for batch, start in _batches(run, records, examples, f"evaluate {split}"):
             found.append((start, self._loss_step(trainable, frozen, batch)))
             if self._predict:
-                rows += _checked(_rows(jax.device_get(self._predict(trainable, frozen, batch)), start), records)
+                predicted, large, odd = self._predict(trainable, frozen, batch)
+                _check_kept(_rows(jax.device_get(odd), start), records)
+                kept.put(start // experiment.train.batch_size, large)
+                rows += _checked(_rows(jax.device_get(predicted), start), records)
         means, note = _means(found, records, experiment)
         if self._predict and not rows:
             raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record to score; build it again")
         report = Report({}, [])
         if run.task.rescore:
             with jax.set_mesh(run.mesh):
-                rows = run.task.rescore(state_lib.merge(trainable, frozen), rows)
+                rows = run.task.rescore(state_lib.merge(trainable, frozen), rows, kept)
         if run.task.score:
             report = run.task.score(rows, records)
         scores: dict[str, Any] = {
@@ -106,6 +112,23 @@ class Scorer:
         return scores, report
 
 
+def _predictor(run: Run) -> Callable[[Params, Params, Batch], tuple[Arrays, Arrays, Arrays]]:
+    """The jitted (trainable, frozen, batch) -> predictions on every host, those that stay on the devices, and of these the first value
+    of each row that is not finite (0: none), beside "valid"."""
+    task = run.task
+
+    def step(trainable: Params, frozen: Params, batch: Batch) -> tuple[Arrays, Arrays, Arrays]:
+        assert task.predict is not None
+        found = task.predict(state_lib.merge(trainable, frozen), batch)
+        large = {name: found[name] for name in task.kept}
+        odd = {name: first_not_finite(value) for name, value in large.items()}
+        rest = {name: value for name, value in found.items() if name not in task.kept}
+        return rest, large, odd | {"valid": found["valid"]}
+
+    whole = sharding.replicated(run.mesh)
+    return jax.jit(step, out_shardings=(whole, sharding.batch_sharding(run.mesh), whole))
+
+
 def evaluate_all(
     runs: list[tuple[Experiment, epath.Path]], workdir: epath.Path, *, examples: int = 0
 ) -> dict[str, Any]:
@@ -116,8 +139,9 @@ def evaluate_all(
     same = {key: scores[0][key] for key in ("task", "split", "examples")}
     result = same | {"seeds": [experiment.train.seed for experiment, _ in runs], **metrics_lib.over_seeds(scores)}
     if jax.process_index() == 0:
+        known = names.scores_of(runs[0][0].task)
         (workdir / "seeds.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        logging.info("\n%s\n\nseeds: %s", evaluation_report.summary_of_seeds(result), workdir / "seeds.json")
+        logging.info("\n%s\n\nseeds: %s", evaluation_report.summary_of_seeds(result, known), workdir / "seeds.json")
     return result
 
 
@@ -155,8 +179,9 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
         folder = workdir / "eval" / split
         _write(folder, scores, report)
         html = folder / "report.html"
-        evaluation_report.write(html, scores, report.rows, records, experiment=experiment, workdir=workdir)
-        logging.info("\n%s\n\nreport: %s", evaluation_report.summary(scores, report.rows, experiment), html)
+        shown = {"known": run.task.scores, "page": run.task.page}
+        evaluation_report.write(html, scores, report.rows, records, experiment=experiment, workdir=workdir, **shown)
+        logging.info("\n%s\n\nreport: %s", evaluation_report.summary(scores, report.rows, **shown), html)
     return scores
 
 
@@ -170,7 +195,7 @@ def load(run: Run, workdir: epath.Path) -> Params:
     return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
 
 
-def _means(found: list[tuple[int, Metrics]], records: Any, experiment: Experiment) -> tuple[dict[str, float], str]:
+def _means(found: list[tuple[int, Metrics]], records: Split, experiment: Experiment) -> tuple[dict[str, float], str]:
     """(mean of every metric that anything counted for, note about the others), from the metrics of each batch with the place of
     its first example.
 
@@ -193,14 +218,20 @@ def _means(found: list[tuple[int, Metrics]], records: Any, experiment: Experimen
     return means, f"no example of this split counts for {absent}" if absent else ""
 
 
-def _checked(rows: list[Row], records: Any) -> list[Row]:
+def _checked(rows: list[Row], records: Split) -> list[Row]:
     """The rows of a batch, once all their floats are finite: a model that has diverged is found at its first batch."""
     floats = [key for key, value in rows[0].items() if jax.numpy.issubdtype(value.dtype, np.floating)] if rows else []
     metrics_lib.check_rows(rows, records, *floats)
     return rows
 
 
-def _check_written(scores: dict[str, Any], report: Report, records: Any) -> None:
+def _check_kept(rows: list[Row], records: Split) -> None:
+    """What stays on the devices is finite: rows of `_predictor`."""
+    if rows:
+        metrics_lib.check_rows(rows, records, *(key for key in rows[0] if key != "index"))
+
+
+def _check_written(scores: dict[str, Any], report: Report, records: Split) -> None:
     """Everything that is about to be written is finite, or a Mistake names it: JSON has no NaN."""
 
     def wrong(value: Any) -> bool:
@@ -243,11 +274,11 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _size(records: Any, examples: int) -> int:
+def _size(records: Split, examples: int) -> int:
     return min(len(records), examples) if examples else len(records)
 
 
-def _batches(run: Run, records: Any, examples: int, title: str) -> Iterator[tuple[Batch, int]]:
+def _batches(run: Run, records: Split, examples: int, title: str) -> Iterator[tuple[Batch, int]]:
     """Every example once, in order, with the place of the batch's first one in the split; the last batch is padded with
     `valid` False. The same number of batches on every host."""
     data, size = run.experiment.data, run.experiment.train.batch_size

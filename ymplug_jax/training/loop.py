@@ -186,7 +186,10 @@ class _Evaluation:
         self._every = steps_in(run, settings.eval_every)
         self._scorer = evaluate.Scorer(run) if settings.eval_scores_every else None
         self._scores_every = steps_in(run, settings.eval_scores_every) if self._scorer else 0
-        self.best = Best(run.experiment, workdir) if settings.best else None
+        self.best: Best | None = None
+        if settings.best:
+            better = run.task.score_named(settings.best).higher_is_better
+            self.best = Best(run.experiment, workdir, higher_is_better=better)
 
     def due(self, step: int) -> bool:
         """Whether there is one after this step."""

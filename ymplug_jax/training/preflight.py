@@ -12,16 +12,9 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import schema
 from ymplug_jax.data.records import Split
 from ymplug_jax.data.source import open_split
+from ymplug_jax.tasks import options
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.training import run_folder, setup
-
-# Options that name a file, and the arrays that one of numpy's must have.
-FILES = {
-    "candidates": ("video", "text"),
-    "entities": ("entity_features",),
-    "prompts": (),
-    "answers": (),
-}
 
 
 def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
@@ -67,9 +60,11 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
     _check_files(experiment)
     splits = (data.train_split, data.eval_split) if mode == "train" else (data.eval_split,)
     records = {split: open_split(data.path, split) for split in splits if split}
-    kinds = task_lib.get(experiment).kinds
+    task = task_lib.get(experiment)
+    if train.best:
+        task.score_named(train.best)
     for split, found in records.items():
-        _check_split(experiment, split, found, kinds)
+        _check_split(experiment, split, found, task.kinds)
     run = setup.prepare(experiment, training=mode == "train")  # traces the model: the slowest check
     if not begun:
         setup.init_from(run, values=False)
@@ -95,9 +90,8 @@ def _check_split(experiment: Experiment, split: str, records: Split, kinds: tupl
 
 def _check_files(experiment: Experiment) -> None:
     """Files that the options name. Some are read after hours, when the scores are made."""
-    for name, arrays in FILES.items():
-        value = getattr(experiment.options, name)
-        if not value or "://" in value:
+    for name, value, arrays in options.files(experiment):
+        if "://" in value:
             continue
         where, file = f"config.options.{name} {value}", Path(value).expanduser()
         if not file.is_file():

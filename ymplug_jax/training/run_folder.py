@@ -20,6 +20,7 @@ from etils import epath
 from ymplug_jax.core import checkpoint_files, config
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
+from ymplug_jax.tasks import options
 from ymplug_jax.tasks.common import preprocess
 
 CONFIG = "config.json"
@@ -52,7 +53,7 @@ def read_settings(workdir: str | epath.Path) -> Experiment:
         where = "it ends too early" if not text.strip() else str(error)
         raise Mistake(f"{path}: damaged, not JSON ({where}); {fix}") from None
     try:
-        experiment = config.from_config_dict(plain)
+        experiment = options.completed(config.from_config_dict(plain), stored=True)
     except (ValueError, TypeError, AttributeError) as error:
         what = error if isinstance(error, ValueError) else f"these are not the settings of a run ({error})"
         raise Mistake(f"{path}: damaged, or of another version: {what}; {fix}") from None

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import shards
+from task_rows import batch_of, kept_of, rows_of
 from ymplug_jax.core import checkpoint, checkpoint_files, sharding
 from ymplug_jax.core import state as state_lib
-from ymplug_jax.core.config import Data, Experiment, Optim, Options, Train
+from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.data.records import Records
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
@@ -71,7 +72,7 @@ def experiment(name: str, data: Data, model: ALPRO | None = None, **options) -> 
         data=data,
         optim=Optim(warmup="1 steps"),
         train=Train(batch_size=8, duration="2 steps", frozen_dtype="float32"),
-        options=Options(**(options_of(name, data) | options)),
+        options=options_of(name, data) | options,
     )
 
 
@@ -80,16 +81,6 @@ def prepared(name: str, data: Data, **options) -> tuple[Task, dict]:
     task = task_lib.get(experiment(name, data, **options))
     params, rng = jax.jit(task.init)(jax.random.key(0)), np.random.default_rng(0)
     return task, jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.05, leaf.shape).astype(np.float32), params)
-
-
-def batch_of(task: Task, records: Records, rng: np.random.Generator | None, indices: range) -> dict[str, np.ndarray]:
-    examples = [task.example(records[i], rng) | {"valid": np.bool_(True)} for i in indices]
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-
-
-def rows_of(task: Task, params: dict, records: Records) -> list[dict]:
-    found = jax.device_get(jax.jit(task.predict)(params, batch_of(task, records, None, range(len(records)))))
-    return [{key: value[i] for key, value in found.items()} | {"index": i} for i in range(len(records))]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -237,9 +228,9 @@ def test_the_teacher_sees_the_region_alone(data: Data) -> None:
 def test_the_prompter_leaves_a_table_of_entities(data: Data) -> None:
     task, params = prepared("alpro_prompter", data)
     records = Records(data.path, "validation")
-    report = task.score(task.rescore(params, rows_of(task, params, records)), records)
+    report = task.score(task.rescore(params, rows := rows_of(task, params, records), kept_of(task, rows)), records)
     assert report.arrays["entity"].tolist() == ["圆形", "方形", "红色"] and report.scores["entities"] == 3
-    table, run = report.arrays["entity_features"], encode_pairs.run_of(MODELS["alpro_prompter"], params, None)
+    table, run = report.arrays["entity_features"], MODELS["alpro_prompter"].bind({"params": params})
     tokenizer = encode_pairs.tokenizer_of(data, BASE)
     units = []
     for prompt in ("方形的视频", "第0个方形"):
@@ -253,10 +244,10 @@ def test_retrieval_matches_all_pairs_or_the_best(data: Data) -> None:
     task, params = prepared("alpro_retrieve", data, best=0)
     records = Records(data.path, "validation")
     rows = rows_of(task, params, records)
-    full = task.rescore(params, rows)
+    full = task.rescore(params, rows, kept_of(task, rows))
     matrix = np.stack([row["match"] for row in full])
     assert matrix.shape == (10, 10) and np.isfinite(matrix).all()
-    run = encode_pairs.run_of(MODELS["alpro_retrieve"], params, None)  # one pair by itself
+    run = MODELS["alpro_retrieve"].bind({"params": params})  # one pair by itself
     pair = run.fuse(rows[7]["states"][None], rows[7]["mask"][None], rows[2]["tokens"][None])
     logits = run.match_logits(pair)[0]
     assert matrix[2, 7] == pytest.approx(float(logits[1] - logits[0]), rel=1e-4, abs=1e-5)
@@ -269,13 +260,13 @@ def test_retrieval_matches_all_pairs_or_the_best(data: Data) -> None:
     assert row["t2v_rank"] == 1 + int((matrix[:, 4] > matrix[4, 4]).sum()) and "similarity_rank" in row
 
     few, _ = prepared("alpro_retrieve", data, best=2)
-    some = np.stack([r["match"] for r in few.rescore(params, rows)])
+    some = np.stack([r["match"] for r in few.rescore(params, rows, kept_of(few, rows))])
     scored = np.isfinite(some)
     assert 20 <= scored.sum() < 100
     np.testing.assert_allclose(some[scored], matrix[scored], rtol=1e-4, atol=1e-5)
     similarity = np.stack([r["video"] for r in rows]) @ np.stack([r["text"] for r in rows]).T
     np.testing.assert_array_equal(scored, pair_scoring.best_of(similarity, 2))
-    assert few.score(few.rescore(params, rows), records).scores["videos"] == 10
+    assert few.score(few.rescore(params, rows, kept_of(few, rows)), records).scores["videos"] == 10
 
 
 def test_classification_by_the_head(data: Data) -> None:
@@ -340,11 +331,10 @@ def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
     saved.save(state_lib.TrainState(jnp.int32(3), params, run.tx.init(params)), 3, 24)
     saved.close()
     settings = experiment("alpro_pretrain", data)
-    vectors = np.load(settings.options.entities)["entity_features"]
+    vectors = np.load(settings.options["entities"])["entity_features"]
     origin = checkpoint_files.fingerprint(str(tmp_path / "prompter"))  # of the run that these vectors are from
     np.savez(tmp_path / "entities.npz", entity_features=vectors, fingerprint=origin)
-    options = dataclasses.replace(settings.options, entities=str(tmp_path / "entities.npz"))
-    settings = dataclasses.replace(settings, options=options)
+    settings = dataclasses.replace(settings, options={"entities": str(tmp_path / "entities.npz")})
     more = dataclasses.replace(settings.train, init_from=f"prompter:={tmp_path / 'prompter'}")
     found, origin = setup.fresh_params(setup.prepare(dataclasses.replace(settings, train=more), jax.devices()[:1]))
     entities = found["prompter"].pop("entities")
@@ -406,7 +396,7 @@ def test_mistakes_name_the_setting(data: Data) -> None:
         with pytest.raises(ValueError, match=message):
             make(name, model)
     with pytest.raises(ValueError, match="config.options.group is 3; it must be 2 or more and divide"):
-        make("alpro_retrieve", BASE, options=Options(group=3))
+        make("alpro_retrieve", BASE, options={"group": 3})
     sentencepiece = shards.tokenizer(Path(data.path).parent / "t.model")
     with pytest.raises(ValueError, match=r"has no \[MASK\]"):
         make("alpro_retrieve", BASE, data=dataclasses.replace(data, tokenizer=str(sentencepiece)))

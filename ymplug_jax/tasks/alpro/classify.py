@@ -3,25 +3,41 @@
 Evaluation scores video and title, the video alone and the title alone, as task "classify" does.
 """
 
-from collections.abc import Sequence
-from functools import partial
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax.core.config import Experiment, Options
+from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import alpro
+from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.tasks.alpro import encode_pairs
-from ymplug_jax.tasks.common import losses, preprocess
-from ymplug_jax.tasks.mplug_video import classify
+from ymplug_jax.tasks.common import class_votes, example_pages, losses, preprocess, scores
+from ymplug_jax.tasks.common.class_votes import MODALITIES
+from ymplug_jax.tasks.common.passes import within
+from ymplug_jax.tasks.options import build, option
+from ymplug_jax.tasks.presentation import Answer
 from ymplug_jax.tasks.task import Batch, Example, Task
+
+BY = ("head",)  # kinds of votes
+ANSWERS = ("classify",)
+SCORES = (*scores.shares("accuracy"), *scores.losses("loss"), *scores.votes(MODALITIES, BY))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the classes are."""
+
+    answers: str = option("", file=True)  # the possible answers, one a line; "": the 45 categories
 
 
 def make(experiment: Experiment) -> Task:
@@ -30,7 +46,8 @@ def make(experiment: Experiment) -> Task:
     Names are those of `config.data.classes`, else the 45 categories, or the possible answers. A head may have room for more
     answers than there are.
     """
-    data, answers = experiment.data, experiment.options.answers
+    data, options = experiment.data, build(Options, experiment.options)
+    answers = options.answers
     model = encode_pairs.model_of(experiment)
     if not model.classes:
         raise ValueError(f"config.model.classes is 0; the categories are {len(preprocess.class_names(data))}")
@@ -38,11 +55,7 @@ def make(experiment: Experiment) -> Task:
         raise Mistake(
             "config.options.answers and config.data.classes are both set; questions have answers, videos classes"
         )
-    names = (
-        class_names(experiment.options, model.classes if not data.path else 0)
-        if answers
-        else preprocess.class_names(data)
-    )
+    names = class_names(answers, model.classes if not data.path else 0) if answers else preprocess.class_names(data)
     if not answers:
         preprocess.check_classes(data, names)
     if data.classes and len(names) != model.classes:
@@ -61,10 +74,11 @@ def make(experiment: Experiment) -> Task:
         return {"video": preprocess.video_of(record, data, rng), **row, "label": np.int32(label)}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        run, quiet = encode_pairs.run_of(model, params, key), {"deterministic": key is None}
-        tokens = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype), **quiet)
-        states = run.encode_text(batch["ids"], batch["mask"], **quiet)
-        votes = run.classify(run.fuse(states, batch["mask"], tokens, **quiet))  # [B, K]
+        def read(run: ALPRO) -> jax.Array:
+            tokens, states = encode_pairs.seen(run, batch, deterministic=key is None)
+            return run.classify(run.fuse(states, batch["mask"], tokens, deterministic=key is None))
+
+        votes = within(model, params, read, key)  # [B, K]
         total, count = losses.classification(votes, batch["label"], batch["valid"])
         counts = batch["valid"] & (batch["label"] >= 0)
         right = jnp.sum(losses.chosen(votes[:, : len(names)], batch["label"]) & counts, dtype=jnp.float32)
@@ -72,22 +86,32 @@ def make(experiment: Experiment) -> Task:
         return losses.ratio(mean), {"loss": mean, "accuracy": Mean(right, count)}
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        run = encode_pairs.run_of(model, params, None)
-        tokens = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype))
-        blank = encode_pairs.encode(tokenizer, "", length, model)
-        blank = {name: jnp.broadcast_to(value, batch["ids"].shape) for name, value in blank.items()}
-        votes = []
-        for shown, texts in ((tokens, batch), (tokens, blank), (None, batch)):  # the order of classify.MODALITIES
-            states = run.encode_text(texts["ids"], texts["mask"])
-            votes.append(run.classify(run.fuse(states, texts["mask"], shown))[:, : len(names)])
-        return {"head": jnp.stack(votes, axis=1), "label": batch["label"], "valid": batch["valid"]}  # [B, 3, K]
+        blank = {
+            name: jnp.broadcast_to(value, batch["ids"].shape)
+            for name, value in encode_pairs.encode(tokenizer, "", length, model).items()
+        }
+
+        def read(run: ALPRO) -> jax.Array:
+            tokens, _ = encode_pairs.seen(run, batch)
+            votes = []
+            for shown, texts in ((tokens, batch), (tokens, blank), (None, batch)):  # the order of MODALITIES
+                states = run.encode_text(texts["ids"], texts["mask"])
+                votes.append(run.classify(run.fuse(states, texts["mask"], shown))[:, : len(names)])
+            return jnp.stack(votes, axis=1)  # [B, 3, K]
+
+        return {"head": within(model, params, read), "label": batch["label"], "valid": batch["valid"]}
+
+    def describe(row: Mapping[str, np.ndarray], record: Record, best: int) -> Answer:
+        return class_votes.answer(row, record, best, known_names(), BY)
+
+    @cache
+    def known_names() -> Sequence[str]:  # where the file of answers is missing, planning goes on with numbers
+        return class_names(answers) if answers else names
 
     row = preprocess.row_spec(length)
-    return Task(
-        kinds=("classification", "question") if experiment.options.answers else ("classification",),
-        axes=alpro.AXES,
-        frozen=(),
-        init=lambda key: alpro.init(model, key),
+    return encode_pairs.task_of(
+        model,
+        kinds=("classification", "question") if answers else ("classification",),
         example=example,
         spec={
             "video": preprocess.video_spec(data),
@@ -97,22 +121,24 @@ def make(experiment: Experiment) -> Task:
         },
         loss=loss,
         predict=predict,
-        score=partial(classify.report, names=names, by=("head",)),
+        score=partial(class_votes.report, names=names, by=BY),
+        scores=SCORES,
+        page=example_pages.classes(MODALITIES, BY),
+        describe={"classify": describe},
         fresh=(*alpro.TEMPORAL, "(head|connector)/.*"),
-        resize=alpro.RESIZE,
     )
 
 
-def class_names(options: Options, planned: int = 0) -> Sequence[str]:
-    """The possible answers to questions: the lines of `config.options.answers`, which is set.
+def class_names(answers: str, planned: int = 0) -> Sequence[str]:
+    """The possible answers to questions: the lines of a file.
 
     Args:
-      options: of the settings.
+      answers: its name (`config.options.answers`).
       planned: so many nameless ones where the file is missing: planning needs no names.
 
     Raises:
       Mistake: no such file, or it is no list of answers.
     """
-    if planned and not Path(options.answers).is_file():
+    if planned and not Path(answers).is_file():
         return [str(number) for number in range(planned)]
-    return preprocess.names_in(options.answers, "config.options.answers", "answer")
+    return preprocess.names_in(answers, "config.options.answers", "answer")

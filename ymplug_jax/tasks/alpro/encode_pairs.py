@@ -8,13 +8,15 @@ import numpy as np
 
 from ymplug_jax.core.config import Data, Experiment
 from ymplug_jax.core.metrics import Mean, Metrics
+from ymplug_jax.core.state import Params
 from ymplug_jax.data import text
 from ymplug_jax.data.text import Tokenizer
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.tasks.common import losses, pair_losses, preprocess
 from ymplug_jax.tasks.common.pair_losses import Negatives
-from ymplug_jax.tasks.task import Example, build
+from ymplug_jax.tasks.common.passes import within
+from ymplug_jax.tasks.task import Batch, Example, Task, build
 
 # Of bert-base-chinese, for planning without a tokenizer: padding, unknown, beginning, end, mask.
 SPECIALS = {"pad": 0, "unk": 100, "bos": 101, "eos": 102, "mask": 103}
@@ -62,9 +64,23 @@ def encode(tokenizer: Tokenizer | None, words: str, length: int, model: ALPRO) -
     return {"ids": ids, "mask": mask}
 
 
-def run_of(model: ALPRO, params: dict, key: jax.Array | None) -> ALPRO:
-    """The model bound to its parameters, with randomness for dropout where there is a key."""
-    return model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
+def seen(run: ALPRO, batch: Batch, *, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Both encoders on a batch as it is stored, inside `passes.within`: tokens f[B, 1 + P, C] and states f[B, L, C]."""
+    video = preprocess.normalize(batch["video"], run.vision.dtype)
+    tokens = run.encode_video(video, deterministic=deterministic)
+    return tokens, run.encode_text(batch["ids"], batch["mask"], deterministic=deterministic)
+
+
+def vectors(model: ALPRO, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    """Unit vectors of a batch in evaluation, as a task that `embeds` predicts them: video and text f32[B, E], valid."""
+    out = within(model, params, lambda run: contrast(run, *seen(run, batch)))
+    return {"video": out["video"], "text": out["text"], "valid": batch["valid"]}
+
+
+def task_of(model: ALPRO, **own: Any) -> Task:
+    """The record of a task on this model; `own` are its other fields."""
+    fields = {"frozen": (), "init": lambda key: alpro.init(model, key), "resize": alpro.RESIZE} | own
+    return Task(axes=alpro.AXES, **fields)
 
 
 def forward(
@@ -82,7 +98,7 @@ def forward(
     """Encode each side, set every row beside its negatives, and read all pairs together.
 
     Args:
-      run: bound, with contrastive and matching heads.
+      run: inside `passes.within`, with contrastive and matching heads.
       video: normalised, f[B, T, S, S, 3].
       batch: ids and mask int32[B, L], valid bool[B].
       key: randomness of the negatives; None where `negatives` are given.

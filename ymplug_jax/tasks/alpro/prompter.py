@@ -4,10 +4,12 @@ Evaluation leaves `index.npz` as retrieval does; with `config.options.prompts` i
 pre-training with entities reads (`config.options.entities`).
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,39 +23,45 @@ from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.tasks.alpro import encode_pairs
-from ymplug_jax.tasks.common import losses, preprocess
-from ymplug_jax.tasks.mplug_video import retrieve
+from ymplug_jax.tasks.common import example_pages, gallery, losses, preprocess, scores
+from ymplug_jax.tasks.common.passes import within
+from ymplug_jax.tasks.kept_rows import KeptRows
+from ymplug_jax.tasks.options import build, option
 from ymplug_jax.tasks.task import TITLED, Batch, Example, Report, Row, Task
 
 PROMPTS = 512  # texts that are read at once
+ANSWERS = ("retrieve",)
+SCORES = (*scores.losses("contrastive_loss", "loss"), *scores.recalls(""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the evaluation leaves."""
+
+    prompts: str = option("", file=True, predict=False)  # file of entity prompts that data_prep.entity_prompts wrote
 
 
 def make(experiment: Experiment) -> Task:
     """The task for `experiment.model` = fields of ALPRO with contrastive heads and no others."""
-    data = experiment.data
+    data, options = experiment.data, build(Options, experiment.options)
     model = encode_pairs.model_of(experiment)
     if not model.contrastive_width or alpro.prompter_of(model) != model:
         raise ValueError("config.model: the prompter has contrastive heads alone; see models/alpro.py, prompter_of")
     tokenizer, length = encode_pairs.tokenizer_of(data, model), data.max_tokens
-    if experiment.options.prompts:
-        read_prompts(experiment.options.prompts)  # used after the last batch; what is wrong with it is found now
+    if options.prompts:
+        read_prompts(options.prompts)  # used after the last batch; what is wrong with it is found now
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         title = clean_text(record.title, data.max_words)
         return {"video": preprocess.video_of(record, data, rng), **encode_pairs.encode(tokenizer, title, length, model)}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        video = preprocess.normalize(batch["video"], model.vision.dtype)
-        total, out = contrastive(model, params, video, batch, key)
+        total, out = contrastive(model, params, batch, key)
         return encode_pairs.with_loss(total, {"contrastive_loss": out["loss"]}, batch["valid"])
 
-    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        _, out = contrastive(model, params, preprocess.normalize(batch["video"], model.vision.dtype), batch, None)
-        return {"video": out["video"], "text": out["text"], "valid": batch["valid"]}
-
-    def rescore(params: Params, rows: list[Row]) -> list[Row]:
+    def rescore(params: Params, rows: list[Row], kept: KeptRows) -> list[Row]:
         """The table of entities, which belongs to the model and not to a row, travels with the first one."""
-        names, texts = read_prompts(experiment.options.prompts)
+        names, texts = read_prompts(options.prompts)
         cleaned = [clean_text(prompt, data.max_words) for prompt in texts]
         longest = max(len(preprocess.given(tokenizer).encode(prompt)) for prompt in cleaned) + 2
         made = [
@@ -64,7 +72,7 @@ def make(experiment: Experiment) -> Task:
         return [rows[0] | {"entities": (np.array(names), table)}, *rows[1:]]
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
-        report = retrieve.rank_all(rows, records)
+        report = gallery.rank_all(rows, records)
         if "entities" in rows[0]:
             names, table = rows[0]["entities"]
             report.arrays.update(entity=names, entity_features=table)
@@ -72,32 +80,30 @@ def make(experiment: Experiment) -> Task:
         return report
 
     row = preprocess.row_spec(length)
-    return Task(
+    return encode_pairs.task_of(
+        model,
         kinds=TITLED,
-        axes=alpro.AXES,
-        frozen=(),
-        init=lambda key: alpro.init(model, key),
         example=example,
         spec={"video": preprocess.video_spec(data), "ids": row, "mask": row},
         loss=loss,
-        predict=predict,
-        rescore=rescore if experiment.options.prompts else None,
+        predict=partial(encode_pairs.vectors, model),
+        rescore=rescore if options.prompts else None,
         score=score,
+        scores=SCORES,
+        page=example_pages.ranking("similarity", "text_similarity"),
+        embeds=True,
         fresh=(*alpro.TEMPORAL, "(vision_proj|text_proj|connector)/.*", "temperature"),
-        resize=alpro.RESIZE,
         bounds={"temperature": alpro.TEMPERATURE},
     )
 
 
-def contrastive(
-    model: ALPRO, params: Params, video: jax.Array, batch: Batch, key: jax.Array | None
-) -> tuple[jax.Array, dict]:
-    """(loss, unit vectors and the loss as a mean): normalised video f[B, T, S, S, 3]; ids, mask int32[B, L], valid bool[B]."""
-    run = encode_pairs.run_of(model, params, key)
-    quiet = {"deterministic": key is None}
-    tokens, states = run.encode_video(video, **quiet), run.encode_text(batch["ids"], batch["mask"], **quiet)
-    out = encode_pairs.contrast(run, tokens, states)
-    own = jnp.arange(len(video))[:, None]
+def contrastive(model: ALPRO, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
+    """(loss, unit vectors and the loss as a mean): video uint8[B, T, S, S, 3]; ids, mask int32[B, L], valid bool[B]."""
+
+    def read(run: ALPRO) -> dict[str, jax.Array]:
+        return encode_pairs.contrast(run, *encode_pairs.seen(run, batch, deterministic=key is None))
+
+    out, own = within(model, params, read, key), jnp.arange(len(batch["valid"]))[:, None]
     mean = Mean(*losses.retrieval(out["video"], out["text"], out["temperature"], own, valid=batch["valid"]))
     return losses.ratio(mean), out | {"loss": mean}
 
@@ -106,7 +112,7 @@ def entity_features(model: ALPRO, params: Params, ids: np.ndarray, mask: np.ndar
     """f32[K, E]: the mean over the templates of the unit vectors of K entities' prompts, not normalised again.
 
     Args:
-      model: unbound, with contrastive heads.
+      model: with contrastive heads.
       params: its parameters.
       ids: int32[templates * K, L], template by template.
       mask: int32[templates * K, L].
@@ -122,8 +128,7 @@ def entity_features(model: ALPRO, params: Params, ids: np.ndarray, mask: np.ndar
 
 
 def _text_units(model: ALPRO, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    run = encode_pairs.run_of(model, params, None)
-    return run.embed_text(run.encode_text(ids, mask))
+    return within(model, params, lambda run: run.embed_text(run.encode_text(ids, mask)))
 
 
 def read_prompts(path: str) -> tuple[list[str], list[str]]:

@@ -3,8 +3,9 @@
 Texts of one clip are all right for it, and are no negatives of it (`config.options.reference_negatives` lets them be).
 """
 
+import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,61 +19,82 @@ from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.tasks.alpro import encode_pairs
-from ymplug_jax.tasks.common import pair_losses, pair_scoring, preprocess
-from ymplug_jax.tasks.mplug_video import match, retrieve
+from ymplug_jax.tasks.common import example_pages, gallery, pair_losses, pair_ranking, pair_scoring, preprocess, scores
+from ymplug_jax.tasks.common.passes import within
+from ymplug_jax.tasks.kept_rows import KeptRows
+from ymplug_jax.tasks.options import build, option
 from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Report, Row, Task
+
+ANSWERS = ("retrieve",)
+SCORES = (
+    *scores.losses("contrastive_loss", "loss"),
+    *scores.shares("matching_accuracy"),
+    *scores.losses("matching_loss"),
+    *scores.recalls("match", ""),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What negatives are, and which pairs are matched in evaluation."""
+
+    reference_negatives: bool = option(
+        False, predict=False
+    )  # they may be other rows of the same clip, as in the reference
+    best: int = option(32, least=0, predict=False)  # pairs of each video and each text that are matched; 0: all
+    # Rows of a batch that share negatives, the reference's batch of one device; 0: all of them.
+    group: int = option(0, least=0, predict=False)
 
 
 def make(experiment: Experiment) -> Task:
     """The task for `experiment.model` = fields of ALPRO with contrastive and matching heads."""
-    data, options = experiment.data, experiment.options
+    data, options = experiment.data, build(Options, experiment.options)
     model = encode_pairs.model_of(experiment)
     if not (model.contrastive_width and model.matching):
         raise ValueError("config.model: retrieval needs contrastive_width and matching")
-    tokenizer, length, group = encode_pairs.tokenizer_of(data, model), data.max_tokens, pair_losses.group_of(experiment)
+    tokenizer, length = encode_pairs.tokenizer_of(data, model), data.max_tokens
+    group = pair_losses.group_of(experiment.train, options.group)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
-        texts = record.captions or [record.title]
-        title = clean_text(texts[0 if rng is None else int(rng.integers(len(texts)))], data.max_words)
+        title = clean_text(gallery.drawn_text(record, rng), data.max_words)
         row = encode_pairs.encode(tokenizer, title, length, model)
         return {"video": preprocess.video_of(record, data, rng), **row, "clip": preprocess.clip_id(record)}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        run, draw = (
-            encode_pairs.run_of(model, params, key),
-            jax.random.key(0) if key is None else jax.random.fold_in(key, 1),
-        )
-        video, quiet = preprocess.normalize(batch["video"], model.vision.dtype), {"deterministic": key is None}
+        draw = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
         clip = None if options.reference_negatives else batch["clip"]
-        out = encode_pairs.forward(run, video, batch, key=draw, group=group, clip=clip, **quiet)
+
+        def read(run: ALPRO) -> dict[str, Any]:
+            video = preprocess.normalize(batch["video"], model.vision.dtype)
+            return encode_pairs.forward(run, video, batch, key=draw, group=group, clip=clip, deterministic=key is None)
+
+        out = within(model, params, read, key)
         total, metrics = encode_pairs.pair_metrics(out, batch["valid"], batch["clip"])
         return encode_pairs.with_loss(total, metrics, batch["valid"])
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        run = encode_pairs.run_of(model, params, None)
-        tokens = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype))
-        out = encode_pairs.contrast(run, tokens, run.encode_text(batch["ids"], batch["mask"]))
+        out = within(model, params, lambda run: encode_pairs.contrast(run, *encode_pairs.seen(run, batch)))
         row = {name: batch[name] for name in ("mask", "clip", "valid")}
-        row |= {name: out[name].astype(jnp.float32) for name in ("tokens", "states")}
-        return row | {"video": out["video"], "text": out["text"]}
+        return row | {name: out[name] for name in ("tokens", "states", "video", "text")}
 
-    def rescore(params: Params, rows: list[Row]) -> list[Row]:
-        return score_pairs(model, params, rows, options.best)
+    def rescore(params: Params, rows: list[Row], kept: KeptRows) -> list[Row]:
+        return score_pairs(model, params, rows, kept, options.best)
 
     row = preprocess.row_spec(length)
-    return Task(
+    return encode_pairs.task_of(
+        model,
         kinds=(*CAPTIONED, *TITLED),
-        axes=alpro.AXES,
-        frozen=(),
-        init=lambda key: alpro.init(model, key),
         example=example,
         spec={"video": preprocess.video_spec(data), "ids": row, "mask": row, "clip": preprocess.row_spec(2)},
         loss=loss,
         predict=predict,
         rescore=rescore,
+        kept=("tokens", "states"),
         score=score,
+        scores=SCORES,
+        page=example_pages.ranking("match_score", "text_match_score", "matching_accuracy"),
+        embeds=True,
         fresh=(*alpro.TEMPORAL, "(vision_proj|text_proj|match|connector)/.*", "temperature"),
-        resize=alpro.RESIZE,
         bounds={"temperature": alpro.TEMPERATURE},
     )
 
@@ -81,7 +103,7 @@ def pair_logits(model: ALPRO, params: Params, tokens: jax.Array, texts: dict[str
     """Match logits of every video with the texts that it comes with.
 
     Args:
-      model: unbound, with a matching head.
+      model: with a matching head.
       params: its parameters.
       tokens: f[V, 1 + P, C] of `encode_video`.
       texts: states f[V, K, L, C] of `encode_text`, mask int32[V, K, L].
@@ -89,11 +111,14 @@ def pair_logits(model: ALPRO, params: Params, tokens: jax.Array, texts: dict[str
     Returns:
       f32[V, K, 2]; class 1 is a pair that matches.
     """
-    run = encode_pairs.run_of(model, params, None)
     v, k, length = texts["mask"].shape
     states = texts["states"].reshape(v * k, length, -1)
-    fused = run.fuse(states, texts["mask"].reshape(v * k, length), jnp.repeat(tokens, k, axis=0))
-    return run.match_logits(fused).reshape(v, k, 2)
+    mask = texts["mask"].reshape(v * k, length)
+
+    def read(run: ALPRO) -> jax.Array:
+        return run.match_logits(run.fuse(states, mask, jnp.repeat(tokens, k, axis=0)))
+
+    return within(model, params, read).reshape(v, k, 2)
 
 
 def match_score(logits: jax.Array) -> jax.Array:
@@ -101,20 +126,20 @@ def match_score(logits: jax.Array) -> jax.Array:
     return logits[..., 1] - logits[..., 0]
 
 
-def score_pairs(model: ALPRO, params: Params, rows: list[Row], best: int) -> list[Row]:
+def score_pairs(model: ALPRO, params: Params, rows: list[Row], kept: KeptRows, best: int) -> list[Row]:
     """Adds to every row the scores of its video with the `best` texts by similarity and those whose best videos it is among
     (0: with all): match, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, the similarity that orders
-    what was not scored. Encoder states go."""
-    clip, first = retrieve.clips_of([row["clip"].tobytes().hex() for row in rows])
+    what was not scored. Tokens and states are those of `kept`."""
+    clip, first = gallery.clips_of([row["clip"].tobytes().hex() for row in rows])
     similarity = np.stack([rows[i]["video"] for i in first]) @ np.stack([row["text"] for row in rows]).T
     wanted = pair_scoring.best_of(similarity, best) if best else np.ones(similarity.shape, bool)
 
-    def score(params: Params, tokens: jax.Array, texts: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {"match": match_score(pair_logits(model, params, tokens, texts))}
+    def score(params: Params, videos: Params, texts: Params) -> dict[str, jax.Array]:
+        return {"match": match_score(pair_logits(model, params, videos["tokens"], texts))}
 
-    table = {name: np.stack([row[name] for row in rows]) for name in ("states", "mask")}
-    step = partial(jax.jit(score), params)
-    found = pair_scoring.scores(step, [rows[i]["tokens"] for i in first], table, wanted, ("match",))
+    places, mask = [int(row["index"]) for row in rows], np.stack([row["mask"] for row in rows])
+    sides = pair_scoring.Sides(("tokens",), [places[i] for i in first], ("states",), places, {"mask": mask})
+    found = pair_scoring.scores(score, params, kept, sides, wanted, ("match",))
     keep = ("index", "clip", "video", "text")
     return [
         {key: row[key] for key in keep} | {"match": found["match"][c], "scored": wanted[c], "fallback": similarity[c]}
@@ -127,7 +152,7 @@ def score(rows: list[Row], records: Sequence[Record]) -> Report:
 
     Ranks and retrieved entries of the readable rows are those of the match head; "similarity" is of the retrieved videos.
     """
-    by_similarity, by_match = retrieve.rank_all(rows, records), match.score(rows, records, ("match",))
+    by_similarity, by_match = gallery.rank_all(rows, records), pair_ranking.score(rows, records, ("match",))
     places = {int(row["index"]): row for row in rows}
     readable = []
     for r, (first, second) in enumerate(zip(by_similarity.rows, by_match.rows, strict=True)):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.config import Train
 from ymplug_jax.tasks.common import losses
 
 
@@ -29,20 +29,20 @@ class Masking(NamedTuple):
     words: jax.Array  # int[B, L]: the random words
 
 
-def group_of(experiment: Experiment) -> int:
-    """Rows that negatives are drawn from: `config.options.group`, or the whole micro-batch.
+def group_of(train: Train, group: int) -> int:
+    """Rows that negatives are drawn from: `group` (`config.options.group`), or with 0 the whole micro-batch.
 
     Raises:
       ValueError: the batch cannot be cut into such groups, or a group has no room for a negative.
     """
-    size = experiment.train.batch_size // experiment.train.accumulate
-    group = experiment.options.group or size
-    if group < 2 or size % group:
+    size = train.batch_size // train.accumulate
+    rows = group or size
+    if rows < 2 or size % rows:
         raise ValueError(
-            f"config.options.group is {experiment.options.group}; it must be 2 or more and divide config.train.batch_size / "
+            f"config.options.group is {group}; it must be 2 or more and divide config.train.batch_size / "
             f"accumulate = {size}"
         )
-    return group
+    return rows
 
 
 def allowed(valid: jax.Array, clip: jax.Array | None, group: int) -> jax.Array:

@@ -1,28 +1,65 @@
-"""Scores of many videos with many texts, where the model must see each pair: in pieces of one shape, all pairs or the best."""
+"""Scores of many videos with many texts, where the model must see each pair: in pieces of one shape, all pairs or the best.
+
+The encodings that a pair is read from are not on the hosts: they stay on the devices as `kept_rows.KeptRows`, whose docstring states
+their memory, and a step takes the rows of its own pairs. For V videos and G texts of which S scores are made:
+
+    a host           S * V * G * 4 bytes of scores, V * G bytes of which pairs are wanted, and G rows of token ids
+    a device         its part of the kept rows; of one step 8 videos and 64 texts, in float32
+
+The largest piece is the kept rows, ceil(N / B) * B * R / D bytes a device: 10,000 clips of 128 visual tokens of width 2,048 in bfloat16
+are 5.2 GB, 0.33 GB on each of 16 devices.
+"""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax.core import progress
+from ymplug_jax.core import progress, sharding
+from ymplug_jax.core.state import Params
+from ymplug_jax.tasks import kept_rows
+from ymplug_jax.tasks.kept_rows import KeptRows
 
 VIDEOS, TEXTS = 8, 8  # of one step
-Step = Callable[[np.ndarray, dict[str, np.ndarray]], dict[str, jax.Array]]
+Arrays = dict[str, jax.Array]
+# (params, videos {name: f[8, ...]}, of each 8 texts {name: [8, 8, ...]}) -> {name: f32[8, 8]}
+Score = Callable[[Params, Arrays, Arrays], Arrays]
+
+
+class Sides(NamedTuple):
+    """Where the V videos and G texts of the pairs are."""
+
+    kept_of_videos: tuple[str, ...]  # names of kept predictions that a video is read from
+    videos: Sequence[int]  # places of the V videos in the split
+    kept_of_texts: tuple[str, ...]
+    texts: Sequence[int]  # places of the G texts in the split
+    small: dict[str, np.ndarray]  # what else a text is read from, [G, ...] each
 
 
 def scores(
-    step: Step, videos: Sequence[np.ndarray], texts: dict[str, np.ndarray], wanted: np.ndarray, names: Sequence[str]
+    score: Score, params: Params, kept: KeptRows, sides: Sides, wanted: np.ndarray, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Matrices of scores by name, f32[V, G] each; -inf where a pair was not wanted.
 
     Args:
-      step: videos [8, ...] and of each 8 texts {name: [8, 8, ...]} -> {name: f32[8, 8]}.
-      videos: V arrays of one shape.
-      texts: arrays of G texts, [G, ...] each.
+      score: of a piece; kept predictions come in float32.
+      params: of the model.
+      kept: predictions of the split.
+      sides: which rows of it are videos and texts.
       wanted: bool[V, G], the pairs to score.
-      names: what `step` returns.
+      names: what `score` returns.
     """
+
+    def step(params: Params, arrays: Arrays, videos: jax.Array, texts: jax.Array, small: Arrays) -> Arrays:
+        def taken(kind: tuple[str, ...], rows: jax.Array) -> Arrays:
+            return {name: kept_rows.take(arrays[name], rows, kept.mesh).astype(jnp.float32) for name in kind}
+
+        return score(params, taken(sides.kept_of_videos, videos), taken(sides.kept_of_texts, texts) | small)
+
+    run = jax.jit(step, out_shardings=sharding.replicated(kept.mesh))
+    of_videos, of_texts = np.asarray(sides.videos, np.int32), np.asarray(sides.texts, np.int32)
     found = {name: np.full(wanted.shape, -np.inf, np.float32) for name in names}
     pieces = [
         (v, line[i : i + TEXTS])
@@ -34,8 +71,9 @@ def scores(
         part = pieces[start : start + VIDEOS]
         full = part + [part[-1]] * (VIDEOS - len(part))  # one shape for all steps
         which = np.stack([np.pad(line, (0, TEXTS - len(line)), mode="edge") for _, line in full])
-        out = step(np.stack([videos[v] for v, _ in full]), {name: values[which] for name, values in texts.items()})
-        out = jax.device_get(out)
+        shown = of_videos[[v for v, _ in full]]
+        small = {name: values[which] for name, values in sides.small.items()}
+        out = jax.device_get(run(params, kept.arrays, shown, of_texts[which], small))
         for i, (v, line) in enumerate(part):
             for name, matrix in found.items():
                 matrix[v, line] = out[name][i, : len(line)]

@@ -12,16 +12,10 @@ from etils import epath
 from ymplug_jax.core import text_files
 from ymplug_jax.core.config import Data
 from ymplug_jax.core.exits import Mistake
-from ymplug_jax.core.state import Params
 from ymplug_jax.data import frames, schema, text, transforms
 from ymplug_jax.data.records import Record
-from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.tasks.task import Example
-
-# Of CLIP's images, RGB, for values in 0..1.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.ndarray:
@@ -32,22 +26,6 @@ def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.
     if rng is not None and data.augment:
         return transforms.train_transform(clip, data.image_size, rng)
     return transforms.eval_transform(clip, data.image_size)
-
-
-def check(data: Data, model: MPLUGVideo, text: int) -> None:
-    """Whether data and model agree, with `text` tokens behind the visual ones.
-
-    Raises:
-      ValueError: they do not, with the setting to change.
-    """
-    check_video(data, model.vision)
-    queries = model.abstractor.queries
-    limit = model.llm.max_positions
-    if limit is not None and queries + text > limit:
-        raise ValueError(
-            f"{queries} queries + {text} tokens (config.data.max_tokens or config.options) exceed "
-            f"config.model.llm.max_positions {limit}"
-        )
 
 
 def check_video(data: Data, vision: TimeSformer) -> None:
@@ -75,7 +53,7 @@ def row_spec(length: int) -> jax.ShapeDtypeStruct:
 
 def normalize(video: jax.Array, dtype: str) -> jax.Array:
     """uint8[B, T, S, S, 3] to CLIP-normalised floats, on the device: a quarter of the bytes travel."""
-    mean, std = (jnp.asarray(values, "float32") for values in (MEAN, STD))
+    mean, std = (jnp.asarray(values, "float32") for values in (transforms.CLIP_MEAN, transforms.CLIP_STD))
     return ((video.astype("float32") / 255.0 - mean) / std).astype(dtype)
 
 
@@ -97,7 +75,7 @@ def tokenizer_for(data: Data, vocab: int, setting: str = "config.model.llm.vocab
 
 
 def encode(tokenizer: text.Tokenizer, title: str, length: int) -> Example:
-    """{"ids": int32[L], "mask": int32[L]} of a cleaned text: beginning, text, end, padding (spec: plain rule)."""
+    """{"ids": int32[L], "mask": int32[L]} of a cleaned text: beginning, text, end, padding."""
     ids, mask = text.encode_text(
         tokenizer.encode(title), length, bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad
     )
@@ -105,7 +83,7 @@ def encode(tokenizer: text.Tokenizer, title: str, length: int) -> Example:
 
 
 def encode_pair(tokenizer: text.Tokenizer, prompt: str, target: str, length: int) -> Example:
-    """{"ids": int32[L], "mask": int32[L], "prompt_length": int32} of beginning, prompt, target, end (spec: pair rule)."""
+    """{"ids": int32[L], "mask": int32[L], "prompt_length": int32} of beginning, prompt, target, end."""
     ids, mask, prompt_length = text.encode_pair(
         tokenizer.encode(prompt),
         tokenizer.encode(target),
@@ -144,11 +122,6 @@ def given(tokenizer: text.Tokenizer | None) -> text.Tokenizer:
             "config.data.tokenizer is empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt"
         )
     return tokenizer
-
-
-def logits_of(model: MPLUGVideo, params: Params, hidden: jax.Array) -> jax.Array:
-    """f[..., H] -> f32[..., V], as a pure function."""
-    return model.apply({"params": params}, hidden, method="logits")
 
 
 def class_names(data: Data) -> tuple[str, ...]:

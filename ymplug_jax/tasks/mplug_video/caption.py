@@ -1,35 +1,60 @@
-"""Video captioning: the frozen decoder is trained to say the caption and then says it by search (spec 8.3, 9, 10)."""
+"""Video captioning: the frozen decoder is trained to say the caption and then says it by search.
 
-from collections.abc import Sequence
-from functools import partial
+The search and its metrics are those of the reference: see `decode.beam` and `caption_metrics`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax.core.config import Experiment, Options
+from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_caption, clean_text
-from ymplug_jax.models import decode, mplug_video
+from ymplug_jax.models import decode
 from ymplug_jax.models.mplug_video import MPLUGVideo
-from ymplug_jax.tasks.common import caption_metrics, losses, preprocess, task_metrics
-from ymplug_jax.tasks.task import CAPTIONED, Batch, Example, Report, Row, Task, build
+from ymplug_jax.tasks.common import caption_metrics, example_pages, losses, preprocess, scores, task_metrics
+from ymplug_jax.tasks.common.passes import within
+from ymplug_jax.tasks.mplug_video import passes
+from ymplug_jax.tasks.mplug_video.passes import spoken
+from ymplug_jax.tasks.options import build, option
+from ymplug_jax.tasks.task import CAPTIONED, Batch, Example, Report, Row, Task
 
 SEARCHES = ("beam", "beam_by_length", "greedy", "sample")
+ANSWERS = ("caption",)
+SCORES = (*scores.losses("caption_loss", "loss"), *scores.captions())
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How captions are generated."""
+
+    prompt: str = ""  # text between the start token and the caption
+    search: str = "beam"  # one of SEARCHES; "beam" is the reference's rule
+    beams: int = option(5, least=1)
+    prompt_tokens: int = option(
+        20, least=1
+    )  # width of the prompt's row in generation; the reference's rule divides by it
+    new_tokens: int = option(100, least=1)  # at most so many
+    top_k: int = option(5, least=0)  # "sample": among so many; 0: see top_p
+    top_p: float = option(0.0, least=0, most=1)
+    temperature: float = option(1.0, least=1e-30)
 
 
 def make(experiment: Experiment) -> Task:
     """The task for `experiment.model` = fields of MPLUGVideo. In training one of a record's captions is drawn."""
-    data, options = experiment.data, experiment.options
-    model: MPLUGVideo = build(MPLUGVideo, experiment.model)
+    data, keep, options = experiment.data, experiment.train.keep_logits, build(Options, experiment.options)
+    model, tokenizer = passes.model_of(experiment)
     length = data.max_tokens
-    preprocess.check(data, model, max(length, options.prompt_tokens + options.new_tokens))
+    passes.check_room(model, max(length, options.prompt_tokens + options.new_tokens))
     if options.search not in SEARCHES:
         raise ValueError(f"config.options.search is {options.search!r}; there are {', '.join(SEARCHES)}")
-    tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         known, texts = preprocess.given(tokenizer), record.captions
@@ -42,49 +67,48 @@ def make(experiment: Experiment) -> Task:
         return made
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
-        mask = batch["mask"] * (batch["valid"] & batch["labelled"])[:, None]  # [B, L]
-        prefix = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype))["prefix"]
-        hidden = run.hidden(prefix, batch["ids"], deterministic=key is None)  # [B, Q + L, H]
-        keep = experiment.train.keep_logits
-        text, logits_of = hidden[:, model.abstractor.queries : -1], partial(preprocess.logits_of, model, params)
-        mean = Mean(
-            *losses.next_token_of(logits_of, text, batch["ids"], mask, batch["prompt_length"], keep_logits=keep)[:2]
-        )
+        def read(run: MPLUGVideo) -> jax.Array:
+            return run.hidden(passes.see(run, batch["video"])["prefix"], batch["ids"], deterministic=key is None)
+
+        ids, mask = batch["ids"], batch["mask"] * (batch["valid"] & batch["labelled"])[:, None]  # [B, L]
+        hidden = within(model, params, read, key)  # [B, Q + L, H]
+        mean = Mean(*passes.said(model, params, hidden, ids, mask, batch["prompt_length"], keep_logits=keep)[:2])
         return losses.ratio(mean), {"caption_loss": mean, "loss": mean}
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        video = preprocess.normalize(batch["video"], model.vision.dtype)
-        prefix = model.apply({"params": params}, video, method="encode_video")["prefix"]
+        prefix = passes.prefix_of(model, params, batch)
         begin, lengths = batch["prompt"], batch["prompt_mask"].sum(axis=1) - 1  # without the end token
         eos = preprocess.given(tokenizer).eos
         ids = generate(model, params["llm"], prefix, begin, lengths, options, eos, keys_of(batch["video"]))
         return {"generated": ids, "valid": batch["valid"]}
 
+    def text_of(row: Mapping[str, np.ndarray]) -> str:
+        return clean_caption(preprocess.decode(preprocess.given(tokenizer), row["generated"]), options.prompt)
+
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
-        known = preprocess.given(tokenizer)
-        said = [clean_caption(preprocess.decode(known, row["generated"]), options.prompt) for row in rows]
-        scores, answers = report_of(said, rows, records)
-        return Report({"modalities": "video", "search": options.search} | scores, answers)
+        found, answers = report_of([text_of(row) for row in rows], rows, records)
+        return Report({"modalities": "video", "search": options.search} | found, answers)
 
     row = preprocess.row_spec(length)
     spec = {"video": preprocess.video_spec(data), "ids": row, "mask": row}
     spec |= {"prompt_length": jax.ShapeDtypeStruct((), jnp.int32), "labelled": jax.ShapeDtypeStruct((), jnp.bool_)}
-    return Task(
+    return passes.task_of(
+        model,
         kinds=CAPTIONED,
-        axes=mplug_video.axes_of(model),
-        frozen=mplug_video.FROZEN,
-        init=lambda key: mplug_video.init(model, key),
         example=example,
         spec=spec,
         loss=loss,
         predict=predict,
         score=score,
-        resize=mplug_video.RESIZE,
+        scores=SCORES,
+        page=example_pages.captions(),
+        describe={"caption": lambda row, record, best: spoken(record, text_of(row))},
     )
 
 
-def report_of(said: list[str], rows: list[Row], records: Sequence[Record]) -> tuple[dict[str, object], list[dict]]:
+def report_of(
+    said: list[str], rows: list[Row], records: Sequence[Record]
+) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Scores and readable rows of captions. A clip counts once, as in the COCO toolkit: the caption of its first row stands
     against the references of all its rows.
 
@@ -96,7 +120,7 @@ def report_of(said: list[str], rows: list[Row], records: Sequence[Record]) -> tu
     Raises:
       Mistake: a reference without a Chinese character, with its clip: no caption could match it.
     """
-    clips: dict[str, dict] = {}
+    clips: dict[str, dict[str, Any]] = {}
     for text, row in zip(said, rows, strict=True):
         index = int(row["index"])
         record = records[index]
@@ -112,16 +136,16 @@ def report_of(said: list[str], rows: list[Row], records: Sequence[Record]) -> tu
     answers = list(clips.values())
     told = [answer for answer in answers if answer["references"]]
     count = sum(len(answer["references"]) for answer in told)
-    scores: dict[str, object] = {"rows": len(rows), "clips": len(answers), "labelled": len(told), "references": count}
+    found: dict[str, object] = {"rows": len(rows), "clips": len(answers), "labelled": len(told), "references": count}
     if not told:
-        return scores | {"note": "this split has no captions: predictions are written, nothing is scored"}, answers
+        return found | {"note": "this split has no captions: predictions are written, nothing is scored"}, answers
     if len(told) == 1:
-        scores["note"] = "one clip has references: CIDEr weighs words by their rarity among clips and is 0"
+        found["note"] = "one clip has references: CIDEr weighs words by their rarity among clips and is 0"
     texts = [[reference.lower() for reference in answer["references"]] for answer in told]
     total, each = caption_metrics.score([answer["caption"] for answer in told], texts)
     for answer, values in zip(told, each, strict=True):
         answer |= values
-    return scores | total, answers
+    return found | total, answers
 
 
 def keys_of(video: jax.Array) -> jax.Array:

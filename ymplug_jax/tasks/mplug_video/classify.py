@@ -1,4 +1,4 @@
-"""Video category classification: the frozen decoder names the class after title and video, and a head votes beside it (spec 8.2).
+"""Video category classification: the frozen decoder names the class after title and video, and a head votes beside it.
 
 Evaluation scores all class names (the 45 categories, or those of `config.data.classes`) by their log-probability and by the head, with video and title, with the video alone
 and with the title alone: a title by itself already goes far on this data.
@@ -17,13 +17,20 @@ from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import Tokenizer, clean_text
-from ymplug_jax.models import mplug_video
-from ymplug_jax.models.mplug_video import MPLUGVideo
-from ymplug_jax.tasks.common import candidates, losses, preprocess, task_metrics
-from ymplug_jax.tasks.task import Batch, Example, Report, Row, Task, build
+from ymplug_jax.tasks.common import candidates, class_votes, example_pages, losses, preprocess, scores
+from ymplug_jax.tasks.common.class_votes import MODALITIES
+from ymplug_jax.tasks.mplug_video import passes
+from ymplug_jax.tasks.task import Batch, Example, Task
 
 NAME = 16  # positions for a class name and the end token
-MODALITIES = ("both", "video", "title")  # what the model is shown
+BY = ("likelihood", "head")  # kinds of votes
+ANSWERS = ("classify",)
+SCORES = (
+    *scores.losses("generation_loss"),
+    *scores.shares("head_accuracy"),
+    *scores.losses("head_loss", "loss"),
+    *scores.votes(MODALITIES, BY),
+)
 
 
 def prompt_of(title: str, length: int) -> str:
@@ -33,8 +40,8 @@ def prompt_of(title: str, length: int) -> str:
 
 def make(experiment: Experiment) -> Task:
     """The task for `experiment.model` = fields of MPLUGVideo, with a head of as many classes as there are names."""
-    data = experiment.data
-    model: MPLUGVideo = build(MPLUGVideo, experiment.model)
+    data, keep = experiment.data, experiment.train.keep_logits
+    model, tokenizer = passes.model_of(experiment)
     length, names = data.max_tokens, preprocess.class_names(data)
     if model.classes != len(names):
         where = f"names in {data.classes} (config.data.classes)" if data.classes else "categories"
@@ -42,8 +49,7 @@ def make(experiment: Experiment) -> Task:
             f"config.model.classes is {model.classes}; the {where} are {len(names)}: set config.model.classes={len(names)}"
         )
     preprocess.check_classes(data, names)
-    tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
-    preprocess.check(data, model, length + room_for(names, tokenizer, length))
+    passes.check_room(model, length + room_for(names, tokenizer, length))
 
     def asked(title: str) -> Example:
         """The candidates after a title, and the title by itself for the head."""
@@ -63,21 +69,15 @@ def make(experiment: Experiment) -> Task:
         return made | asked(title) if rng is None else made
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
         counts = batch["valid"] & (batch["label"] >= 0)
-        mask = batch["mask"] * counts[:, None]  # [B, L]
-        prefix = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype))["prefix"]
-        hidden = run.hidden(prefix, batch["ids"], deterministic=key is None)  # [B, Q + L, H]
-        keep = experiment.train.keep_logits
-        text, logits_of = hidden[:, model.abstractor.queries : -1], partial(preprocess.logits_of, model, params)
-        words = losses.next_token_of(logits_of, text, batch["ids"], mask, batch["prompt_length"], keep_logits=keep)[:2]
-        hidden = run.hidden(prefix, batch["plain"], deterministic=key is None)
-        votes = run.classify(hidden, batch["plain_mask"])  # [B, C]
+        text = batch | {"mask": batch["mask"] * counts[:, None]}  # [B, L]
+        words, votes = passes.words_and_votes(
+            model, params, lambda run: passes.see(run, batch["video"])["prefix"], text, key, keep_logits=keep
+        )
         return losses.words_and_head(words, votes, batch["label"], counts)
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        run = model.bind({"params": params})
-        prefix = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype))["prefix"]
+        prefix = passes.prefix_of(model, params, batch)
         b = prefix.shape[0]
         blank = {key: jnp.broadcast_to(value, (b, *np.shape(value))) for key, value in asked("").items()}
         shown = {"both": (prefix, batch), "video": (prefix, blank), "title": (None, batch)}
@@ -85,26 +85,25 @@ def make(experiment: Experiment) -> Task:
         for modality in MODALITIES:
             seen, texts = shown[modality]
             likelihood.append(candidates.scores(model.llm, params["llm"], seen, texts))
-            hidden = run.hidden(seen, texts["plain"])
-            head.append(run.classify(hidden, texts["plain_mask"]))
+            head.append(passes.votes(model, params, seen, texts))
         out = {"likelihood": jnp.stack(likelihood, axis=1), "head": jnp.stack(head, axis=1)}  # [B, 3, C] each
         return out | {"label": batch["label"], "valid": batch["valid"]}
 
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     row = preprocess.row_spec(length)
     spec = {"video": preprocess.video_spec(data), "ids": row, "mask": row, "prompt_length": scalar, "label": scalar}
-    return Task(
+    return passes.task_of(
+        model,
         kinds=("classification",),
-        axes=mplug_video.axes_of(model),
-        frozen=mplug_video.FROZEN,
-        init=lambda key: mplug_video.init(model, key),
         example=example,
         spec=spec | {"plain": row, "plain_mask": row},
         loss=loss,
         predict=predict,
-        score=partial(report, names=names),
+        score=partial(class_votes.report, names=names, by=BY),
+        scores=SCORES,
+        page=example_pages.classes(MODALITIES, BY),
+        describe={"classify": partial(class_votes.answer, names=names, by=BY)},
         fresh=("head/.*",),
-        resize=mplug_video.RESIZE,
     )
 
 
@@ -124,52 +123,3 @@ def room_for(names: Sequence[str], tokenizer: Tokenizer | None, length: int) -> 
             "raise it or shorten the name"
         )
     return max(NAME, tokens + 1)
-
-
-def report(
-    rows: list[Row], records: Sequence[Record], names: Sequence[str], by: Sequence[str] = ("likelihood", "head")
-) -> Report:
-    """Top-1 and top-5 of every kind of vote and every modality. Ties count against the model (`metrics.top_k`), in the scores
-    and in what is "predicted" alike; a true name that is not in the list counts as missed.
-
-    Args:
-      rows: of each kind in `by` votes f32[3, C] in the order of MODALITIES, and "label" (-1: none).
-      records: of the split.
-      names: of the C classes.
-      by: kinds of votes; the first one decides what is "predicted".
-
-    Raises:
-      Mistake: votes that are not finite; the message names the first example.
-    """
-    task_metrics.check_rows(rows, records, *by)
-    known = [row for row in rows if row["label"] >= 0]
-    unlisted = sum(1 for row in rows if row["label"] < 0 and records[int(row["index"])].label_text)
-    labelled = len(known) + unlisted
-    scores: dict[str, object] = {"modalities": "both (video and title), video, title", "labelled": labelled}
-    scores["classes"] = len(names)
-    if unlisted:
-        scores["unlisted"] = unlisted
-    if not labelled:
-        scores["note"] = "this split has no labels: predictions are written, nothing is scored"
-    for m, modality in enumerate(MODALITIES):
-        for kind in by if labelled else ():
-            ranks = np.full(labelled, np.inf)  # of what is not listed: missed
-            if known:
-                votes, labels = np.stack([row[kind][m] for row in known]), np.array([row["label"] for row in known])
-                ranks[: len(known)] = task_metrics.class_ranks(votes, labels)
-            for k in (1, 5):
-                scores[f"{modality}/{kind}_top{k}"] = 100 * float(np.mean(ranks <= k))
-    return Report(scores, [readable(row, records, names, by) for row in rows])
-
-
-def readable(row: Row, records: Sequence[Record], names: Sequence[str], by: Sequence[str]) -> dict:
-    """One example's answers by name."""
-    record = records[int(row["index"])]
-    answer = {"index": int(row["index"]), "id": record.media_id, "title": record.title}
-    label = int(row["label"])
-    answer["label"] = names[label] if label >= 0 else record.label_text or None
-    for m, modality in enumerate(MODALITIES):
-        answer |= {f"{modality}/{kind}": names[task_metrics.order(row[kind][m], label)[0]] for kind in by}
-    shares = np.asarray(candidates.probabilities(row[by[0]][0]))
-    best = task_metrics.order(row[by[0]][0], label)[:5]
-    return answer | {"predicted": names[best[0]], "top5": {names[c]: float(shares[c]) for c in best}}

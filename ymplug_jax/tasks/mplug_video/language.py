@@ -15,8 +15,10 @@ from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import language_model, language_models
-from ymplug_jax.tasks.common import losses, preprocess
+from ymplug_jax.tasks.common import losses, preprocess, scores
 from ymplug_jax.tasks.task import TITLED, Batch, Example, Task, build
+
+SCORES = scores.losses("loss")
 
 
 class LanguageModel(nn.Module):
@@ -59,4 +61,5 @@ def make(experiment: Experiment) -> Task:
         example=example,
         spec={"ids": jax.ShapeDtypeStruct((length,), jnp.int32)},
         loss=loss,
+        scores=SCORES,
     )

@@ -1,31 +1,61 @@
-"""Video-text matching: does this title belong to this video? Answered in words by the frozen decoder and by a head (spec 8.5).
+"""Video-text matching: does this title belong to this video? Answered in words by the frozen decoder and by a head.
 
 In training every title stands beside its own video once and beside videos of others twice, all of `config.options.group` rows
 of the batch. The reference permutes videos and titles alike, so that its "negatives" are pairs that match; here only the videos
 are permuted, and `config.options.reference_negatives` restores the reference's rows.
 """
 
-from collections.abc import Sequence
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax.core.config import Experiment, Options
+from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
-from ymplug_jax.models import decode, mplug_video
+from ymplug_jax.models import decode
 from ymplug_jax.models.mplug_video import MPLUGVideo
-from ymplug_jax.tasks.common import losses, pair_losses, pair_scoring, preprocess, task_metrics
-from ymplug_jax.tasks.mplug_video.retrieve import clips_of, gallery_of, text_of
-from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Report, Row, Task, build
+from ymplug_jax.tasks.common import (
+    example_pages,
+    gallery,
+    losses,
+    pair_losses,
+    pair_ranking,
+    pair_scoring,
+    preprocess,
+    scores,
+    task_metrics,
+)
+from ymplug_jax.tasks.kept_rows import KeptRows
+from ymplug_jax.tasks.mplug_video import passes
+from ymplug_jax.tasks.options import build, option
+from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Row, Task
 
 YES, NO = "是", "否"
 NAMES = ("generation", "head")  # of the scores
+SCORES = (
+    *scores.losses("generation_loss"),
+    *scores.shares("head_accuracy"),
+    *scores.losses("head_loss", "loss"),
+    *scores.recalls(*NAMES),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which pairs are seen."""
+
+    reference_negatives: bool = option(False, predict=False)  # permute titles as well as videos, as the reference did
+    # index.npz of a retrieval run's evaluation, whose best pairs are scored; "": all pairs
+    candidates: str = option("", file=True, arrays=("video", "text"), predict=False)
+    best: int = option(32, least=0, predict=False)  # pairs of each video and each title that are taken from it
+    # Rows of a batch that share negatives, the reference's batch of one device; 0: all of them.
+    group: int = option(0, least=0, predict=False)
 
 
 def prompt_of(title: str, length: int) -> str:
@@ -86,18 +116,18 @@ def pair_scores(
 
 def make(experiment: Experiment) -> Task:
     """The task for `experiment.model` = fields of MPLUGVideo, with a head of two classes."""
-    data, options = experiment.data, experiment.options
-    model: MPLUGVideo = build(MPLUGVideo, experiment.model)
-    length, queries = data.max_tokens, model.abstractor.queries
-    preprocess.check(data, model, length)
+    data, keep, options = experiment.data, experiment.train.keep_logits, build(Options, experiment.options)
+    model, tokenizer = passes.model_of(experiment)
+    length = data.max_tokens
+    passes.check_room(model, length)
     if model.classes != 2:
         raise ValueError(f"config.model.classes is {model.classes}; matching has two: no and yes")
     if experiment.train.accumulate > 1 or experiment.train.batch_size < 2:
         raise ValueError("matching takes its negatives from the batch: config.train.accumulate 1 and batch_size >= 2")
-    tokenizer, group = preprocess.tokenizer_for(data, model.llm.vocab), pair_losses.group_of(experiment)
+    group = pair_losses.group_of(experiment.train, options.group)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
-        known, title = preprocess.given(tokenizer), clean_text(text_of(record), data.max_words)
+        known, title = preprocess.given(tokenizer), clean_text(gallery.text_of(record), data.max_words)
         rows = [preprocess.encode_pair(known, prompt_of(title, length), answer, length) for answer in (NO, YES)]
         made = {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # [2, L]: row 1 says that they match
         plain = preprocess.encode(known, title, length)
@@ -105,69 +135,72 @@ def make(experiment: Experiment) -> Task:
         return {"video": preprocess.video_of(record, data, rng), **made}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
-        prefix = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype))["prefix"]
         draw = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
-        videos, texts, others = (pick.reshape(-1, 3) for pick in rows(draw, len(prefix) // group, group, options))
+        groups = len(batch["valid"]) // group
+        videos, texts, others = (pick.reshape(-1, 3) for pick in rows(draw, groups, group, options))
         take = partial(pair_losses.take, group=group)
         same = take(batch["clip"], videos) == take(batch["clip"], others)  # another of the same clip is a match
         labels = jnp.all(same, axis=-1).astype(jnp.int32)  # [3B]
         counts = take(batch["valid"], videos) & take(batch["valid"], texts)
         both = [take(batch[name], texts) for name in ("ids", "mask", "prompt_length")]  # [3B, 2, ...]
         ids, mask, lengths = (jnp.where(labels.reshape(-1, *[1] * (x.ndim - 2)), x[:, 1], x[:, 0]) for x in both)
-        prefix = take(prefix, videos)  # [3B, Q, H]
-        hidden = run.hidden(prefix, ids, deterministic=key is None)  # [3B, Q + L, H]
-        keep = experiment.train.keep_logits
-        logits_of = partial(preprocess.logits_of, model, params)
-        words = losses.next_token_of(
-            logits_of, hidden[:, queries:-1], ids, mask * counts[:, None], lengths, keep_logits=keep
-        )[:2]
-        hidden = run.hidden(prefix, take(batch["plain"], texts), deterministic=key is None)
-        votes = run.classify(hidden, take(batch["plain_mask"], texts))  # [3B, 2]
+        text = {"ids": ids, "mask": mask * counts[:, None], "prompt_length": lengths}
+        text |= {name: take(batch[name], texts) for name in ("plain", "plain_mask")}
+        words, votes = passes.words_and_votes(
+            model,
+            params,
+            lambda run: take(passes.see(run, batch["video"])["prefix"], videos),
+            text,
+            key,
+            keep_logits=keep,
+        )
         return losses.words_and_head(words, votes, labels, counts)
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        video = preprocess.normalize(batch["video"], model.vision.dtype)
-        prefix = model.apply({"params": params}, video, method="encode_video")["prefix"]
         row = {"ids": batch["ids"][:, 1], "mask": batch["mask"][:, 1], "prompt_length": batch["prompt_length"][:, 1]}
         row |= {name: batch[name] for name in ("plain", "plain_mask", "clip", "valid")}
-        return {"prefix": prefix.astype(jnp.float32), **row}
+        return {"prefix": passes.prefix_of(model, params, batch), **row}
 
-    def rescore(params: Params, rows: list[Row]) -> list[Row]:
-        return score_pairs(model, params, rows, options)
+    def rescore(params: Params, rows: list[Row], kept: KeptRows) -> list[Row]:
+        return score_pairs(model, params, rows, kept, options)
 
     row, pair = preprocess.row_spec(length), jax.ShapeDtypeStruct((2, length), jnp.int32)
     spec = {"video": preprocess.video_spec(data), "ids": pair, "mask": pair, "prompt_length": preprocess.row_spec(2)}
-    return Task(
+    return passes.task_of(
+        model,
         kinds=(*CAPTIONED, *TITLED),
-        axes=mplug_video.axes_of(model),
-        frozen=mplug_video.FROZEN,
-        init=lambda key: mplug_video.init(model, key),
         example=example,
         spec=spec | {"plain": row, "plain_mask": row, "clip": preprocess.row_spec(2)},
         loss=loss,
         predict=predict,
         rescore=rescore,
-        score=score,
+        kept=("prefix",),
+        score=partial(pair_ranking.score, names=NAMES),
+        scores=SCORES,
+        page=example_pages.ranking("match_score", "text_match_score", "head_accuracy"),
         fresh=("head/.*",),
-        resize=mplug_video.RESIZE,
     )
 
 
-def score_pairs(model: MPLUGVideo, params: Params, rows: list[Row], options: Options) -> list[Row]:
+def score_pairs(model: MPLUGVideo, params: Params, rows: list[Row], kept: KeptRows, options: Options) -> list[Row]:
     """Adds to every row the scores of its video with all titles (or with the best of a retrieval index): generation and
     head, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, f32[texts], the similarity that orders what
-    was not scored."""
-    clip, first = clips_of([row["clip"].tobytes().hex() for row in rows])
+    was not scored. The visual tokens are those of `kept`."""
+    clip, first = gallery.clips_of([row["clip"].tobytes().hex() for row in rows])
     count = len(rows)
     wanted, fallback = np.ones((len(first), count), bool), np.zeros((len(first), count), np.float32)
     if options.candidates:
         wanted, fallback = _from_index(options, [rows[i]["clip"] for i in first], clip)
-    step = partial(jax.jit(partial(pair_scores, model)), params)
-    texts = ("ids", "mask", "prompt_length", "plain", "plain_mask")
-    table = {name: np.stack([row[name] for row in rows]) for name in texts}
-    scores = pair_scoring.scores(step, [rows[i]["prefix"] for i in first], table, wanted, NAMES)
-    lines = scores | {"scored": wanted, "fallback": fallback}
+
+    def score(params: Params, videos: Params, texts: Params) -> dict[str, jax.Array]:
+        return pair_scores(model, params, videos["prefix"], texts)
+
+    names = ("ids", "mask", "prompt_length", "plain", "plain_mask")
+    texts = {name: np.stack([row[name] for row in rows]) for name in names}
+    places = [int(row["index"]) for row in rows]
+    sides = pair_scoring.Sides(("prefix",), [places[i] for i in first], (), places, texts)
+    found = pair_scoring.scores(score, params, kept, sides, wanted, NAMES)
+    lines = found | {"scored": wanted, "fallback": fallback}
     keep = ("index", "clip")
     return [
         {key: row[key] for key in keep} | {name: matrix[c] for name, matrix in lines.items()}
@@ -180,7 +213,7 @@ def _from_index(options: Options, videos: list[np.ndarray], clip: np.ndarray) ->
 
     Args:
       options: of the settings.
-      videos: `inputs.clip_id` of each video, int32[2].
+      videos: `preprocess.clip_id` of each video, int32[2].
       clip: int[texts], the video of each text.
     """
     file = f"{options.candidates} (config.options.candidates)"
@@ -202,71 +235,3 @@ def _from_index(options: Options, videos: list[np.ndarray], clip: np.ndarray) ->
         task_metrics.check_finite(part, f"the vector in {file}", f"{name} {{}}".format)
     similarity = there @ texts.T
     return pair_scoring.best_of(similarity, options.best), similarity.astype(np.float32)
-
-
-def score(rows: list[Row], records: Sequence[Record], names: Sequence[str] = NAMES) -> Report:
-    """Recalls of scores of pairs, each in both directions. The last name decides the ranks of the readable rows.
-
-    Args:
-      rows: f32[texts] by name, "scored" bool[texts], and "fallback" f32[texts], which orders what was not scored.
-      records: of the split.
-      names: of the scores.
-
-    Raises:
-      Mistake: a score that the model gave is not finite; the message names the first video and its text.
-    """
-    found = [records[int(row["index"])] for row in rows]
-    clip, first = clips_of([record.media_id for record in found])
-    right = np.arange(len(first))[:, None] == clip  # [videos, texts]
-    scored, fallback = (np.stack([rows[i][key] for i in first]) for key in ("scored", "fallback"))
-    scores = gallery_of(found, len(first))
-    orders, ranks = {}, {}
-    for name in names:
-        matrix = np.stack([rows[i][name] for i in first])
-        for values in (np.where(scored, matrix, 0), fallback):
-            _check(values, name, [rows[i] for i in first], rows, records)
-        orders[name] = in_one_order(matrix, scored, fallback)
-        ranks[name] = task_metrics.ranks_in(orders[name], right), task_metrics.ranks_in(orders[name].T, right.T)
-        scores |= {f"{name}/{key}": value for key, value in task_metrics.recalls(*ranks[name]).items()}
-    v2t, t2v = ranks[names[-1]]
-    readable = []
-    for r, (row, record) in enumerate(zip(rows, found, strict=True)):
-        column, line = orders[names[-1]][:, r], orders[names[-1]][clip[r]]
-        best = task_metrics.order(column)[:10]
-        answer = {"index": int(row["index"]), "id": record.media_id, "text": text_of(record)}
-        answer |= {"t2v_rank": int(t2v[r]), "v2t_rank": int(v2t[clip[r]])}
-        answer["retrieved"] = [found[first[v]].media_id for v in best]
-        answer["retrieved_index"] = [int(rows[first[v]]["index"]) for v in best]
-        answer["match_score"] = [round(float(column[v]), 4) if scored[v, r] else None for v in best]
-        texts = task_metrics.order(line)[:5]
-        answer["retrieved_texts"] = [text_of(found[t]) for t in texts]
-        answer["retrieved_texts_right"] = [bool(clip[t] == clip[r]) for t in texts]
-        answer["text_match_score"] = [round(float(line[t]), 4) if scored[clip[r], t] else None for t in texts]
-        readable.append(answer)
-    return Report(scores, readable)
-
-
-def in_one_order(scores: np.ndarray, scored: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """Pairs that were scored by their score, and after all of them the others in the order of `fallback`.
-
-    Args:
-      scores: f32[V, G]; what stands where nothing was scored does not matter.
-      scored: bool[V, G].
-      fallback: f32[V, G].
-
-    Returns:
-      f64[V, G], finite: float32 could not tell close similarities apart once they are moved below the scores.
-    """
-    lowest = float(scores[scored].min()) if scored.any() else 0.0
-    others = lowest - 1.0 - (fallback.max() - fallback.astype(np.float64))
-    return np.where(scored, scores.astype(np.float64), others)
-
-
-def _check(values: np.ndarray, name: str, videos: list[Row], texts: list[Row], records: Sequence[Record]) -> None:
-    """f32[V, G] are finite, or a Mistake names the first pair."""
-
-    def pair(v: int) -> str:
-        text = texts[int(np.argmax(~np.isfinite(values[v])))]
-        return f"{task_metrics.example_name(videos[v], records)} with the text of {task_metrics.example_name(text, records)}"
-
-    task_metrics.check_finite(values, f"the model's {name!r}", pair)

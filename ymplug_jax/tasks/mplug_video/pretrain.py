@@ -4,8 +4,10 @@ The caption loss is one token mean over the global batch. (The reference average
 short titles weigh more; on one process the two are the same.)
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +20,23 @@ from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
-from ymplug_jax.tasks.common import losses, preprocess
-from ymplug_jax.tasks.task import TITLED, Batch, Example, Report, Row, Task, build
+from ymplug_jax.tasks.common import chance, example_pages, losses, preprocess, scores
+from ymplug_jax.tasks.common.passes import within
+from ymplug_jax.tasks.mplug_video import passes
+from ymplug_jax.tasks.mplug_video.passes import spoken
+from ymplug_jax.tasks.presentation import Answer, Chance, ReadableRow, Scores
+from ymplug_jax.tasks.task import TITLED, Batch, Example, Report, Row, Task
+
+ANSWERS = ("caption",)
+SCORES = (*scores.losses("caption_loss", "contrastive_loss", "loss"), *scores.shares("token_accuracy", "exact_share"))
 
 
 def make(experiment: Experiment) -> Task:
     """The task for `experiment.model` = fields of MPLUGVideo; contrastive where the model has the heads for it."""
-    data = experiment.data
-    model: MPLUGVideo = build(MPLUGVideo, experiment.model)
-    queries, length = model.abstractor.queries, data.max_tokens
-    preprocess.check(data, model, length)
-    tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
+    data, keep = experiment.data, experiment.train.keep_logits
+    model, tokenizer = passes.model_of(experiment)
+    length = data.max_tokens
+    passes.check_room(model, length)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         title = clean_text(record.title, data.max_words)
@@ -38,21 +46,22 @@ def make(experiment: Experiment) -> Task:
         }
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
-        video = preprocess.normalize(batch["video"], model.vision.dtype)
         mask = batch["mask"] * batch["valid"][:, None]  # [B, L]
-        seen = run.encode_video(video)
-        hidden = run.hidden(seen["prefix"], batch["ids"], deterministic=key is None)  # [B, Q + L, H]
-        keep = experiment.train.keep_logits
-        logits_of = partial(preprocess.logits_of, model, params)
-        words, count, right = losses.next_token_of(
-            logits_of, hidden[:, queries:-1], batch["ids"], mask, keep_logits=keep
-        )  # only text
+
+        def read(run: MPLUGVideo) -> tuple[jax.Array, dict[str, jax.Array]]:
+            seen, quiet = passes.see(run, batch["video"]), key is None
+            hidden = run.hidden(seen["prefix"], batch["ids"], deterministic=quiet)  # [B, Q + L, H]
+            if not model.contrastive_width:
+                return hidden, {}
+            return hidden, run.contrastive(
+                seen["image_query"], run.hidden(None, batch["ids"], deterministic=quiet), mask
+            )
+
+        hidden, units = within(model, params, read, key)
+        words, count, right = passes.said(model, params, hidden, batch["ids"], mask, keep_logits=keep)
         caption = Mean(words, count)
         total, metrics = losses.ratio(caption), {"caption_loss": caption, "token_accuracy": Mean(right, count)}
-        if model.contrastive_width:
-            text_hidden = run.hidden(None, batch["ids"], deterministic=key is None)
-            units = run.contrastive(seen["image_query"], text_hidden, mask)
+        if units:
             pair = losses.contrastive(units["video"], units["text"], units["temperature"], valid=batch["valid"])
             metrics["contrastive_loss"] = Mean(*pair)
             total += losses.ratio(metrics["contrastive_loss"])
@@ -60,8 +69,7 @@ def make(experiment: Experiment) -> Task:
         return total, metrics
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        run = model.bind({"params": params})
-        prefix = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype))["prefix"]
+        prefix = passes.prefix_of(model, params, batch)
         begin = batch["ids"][:, :1]  # [B, 1]: the start token
         ones = jnp.ones(begin.shape[0], jnp.int32)
         eos = preprocess.given(tokenizer).eos
@@ -76,23 +84,31 @@ def make(experiment: Experiment) -> Task:
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
         return report_of(rows, records, partial(preprocess.decode, preprocess.given(tokenizer)))
 
+    page = example_pages.titles()
+
+    def by_chance(scores: Scores, rows: Sequence[ReadableRow]) -> Chance:
+        return chance.both(page.chance(scores, rows), chance.tokens(scores, model.llm.vocab, "token_accuracy"))
+
+    def describe(row: Mapping[str, np.ndarray], record: Record, best: int) -> Answer:
+        return spoken(record, preprocess.decode(preprocess.given(tokenizer), row["generated"]))
+
     spec = {
         "video": preprocess.video_spec(data),
         "ids": preprocess.row_spec(length),
         "mask": preprocess.row_spec(length),
     }
-    return Task(
+    return passes.task_of(
+        model,
         kinds=TITLED,
-        axes=mplug_video.axes_of(model),
-        frozen=mplug_video.FROZEN,
-        init=lambda key: mplug_video.init(model, key),
         example=example,
         spec=spec,
         loss=loss,
         predict=predict,
         score=score,
+        scores=(*SCORES[:1], *(SCORES[1:2] if model.contrastive_width else ()), *SCORES[2:]),
+        page=dataclasses.replace(page, chance=by_chance),
+        describe={"caption": describe},
         fresh=mplug_video.TEMPORAL,
-        resize=mplug_video.RESIZE,
     )
 
 
@@ -105,7 +121,7 @@ def report_of(rows: list[Row], records: Sequence[Record], text: Callable[[np.nda
       records: of the split.
       text: ids of a row as text.
     """
-    clips: dict[str, dict] = {}
+    clips: dict[str, dict[str, Any]] = {}
     for row in rows:
         index = int(row["index"])
         own = {"index": index, "id": records[index].media_id, "titles": [], "generated": text(row["generated"])}
@@ -117,5 +133,5 @@ def report_of(rows: list[Row], records: Sequence[Record], text: Callable[[np.nda
         more = {"titles": titles} if len(titles) > 1 else {}
         answers.append(clip | {"title": title} | more)
     right = sum(answer["title"] == answer["generated"] for answer in answers)
-    scores = {"modalities": "video", "rows": len(rows), "clips": len(answers), "exact_titles": right}
-    return Report(scores | {"exact_share": right / max(len(answers), 1)}, answers)
+    found = {"modalities": "video", "rows": len(rows), "clips": len(answers), "exact_titles": right}
+    return Report(found | {"exact_share": right / max(len(answers), 1)}, answers)

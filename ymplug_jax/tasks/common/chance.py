@@ -4,45 +4,36 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+
+from ymplug_jax.tasks.presentation import Chance, ReadableRow, Scores
 
 
-class Chance(NamedTuple):
-    """Scores by chance."""
-
-    scores: dict[str, float]  # name of the score -> its value by chance, in the stored unit
-    notes: list[str]  # how they were found, one sentence each
-
-
-def of(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], vocabulary: int | None = None) -> Chance:
-    """Chance levels of recalls and accuracies, from the readable rows of the split and the size of the vocabulary.
-
-    Classification: a uniform guess among the class names, and beside it the answer that the commonest classes get. Retrieval:
-    a random order of the gallery, where a query with several right entries is found by the first of them. Titles: the
-    commonest title, always. Tokens: a uniform guess among the vocabulary.
-    """
-    found = _rows(scores, rows)
-    tokens = [key for key in scores if key in ("token_accuracy", "masked_accuracy")]
-    if vocabulary and tokens:
-        note = f"Accuracy of tokens by chance: a uniform guess among {vocabulary}."
-        return Chance(found.scores | dict.fromkeys(tokens, 1 / vocabulary), [*found.notes, note])
-    return found
+def both(*found: Chance) -> Chance:
+    """Several in one."""
+    return Chance(
+        {name: value for one in found for name, value in one.scores.items()},
+        [note for one in found for note in one.notes],
+    )
 
 
-def _rows(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Chance:
-    first = rows[0] if rows else {}
-    if "predicted" in first:
-        return _classes(scores, rows)
-    if "t2v_rank" in first:
-        return _retrieval(scores, rows)
-    if "generated" in first and "title" in first:
-        count = Counter(row["title"] for row in rows).most_common(1)[0][1]
-        note = f"Chance of an exact title: the commonest title of the split ({count} of {len(rows)}), always."
-        return Chance({"exact_share": count / len(rows)}, [note])
-    return Chance({}, [])
+def tokens(scores: Scores, vocabulary: int, name: str) -> Chance:
+    """The accuracy `name` of single tokens: a uniform guess among the vocabulary."""
+    if name not in scores:
+        return Chance({}, [])
+    return Chance({name: 1 / vocabulary}, [f"Accuracy of tokens by chance: a uniform guess among {vocabulary}."])
 
 
-def _classes(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Chance:
+def titles(scores: Scores, rows: Sequence[ReadableRow]) -> Chance:
+    """Exact titles: the commonest title, always."""
+    if not rows:
+        return Chance({}, [])
+    count = Counter(row.get("title") for row in rows).most_common(1)[0][1]
+    note = f"Chance of an exact title: the commonest title of the split ({count} of {len(rows)}), always."
+    return Chance({"exact_share": count / len(rows)}, [note])
+
+
+def classes(scores: Scores, rows: Sequence[ReadableRow]) -> Chance:
+    """Classification: a uniform guess among the class names, and in the notes the answer that the commonest classes get."""
     counts = Counter(row["label"] for row in rows if row.get("label"))
     labelled, among = sum(counts.values()), scores.get("classes")
     if not labelled or not among:
@@ -66,8 +57,17 @@ def _classes(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Ch
     )
 
 
-def _retrieval(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Chance:
-    texts_of = Counter(row["id"] for row in rows)  # texts of each clip
+def retrieval(scores: Scores, rows: Sequence[ReadableRow], pairs: str = "") -> Chance:
+    """Retrieval: a random order of the gallery, where a query with several right entries is found by the first of them.
+
+    Args:
+      scores: of the evaluation.
+      rows: readable rows.
+      pairs: name of the accuracy of a head that tells pairs that match, "" where there is none.
+    """
+    if not rows:
+        return Chance({}, [])
+    texts_of = Counter(str(row.get("id")) for row in rows)  # texts of each clip
     videos, texts = len(texts_of), len(rows)
     found = {}
     for key in scores:
@@ -78,7 +78,7 @@ def _retrieval(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
             found[key] = (videos + 1) / 2
         elif name == "v2t_mean_rank":  # expected place of the first of n among so many
             found[key] = sum((texts + 1) / (n + 1) for n in texts_of.values()) / videos
-        elif name in ("head_accuracy", "matching_accuracy"):
+        elif pairs and key == pairs:
             found[key] = 2 / 3
         elif mean := re.fullmatch(r"((v2t|t2v)_)?r_mean", name):
             sides = [mean[2]] if mean[2] else ["v2t", "t2v"]
@@ -87,7 +87,7 @@ def _retrieval(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
             )
     several = "" if videos == texts else "; a clip with several texts is found by any of them"
     notes = [f"Chance: a random order of {videos} videos, of {texts} texts{several}."]
-    if any(key.endswith("_accuracy") for key in found):
+    if pairs in found:
         notes.append("Accuracy of matching by chance: always no; two of three pairs of a batch do not match.")
     return Chance(found, notes)
 
