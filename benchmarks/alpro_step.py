@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from ymplug_jax import run as run_lib
-from ymplug_jax import sharding
-from ymplug_jax import state as state_lib
-from ymplug_jax import step as step_lib
-from ymplug_jax.config import Data, Experiment, Optim, Train
+from ymplug_jax.core import sharding
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, Text
 from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.training import setup
+from ymplug_jax.training import step as step_lib
 
 SIDE, PATCH, FRAMES, LENGTH = 112, 16, 4, 30
 WIDTH, HEADS, HIDDEN, DEPTH, VOCAB, E = 256, 4, 1024, 6, 8192, 256
@@ -50,9 +50,9 @@ class Ours:
             optim=Optim(warmup="0 steps"),
             train=Train(batch_size=size, duration="1000 steps", keep_logits=True),
         )
-        run = run_lib.prepare(experiment, jax.devices()[:1])
+        run = setup.prepare(experiment, jax.devices()[:1])
         self.step = step_lib.compile_step(run)
-        params, _ = run_lib.fresh_params(run)
+        params, _ = setup.fresh_params(run)
         self.parameters = state_lib.count(params)
         self.state = state_lib.TrainState(jnp.int32(0), params, run.tx.init(params))
         self.state = jax.device_put(self.state, jax.tree.map(lambda leaf: leaf.sharding, run.state))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import av
 
-from data_prep.video_frames import spaced
+from ymplug_jax.data.video_file import spaced
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,7 +18,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 import jax
 import jax.numpy as jnp
 
-from ymplug_jax import aot, chips, hlo
+from ymplug_jax.analysis import aot, chips, hlo
 from ymplug_jax.models import layers
 
 Activation = Callable[[jax.Array], jax.Array]

@@ -19,7 +19,7 @@ import numpy as np
 
 from ymplug_jax.models import decode
 from ymplug_jax.models.gpt3 import GPT3
-from ymplug_jax.tasks import candidates, losses
+from ymplug_jax.tasks.common import candidates, losses
 
 LM = GPT3(vocab=8192, width=512, depth=8, heads=8, max_positions=512)
 QUERIES, ROW, PROMPT, CLASSES, NEW = 128, 80, 72, 45, 100

@@ -24,7 +24,7 @@ import cv2
 import google_crc32c
 import numpy as np
 
-from ymplug_jax.data import augment, frames, loader, schema
+from ymplug_jax.data import frames, loader, schema, transforms
 from ymplug_jax.data.records import Record, Records
 
 SIZE = 224  # pixels
@@ -108,7 +108,7 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
 
     def bare_train(i: int) -> None:
         clip = frames.Decoded(some[i].frames, chosen[i])
-        augment.train_transform(clip, SIZE, np.random.default_rng(i))
+        transforms.train_transform(clip, SIZE, np.random.default_rng(i))
 
     def pipeline(transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> None:
         """What a task does with a record, text aside."""
@@ -128,8 +128,8 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
         "bare decode + crop": lambda: on_threads(lambda i: bare(some[i % len(some)].frames, chosen[i % len(some)])),
         "bare decode + train": lambda: on_threads(lambda i: bare_train(i % len(some))),
         "records only": lambda: on_threads(lambda i: len(records[i].frames)),
-        "loader, plain resize": lambda: pipeline(lambda clip, rng: augment.eval_transform(clip, SIZE)),
-        "loader, train transform": lambda: pipeline(lambda clip, rng: augment.train_transform(clip, SIZE, rng)),
+        "loader, plain resize": lambda: pipeline(lambda clip, rng: transforms.eval_transform(clip, SIZE)),
+        "loader, train transform": lambda: pipeline(lambda clip, rng: transforms.train_transform(clip, SIZE, rng)),
     }
     rates: dict[str, list[float]] = {name: [] for name in rows}
     by_processor: dict[str, list[float]] = {name: [] for name in rows}

@@ -15,9 +15,9 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 import jax
 import jax.numpy as jnp
 
-from ymplug_jax import aot
+from ymplug_jax.analysis import aot
 from ymplug_jax.models.gpt3 import GPT3
-from ymplug_jax.tasks import losses
+from ymplug_jax.tasks.common import losses
 
 Loss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array], jax.Array]
 WAYS: dict[str, Loss] = {

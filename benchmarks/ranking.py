@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax.tasks import ranking
+from ymplug_jax.tasks.common import ranking
 
 CHUNK = 1024  # queries at a time, for both
 CLOSE = 1e-5  # similarities that are closer may change places by rounding

@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 import torch
 
-from ymplug_jax.data import augment, frames, loader
+from ymplug_jax.data import frames, loader, transforms
 from ymplug_jax.data.records import Record, Records
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,7 @@ class Clips(torch.utils.data.Dataset):
             times = first + (np.arange(SHOWN) + rng.random(SHOWN)) / SHOWN * float(seconds) * 0.95
             shown = [frame.to_ndarray(format="rgb24") for frame in frames_at(container, stream, times)]
         height, width = shown[0].shape[:2]
-        top, left, h, w = augment.choose_crop(height, width, rng)
+        top, left, h, w = transforms.choose_crop(height, width, rng)
         parts = [cv2.resize(image[top : top + h, left : left + w], (SIZE, SIZE)) for image in shown]
         return torch.from_numpy(np.stack(parts))
 
@@ -113,7 +113,9 @@ class Ours:
     def _example(self, record: Record, rng: np.random.Generator) -> dict[str, np.ndarray]:
         clip = frames.Decoded(record.frames, frames.choose_frames(SHOWN, len(record.frames), rng))
         return {
-            "video": augment.train_transform(clip, SIZE, rng) if self._train else augment.eval_transform(clip, SIZE)
+            "video": transforms.train_transform(clip, SIZE, rng)
+            if self._train
+            else transforms.eval_transform(clip, SIZE)
         }
 
     def __call__(self) -> int:

@@ -24,16 +24,16 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TimesformerConfig, TimesformerModel
 from transformers.models.timesformer import modeling_timesformer
 
-from ymplug_jax import run as run_lib
-from ymplug_jax import sharding
-from ymplug_jax import state as state_lib
-from ymplug_jax import step as step_lib
-from ymplug_jax.config import Data, Experiment, Optim, Train
+from ymplug_jax.core import sharding
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import inputs
+from ymplug_jax.tasks.common import preprocess
+from ymplug_jax.training import setup
+from ymplug_jax.training import step as step_lib
 
 MODELS = {
     "small": MPLUGVideo(
@@ -94,7 +94,7 @@ class Captioner(nn.Module):
             )
         )  # fmt: skip
         self.llm.requires_grad_(False)
-        for name, values in (("mean", inputs.MEAN), ("std", inputs.STD)):
+        for name, values in (("mean", preprocess.MEAN), ("std", preprocess.STD)):
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def forward(self, video: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -234,7 +234,7 @@ class Ours:
             optim=Optim(warmup="0 steps"),
             train=Train(batch_size=size, duration="1000 steps", frozen_dtype=dtype, keep_logits=keep_logits),
         )
-        run = run_lib.prepare(experiment, jax.devices()[:1])
+        run = setup.prepare(experiment, jax.devices()[:1])
         self.compiled = step_lib.compile_step(run)
         trainable, frozen = state_lib.split(params, run.frozen_patterns)
         state = state_lib.TrainState(jnp.int32(0), trainable, run.tx.init(trainable))

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax import run as run_lib
-from ymplug_jax import sharding
-from ymplug_jax import state as state_lib
-from ymplug_jax import step as step_lib
-from ymplug_jax.config import Data, Experiment, Optim, Train
+from ymplug_jax.core import sharding
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.training import setup
+from ymplug_jax.training import step as step_lib
 
 
 def experiment() -> Experiment:
@@ -47,11 +47,11 @@ class Side:
     def __init__(self, name: str, frozen: tuple[str, ...] | None):
         base = experiment()
         self.name = name
-        self.run = run_lib.prepare(
+        self.run = setup.prepare(
             dataclasses.replace(base, train=dataclasses.replace(base.train, frozen=frozen)), jax.devices()[:1]
         )
         self.step = step_lib.compile_step(self.run)
-        params, _ = run_lib.fresh_params(self.run)
+        params, _ = setup.fresh_params(self.run)
         trainable, self.frozen = state_lib.split(params, self.run.frozen_patterns)
         self.state = state_lib.TrainState(jnp.int32(0), trainable, self.run.tx.init(trainable))
         self.key = sharding.on_all_hosts(lambda: jax.random.key(0), sharding.replicated(self.run.mesh))

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from data_prep import rows as rows_lib
 from data_prep.build_flags import BuildError, check, parse
-from data_prep.container import REASONS
 from data_prep.flags import PLACE, Ticks, bar, run, say
 from data_prep.publish import BUILDING, PLAN, finish, publish
 from ymplug_jax.data import schema
+from ymplug_jax.data.video_container import REASONS
 
 NEEDS = ("apache_beam", "tensorflow", "tensorflow_datasets")  # the extra `prep`
 

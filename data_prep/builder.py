@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep.container import Reject
 from data_prep.index_shards import frame
 from data_prep.rows import Row
-from data_prep.video_frames import Clip, DecoderFailed, Reader
 from data_prep.video_path import resolve
 from ymplug_jax.data import schema
+from ymplug_jax.data.video_container import Reject
+from ymplug_jax.data.video_file import Clip, DecoderFailed, Reader
 
 
 class Settings(NamedTuple):

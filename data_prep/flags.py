@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-MISTAKE, PLACE = 2, 5  # exit codes, those of ymplug_jax.exits
+MISTAKE, PLACE = 2, 5  # exit codes, those of ymplug_jax.core.exits
 EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 Item = TypeVar("Item")

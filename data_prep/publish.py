@@ -12,8 +12,8 @@ from pathlib import Path
 
 from data_prep.flags import bar, write_text
 from data_prep.index_shards import BrokenShard, write_index
-from data_prep.video_frames import JPEG_QUALITY, SHORT_SIDE
 from ymplug_jax.data import schema
+from ymplug_jax.data.video_file import JPEG_QUALITY, SHORT_SIDE
 
 NAME = "youku_mplug"  # of the TFDS data set
 BUILDING = ".building"  # folder inside OUT for partitions that are not yet shards

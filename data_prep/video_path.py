@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.container import Reject
+from ymplug_jax.data.video_container import Reject
 
 
 def resolve(video_root: str, name: str, allow_links_to: Sequence[str] = ()) -> Path:

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 import shards
-from ymplug_jax import checkpoint, config, state, writer
-from ymplug_jax import run as run_lib
+from ymplug_jax.core import checkpoint, config, metrics, state
+from ymplug_jax.training import setup
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -83,14 +83,14 @@ def run(*args, devices: int = 1, code: int = 0) -> subprocess.CompletedProcess:
 
 def losses(workdir: Path) -> dict[int, float]:
     """Step -> training loss."""
-    return {line["step"]: line["loss"] for line in writer.read_metrics(workdir) if "loss" in line}
+    return {line["step"]: line["loss"] for line in metrics.read_metrics(workdir) if "loss" in line}
 
 
 def saved(workdir: Path) -> dict[str, np.ndarray]:
     """Path -> value of every parameter in the newest checkpoint."""
     experiment = config.from_json((workdir / "config.json").read_text(encoding="utf-8"))
     one = dataclasses.replace(experiment, mesh=config.Mesh())
-    run = run_lib.prepare(one, jax.devices()[:1])
+    run = setup.prepare(one, jax.devices()[:1])
     return {
         path: np.asarray(leaf)
         for path, leaf in checkpoint.load_params(str(workdir), state.merge(run.state.trainable, run.frozen)).items()

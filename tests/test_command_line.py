@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import runs
-from ymplug_jax import command_line, config, config_file, main
-from ymplug_jax.config import Data, Experiment, Mesh, Optim, Train
-from ymplug_jax.exits import Mistake, PlaceFailed
+from ymplug_jax import command_line, main
+from ymplug_jax.core import config, config_file
+from ymplug_jax.core.config import Data, Experiment, Mesh, Optim, Train
+from ymplug_jax.core.exits import Mistake, PlaceFailed
 
 PRETRAIN = f"{runs.ROOT}/configs/tiny/pretrain.py"
 
@@ -110,7 +111,7 @@ def test_a_config_file_comes_before_the_run(run: Path):
 
 RECIPE = "NAME = {name!r}\n"
 CONFIG = """
-from ymplug_jax.config import Experiment, to_config_dict
+from ymplug_jax.core.config import Experiment, to_config_dict
 from {module} import NAME
 
 def get_config(arg="none"):
@@ -153,7 +154,7 @@ def test_each_config_finds_the_recipes_of_its_own_tree(tmp_path: Path):
         tree.mkdir(parents=True)
         (tree / "recipe.py").write_text(RECIPE.format(name=name), encoding="utf-8")
         (tree / "mine.py").write_text(
-            "from configs.family import recipe\nfrom . import recipe as near\nfrom ymplug_jax import config\n"
+            "from configs.family import recipe\nfrom . import recipe as near\nfrom ymplug_jax.core import config\n"
             "def get_config():\n    return config.to_config_dict(config.Experiment(recipe.NAME, {'near': near.NAME}))\n",
             encoding="utf-8",
         )

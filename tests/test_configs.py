@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from configs.mplug_video import slices
-from ymplug_jax import config
-from ymplug_jax import run as run_lib
-from ymplug_jax import state as state_lib
+from ymplug_jax.core import config
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.training import setup
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "params"
@@ -74,7 +74,7 @@ def test_parameter_table(name: str, argument: str | None):
     experiment = load(name, argument)
     mesh = config.Mesh(**VARIANTS[name, argument])
     experiment = config.Experiment(**{**vars(experiment), "mesh": mesh})
-    run = run_lib.prepare(experiment, jax.devices()[: 8 if VARIANTS[name, argument] else 1])
+    run = setup.prepare(experiment, jax.devices()[: 8 if VARIANTS[name, argument] else 1])
     lines = []
     for kind, tree in (("trained", run.state.trainable), ("frozen", run.frozen)):
         for path, leaf in state_lib.flatten(tree).items():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ymplug_jax import hosts
+from ymplug_jax.training import hosts
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 

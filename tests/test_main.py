@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import runs
-from ymplug_jax import exits, main
+from ymplug_jax import main
+from ymplug_jax.core import exits
 
 ROOT = Path(__file__).parent.parent
 

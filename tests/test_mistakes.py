@@ -3,6 +3,7 @@
 `--durations=0` shows the seconds of each; those of a whole process are in `test_as_a_process`.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -17,11 +18,12 @@ import pytest
 
 import runs
 import shards
-from ymplug_jax import command_line, config, main, preflight, run_folder
-from ymplug_jax import run as run_lib
-from ymplug_jax.checkpoint import Checkpoints
+from ymplug_jax import command_line, main
+from ymplug_jax.core import config
+from ymplug_jax.core.checkpoint import Checkpoints
 from ymplug_jax.data import schema
 from ymplug_jax.tasks import task as task_lib
+from ymplug_jax.training import preflight, run_folder, setup
 
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -55,10 +57,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def a_run(folder: Path, experiment: config.Experiment) -> None:
     """The folder of a run that has not taken a step."""
-    run = run_lib.prepare(experiment)
+    run = setup.prepare(experiment)
     run_folder.write(experiment, folder)
     checkpoints = Checkpoints(str(folder))
-    state, frozen, seen, _ = run_lib.initialise(run, checkpoints)
+    state, frozen, seen, _ = setup.initialise(run, checkpoints)
     checkpoints.save_frozen(frozen)
     checkpoints.save(state, 1, seen)
     checkpoints.close()
@@ -293,7 +295,7 @@ def test_shards_that_fit(home: Path, task: str):
 
 
 def test_every_task_says_what_it_takes():
-    known = {p.stem for p in Path(task_lib.__file__).parent.glob("*.py")} - set(task_lib.HELPERS)
+    known = {name for name, module in task_lib.modules().items() if hasattr(importlib.import_module(module), "make")}
     assert known == set(TAKES)
 
 

@@ -17,9 +17,10 @@ import pytest
 
 import runs
 import shards
-from ymplug_jax import clips, predictor, stored
 from ymplug_jax import predict as predict_lib
+from ymplug_jax.core import checkpoint_files
 from ymplug_jax.data import schema
+from ymplug_jax.inference import clip_stream, predictor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "data_prep"))
@@ -73,10 +74,10 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path) -> None:
     videos.write(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").symlink_to("gone.mp4")
     os.mkfifo(tmp_path / "c.mp4")
-    files = clips.files_of([str(tmp_path)])
+    files = clip_stream.files_of([str(tmp_path)])
     assert [Path(file.name).name for file in files] == ["a.mp4", "b.mp4"]
-    (reads,) = clips.read_all(files, 8, 1)
-    assert reads[1].clip.reason == "missing_file" and not clips.left_out(reads[1])
+    (reads,) = clip_stream.read_all(files, 8, 1)
+    assert reads[1].clip.reason == "missing_file" and not clip_stream.left_out(reads[1])
 
 
 def test_flags_that_take_several_can_be_given_again() -> None:
@@ -342,18 +343,18 @@ def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pyt
 
 def test_decoding_is_read_ahead_by_so_much_only(tmp_path: Path) -> None:
     clip = videos.write(tmp_path / "a.mp4")
-    files = [clips.File(str(path), True) for path in copies(tmp_path / "many", clip, [str(i) for i in range(90)])]
-    places = clips.read_all(files, 8, 2)
+    files = [clip_stream.File(str(path), True) for path in copies(tmp_path / "many", clip, [str(i) for i in range(90)])]
+    places = clip_stream.read_all(files, 8, 2)
     first = next(places)
     assert [read.number for read in first] == list(range(8))
     started = time.monotonic()
     while sum(1 for _ in (thread for thread in threading.enumerate() if thread.name.startswith("decoder"))) != 2:
         assert time.monotonic() - started < 5
     held = places.gi_frame.f_locals["waiting"]
-    assert len(held) <= clips.AHEAD + 2
+    assert len(held) <= clip_stream.AHEAD + 2
     rest = [read for batch in places for read in batch]
     assert [read.number for read in rest] == list(range(8, 90))
-    assert all(isinstance(read.clip, clips.Clip) for read in rest)
+    assert all(isinstance(read.clip, clip_stream.Clip) for read in rest)
 
 
 def test_a_file_that_hangs_does_not_keep_answers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,12 +371,12 @@ def test_a_file_that_hangs_does_not_keep_answers_back(tmp_path: Path, monkeypatc
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(clips, "Reader", Slow)
-    monkeypatch.setattr(clips, "PATIENCE", 0.2)
+    monkeypatch.setattr(clip_stream, "Reader", Slow)
+    monkeypatch.setattr(clip_stream, "PATIENCE", 0.2)
     names = ["a", "slow", "b"]
     for name in names:
         (tmp_path / name).touch()
-    places = clips.read_all([clips.File(str(tmp_path / name), True) for name in names], 8, 2)
+    places = clip_stream.read_all([clip_stream.File(str(tmp_path / name), True) for name in names], 8, 2)
     assert [read.file.name for read in next(places)] == [str(tmp_path / "a")]
     free.set()
     assert [read.file.name for read in next(places)] == [str(tmp_path / name) for name in ("slow", "b")]
@@ -385,7 +386,7 @@ def test_a_decoder_that_cannot_start_is_one_line(home: Path, ask: Callable, monk
     def fail(*args: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")  # which must not be taken for a reader of the answers that has gone
 
-    monkeypatch.setattr(clips.Reader, "read", fail)
+    monkeypatch.setattr(clip_stream.Reader, "read", fail)
     code, out, (line,) = ask("caption", "--checkpoint", home / "caption", "--video", home / "videos")
     assert code == 5 and out == [] and "a.mp4: the decoding process failed ([Errno 32] Broken pipe)" in line
 
@@ -461,7 +462,7 @@ def test_mistakes_end_in_one_line(bad: Path, name: str, ask: Callable, monkeypat
     def fail(*args: object) -> None:
         raise AssertionError("a mistake is found before the model is loaded or a video decoded")
 
-    monkeypatch.setattr(clips, "read_all", fail)
+    monkeypatch.setattr(clip_stream, "read_all", fail)
     monkeypatch.setattr(predictor.Predictor, "load", fail)
     before = sorted(bad.rglob("*"))
     flags, message = MISTAKES[name]
@@ -486,8 +487,8 @@ def test_an_index_that_is_not_this_runs_is_refused(home: Path, ask: Callable) ->
     # A copy of the run elsewhere has the same weights.
     shutil.copytree(home / "retrieve", home / "moved")
     assert ask("retrieve", "--checkpoint", home / "moved", "--index", index, "--text", "红色")[0] == 0
-    own, other = (stored.fingerprint(str(home / name)) for name in ("moved", "classify"))
-    assert own == stored.fingerprint(str(home / "retrieve")) != other and len(own) == 64
+    own, other = (checkpoint_files.fingerprint(str(home / name)) for name in ("moved", "classify"))
+    assert own == checkpoint_files.fingerprint(str(home / "retrieve")) != other and len(own) == 64
     # An index of before, a damaged one, and one with a NaN.
     arrays = dict(np.load(index))
     nan = np.where(np.arange(2)[:, None] == 1, np.nan, arrays["video"])
@@ -594,7 +595,7 @@ def test_seeds_give_mean_and_deviation(home: Path, ask: Callable) -> None:
     assert ask("retrieve", "--checkpoint", folders[0], *searched)[0] == 0
     for place in (index, searched[1]):
         code, out, (line,) = ask("retrieve", "--checkpoint", folders[1], "--index", place, "--text", "红色")
-        names = [stored.fingerprint(str(folder))[:12] for folder in folders]
+        names = [checkpoint_files.fingerprint(str(folder))[:12] for folder in folders]
         assert (
             code == 2
             and out == []

@@ -46,9 +46,11 @@ def test_the_work_of_a_step_is_still_that_of_the_table(name: str) -> None:
 import json, os
 os.environ |= {{"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}}
 from configs.mplug_video import {row["task"]} as task
-from ymplug_jax import aot, config, run
+from ymplug_jax.analysis import aot
+from ymplug_jax.core import config
+from ymplug_jax.training import setup
 experiment = config.from_config_dict(task.get_config("{row["config"]}"))
-ready = run.prepare(experiment, aot.devices_of("{row["topology"]}", {row["slices"]}))
+ready = setup.prepare(experiment, aot.devices_of("{row["topology"]}", {row["slices"]}))
 print(json.dumps([ready.mesh.size, experiment.train.batch_size, aot.model_flops(ready), aot.program_flops(ready)]))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=runs.ROOT, env=os.environ, capture_output=True, text=True)

@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 
-from ymplug_jax import run as run_lib
-from ymplug_jax import sharding
-from ymplug_jax.config import Data, Experiment, Mesh, Optim, Train
+from ymplug_jax.core import sharding
+from ymplug_jax.core.config import Data, Experiment, Mesh, Optim, Train
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.run import Run
+from ymplug_jax.training import setup
+from ymplug_jax.training.setup import Run
 
 MODEL = MPLUGVideo(
     vision=TimeSformer(image_size=16, patch_size=8, depth=2, width=16, heads=2, frames=2),
@@ -36,7 +36,7 @@ def experiment(model: MPLUGVideo = MODEL, **changes) -> Experiment:
 
 def prepare(devices: int = 1, **changes) -> Run:
     """The run on the first `devices` of the virtual devices."""
-    return run_lib.prepare(experiment(**changes), jax.devices()[:devices])
+    return setup.prepare(experiment(**changes), jax.devices()[:devices])
 
 
 def batch(run: Run, seed: int = 0, **changes) -> dict[str, jax.Array]:

@@ -12,10 +12,10 @@ SECONDS = 1200  # for a busy machine
 # The entry point, which also tells what it reads of the splits and what it writes below its folder, and takes its time.
 PROGRAM = """
 import os, runpy, sys, time
-from ymplug_jax import train
+from ymplug_jax.training import loop
 from ymplug_jax.data.records import Records
 told = open(os.environ["TOLD"], "a", buffering=1)
-get, asked, pause = Records.__getitem__, train.Stop.asked, float(os.environ["PAUSE"])
+get, asked, pause = Records.__getitem__, loop.Stop.asked, float(os.environ["PAUSE"])
 def getitem(self, i):
     print("read", self.split, int(i), file=told)
     return get(self, i)
@@ -23,7 +23,7 @@ def hook(event, args):
     if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR) and os.environ["WORKDIR"] in str(args[0]):
         print("write", args[0], file=told)
 Records.__getitem__ = getitem
-train.Stop.asked = lambda self, step: time.sleep(pause) or asked(self, step)
+loop.Stop.asked = lambda self, step: time.sleep(pause) or asked(self, step)
 sys.addaudithook(hook)
 sys.argv[0] = "main"
 runpy.run_module("ymplug_jax.main", run_name="__main__", alter_sys=True)

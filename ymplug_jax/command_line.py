@@ -16,9 +16,9 @@ from absl import flags as flags_lib
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from ymplug_jax import config, config_file
-from ymplug_jax.config import Experiment
-from ymplug_jax.exits import Mistake
+from ymplug_jax.core import config, config_file
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
 
 FILES = ("candidates", "entities", "prompts", "answers")  # options that name one
 MODES = ("train", "eval", "plan", "compile", "bench")
@@ -57,7 +57,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """All flags but the settings."""
     made = _Parser(
         prog="python -m ymplug_jax.main", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, epilog="Settings follow as --config.data.path=..., see ymplug_jax/config.py.",
+        allow_abbrev=False, epilog="Settings follow as --config.data.path=..., see ymplug_jax/core/config.py.",
     )  # fmt: skip
     add = made.add_argument
     add(
@@ -145,9 +145,10 @@ def experiment_of(flags: argparse.Namespace, settings: list[str]) -> Experiment:
 def _of_run(name: str, seeds: int) -> Experiment:
     """The settings that a run was started with; of several seeds' runs, those of the first. A tokenizer that is no longer where it
     was is the run's own copy, which is the same."""
-    from ymplug_jax import run_folder, stored
+    from ymplug_jax.core import checkpoint_files
+    from ymplug_jax.training import run_folder
 
-    folder = stored.folder_of(name)
+    folder = checkpoint_files.folder_of(name)
     if seeds > 1 and not (folder / run_folder.CONFIG).exists():
         found = [place for place in folder.glob("seed_*") if place.name.removeprefix("seed_").isdecimal()]
         folder = min(found, key=lambda place: int(place.name.removeprefix("seed_")), default=folder)
@@ -158,7 +159,7 @@ def _of_run(name: str, seeds: int) -> Experiment:
         )
     experiment = run_folder.read_settings(folder)
     data = experiment.data
-    if data.tokenizer and not stored.folder_of(data.tokenizer).exists():
+    if data.tokenizer and not checkpoint_files.folder_of(data.tokenizer).exists():
         kept = run_folder.kept_tokenizer(folder, experiment)
         data = dataclasses.replace(data, tokenizer=str(kept) if kept else data.tokenizer)
     data = dataclasses.replace(data, path=_from_there(folder, data.path))
@@ -168,9 +169,10 @@ def _of_run(name: str, seeds: int) -> Experiment:
 
 def _from_there(folder: epath.Path, name: str) -> str:
     """A relative place that is not here but below the folder that the run in `folder` was started from is meant there."""
-    from ymplug_jax import run_folder, stored
+    from ymplug_jax.core import checkpoint_files
+    from ymplug_jax.training import run_folder
 
-    if not name or "://" in name or stored.folder_of(name).exists():
+    if not name or "://" in name or checkpoint_files.folder_of(name).exists():
         return name
     try:
         started = json.loads((folder / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))["folder"]

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from ymplug_jax import exits, page
-from ymplug_jax.exits import Mistake
-from ymplug_jax.reports import curves, score_table
+from ymplug_jax.core import exits
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.reports import curves, evaluation_report, score_table
 from ymplug_jax.reports.pictures import data_uri
 
 SEED = "train.seed"
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = epath.Path(args.out).expanduser()
         _check_out(out)
         found = groups(runs)
-        html = page.render("compare.html", **_page(runs, found))
+        html = evaluation_report.render("compare.html", **_page(runs, found))
         try:
             out.write_bytes(html.encode("utf-8", "replace"))
         except OSError as error:
@@ -139,7 +139,7 @@ def _folders(name: str) -> list[tuple[str, epath.Path]]:
 
 
 def _run(name: str, folder: epath.Path) -> Run:
-    settings = page.flat(_json(folder / "config.json"))
+    settings = evaluation_report.flat(_json(folder / "config.json"))
     files = sorted((folder / "eval").glob("*/scores.json")) if (folder / "eval").is_dir() else []
     return Run(name, settings, {file.parent.name: _json(file) for file in files}, curves.read(folder))
 

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ymplug_jax import text_files
-from ymplug_jax.writer import read_metrics
+from ymplug_jax.core import text_files
+from ymplug_jax.core.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 # Where a title of data_prep.draw_shapes says what.

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ymplug_jax import command_line, exits, hosts
-from ymplug_jax.config import Experiment
+from ymplug_jax import command_line
+from ymplug_jax.core import exits
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.training import hosts
 
 HERE = Path(__file__).parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)  # a write that fails names no file
@@ -86,9 +88,10 @@ def _accepted(flags: argparse.Namespace, experiment: Experiment) -> list[tuple[E
         raise exits.Mistake(f"--workdir: missing; give the folder of the run that --mode {flags.mode} works in")
     if flags.examples < 0:
         raise exits.Mistake(f"--examples: {flags.examples} is too small; give 0 for the whole split, or more")
-    from ymplug_jax import preflight, run, stored
+    from ymplug_jax.core import checkpoint_files
+    from ymplug_jax.training import preflight, setup
 
-    runs = run.seeds(experiment, stored.folder_of(flags.workdir), flags.seeds)
+    runs = setup.seeds(experiment, checkpoint_files.folder_of(flags.workdir), flags.seeds)
     for one, workdir in runs:
         preflight.check(one, workdir, flags.mode)
     return runs
@@ -97,16 +100,16 @@ def _accepted(flags: argparse.Namespace, experiment: Experiment) -> list[tuple[E
 def _run(flags: argparse.Namespace, experiment: Experiment, runs: list) -> dict[str, Any] | None:
     """What the mode prints as JSON."""
     if flags.mode == "plan":
-        from ymplug_jax import plan, run
-        from ymplug_jax import step as step_lib
+        from ymplug_jax.training import parameter_table, setup
+        from ymplug_jax.training import step as step_lib
 
-        ready = run.prepare(experiment)
-        logging.info("%s", plan.table(ready))
-        facts = plan.estimate(ready, step_lib.compile_step(ready))
-        logging.info("%s", plan.render_estimate(facts))
+        ready = setup.prepare(experiment)
+        logging.info("%s", parameter_table.table(ready))
+        facts = parameter_table.estimate(ready, step_lib.compile_step(ready))
+        logging.info("%s", parameter_table.render_estimate(facts))
         return facts
     if flags.mode == "compile":
-        from ymplug_jax import aot
+        from ymplug_jax.analysis import aot
 
         result = aot.compile_for(experiment, flags.topology, flags.slices)
         logging.info("%s", aot.render(result))
@@ -114,17 +117,18 @@ def _run(flags: argparse.Namespace, experiment: Experiment, runs: list) -> dict[
     if flags.mode == "bench":
         from etils import epath
 
-        from ymplug_jax import bench  # needs neither Orbax nor anything that reads data
+        from ymplug_jax.analysis import bench  # needs neither Orbax nor anything that reads data
 
         result = bench.bench(experiment, flags.steps, epath.Path(flags.workdir) if flags.workdir else None)
         logging.info("%s", bench.render(result))
         return result
-    from ymplug_jax import evaluate, stored, train
+    from ymplug_jax.core import checkpoint_files
+    from ymplug_jax.training import evaluate, loop
 
     if flags.mode == "eval":
-        return evaluate.evaluate_all(runs, stored.folder_of(flags.workdir), examples=flags.examples)
+        return evaluate.evaluate_all(runs, checkpoint_files.folder_of(flags.workdir), examples=flags.examples)
     for one, workdir in runs:
-        train.train(one, workdir)
+        loop.train(one, workdir)
     return None
 
 

@@ -25,12 +25,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ymplug_jax import exits, hosts
-from ymplug_jax.exits import Mistake, PlaceFailed
-from ymplug_jax.wording import as_json, readable, shown
+from ymplug_jax.core import exits
+from ymplug_jax.core.exits import Mistake, PlaceFailed
+from ymplug_jax.inference.wording import as_json, readable, shown
+from ymplug_jax.training import hosts
 
 if TYPE_CHECKING:  # decoding processes import this module again: it stays light
-    from ymplug_jax.clips import File, Read
+    from ymplug_jax.inference.clip_stream import File, Read
 
 COMMANDS = ("classify", "caption", "retrieve")
 ONLY_FOR = {"title": "classify", "text": "retrieve", "index": "retrieve", "export": "retrieve", "rank": "retrieve"}
@@ -117,7 +118,7 @@ def check(args: argparse.Namespace) -> "list[File]":
     Raises:
       Mistake: flags that do not go together, values that make no sense, or a place that cannot be written.
     """
-    from ymplug_jax import clips
+    from ymplug_jax.inference import clip_stream
 
     for flag, command in ONLY_FOR.items():
         if getattr(args, flag) is not None and args.command != command:
@@ -143,7 +144,7 @@ def check(args: argparse.Namespace) -> "list[File]":
     elif not args.video:
         raise Mistake(f"{args.command}: give files with --video")
     _check_places(args)
-    files = clips.files_of(args.video)
+    files = clip_stream.files_of(args.video)
     if args.title and len(args.title) != len(files):
         raise Mistake(f"--title: {len(args.title)} titles for {len(files)} files; give one for each, in their order")
     return files
@@ -169,7 +170,7 @@ def _as_text(flag: str, text: str) -> str:
 
 
 def _check_places(args: argparse.Namespace) -> None:
-    from ymplug_jax import index_file
+    from ymplug_jax.core import index_file
 
     if path := args.export:
         if path.is_dir():
@@ -181,9 +182,9 @@ def _check_places(args: argparse.Namespace) -> None:
     if args.sheet and args.index:
         raise Mistake("--sheet and --index: an index holds no frames; give files with --video")
     if args.sheet:
-        from ymplug_jax import sheet
+        from ymplug_jax.reports import contact_sheet
 
-        sheet.check(args.sheet)
+        contact_sheet.check(args.sheet)
     if args.export and args.export.exists():
         try:
             index_file.read(args.export, ("video", "video_id"), setting="--export")
@@ -196,8 +197,8 @@ def _check_places(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, then decode, answer and print in a stream."""
     files = check(args)
-    from ymplug_jax import answers
-    from ymplug_jax.predictor import Predictor
+    from ymplug_jax.inference import answers
+    from ymplug_jax.inference.predictor import Predictor
 
     predictor, reading = Predictor(args.checkpoint, args.command), Reading(files, args)
     answer_all = answers.retrieve if args.command == "retrieve" else answers.describe
@@ -218,11 +219,12 @@ class Reading:
 
     def records(self, files: "list[File]", size: int) -> Iterator[list[Any]]:
         """Records of `files` that can be read, in order, in lists of `size` at most; each with the title of its file."""
-        from ymplug_jax import clips, progress
+        from ymplug_jax.core import progress
+        from ymplug_jax.inference import clip_stream
 
         # Answers on the same terminal show how far it is.
         with progress.bar(total=len(files), desc="read", unit="clip", hidden=sys.stdout.isatty()) as bar:
-            for reads in clips.read_all(files, size, self._processes or clips.decoders()):
+            for reads in clip_stream.read_all(files, size, self._processes or clip_stream.decoders()):
                 found = [record for read in reads if (record := self._record(read)) is not None]
                 self._answered += len(found)
                 if found:
@@ -246,14 +248,15 @@ class Reading:
     def _record(self, read: "Read") -> Any:
         import numpy as np
 
-        from ymplug_jax import clips, progress
+        from ymplug_jax.core import progress
         from ymplug_jax.data.records import Record
+        from ymplug_jax.inference import clip_stream
 
         clip = read.clip
-        if clips.left_out(read):
+        if clip_stream.left_out(read):
             self._out.append(read.file.name)
             return None
-        if isinstance(clip, clips.Reject):
+        if isinstance(clip, clip_stream.Reject):
             self.failed += 1
             line = f"error: {shown(read.file.name)}: {clip.reason}: {shown(clip.detail)}"
             progress.write(line)

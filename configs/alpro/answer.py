@@ -9,7 +9,7 @@ Shards of questions: data_prep.build_shards --config question. More than 1,500 a
 from ml_collections import ConfigDict
 
 from configs.alpro import recipe
-from ymplug_jax.config import Data, Experiment, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Options, Train, to_config_dict
 
 
 def get_config(arg: str = "salesforce") -> ConfigDict:

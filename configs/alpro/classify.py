@@ -7,7 +7,7 @@
 from ml_collections import ConfigDict
 
 from configs.alpro import recipe
-from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 from ymplug_jax.data.schema import CLASS_NAMES
 
 

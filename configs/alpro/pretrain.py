@@ -12,7 +12,7 @@ The released English models have 30,522 words: --config.model.text.vocab=30522.
 from ml_collections import ConfigDict
 
 from configs.alpro import recipe
-from ymplug_jax.config import Data, Experiment, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Options, Train, to_config_dict
 
 EXAMPLES = 10_009_370  # rows of the released pre-training table, for --mode=plan without shards
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from configs.alpro import recipe
 from configs.alpro.pretrain import EXAMPLES
-from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 from ymplug_jax.models import alpro
 
 

@@ -4,7 +4,7 @@ Youku-mPLUG has published ALPRO's classes and no recipe: the values of variant "
 models that it was released with. Those of variant "salesforce" are published.
 """
 
-from ymplug_jax.config import Optim
+from ymplug_jax.core.config import Optim
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 

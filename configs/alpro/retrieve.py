@@ -8,7 +8,7 @@ All pairs instead of the best: --config.options.best=0
 from ml_collections import ConfigDict
 
 from configs.alpro import recipe
-from ymplug_jax.config import Data, Experiment, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Options, Train, to_config_dict
 
 EXAMPLES = 38_000  # about so many are released, for --mode=plan
 

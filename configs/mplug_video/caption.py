@@ -8,7 +8,7 @@ A search that does not favour short captions: --config.options.search=beam_by_le
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe, slices
-from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 
 PER_DEVICE = {"1.3b": 24, "2.7b": 36}
 

@@ -7,7 +7,7 @@
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe, slices
-from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 from ymplug_jax.data.schema import CLASS_NAMES
 
 PER_DEVICE = {"1.3b": 32, "2.7b": 24}

@@ -8,7 +8,7 @@ Re-ranking instead of all pairs: --config.options.candidates=RETRIEVAL_RUN/eval/
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe, slices
-from ymplug_jax.config import Data, Experiment, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Options, Train, to_config_dict
 
 PER_DEVICE = {"1.3b": 96, "2.7b": 64}
 

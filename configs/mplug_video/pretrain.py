@@ -9,7 +9,7 @@ Give the data and the weights on the command line:
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe, slices
-from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 
 PER_DEVICE = {"1.3b": 48, "2.7b": 32}
 

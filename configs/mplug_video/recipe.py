@@ -1,6 +1,6 @@
 """What all runs of mPLUG-video share: model sizes in bf16, parameter groups, the optimizer of the published recipe."""
 
-from ymplug_jax.config import Optim
+from ymplug_jax.core.config import Optim
 from ymplug_jax.models import mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
 

@@ -7,7 +7,7 @@
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe, slices
-from ymplug_jax.config import Data, Experiment, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 
 PER_DEVICE = {"1.3b": 96, "2.7b": 64}
 # Abstractor and connector take no part and are not updated, so their groups are not there either.

@@ -10,7 +10,7 @@ keeps attention from being one kernel. `--config.model.llm.dropout=0.1` brings i
 import dataclasses
 from typing import NamedTuple
 
-from ymplug_jax.config import Experiment
+from ymplug_jax.core.config import Experiment
 
 
 class Layout(NamedTuple):

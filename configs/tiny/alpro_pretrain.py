@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs.alpro.recipe import NO_DECAY
-from ymplug_jax.config import Data, Experiment, Optim, Options, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Optim, Options, Train, to_config_dict
 from ymplug_jax.models import alpro
 
 

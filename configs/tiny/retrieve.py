@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs.mplug_video.retrieve import NO_DECAY
-from ymplug_jax.config import Data, Experiment, Optim, Train, to_config_dict
+from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
 from ymplug_jax.models import mplug_video
 
 

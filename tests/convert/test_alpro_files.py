@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ymplug_jax import checkpoint, state
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import alpro as tables
+from ymplug_jax.core import checkpoint, state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "alpro"
 FILES = {

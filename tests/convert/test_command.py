@@ -11,10 +11,10 @@ import torch
 from flax.traverse_util import flatten_dict
 from safetensors.torch import load_file, save_file
 
-from ymplug_jax import checkpoint, state
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules, to_orbax
+from ymplug_jax.core import checkpoint, state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mplug_video_gpt3"
 HEADS = ["--heads", "llm=4", "vision=4"]
@@ -179,10 +179,10 @@ def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_image_tower_starts_a_pretraining(tmp_path: Path) -> None:
     """CLIP's spatial part is taken, what is temporal stays fresh, other towers and key biases are left out knowingly."""
-    from ymplug_jax import config
-    from ymplug_jax import run as run_lib
     from ymplug_jax.convert import clip
+    from ymplug_jax.core import config
     from ymplug_jax.models import mplug_video
+    from ymplug_jax.training import setup
 
     model = mplug_video.sized("tiny", "tiny", queries=4)
     like = jax.eval_shape(lambda: mplug_video.init(model, jax.random.key(0)))["vision"]
@@ -206,8 +206,8 @@ def test_an_image_tower_starts_a_pretraining(tmp_path: Path) -> None:
         optim=config.Optim(warmup="1 steps"),
         train=config.Train(init_from=f"vision={tmp_path / 'clip'}", frozen_dtype="float32"),
     )
-    run = run_lib.prepare(experiment, jax.devices()[:1])
-    params, origin = run_lib.fresh_params(run)
+    run = setup.prepare(experiment, jax.devices()[:1])
+    params, origin = setup.fresh_params(run)
     np.testing.assert_array_equal(params["vision"]["cls"], source["vision_model.embeddings.class_embedding"])
     patch = source["vision_model.embeddings.patch_embedding.weight"].numpy().transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(params["vision"]["patch"]["kernel"], patch)

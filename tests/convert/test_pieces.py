@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ymplug_jax import exits
 from ymplug_jax.convert import mplug_video, pieces
 from ymplug_jax.convert.torch_file import Source
+from ymplug_jax.core import exits
 
 EMBED = "language_model.embedding.word_embeddings.weight"
 DOWN = "language_model.encoder.layers.0.mlp.dense_4h_to_h.weight"

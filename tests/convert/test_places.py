@@ -14,9 +14,9 @@ from etils import epath
 
 import ymplug_jax.convert
 from benchmarks import torch_sources
-from ymplug_jax import checkpoint, leaf_sums
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import leaves, to_orbax
+from ymplug_jax.core import checkpoint, leaf_checksums
 
 HEADS = ("--heads", "llm=4")
 SIZES = {"width": 96, "depth": 3, "vocab": 101, "positions": 40}
@@ -48,13 +48,15 @@ def convert(source: Path, out: Path, *more: str, code: int = 0) -> None:
 def test_every_parameter_has_its_checksum(converted: Path, source: Path) -> None:
     """Of the bytes on the disk, by a reader that knows nothing of the writer."""
     folder = epath.Path(converted) / "checkpoints" / "converted"
-    sums = leaf_sums.read(folder)
+    sums = leaf_checksums.read(folder)
     assert sums.keys() == checkpoint.stored_params(str(converted)).keys() and len(sums) == 20
     for path, leaf in leaves.opened(folder).items():
-        assert sums[path] == leaf_sums.of(leaf.read().result()), path
+        assert sums[path] == leaf_checksums.of(leaf.read().result()), path
     weights = torch.load(source, weights_only=True)["module"]
     embed = weights["language_model.embedding.word_embeddings.weight"].numpy()
-    assert sums["llm/token_embed"] == leaf_sums.of(embed) and sums["llm/token_embed"].startswith("float16[101,96]+")
+    assert sums["llm/token_embed"] == leaf_checksums.of(embed) and sums["llm/token_embed"].startswith(
+        "float16[101,96]+"
+    )
     assert not list((converted / "checkpoints").glob("*partial*"))
 
 
@@ -79,7 +81,7 @@ def test_a_killed_conversion_has_the_checksums_of_all(
     monkeypatch.setattr(to_orbax.Store, "write", real)
     convert(source, tmp_path / "out")
     whole, again = (epath.Path(out) / "checkpoints" / "converted" for out in (converted, tmp_path / "out"))
-    assert leaf_sums.read(again) == leaf_sums.read(whole)
+    assert leaf_checksums.read(again) == leaf_checksums.read(whole)
     leaves.verified(tmp_path / "out")
 
 
@@ -156,7 +158,7 @@ def test_a_disk_that_fails_on_the_way(
     assert second.startswith(f"error: {tmp_path}/back/model.safetensors: cannot be written: File too large; make room")
     assert list((tmp_path / "back").iterdir()) == []
     convert(source, tmp_path / "out")
-    assert leaf_sums.read(epath.Path(tmp_path) / "out/checkpoints/converted") == leaf_sums.read(
+    assert leaf_checksums.read(epath.Path(tmp_path) / "out/checkpoints/converted") == leaf_checksums.read(
         epath.Path(converted) / "checkpoints/converted"
     )
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ymplug_jax import exits
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import lora
 from ymplug_jax.convert.torch_file import Source
+from ymplug_jax.core import exits
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3000000000\n"
 NAMES = ["pytorch_model.bin", "model.safetensors", "mp_rank_00_model_states.pt"]

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import torch_sources
-from ymplug_jax import checkpoint
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import rules
 from ymplug_jax.convert.plan import extra, map_of
 from ymplug_jax.convert.torch_file import Source
+from ymplug_jax.core import checkpoint
 
 BLOOM = {"width": 64, "depth": 3, "heads": 4, "vocab": 97}
 IMAGE = {"width": 64, "depth": 2, "heads": 4, "patch": 16, "image": 64}

@@ -313,7 +313,7 @@ def test_a_split_without_records(tmp_path: Path):
 
 def test_no_tensorflow_behind_the_loader():
     code = (
-        "import sys, ymplug_jax.data.loader, ymplug_jax.data.augment, ymplug_jax.data.frames, ymplug_jax.data.text\n"
+        "import sys, ymplug_jax.data.loader, ymplug_jax.data.transforms, ymplug_jax.data.frames, ymplug_jax.data.text\n"
         "print({'tensorflow', 'apache_beam', 'av', 'torch'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import videos
 
-from data_prep import build_shards, container, publish, video_frames
-from ymplug_jax.data import schema
+import videos
+from data_prep import build_shards, publish
+from ymplug_jax.data import schema, video_container, video_file
 from ymplug_jax.data.frames import decode_frames
 from ymplug_jax.data.records import Records
 
@@ -355,11 +355,11 @@ def test_damaged_partition_is_built_anew(tmp_path: Path, root: Path, monkeypatch
 
 def test_a_clip_that_hangs_is_given_up(root: Path):
     """A decoder that stops answering, as one that hangs in C does, is killed; the next clip gets a fresh process."""
-    reader = video_frames.Reader(time_limit=30.0)
+    reader = video_file.Reader(time_limit=30.0)
     assert len(reader.read(root / "a.mp4", 4).frames) == 4
     reader._limit = 1.0
     os.kill(reader._child.pid, signal.SIGSTOP)
-    with pytest.raises(video_frames.Reject) as caught:
+    with pytest.raises(video_file.Reject) as caught:
         reader.read(root / "a.mp4", 4)
     assert caught.value.reason == "timed_out"
     reader._limit = 30.0
@@ -368,12 +368,12 @@ def test_a_clip_that_hangs_is_given_up(root: Path):
 
 
 def test_oversized_pictures_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path):
-    monkeypatch.setattr(container, "MAX_PIXELS", 1000)
-    with pytest.raises(video_frames.Reject, match="too_large"):
-        video_frames.read_clip(str(root / "a.mp4"), 4)
-    monkeypatch.setattr(video_frames, "MAX_BYTES", 10)
-    with pytest.raises(video_frames.Reject, match="bytes, the limit is 10"):
-        video_frames.read_clip(str(root / "a.mp4"), 4)
+    monkeypatch.setattr(video_container, "MAX_PIXELS", 1000)
+    with pytest.raises(video_file.Reject, match="too_large"):
+        video_file.read_clip(str(root / "a.mp4"), 4)
+    monkeypatch.setattr(video_file, "MAX_BYTES", 10)
+    with pytest.raises(video_file.Reject, match="bytes, the limit is 10"):
+        video_file.read_clip(str(root / "a.mp4"), 4)
 
 
 def free_port() -> int:

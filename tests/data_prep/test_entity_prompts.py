@@ -11,7 +11,7 @@ import pytest
 
 from data_prep import entity_prompts, rows, word_pieces
 from ymplug_jax.data import text
-from ymplug_jax.tasks.alpro_prompter import read_prompts
+from ymplug_jax.tasks.alpro.prompter import read_prompts
 
 TITLES = ["红色的猫在跳舞 VLOG", "一只猫和一只狗", "猫咪日常 vlog2", "教你做饭"]
 

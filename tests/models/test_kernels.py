@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ymplug_jax import flops, sharding
+from ymplug_jax.analysis import flops
+from ymplug_jax.core import sharding
 from ymplug_jax.models import attention, kernels
 
 # (B, L, S, N, H, causal); 96 lies as [L, H] in a block, the others as [H, L]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ymplug_jax.tasks import losses
+from ymplug_jax.tasks.common import losses
 
 
 def units(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ymplug_jax.models import mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo, sized
-from ymplug_jax.tasks import losses
+from ymplug_jax.tasks.common import losses
 
 # Total and trainable parameters of the reference classes: (language model, vision tower) by what a task adds.
 SIZES = [("1.3b", "b16"), ("1.3b", "l14"), ("2.7b", "b16"), ("2.7b", "l14")]

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 
 from configs.alpro import recipe
-from ymplug_jax import optim, state
-from ymplug_jax.config import Data, Experiment, Optim, Options, Train
 from ymplug_jax.convert import alpro as alpro_tables
 from ymplug_jax.convert import bert as tables
 from ymplug_jax.convert import mplug_video as vision_tables
 from ymplug_jax.convert import plan as plans
 from ymplug_jax.convert import rules
+from ymplug_jax.core import optim, state
+from ymplug_jax.core.config import Data, Experiment, Optim, Options, Train
 from ymplug_jax.data import frames, text
 from ymplug_jax.models import alpro, attention, bert, layers
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import align, alpro_pretrain, alpro_prompter, alpro_retrieve, inputs, losses, metrics, pair_losses
+from ymplug_jax.tasks.alpro import encode_pairs, pretrain, prompter, retrieve
+from ymplug_jax.tasks.common import losses, pair_losses, preprocess, task_metrics
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
@@ -310,9 +311,11 @@ def experiment_of(model: ALPRO, file, task: str, **options) -> Experiment:
 
 
 def pass_of(file, model: ALPRO, params: dict, video: np.ndarray, told_shown: tuple | None = None) -> dict:
-    run, batch = align.run_of(model, params, None), batch_of(file)
+    run, batch = encode_pairs.run_of(model, params, None), batch_of(file)
     shown = None if told_shown is None else told_shown[0]
-    return align.forward(run, video, batch, key=None, group=len(video), negatives=negatives_of(file), shown=shown)
+    return encode_pairs.forward(
+        run, video, batch, key=None, group=len(video), negatives=negatives_of(file), shown=shown
+    )
 
 
 def test_pretrain(read) -> None:
@@ -324,12 +327,12 @@ def test_pretrain(read) -> None:
 
     def loss(params: dict) -> tuple[jax.Array, tuple]:
         out = pass_of(file, model, params, video, told_shown)
-        total, found = alpro_pretrain.total(model, params, batch_of(file), out, told_shown[1], None, experiment)
+        total, found = pretrain.total(model, params, batch_of(file), out, told_shown[1], None, experiment)
         return total, (out, found)
 
     (total, (out, found)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     check_pairs(file, out, np.array([1, 0, 0]))
-    run, length = align.run_of(model, params, None), file["in/input_ids"].shape[1]
+    run, length = encode_pairs.run_of(model, params, None), file["in/input_ids"].shape[1]
     file.check("out/video_tokens", run.vision(video), OUTPUT)
     file.check("out/mlm_text_embeds", run.encode_text(told_shown[0], file["in/attention_mask"]), OUTPUT)
     file.check("out/mlm_fusion", out["fused"][:, 3], OUTPUT)
@@ -346,27 +349,27 @@ def test_pretrain_sf(read) -> None:
     model, params, table = loaded(file)
     config, special = file.config, tuple(file.config["special_ids"].values())
     video, pixels = frames_first(file["in/visual_inputs"]), frames_first(file["in/frames_uint8"])
-    file.check("in/visual_inputs", inputs.normalize(pixels, "float32").transpose(0, 1, 4, 2, 3), OUTPUT)
+    file.check("in/visual_inputs", preprocess.normalize(pixels, "float32").transpose(0, 1, 4, 2, 3), OUTPUT)
     patch, side = model.vision.patch_size, model.vision.image_size // model.vision.patch_size
     box = file["in/erase_box_top_left_h_w"] // patch
     assert (box * patch == file["in/erase_box_top_left_h_w"]).all()
     np.testing.assert_array_equal(1 - pair_losses.inside_of(box, side), file["in/mpm_mask"])
     seen = pair_losses.inside_of(box * patch, side * patch)[:, None, :, :, None]
-    crop = inputs.normalize(jnp.where(seen, pixels, 0), "float32")
+    crop = preprocess.normalize(jnp.where(seen, pixels, 0), "float32")
     file.check("in/crop_visual_inputs", crop.transpose(0, 1, 4, 2, 3), OUTPUT)
 
     teacher, of_teacher = alpro.prompter_of(model), params["prompter"]
     for kind in ("video", "image"):
-        features = alpro_prompter.entity_features(
+        features = prompter.entity_features(
             teacher, of_teacher, file[f"in/{kind}_prompt_ids"], file[f"in/{kind}_prompt_mask"], config["num_entities"]
         )
         file.check(f"out/{kind}_prompt_feat", features, OUTPUT)
         file.unused.discard(f"buffer/prompter.{kind}_prompt_feat")
     file.check("out/video_prompt_feat", of_teacher["entities"], OUTPUT)
-    run = align.run_of(teacher, of_teacher, None)
+    run = encode_pairs.run_of(teacher, of_teacher, None)
     file.check("out/prompter_video_feat", run.embed_video(run.encode_video(crop)), OUTPUT)
     assert float(of_teacher["temperature"]) == pytest.approx(config["prompter_temp"])
-    targets = alpro_pretrain.teach(model, of_teacher, pixels, box)
+    targets = pretrain.teach(model, of_teacher, pixels, box)
     file.check("out/mpm_soft_labels", targets, OUTPUT)
     np.testing.assert_array_equal(jnp.argmax(targets, axis=-1) == 0, file["out/mpm_ignore"])
 
@@ -379,15 +382,15 @@ def test_pretrain_sf(read) -> None:
     def loss(student: dict) -> tuple[jax.Array, tuple]:
         whole, batch = student | {"prompter": of_teacher}, batch_of(file) | {"box": box}
         out = pass_of(file, model, whole, video, told_shown)
-        total, found = alpro_pretrain.total(model, whole, batch, out, told_shown[1], targets, experiment)
+        total, found = pretrain.total(model, whole, batch, out, told_shown[1], targets, experiment)
         return total, (out, found)
 
     (total, (out, found)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(student)
     check_pairs(file, out, np.array([1, 0, 0]))
-    run, length = align.run_of(model, params, None), file["in/input_ids"].shape[1]
+    run, length = encode_pairs.run_of(model, params, None), file["in/input_ids"].shape[1]
     file.check("out/mlm_fusion", out["fused"][:, 3], OUTPUT)
     file.check("out/mlm_logits", run.words(out["fused"][:, 3, :length]), OUTPUT)
-    file.check("out/mpm_logits", run.entity_logits(out["fused"][:, 0], alpro_pretrain.inside(model, box)), OUTPUT)
+    file.check("out/mpm_logits", run.entity_logits(out["fused"][:, 0], pretrain.inside(model, box)), OUTPUT)
     for name, ours in (("vtc", "contrastive"), ("vtm", "matching"), ("mlm", "masked"), ("mpm", "entity")):
         file.check(f"loss/{name}", found[f"{ours}_loss"].value(), OUTPUT)
     file.check("loss/total", total, OUTPUT)
@@ -402,7 +405,7 @@ def test_prompter_sf(read) -> None:
     video, batch = frames_first(file["in/visual_inputs"]), batch_of(file)
 
     def loss(params: dict) -> tuple[jax.Array, dict]:
-        return alpro_prompter.contrastive(model, params, video, batch, None)
+        return prompter.contrastive(model, params, video, batch, None)
 
     (total, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     scores = out["video"] @ out["text"].T / out["temperature"]
@@ -420,7 +423,7 @@ def check_retrieval(file, video: np.ndarray, ids: np.ndarray) -> tuple[ALPRO, di
 
     def loss(params: dict) -> tuple[jax.Array, tuple]:
         out = pass_of(file, model, params, video)
-        total, found = align.pair_metrics(out, np.ones(len(video), bool), ids)
+        total, found = encode_pairs.pair_metrics(out, np.ones(len(video), bool), ids)
         return total, (out, found)
 
     (total, (out, found)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -431,7 +434,7 @@ def check_retrieval(file, video: np.ndarray, ids: np.ndarray) -> tuple[ALPRO, di
     check_gradients(file, named_gradients(table, grads))
     if "out/temp_clamped" in file.arrays:
         file.check("out/temp_clamped", out["temperature"], OUTPUT)
-        file.check("out/video_tokens", align.run_of(model, params, None).vision(video), OUTPUT)
+        file.check("out/video_tokens", encode_pairs.run_of(model, params, None).vision(video), OUTPUT)
         same = (ids == ids.T).astype(np.float32)
         file.check("out/sim_targets", same / same.sum(axis=1, keepdims=True), OUTPUT)
     return model, params
@@ -441,14 +444,14 @@ def pair_logits(model: ALPRO, params: dict, tokens: jax.Array, states: jax.Array
     """Every video with every text by the evaluation's own step: [videos, texts, 2]."""
     texts = {"states": states, "mask": mask}
     tiled = {name: jnp.broadcast_to(value, (len(tokens), *value.shape)) for name, value in texts.items()}
-    return alpro_retrieve.pair_logits(model, params, tokens, tiled)
+    return retrieve.pair_logits(model, params, tokens, tiled)
 
 
 def test_retrieval(read) -> None:
     file = read("retrieval.npz")
     model, params = check_retrieval(file, channels_last(file["in/video"]), file["in/idx"][:, None])
     assert file.config["temp_before_clamp"] == pytest.approx(float(params["temperature"]))
-    run, mask = align.run_of(model, params, None), file["in/eval_attention_mask"]
+    run, mask = encode_pairs.run_of(model, params, None), file["in/eval_attention_mask"]
     tokens = run.encode_video(channels_last(file["in/eval_video"]))
     states = run.encode_text(file["in/eval_input_ids"], mask)
     video, text_units = run.embed_video(tokens), run.embed_text(states)
@@ -460,13 +463,13 @@ def test_retrieval(read) -> None:
     probability = np.asarray(jax.nn.softmax(logits, axis=-1)[..., 1])
     file.check("out/eval_vtm_prob", probability, OUTPUT)
     right = np.arange(len(video))[:, None] == file["in/eval_txt2vid"]
-    ours = np.asarray(alpro_retrieve.match_score(logits))
+    ours = np.asarray(retrieve.match_score(logits))
     for name, scores in (
         ("sim", np.asarray(video @ text_units.T)),
         ("vtm", np.asarray(logits[..., 1])),
         ("vtm_prob", ours),
     ):
-        found = metrics.recalls(metrics.ranks_in(scores, right), metrics.ranks_in(scores.T, right.T))
+        found = task_metrics.recalls(task_metrics.ranks_in(scores, right), task_metrics.ranks_in(scores.T, right.T))
         for theirs, way in (("txt", "v2t"), ("vid", "t2v")):
             for key in ("r1", "r5", "r10", "r_mean"):
                 file.check(f"out/metric_{name}_{theirs}_{key}", np.float32(found[f"{way}_{key}"]), OUTPUT)
@@ -478,10 +481,10 @@ def test_retrieval_sf(read) -> None:
     file = read("retrieval_sf.npz")
     size = len(file["in/input_ids"])
     model, params = check_retrieval(file, frames_first(file["in/visual_inputs"]), np.arange(size)[:, None])
-    run, mask = align.run_of(model, params, None), file["in/eval_attention_mask"]
+    run, mask = encode_pairs.run_of(model, params, None), file["in/eval_attention_mask"]
     tokens = run.encode_video(frames_first(file["in/eval_visual_inputs"]))
     states = run.encode_text(file["in/eval_input_ids"], mask)
-    out = align.contrast(run, tokens, states)
+    out = encode_pairs.contrast(run, tokens, states)
     file.check("out/eval_itc_scores", out["video"] @ out["text"].T / out["temperature"], OUTPUT)
     logits = pair_logits(model, params, tokens, states, mask)
     file.check("out/eval_vtm_logits", logits, OUTPUT)
@@ -490,7 +493,7 @@ def test_retrieval_sf(read) -> None:
         probability, file["out/eval_scores_rounded"], atol=6e-5
     )  # the reference keeps 4 decimals
     rounded, right = file["out/eval_scores_rounded"], np.eye(len(tokens), dtype=bool)
-    found = metrics.recalls(metrics.ranks_in(rounded, right), metrics.ranks_in(rounded.T, right.T))
+    found = task_metrics.recalls(task_metrics.ranks_in(rounded, right), task_metrics.ranks_in(rounded.T, right.T))
     for theirs, way in (("video2text", "v2t"), ("text2video", "t2v")):
         names = ("r1", "r5", "r10"), ("medianR", "median_rank"), ("meanR", "mean_rank")
         for key in names[0]:
@@ -505,7 +508,7 @@ def check_classifier(file, video: np.ndarray, name: str) -> None:
     labels, batch = file["in/labels"], batch_of(file)
 
     def loss(params: dict) -> tuple[jax.Array, dict]:
-        run = align.run_of(model, params, None)
+        run = encode_pairs.run_of(model, params, None)
         tokens, states = run.encode_video(video), run.encode_text(batch["ids"], batch["mask"])
         fused = run.fuse(states, batch["mask"], tokens)
         votes = run.classify(fused)
@@ -519,9 +522,9 @@ def check_classifier(file, video: np.ndarray, name: str) -> None:
         file.check("out/fusion", out["fused"], OUTPUT)
         file.check("out/text_embeds", out["states"], OUTPUT)
         file.check("out/video_embeds", out["tokens"], OUTPUT)
-        file.check("out/video_tokens", align.run_of(model, params, None).vision(video), OUTPUT)
+        file.check("out/video_tokens", encode_pairs.run_of(model, params, None).vision(video), OUTPUT)
         for k in [int(key.removeprefix("out/top")) for key in file.arrays if key.startswith("out/top")]:
-            file.check(f"out/top{k}", np.float32(metrics.top_k(np.asarray(out["votes"]), labels, k)), OUTPUT)
+            file.check(f"out/top{k}", np.float32(task_metrics.top_k(np.asarray(out["votes"]), labels, k)), OUTPUT)
     check_gradients(file, named_gradients(table, grads))
     file.done()
 

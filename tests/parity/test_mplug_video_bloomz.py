@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ymplug_jax import checkpoint
 from ymplug_jax.convert import bloom as tables
 from ymplug_jax.convert import rules, to_orbax
+from ymplug_jax.core import checkpoint
 from ymplug_jax.models import attention, bloom, layers
 from ymplug_jax.models.bloom import Bloom
 

@@ -19,17 +19,18 @@ import numpy as np
 import pytest
 
 from configs.mplug_video import pretrain as pretrain_config
-from ymplug_jax import optim, state
-from ymplug_jax.config import Optim, from_config_dict
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules
-from ymplug_jax.data import augment, frames, text
+from ymplug_jax.core import optim, state
+from ymplug_jax.core.config import Optim, from_config_dict
+from ymplug_jax.data import frames, text, transforms
 from ymplug_jax.models import decode, layers, mplug_video
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import candidates, caption_metrics, classify, inputs, losses, match, metrics
+from ymplug_jax.tasks.common import candidates, caption_metrics, losses, preprocess, task_metrics
+from ymplug_jax.tasks.mplug_video import classify, match
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
@@ -499,7 +500,7 @@ def check_levels(name: str, value: np.ndarray, expected: np.ndarray, *, most: in
 
 def check_input(name: str, clip: np.ndarray, expected: np.ndarray) -> None:
     """uint8[T, S, S, 3] as the model takes it, against f32[3, T, S, S]."""
-    value = np.asarray(inputs.normalize(clip[None], "float32"))[0]
+    value = np.asarray(preprocess.normalize(clip[None], "float32"))[0]
     np.testing.assert_allclose(value.transpose(3, 0, 1, 2), expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -509,28 +510,28 @@ def test_augment(golden) -> None:
     config = json.loads(str(file.pop("config")))
     size, clip = config["size"], file.pop("in/frames")
     resized = file.pop("out/test/resized")
-    check_levels("test/resized", augment.eval_transform(clip, size), resized, most=0, mean=0)
+    check_levels("test/resized", transforms.eval_transform(clip, size), resized, most=0, mean=0)
     check_input("test/input", resized.astype(np.uint8), file.pop("out/test/input"))
 
     crop = tuple(config["crop"][side] for side in ("top", "left", "height", "width"))
-    cropped = np.stack([values.copy() for values in augment.crop_resize(clip, crop, size)])
+    cropped = np.stack([values.copy() for values in transforms.crop_resize(clip, crop, size)])
     expected = file.pop("out/train/crop_int")
     check_levels("train/crop_int", cropped, expected, most=1, mean=0.01)
     flipped = file.pop("out/train/flipped")
     np.testing.assert_array_equal(np.stack([cv2.flip(f, 1) for f in expected]) if config["flip"] else expected, flipped)
     start = file.pop("out/train/uint8")
-    np.testing.assert_array_equal(augment.to_uint8(flipped, wrap=True), start)
+    np.testing.assert_array_equal(transforms.to_uint8(flipped, wrap=True), start)
 
     def operate(clip: np.ndarray, *names: str) -> np.ndarray:
         for name in names:
-            clip = np.stack([augment.operate(frame, name, config["M"]) for frame in clip])
+            clip = np.stack([transforms.operate(frame, name, config["M"]) for frame in clip])
         return clip
 
     # The reference warped with OpenCV 4; version 5 computes more exactly.
     most, mean = (0, 0) if int(cv2.__version__.split(".")[0]) < 5 else (6, 0.8)
     for name in [key for key in file if key.startswith("out/train/op/")]:
         operation = name.removeprefix("out/train/op/")
-        warp = operation in augment.WARPS
+        warp = operation in transforms.WARPS
         check_levels(name, operate(start, operation), file.pop(name), most=most * warp, mean=mean * warp)
     two = file.pop("out/train/two_ops")
     check_levels("train/two_ops", operate(start, *config["two_ops"]), two, most=2 * most, mean=2 * mean)
@@ -611,7 +612,7 @@ def check_retrieval(cases: list[dict]) -> None:
     for case in cases:
         scores, clip = np.array(case["scores_v2t"]), np.array(case["txt2vid"])
         right = np.arange(len(scores))[:, None] == clip
-        found = metrics.recalls(metrics.ranks_in(scores, right), metrics.ranks_in(scores.T, right.T))
+        found = task_metrics.recalls(task_metrics.ranks_in(scores, right), task_metrics.ranks_in(scores.T, right.T))
         named = {name.replace("v2t_", "txt_").replace("t2v_", "vid_"): value for name, value in found.items()}
         assert {name: named[name] for name in case["metrics"]} == pytest.approx(case["metrics"])
 
@@ -650,7 +651,7 @@ def test_rules(golden) -> None:
     check_retrieval(cases["retrieval_metrics"])
     case = cases["top_k_accuracy"]
     for k in (1, 5):
-        found = metrics.top_k(np.array(case["logits"]), np.array(case["labels"]), k)
+        found = task_metrics.top_k(np.array(case["logits"]), np.array(case["labels"]), k)
         assert found == pytest.approx(case[f"top{k}"])
     check_derangements(cases["derangement"])
     check_templates(cases["templates"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from ymplug_jax import writer
+from ymplug_jax.core import metrics
 from ymplug_jax.reports import curves
 
 
@@ -102,7 +102,7 @@ def test_a_resumed_run_replaces_what_it_had_written(tmp_path: Path):
     curve = curves.read(workdir)
     assert curve.train.tolist() == [[2, 9], [4, 8], [5, 7.5], [10, 5]]
     assert curve.evaluation.tolist() == [[4, 8.5], [10, 5.5]]
-    assert [line["eval/cider"] for line in writer.read_metrics(workdir) if "eval/cider" in line] == [0.5]
+    assert [line["eval/cider"] for line in metrics.read_metrics(workdir) if "eval/cider" in line] == [0.5]
     # Killed just after the line of step 6, before its checkpoint: it comes once.
     twice = run(tmp_path / "twice", [train(6, 7.0), {"step": 6, "eval/loss": 1.0}, train(6, 7.0)])
     assert curves.read(twice).train.tolist() == [[6, 7]] and not len(curves.read(twice).evaluation)

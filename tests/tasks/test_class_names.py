@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import shards
-from ymplug_jax import config, exits, run_folder
-from ymplug_jax.config import Data, Experiment, Train
+from ymplug_jax.core import config, exits
+from ymplug_jax.core.config import Data, Experiment, Train
 from ymplug_jax.data import schema
 from ymplug_jax.data.records import Record
 from ymplug_jax.models.abstractor import Abstractor
@@ -18,8 +18,9 @@ from ymplug_jax.models.bert import Fusion, Text
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import inputs
 from ymplug_jax.tasks import task as task_lib
+from ymplug_jax.tasks.common import preprocess
+from ymplug_jax.training import run_folder
 
 VISION = TimeSformer(image_size=16, patch_size=8, depth=1, width=16, heads=2, frames=2)
 MODELS = {
@@ -75,19 +76,19 @@ def record(index: int, text: str) -> Record:
 
 
 def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
-    assert inputs.class_names(Data()) == schema.CLASS_NAMES and len(schema.CLASS_NAMES) == 45
+    assert preprocess.class_names(Data()) == schema.CLASS_NAMES and len(schema.CLASS_NAMES) == 45
     file = tmp_path / "names.txt"
     file.write_bytes("\ufeff猫 和 狗\r\n一\u2028二\n三\x0b四\n".encode())
-    assert inputs.class_names(Data(classes=str(file))) == ("猫 和 狗", "一\u2028二", "三\x0b四")
+    assert preprocess.class_names(Data(classes=str(file))) == ("猫 和 狗", "一\u2028二", "三\x0b四")
     with pytest.raises(
         exits.Mistake, match=r"config\.data\.classes nowhere.txt: No such file or directory; give a file"
     ):
-        inputs.class_names(Data(classes="nowhere.txt"))
+        preprocess.class_names(Data(classes="nowhere.txt"))
     with pytest.raises(
         exits.Mistake, match=r"config\.options\.answers .*names.txt, line 2: answer '猫' stands in line 1"
     ):
         file.write_text("猫\n猫\n", encoding="utf-8")
-        inputs.names_in(str(file), "config.options.answers", "answer")
+        preprocess.names_in(str(file), "config.options.answers", "answer")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_builder_training_and_run_folder_read_alike(
     Path("names.txt").write_bytes(content.encode())
     new = Experiment("classify", {}, Data(classes="names.txt"))
     if isinstance(names, tuple):
-        assert schema.parse_class_names(content, "names.txt") == names == inputs.class_names(new.data)
+        assert schema.parse_class_names(content, "names.txt") == names == preprocess.class_names(new.data)
         run_folder.check(new, "new")
         Path("run").mkdir()
         Path("run/config.json").write_text(config.to_json(new))
@@ -121,7 +122,7 @@ def test_builder_training_and_run_folder_read_alike(
         return
     for read in (
         lambda: schema.parse_class_names(content, "names.txt"),
-        lambda: inputs.class_names(new.data),
+        lambda: preprocess.class_names(new.data),
         lambda: run_folder.check(new, "new"),
     ):
         with pytest.raises(ValueError, match=f"names.txt.*{names}"):

@@ -6,22 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ymplug_jax import exits
-from ymplug_jax.config import Options
+from ymplug_jax.core import exits
+from ymplug_jax.core.config import Options
 from ymplug_jax.data.records import Record
-from ymplug_jax.tasks import (
-    alpro_retrieve,
-    caption,
-    caption_metrics,
-    classify,
-    inputs,
-    losses,
-    match,
-    metrics,
-    pair_losses,
-    pretrain,
-    retrieve,
-)
+from ymplug_jax.tasks.alpro import retrieve as alpro_retrieve
+from ymplug_jax.tasks.common import caption_metrics, losses, pair_losses, preprocess, task_metrics
+from ymplug_jax.tasks.mplug_video import caption, classify, match, pretrain, retrieve
 
 NAMES = ("猫", "狗", "鸟")
 
@@ -139,7 +129,7 @@ def test_both_stages_of_retrieval_agree_with_their_rows() -> None:
 
 
 def test_an_index_of_other_videos_is_refused(tmp_path) -> None:
-    videos, clip = [inputs.hash_of(name) for name in "ab"], np.array([0, 1])
+    videos, clip = [preprocess.hash_of(name) for name in "ab"], np.array([0, 1])
     units = np.eye(2, dtype=np.float32)
     options = Options(candidates=str(tmp_path / "index.npz"), best=1)
 
@@ -254,4 +244,4 @@ def test_titles_of_all_rows_of_a_clip_are_right() -> None:
 
 
 def test_names_of_examples() -> None:
-    assert metrics.example_name({"index": 1}, [record("a"), record("b")]) == "b (example 1 of the split)"
+    assert task_metrics.example_name({"index": 1}, [record("a"), record("b")]) == "b (example 1 of the split)"

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 
 import shards
-from ymplug_jax import run as run_lib
-from ymplug_jax import sharding
-from ymplug_jax.config import Data, Experiment, Mesh, Optim, Options, Train
+from ymplug_jax.core import sharding
+from ymplug_jax.core.config import Data, Experiment, Mesh, Optim, Options, Train
 from ymplug_jax.data.records import Records
 from ymplug_jax.models import mplug_video
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks import candidates, losses, match, pair_losses, retrieve
 from ymplug_jax.tasks import task as task_lib
+from ymplug_jax.tasks.common import candidates, losses, pair_losses
+from ymplug_jax.tasks.mplug_video import match, retrieve
 from ymplug_jax.tasks.task import Task
+from ymplug_jax.training import setup
 
 BASE = MPLUGVideo(
     vision=TimeSformer(image_size=16, patch_size=8, depth=1, width=16, heads=2, frames=2),
@@ -101,16 +102,16 @@ def test_classification_scores_equal_the_long_way(data: Data) -> None:
     batch = batch_of(task, records, None, range(2))
     found = jax.jit(task.predict)(params, batch)
     run = MODELS["classify"].bind({"params": params})
-    from ymplug_jax.tasks import inputs
+    from ymplug_jax.tasks.common import preprocess
 
-    prefix = run.encode_video(inputs.normalize(batch["video"], "float32"))["prefix"]
-    tokenizer = inputs.tokenizer_for(data, 300)
+    prefix = run.encode_video(preprocess.normalize(batch["video"], "float32"))["prefix"]
+    tokenizer = preprocess.tokenizer_for(data, 300)
     from ymplug_jax.data.schema import CLASS_NAMES
-    from ymplug_jax.tasks import classify
+    from ymplug_jax.tasks.mplug_video import classify
 
     for i, shown in ((0, "both"), (1, "both"), (0, "video"), (1, "title")):
         title = "" if shown == "video" else records[i].title
-        pairs = [inputs.encode_pair(tokenizer, classify.prompt_of(title, 40), name, 40) for name in CLASS_NAMES]
+        pairs = [preprocess.encode_pair(tokenizer, classify.prompt_of(title, 40), name, 40) for name in CLASS_NAMES]
         ids, mask, lengths = (np.stack([p[key] for p in pairs]) for key in ("ids", "mask", "prompt_length"))
         seen = None if shown == "title" else jnp.repeat(prefix[i : i + 1], 45, axis=0)
         logits = run.logits(run.hidden(seen, ids)[:, (0 if seen is None else 4) : -1])
@@ -304,7 +305,7 @@ def test_the_same_rows_stand_side_by_side_on_any_mesh(data: Data) -> None:
 
 
 def test_retrieval_leaves_the_abstractor_alone(data: Data) -> None:
-    run = run_lib.prepare(experiment("retrieve", data), jax.devices()[:1])
+    run = setup.prepare(experiment("retrieve", data), jax.devices()[:1])
     assert {"abstractor", "connector", "llm"} == set(run.frozen)
     assert set(run.state.trainable) == {"vision", "vision_proj", "text_proj", "temperature"}
     assert retrieve.FROZEN[: len(mplug_video.FROZEN)] == mplug_video.FROZEN

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ymplug_jax import exits, stored
 from ymplug_jax.convert.plan import MODELS
+from ymplug_jax.core import checkpoint_files, exits
 
 EXTRA = ("torch", "safetensors")  # what the extra `convert` installs
 HEADS = ("llm", "vision", "text")
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except exits.PlaceFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return exits.PLACE
-    except (exits.Mistake, stored.CheckpointError) as error:
+    except (exits.Mistake, checkpoint_files.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
     return exits.MISTAKE
 

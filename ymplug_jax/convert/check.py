@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from flax.traverse_util import unflatten_dict
 
-from ymplug_jax import checkpoint, state
 from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
+from ymplug_jax.core import checkpoint, state
 from ymplug_jax.models.bert import MaskedHead
 
 TOLERANCE = 1e-3  # of the largest value of a module's output

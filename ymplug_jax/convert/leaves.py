@@ -9,8 +9,8 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from ymplug_jax import exits, leaf_sums, stored
-from ymplug_jax.verified import Damaged, stored_in
+from ymplug_jax.core import checkpoint_files, exits, leaf_checksums
+from ymplug_jax.core.verified_read import Damaged, stored_in
 
 BLOCK = 256 * 2**20  # bytes that are read at a time
 READERS = 4  # parameters that are read and compared side by side
@@ -54,21 +54,21 @@ def verified(folder: Path) -> dict[str, tensorstore.TensorStore]:
         raise exits.Mistake(
             f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a run or a conversion"
         )
-    places = stored.places(str(folder))
+    places = checkpoint_files.places(str(folder))
     if not places:
         raise exits.Mistake(
             f"{folder}: no checkpoint in it; give the folder of a run or of a conversion (--out of that)"
         )
     found = {}
-    step = stored.step_folder(stored.whole(str(folder)), stored.latest_step(str(folder)))
+    step = checkpoint_files.step_folder(checkpoint_files.whole(str(folder)), checkpoint_files.latest_step(str(folder)))
     for place in places:
         leaves = opened(place)
         try:
-            sums = stored.sums_in(place, step)
+            sums = checkpoint_files.sums_in(place, step)
         except Damaged as error:
             raise exits.Mistake(f"{step}: {error}; copy it again") from None
         if sums is None:
-            stored.say_unverified(place)
+            checkpoint_files.say_unverified(place)
         else:
             _compare(place, leaves, sums)
         found |= leaves
@@ -94,11 +94,11 @@ def sum_of(leaf: tensorstore.TensorStore) -> str | ValueError:
     sums = np.zeros(2, np.uint32)
     try:
         if not shape:
-            return leaf_sums.text(dtype, shape, leaf_sums.part(leaf.read().result()))
+            return leaf_checksums.text(dtype, shape, leaf_checksums.part(leaf.read().result()))
         rows = max(1, BLOCK * shape[0] // max(dtype.itemsize * leaf.size, 1))
         for i in range(0, shape[0], rows):
             block = leaf[i : min(i + rows, shape[0])].read().result()
-            sums += leaf_sums.part(block, (i, *(0,) * (len(shape) - 1)))
+            sums += leaf_checksums.part(block, (i, *(0,) * (len(shape) - 1)))
     except ValueError as error:
         return error
-    return leaf_sums.text(dtype, shape, sums)
+    return leaf_checksums.text(dtype, shape, sums)

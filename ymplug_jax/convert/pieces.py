@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ymplug_jax import exits
+from ymplug_jax.core import exits
 
 # How Megatron and DeepSpeed call them.
 _COUNT = ("tensor_model_parallel_size", "mp_world_size", "model_parallel_size")

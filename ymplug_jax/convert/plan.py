@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 
-from ymplug_jax import exits
 from ymplug_jax.convert.rules import Rule
+from ymplug_jax.core import exits
 
 _BESIDE = ("__init__", "__main__", "check", "lora", "oracles", "plan", "rules", "store", "to_orbax", "to_torch")
 _BESIDE += ("torch_file", "torch_script", "tensor_file", "source_files", "pieces", "leaves")

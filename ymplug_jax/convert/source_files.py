@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ymplug_jax import exits, text_files
 from ymplug_jax.convert import pieces
+from ymplug_jax.core import exits, text_files
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 INDEX = ".index.json"

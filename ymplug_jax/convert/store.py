@@ -22,7 +22,7 @@ import tensorstore
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from ymplug_jax import exits, leaf_sums
+from ymplug_jax.core import exits, leaf_checksums
 
 JOURNAL = "converted.jsonl"  # names of the source tensors that are written, and what each adds to the checksums
 CHUNK = 256 * 2**20  # bytes of a chunk of a parameter without layers, at most
@@ -140,7 +140,7 @@ class Store:
         if self._kinds.setdefault(path, kind) != kind:
             raise AssertionError(f"{path}: layer {layer} is {kind} after {self._kinds[path]}")
         block, start = (value, ()) if layer is None else (value[None], (layer, *(0,) * value.ndim))
-        self._blocks.append(_Block(path, *kind, self._beside.submit(leaf_sums.part, block, start)))
+        self._blocks.append(_Block(path, *kind, self._beside.submit(leaf_checksums.part, block, start)))
         with self._place():
             self._write(path, layer, value, shape)
 
@@ -213,8 +213,8 @@ class Store:
             self._describe(paths)
             record = self._final.parent.parent / "conversion.json"
             record.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            sums = {path: leaf_sums.text(*self._kinds[path], sums) for path, sums in self._sums.items()}
-            leaf_sums.write(epath.Path(self._final), sums)
+            sums = {path: leaf_checksums.text(*self._kinds[path], sums) for path, sums in self._sums.items()}
+            leaf_checksums.write(epath.Path(self._final), sums)
             os.sync()
             (self._folder / JOURNAL).unlink()
             self._folder.rename(self._final)

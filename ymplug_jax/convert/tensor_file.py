@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ymplug_jax import exits
 from ymplug_jax.convert import pieces, torch_script
 from ymplug_jax.convert.source_files import SourceError
+from ymplug_jax.core import exits
 
 NESTS = ("model", "module", "state_dict")  # where training programs keep the tensors
 FLOATS = ("float32", "float16", "bfloat16")

@@ -17,12 +17,12 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 import ymplug_jax
-from ymplug_jax import exits, progress
 from ymplug_jax.convert import lora, rules
 from ymplug_jax.convert.plan import MODELS, Layout, Plan, UnknownModel, extra, map_of
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.store import Store
 from ymplug_jax.convert.torch_file import Source
+from ymplug_jax.core import exits, progress
 
 
 class Wish(NamedTuple):

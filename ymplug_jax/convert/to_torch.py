@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from ymplug_jax import exits, progress, state
 from ymplug_jax.convert import rules
 from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.plan import Layout, map_of
 from ymplug_jax.convert.source_files import SourceError, read_json
 from ymplug_jax.convert.store import check_room
+from ymplug_jax.core import exits, progress, state
 
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

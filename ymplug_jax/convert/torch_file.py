@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ymplug_jax import exits
 from ymplug_jax.convert import pieces, source_files
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.tensor_file import FLOATS, Stored, open_file, read
+from ymplug_jax.core import exits
 
 DRIFT = 1e-2  # of the largest value: the most that copies of a parameter in two pieces differ
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ymplug_jax.data import schema, wire
+from ymplug_jax.data import schema, tf_example
 
 SHARD = re.compile(r"([^/]+)-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
 
@@ -232,12 +232,12 @@ def _check(framed: bytes, size: int, where: str) -> None:
 
 def _parse(framed: bytes, size: int, where: str) -> Record:
     try:
-        features = wire.parse_example(framed, schema.HEADER_BYTES, schema.HEADER_BYTES + size)
+        features = tf_example.parse_example(framed, schema.HEADER_BYTES, schema.HEADER_BYTES + size)
     except ValueError as error:
         raise CorruptRecord(f"{where}: no tf.train.Example ({error}); it was not written by data_prep") from None
 
     def values(key: str) -> list[bytes]:
-        return list(wire.Slices(framed, features[key].slices)) if key in features else []
+        return list(tf_example.Slices(framed, features[key].slices)) if key in features else []
 
     def integers(key: str) -> list[int]:
         return features[key].integers if key in features else []
@@ -248,7 +248,7 @@ def _parse(framed: bytes, size: int, where: str) -> Record:
     try:
         return Record(
             media_id=b"".join(values(schema.MEDIA_ID)[:1]).decode(),
-            frames=wire.Slices(framed, frames),
+            frames=tf_example.Slices(framed, frames),
             timestamps=np.array(integers(schema.TIMESTAMP), np.int64),
             title=b"".join(values(schema.TITLE)[:1]).decode(),
             captions=[value.decode() for value in values(schema.CAPTION)],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ymplug_jax import text_files
+from ymplug_jax.core import text_files
 from ymplug_jax.data.records import Record, Records
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ymplug_jax import exits, text_files
+from ymplug_jax.core import exits, text_files
 
 
 class Tokenizer(Protocol):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ymplug_jax.core.sharding import constrain
 from ymplug_jax.models import bert, layers, mplug_video, timesformer
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.sharding import constrain
 
 TEACHER = ("prompter/.*",)  # what is frozen where entities are predicted: path regexes, full match
 TEMPORAL = mplug_video.TEMPORAL

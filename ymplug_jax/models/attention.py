@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ymplug_jax import sharding
+from ymplug_jax.core import sharding
 from ymplug_jax.models import kernels
 
 HALF = ("bfloat16", "float16")

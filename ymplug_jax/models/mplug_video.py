@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ymplug_jax.core.sharding import constrain
 from ymplug_jax.models import abstractor, gpt3, layers, timesformer
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.sharding import constrain
 
 FROZEN = ("llm/.*",)  # path regexes, full match
 # What an image tower lacks: a pre-training that starts from one leaves it at its start values.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ymplug_jax.core.sharding import constrain
 from ymplug_jax.models import attention, layers
-from ymplug_jax.sharding import constrain
 
 EPS = 1e-6  # of every norm in the vision tower
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from ymplug_jax.core.metrics import read_metrics
 from ymplug_jax.reports import fonts
-from ymplug_jax.writer import read_metrics
 
 MARKED = 40  # up to so many points each is marked; a smoothed line is drawn beyond
 COLOURS = ("#3b6fb6", "#d9730d", "#2e8b57", "#a23b72", "#8c6d1f", "#5b5bd6", "#00838f", "#b3261e", "#6b7280", "#7cb518")

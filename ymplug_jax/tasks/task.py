@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from ymplug_jax import config
-from ymplug_jax.config import Experiment
-from ymplug_jax.exits import Mistake
-from ymplug_jax.sharding import AxisRules
-from ymplug_jax.state import Params
-from ymplug_jax.writer import Metrics
+from ymplug_jax.core import config
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.core.metrics import Metrics
+from ymplug_jax.core.sharding import AxisRules
+from ymplug_jax.core.state import Params
 
 Batch = dict[str, jax.Array]  # fixed shapes, leading axis B, always has valid: bool[B]
 Example = dict[str, np.ndarray]
@@ -80,20 +80,28 @@ SIZES = (
     "queries",
 )
 
-HELPERS = ("__init__", "task", "inputs", "losses", "metrics", "caption_metrics", "candidates", "ranking")
-HELPERS += ("align", "pair_losses", "pairs")
+
+def modules() -> dict[str, str]:
+    """Dotted module by task name. A task of `mplug_video/` is called by its file's name, one of another family FAMILY_FILE."""
+    files = [
+        p for p in sorted(Path(__file__).parent.glob("*/*.py")) if p.parent.name != "common" and p.stem != "__init__"
+    ]
+    names = {p: p.stem if p.parent.name == "mplug_video" else f"{p.parent.name}_{p.stem}" for p in files}
+    return {name: f"{__package__}.{p.parent.name}.{p.stem}" for p, name in names.items()}
 
 
 def get(experiment: Experiment) -> Task:
     """The task that the experiment names, with its model.
 
     Raises:
-      Mistake: no such task file, or a model setting that the model does not have.
+      Mistake: no such task, or a model setting that the model does not have.
     """
-    known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in HELPERS)
-    if experiment.task not in known:
-        raise Mistake(f"config.task is {experiment.task!r}; there are {', '.join(known)}")
-    return importlib.import_module(f"ymplug_jax.tasks.{experiment.task}").make(experiment)
+    found, name = modules(), experiment.task
+    # What a family's tasks share lies beside them and makes no task.
+    if name not in found or not hasattr(importlib.import_module(found[name]), "make"):
+        known = sorted(one for one, module in found.items() if hasattr(importlib.import_module(module), "make"))
+        raise Mistake(f"config.task is {name!r}; there are {', '.join(known)}")
+    return importlib.import_module(found[name]).make(experiment)
 
 
 def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> Any:

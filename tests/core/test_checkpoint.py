@@ -1,0 +1,277 @@
+"""Checkpoints hold checksums of every leaf: damage is found when they are read, on any mesh, and named in one line."""
+
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+import tiny
+from ymplug_jax.convert import leaves
+from ymplug_jax.core import checkpoint, checkpoint_files, exits, verified_read
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.exits import PlaceFailed
+from ymplug_jax.training import setup
+
+FROZEN = ("vision/.*", "llm/token_embed")
+
+
+@functools.cache
+def prepare(devices: int = 1, dtype: str = "float32", **mesh) -> setup.Run:
+    return tiny.prepare(devices, train={"frozen": FROZEN, "frozen_dtype": dtype}, mesh=mesh)
+
+
+def state_of(run: setup.Run) -> tuple[state_lib.TrainState, state_lib.Params]:
+    """Random values of the state and the frozen tree, the same on every mesh and without a compiled program."""
+    rng = np.random.default_rng(0)
+
+    def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(make, (run.state, run.frozen))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 5 and 10 of one set of parameters, saved from eight devices."""
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    run = prepare(8, fsdp=2)
+    state, frozen = state_of(run)
+    checkpoints = checkpoint.Checkpoints(str(workdir))
+    checkpoints.save_frozen(frozen)
+    checkpoints.save(state, 5, 40)
+    checkpoints.save(state.replace(trainable=jax.tree.map(lambda x: x + 1, state.trainable)), 10, 80)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def same(found, want) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), found, want))
+
+
+def damage(folder: Path, how: Callable[[Path], None]) -> None:
+    """In the files that hold values; some of those are of no more use, and then damage to them is none."""
+    files = [file for file in (folder / "ocdbt.process_0" / "d").iterdir() if file.stat().st_size > 2000]
+    assert files
+    for file in files:
+        how(file)
+
+
+def overwrite(file: Path) -> None:
+    """64 bytes of every 512: much of these files is of no more use."""
+    data = bytearray(file.read_bytes())
+    for place in range(256, len(data) - 64, 512):
+        data[place : place + 64] = bytes(b ^ 0x55 for b in data[place : place + 64])
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    """The first half may hold all that is still of use, so no more than 100 bytes stay."""
+    file.write_bytes(file.read_bytes()[: min(100, file.stat().st_size // 2)])
+
+
+def load(workdir: Path) -> dict[str, jax.Array]:
+    run = prepare()
+    return checkpoint.load_params(str(workdir), state_lib.merge(run.state.trainable, run.frozen))
+
+
+def restore(workdir: Path):
+    return checkpoint.Checkpoints(str(workdir)).restore(prepare().state, 10)
+
+
+def test_what_eight_devices_saved_one_device_verifies(saved: Path):
+    state, seen = restore(saved)
+    assert seen == 80 and int(state.step) == 10
+    want, frozen = state_of(prepare())
+    same(state.opt_state, want.opt_state)
+    want = jax.tree.map(lambda x: x + 1, want.trainable)
+    same(state.trainable, want)
+    found = load(saved)
+    same(state_lib.unflatten(found), state_lib.merge(want, frozen))
+
+
+@pytest.mark.parametrize("how", [overwrite, cut, Path.unlink])
+@pytest.mark.parametrize("read", [load, restore])
+def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how, read):
+    damage(copy / "checkpoints" / "steps" / "10" / "trainable", how)
+    with pytest.raises(checkpoint_files.CheckpointError) as error:
+        read(copy)
+    steps = copy / "checkpoints" / "steps"
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 900
+    assert text.startswith(f"{copy}: step 10: ") and "the newest whole step is 5" in text
+    assert any(f": {path} is damaged: " in text for path in checkpoint.stored_params(str(copy))), text
+    command = f"mv {steps / '10'} {copy / 'checkpoints' / 'damaged_10'}"
+    assert text.endswith(command)
+    assert (steps / "10").exists()
+    shutil.move(steps / "10", copy / "checkpoints" / "damaged_10")
+    assert checkpoint_files.latest_step(str(copy)) == 5
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in load(copy).values())
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "steps/10/trainable/_METADATA",
+        "steps/10/trainable/manifest.ocdbt",
+        "steps/10/progress/metadata",
+        "steps/10/checksums/metadata",
+        "steps/10/opt_state/manifest.ocdbt",
+    ],
+)
+@pytest.mark.parametrize("how", [cut, Path.unlink])
+def test_a_step_that_cannot_be_read_is_one_line(copy: Path, file: str, how):
+    how(copy / "checkpoints" / file)
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match="^[^\n]* step 10: [^\n]*the newest whole step is 5[^\n]*$"
+    ):
+        restore(copy)
+
+
+def test_a_step_without_its_parameters_is_no_checkpoint_of_frozen_ones(copy: Path):
+    shutil.rmtree(copy / "checkpoints" / "steps" / "10" / "trainable")
+    with pytest.raises(checkpoint_files.CheckpointError, match="the newest whole step is 5"):
+        load(copy)
+
+
+def test_optimizer_state_is_verified(copy: Path):
+    damage(copy / "checkpoints" / "steps" / "10" / "opt_state", overwrite)
+    with pytest.raises(checkpoint_files.CheckpointError, match=r"step 10: .*the newest whole step is 5"):
+        restore(copy)
+    assert len(load(copy)) > 50  # an evaluation needs none of it
+
+
+def test_frozen_parameters_are_verified(copy: Path):
+    damage(copy / "checkpoints" / "frozen", overwrite)
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match=f"(vision|llm)/.* is damaged: .*no step of {copy} is whole"
+    ):
+        load(copy)
+
+
+def test_an_export_verifies_a_run_by_its_own_checksums(copy: Path):
+    assert len(leaves.verified(copy)) == len(checkpoint.stored_params(str(copy))) > 50
+    sums = copy / "checkpoints" / "steps" / "10" / "checksums" / "metadata"
+    content = json.loads(sums.read_text())
+    name, value = next((n, v) for n, v in content["trainable"].items() if v.startswith("float32"))
+    content["trainable"][name] = value[:-1] + ("0" if value[-1] != "0" else "1")
+    sums.write_text(json.dumps(content))
+    with pytest.raises(exits.Mistake, match=f"steps/10/trainable: {name} is damaged, its checksum is wrong"):
+        leaves.verified(copy)
+    damage(copy / "checkpoints" / "frozen", Path.unlink)
+    with pytest.raises(exits.Mistake, match="checkpoints/frozen: .*(damaged|cannot be read)"):
+        leaves.verified(copy)
+
+
+def test_another_dtype_is_cast_after_it_was_verified(copy: Path):
+    run = prepare(dtype="bfloat16")
+    found = checkpoint.load_params(str(copy), run.frozen)
+    want = load(copy)
+    assert found["llm/token_embed"].dtype == "bfloat16"
+    assert all(np.array_equal(np.asarray(found[p]), np.asarray(want[p]).astype("bfloat16")) for p in found)
+    damage(copy / "checkpoints" / "frozen", overwrite)
+    with pytest.raises(checkpoint_files.CheckpointError, match="is damaged"):
+        checkpoint.load_params(str(copy), run.frozen)
+
+
+def test_a_checkpoint_without_checksums_is_read_with_a_word(copy: Path, caplog: pytest.LogCaptureFixture):
+    for step in (5, 10):
+        shutil.rmtree(copy / "checkpoints" / "steps" / str(step) / "checksums")
+    assert len(load(copy)) > 50 and "saved without checksums" in caplog.text
+    restore(copy)
+
+
+def test_a_fingerprint_is_of_the_weights(saved: Path, copy: Path, tmp_path: Path):
+    first = checkpoint_files.fingerprint(str(saved))
+    assert len(first) == 64 and checkpoint_files.fingerprint(str(copy)) == first
+    shutil.rmtree(copy / "checkpoints" / "steps" / "10")
+    fifth = checkpoint_files.fingerprint(str(copy))
+    assert fifth != first
+    shutil.rmtree(copy / "checkpoints" / "steps" / "5" / "checksums")
+    assert checkpoint_files.fingerprint(str(copy)) not in (first, fifth)
+    with pytest.raises(checkpoint_files.CheckpointError, match="no checkpoint here"):
+        checkpoint_files.fingerprint(str(tmp_path / "nothing"))
+
+
+def test_frozen_parameters_of_a_run_that_never_saved_are_replaced(tmp_path: Path):
+    state, frozen = state_of(prepare())
+    for add in (1, 2):
+        other = jax.tree.map(lambda x, add=add: x + add, frozen)
+        checkpoints = checkpoint.Checkpoints(str(tmp_path))
+        checkpoints.save_frozen(other)
+    checkpoints.save(state, 3, 24)
+    checkpoints.close()
+    found = load(tmp_path)
+    assert np.array_equal(found["llm/token_embed"], frozen["llm"]["token_embed"] + 2)
+
+
+def test_a_first_save_that_cannot_be_read_back_ends_at_once(tmp_path: Path):
+    """In such a folder Orbax writes without a word what it can never find again."""
+    state, frozen = state_of(prepare())
+    checkpoints = checkpoint.Checkpoints(str(tmp_path / "run[1]"))
+    with pytest.raises(PlaceFailed, match="frozen: was saved but cannot be read back"):
+        checkpoints.save_frozen(frozen)
+    with pytest.raises(PlaceFailed, match="trainable: was saved but cannot be read back"):
+        checkpoints.save(state, 5, 40)
+
+
+def test_names_of_folders_in_init_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/lr=1e-3", "a,b", "c,llm=d", "x:y"):
+        Path(name).mkdir(parents=True)
+    sources = checkpoint_files.sources
+    assert sources("") == sources(" , ") == []
+    for folder in (
+        "runs/lr=1e-3",
+        f"{tmp_path}/runs/lr=1e-4",
+        "./lr=1",
+        "~/lr=1",
+        "gs://b/lr=1e-3",
+        "a,b",
+        "c,llm=d",
+        "x:y",
+    ):
+        assert sources(folder) == [("", "", folder)]
+    assert sources("llm=runs/lr=1e-3,vision=gs://b/a=2") == [
+        ("llm", "llm", "runs/lr=1e-3"),
+        ("vision", "vision", "gs://b/a=2"),
+    ]
+    assert sources("llm=a,b, vision=x:y") == [("llm", "llm", "a,b"), ("vision", "vision", "x:y")]
+    assert sources("prompter:=a,b") == [("prompter", "", "a,b")]
+    assert sources("vision/t:vision/s=DIR") == [("vision/t", "vision/s", "DIR")]
+    with pytest.raises(checkpoint_files.CheckpointError, match="llm= names no folder"):
+        sources("llm=")
+
+
+def test_what_is_whole_is_not_named(tmp_path: Path):
+    """A file that is cut damages some of the leaves. They are named, and the others can still be read by themselves."""
+    rng, folder = np.random.default_rng(0), epath.Path(tmp_path) / "item"
+    tree = {name: {"kernel": jnp.asarray(rng.standard_normal(60_000), jnp.float32)} for name in "abcdef"}
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder, tree)
+    cut(max((file for file in tmp_path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {name: {"kernel": jax.ShapeDtypeStruct((60_000,), jnp.float32, sharding=place)} for name in tree}
+    whole = []
+    for name in tree:
+        with contextlib.suppress(verified_read.Damaged):
+            found = verified_read.read(folder, {name: wanted[name]}, None)
+            whole += [name] * bool(jnp.array_equal(found[name]["kernel"], tree[name]["kernel"]))
+    assert 0 < len(whole) < len(tree)
+    with pytest.raises(verified_read.Damaged) as error:
+        verified_read.read(folder, wanted, None)
+    assert error.value.what in {f"{name}/kernel" for name in tree if name not in whole}

@@ -1,0 +1,141 @@
+"""What an evaluation writes and what it refuses, with a task of a few lines in place of a model."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+import shards
+from ymplug_jax.core import exits, sharding
+from ymplug_jax.core.config import Data, Experiment, Train
+from ymplug_jax.core.metrics import Mean
+from ymplug_jax.data.records import Records
+from ymplug_jax.tasks.task import Report
+from ymplug_jax.training import evaluate
+
+SHARDS = (10,)
+
+
+def number_of(record) -> np.ndarray:
+    return np.float32(record.media_id.removeprefix("videos/").removesuffix(".mp4"))
+
+
+def run_of(path: Path, loss=None, score=None) -> SimpleNamespace:
+    """A run whose examples are numbers: predictions are the numbers, the loss is their mean."""
+
+    def mean(params, batch, key):
+        count = jnp.sum(batch["valid"], dtype=jnp.float32)
+        return 0.0, {"loss": Mean(jnp.sum(jnp.where(batch["valid"], batch["x"], 0)), count)}
+
+    task = SimpleNamespace(
+        example=lambda record, rng: {"x": number_of(record)},
+        loss=loss or mean,
+        predict=lambda params, batch: {"y": batch["x"] * params["w"], "valid": batch["valid"]},
+        rescore=None,
+        score=score or (lambda rows, records: Report({"sum": float(sum(row["y"] for row in rows))}, [])),
+    )
+    experiment = Experiment(
+        task="numbers",
+        model={},
+        data=Data(path=str(path), threads=1),
+        train=Train(batch_size=4, frozen_dtype="float32"),
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return SimpleNamespace(task=task, experiment=experiment, mesh=mesh, frozen_patterns=())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A validation split of the videos 0 to 9."""
+    return shards.write(tmp_path_factory.mktemp("numbers"), SHARDS, split="validation")
+
+
+def scores_of(
+    run: SimpleNamespace, workdir: Path, monkeypatch: pytest.MonkeyPatch, weight: float = 1.0, **options
+) -> dict:
+    monkeypatch.setattr(evaluate.setup, "prepare", lambda experiment, training: run)
+    monkeypatch.setattr(evaluate, "load", lambda run, workdir: {"w": jnp.float32(weight)})
+    return evaluate.evaluate(run.experiment, epath.Path(workdir), **options)
+
+
+def nan_where(wanted: float):
+    """A loss that is no number in the batch that holds this one."""
+
+    def loss(params, batch, key):
+        bad = jnp.any(batch["valid"] & (batch["x"] == wanted))
+        return 0.0, {
+            "loss": Mean(jnp.float32(1), jnp.float32(1)),
+            "other_loss": Mean(jnp.where(bad, jnp.nan, 1.0), jnp.float32(1)),
+        }
+
+    return loss
+
+
+def test_metrics_that_nothing_counts_for_are_left_out(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    none = Mean(jnp.float32(0), jnp.float32(0))
+    loss = lambda params, batch, key: (0.0, {"loss": none, "words": none, "rows": Mean(jnp.float32(6), jnp.float32(4))})  # noqa: E731
+    report = Report({"note": "this split has no labels"}, [])
+    run = run_of(folder, loss, lambda rows, records: report)
+    scores = scores_of(run, tmp_path, monkeypatch)
+    assert scores["rows"] == 1.5 and "loss" not in scores and "words" not in scores
+    assert scores["note"] == "this split has no labels; no example of this split counts for loss, words"
+    text = (tmp_path / "eval" / "validation" / "scores.json").read_text(encoding="utf-8")
+    assert "null" not in text and "NaN" not in text and json.loads(text)["note"] == scores["note"]
+    assert evaluate.losses(run, evaluate.make_loss_step(run), Records(str(folder), "validation"), {}, {}) == {
+        "rows": 1.5
+    }
+
+
+def test_all_examples_count_once(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    scores = scores_of(run_of(folder), tmp_path, monkeypatch)
+    assert (scores["examples"], scores["loss"], scores["sum"]) == (10, 4.5, 45) and "note" not in scores
+    scores = scores_of(run_of(folder), tmp_path, monkeypatch, examples=1)
+    assert (scores["examples"], scores["loss"], scores["sum"]) == (1, 0, 0)
+    with pytest.raises(exits.Mistake, match="--examples -1"):
+        scores_of(run_of(folder), tmp_path, monkeypatch, examples=-1)
+
+
+def test_a_loss_that_is_no_number_names_its_batch(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    run = run_of(folder, nan_where(6))
+    message = r"videos/4.mp4: other_loss is nan in the batch of examples 4 to 7 of split 'validation', of which this is"
+    with pytest.raises(exits.Mistake, match=message):
+        scores_of(run, tmp_path, monkeypatch)
+    with pytest.raises(exits.Mistake, match=message):
+        evaluate.losses(run, evaluate.make_loss_step(run), Records(str(folder), "validation"), {}, {})
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_prediction_that_is_no_number_names_its_example(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    for weight, index, found in (
+        (np.inf, 0, "nan"),
+        (3e38, 2, "inf"),
+    ):  # 0 * inf is nan; 2 * 3e38 is too much for float32
+        with pytest.raises(
+            exits.Mistake, match=rf"videos/{index}.mp4 \(example {index} of the split\): .*'y' is {found}"
+        ):
+            scores_of(run_of(folder), tmp_path, monkeypatch, weight)
+    assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_is_written_that_is_no_number(folder: Path, tmp_path: Path, monkeypatch, bad: float) -> None:
+    for report, message in (
+        (Report({"cider": bad}, []), f"the score 'cider' is {bad}"),
+        (Report({}, [{"index": 3, "top5": {"猫": bad}}]), r"videos/3.mp4 \(example 3 of the split\): 'top5' is"),
+        (Report({}, [{"index": 7, "similarity": [0.0, np.float32(bad)]}]), r"videos/7.mp4 .*: 'similarity' is"),
+    ):
+        with pytest.raises(exits.Mistake, match=message):
+            scores_of(run_of(folder, score=lambda rows, records, r=report: r), tmp_path, monkeypatch)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_an_empty_split_is_refused(tmp_path: Path, monkeypatch) -> None:
+    empty = shards.write(tmp_path / "data", (0,), split="validation")
+    with pytest.raises(ValueError, match="split 'validation' has no records"):
+        scores_of(run_of(empty), tmp_path, monkeypatch)
+    assert not (tmp_path / "eval").exists()

@@ -1,0 +1,184 @@
+"""A run's folder: what is refused before anything in it changes, and what a run keeps."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from ymplug_jax.core import checkpoint, checkpoint_files, config
+from ymplug_jax.core.config import Data, Experiment, Train
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.training import run_folder
+
+MODEL = {"llm": {"vocab": 64, "heads": 2, "remat": "none"}, "vision": {"width": 16}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with two tokenizers and a run in "run"."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.model").write_bytes(b"first")
+    Path("b.model").write_bytes(b"other")
+    Path("names.txt").write_text("cats\ndogs\n")
+    run_folder.write(experiment(), "run")
+    return tmp_path
+
+
+def experiment(task: str = "pretrain", model: dict = MODEL, data: dict | None = None, **train) -> Experiment:
+    return Experiment(task, model, Data(**{"tokenizer": "a.model", **(data or {})}), train=Train(**train))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(what: str, new: Experiment, workdir: str = "run") -> None:
+    before = contents(Path())
+    with pytest.raises(Mistake, match=what) as error:
+        run_folder.check(new, workdir)
+    assert "\n" not in str(error.value)
+    assert contents(Path()) == before and not Path("new").exists()
+
+
+def test_what_may_change_on_resume(folder: Path, caplog: pytest.LogCaptureFixture):
+    Path("elsewhere").mkdir()
+    Path("elsewhere/t.model").write_bytes(b"first")
+    model = MODEL | {"llm": MODEL["llm"] | {"remat": "full"}}
+    new = experiment(model=model, data={"tokenizer": "elsewhere/t.model", "path": "x"}, duration="20 epochs")
+    run_folder.check(new, "run")
+    run_folder.write(new, "run")
+    assert "train.duration: '10 epochs' -> '20 epochs'" in caplog.text
+    assert run_folder.read_settings("run").train.duration == "20 epochs"
+    assert (folder / "run/tokenizer/t.model").read_bytes() == b"first"
+    run_folder.check(new, "new/deep/run")
+    assert not (folder / "new").exists()
+
+
+def test_what_may_not_change_on_resume(folder: Path):
+    refused("config.task='pretrain', not 'caption'", experiment("caption"))
+    other = MODEL | {"llm": MODEL["llm"] | {"heads": 4}}
+    refused("another model: config.model.llm.heads 2 -> 4; .*--workdir", experiment(model=other))
+    refused(
+        "config.data.tokenizer b.model: not the tokenizer of the run in .*set config.data.tokenizer=.*/run/tokenizer/a.model",
+        experiment(data={"tokenizer": "b.model"}),
+    )
+    Path("a.model").write_bytes(b"changed under its name")
+    refused("not the tokenizer of the run", experiment())
+    refused("class names of the run", experiment(data={"tokenizer": "run/tokenizer/a.model", "classes": "names.txt"}))
+
+
+def test_the_copies_of_a_run_never_change(folder: Path):
+    Path("a.model").write_bytes(b"changed under its name")
+    run_folder.write(experiment(), "run")
+    assert (folder / "run/tokenizer/a.model").read_bytes() == b"first"
+
+
+def test_class_names_are_compared_by_what_they_say(folder: Path):
+    new = experiment(data={"classes": "names.txt"})
+    run_folder.write(new, "named")
+    assert (folder / "named/classes.txt").read_bytes() == b"cats\ndogs\n"
+    Path("names.txt").write_bytes(b"\xef\xbb\xbfcats\r\ndogs")
+    run_folder.check(new, "named")
+    Path("names.txt").write_text("dogs\ncats\n")
+    refused("class names of the run .*set config.data.classes=.*named/classes.txt", new, "named")
+    refused("class names of the run", experiment(), "named")
+    Path("names.txt").unlink()
+    run_folder.check(new, "named")
+    refused("config.data.classes names.txt: No such file", new, "new")
+
+
+def test_lower_case_is_part_of_a_vocabulary(folder: Path):
+    Path("vocab.txt").write_text("[UNK]\n")
+    run_folder.write(experiment(data={"tokenizer": "vocab.txt"}), "bert")
+    refused(
+        "lower_case is False, but .* has True", experiment(data={"tokenizer": "vocab.txt", "lower_case": False}), "bert"
+    )
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*", "b?", "c\\d", "new[/run", "\udcff"])
+def test_names_that_checkpoints_cannot_be_read_from(folder: Path, name: str):
+    refused("--workdir .*(read back|UTF-8)", experiment(), name)
+
+
+@pytest.mark.parametrize("name", ["run]", "a b", "lr=1e-3", "a,b", "a:b", "a#%{}", "圆形"])
+def test_names_that_work(folder: Path, name: str):
+    run_folder.check(experiment(), name)
+    value = {"w": jax.numpy.arange(4.0)}
+    checkpoints = checkpoint.Checkpoints(name)
+    checkpoints.save_frozen(value)  # written and read back
+    assert checkpoint_files.places(name)
+
+
+def test_places_that_cannot_be_made(folder: Path):
+    refused("a.model is a file, not a folder", experiment(), "a.model/new")
+    refused("a.model is a file", experiment(), "a.model")
+    os.symlink("nowhere", "link")
+    refused("a link to nowhere, which is not there", experiment(), "link")
+    refused("cannot be made", experiment(), "x" * 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (b"", "not JSON .it ends too early"),
+        (b'{"task": "pretr', "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[]", "damaged"),
+        (b'{"task": "pretrain", "model": {}, "data": 5}', "damaged"),
+        (
+            b'{"task": "pretrain", "model": {}, "data": {"frames": "four"}}',
+            "config.data.frames: 'four' is not a whole number",
+        ),
+        (b'{"task": "pretrain", "model": {}, "data": {"frame": 4}}', "no setting named 'frame'"),
+        (b'{"task": 5, "model": {}}', "config.task: 5 is not a text"),
+        (b'{"task": "pretrain", "model": 5}', "config.model is 5, not a group"),
+        (b'{"model": {}}', "damaged"),
+    ],
+)
+def test_a_damaged_config_is_one_line(folder: Path, text: bytes, what: str):
+    (folder / "run/config.json").write_bytes(text)
+    refused(f"^.*run/config.json: .*{what}.*; put back a copy, or delete it", experiment())
+
+
+def test_settings_of_older_versions_are_read(folder: Path):
+    plain = json.loads((folder / "run/config.json").read_text())
+    del plain["train"]["other_tokenizer"], plain["data"]["classes"]
+    plain["train"]["log_every"] = 7
+    (folder / "run/config.json").write_text(json.dumps(plain))
+    assert run_folder.read_settings("run") == experiment(log_every="7 steps")
+    with pytest.raises(Mistake, match="nowhere: no config.json here"):
+        run_folder.read_settings("nowhere")
+
+
+def test_durations_between_log_lines():
+    assert [Train(log_every=every).log_every for every in (50, "50", "5%", "1 epochs")] == [
+        "50 steps", "50 steps", "5%", "1 epochs",
+    ]  # fmt: skip
+    locked = config.to_config_dict(experiment())
+    locked.train.log_every = "1"
+    assert config.from_config_dict(locked).train.log_every == "1 steps"
+
+
+def test_init_from_another_tokenizer(folder: Path):
+    def check(init_from: str, **more) -> None:
+        run_folder.check_init_from(experiment(init_from=init_from, **more))
+
+    with pytest.raises(Mistake, match="init_from: nowhere: no such folder"):
+        check("nowhere")
+    with pytest.raises(Mistake, match=r"init_from: 1e-3: no such folder \(nor one named runs/lr=1e-3\)"):
+        check("runs/lr=1e-3")
+    with pytest.raises(Mistake, match="init_from: run: no checkpoint here"):
+        check("run")
+    checkpoint.Checkpoints("run").save_frozen({"w": jax.numpy.zeros(2)})
+    check("run")
+    Path("a.model").write_bytes(b"changed")
+    with pytest.raises(Mistake, match="run was trained with another tokenizer than a.model, .*other_tokenizer=True"):
+        check("run")
+    with pytest.raises(Mistake, match="another tokenizer"):
+        check("llm=run")
+    check("run", other_tokenizer=True)
+    check("vision=run")
+    run_folder.check_init_from(dataclasses.replace(experiment(init_from="run"), data=Data()))

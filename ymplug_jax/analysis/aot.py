@@ -1,0 +1,206 @@
+"""The training step compiled ahead of time for TPUs that are not here: does it fit, what does it send, how long will it take.
+
+It is the step that `train` runs, lowered for the devices of a described slice; libtpu (the extra `tpu`) compiles it without a
+TPU. Memory is XLA's own account, FLOPs are counted in the traced program, traffic is read from the compiled one, and the time
+is a roofline.
+"""
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ymplug_jax.analysis import chips, flops, hlo
+from ymplug_jax.core import config
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.training import parameter_table, setup
+from ymplug_jax.training import step as step_lib
+from ymplug_jax.training.setup import Run
+
+ADVICE = (
+    "ways out, cheapest first: remat of more layers (config.model.llm.remat=full, config.model.vision.remat=full), a larger "
+    "config.mesh.fsdp, config.train.frozen_dtype=int8, config.train.accumulate=2, a smaller config.train.batch_size"
+)
+
+COSTS = 16  # operations that are listed
+
+
+def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[str, Any]:
+    """Compile for `slices` of a slice such as "v5e:4x8" and account for the result.
+
+    Returns:
+      devices, mesh, hbm_bytes_per_device (and its parts, the capacity, `fits`), compile_seconds, model_flops_per_device (without
+      what is computed twice), program_flops_per_device, collectives (kind -> mesh axes -> bytes of results), seconds (by what
+      bounds them), predicted_step_seconds, predicted_mfu, predicted_samples_per_second; compiler_step_seconds and compiler_mfu:
+      the same with what libtpu itself expects of every instruction instead of the roofline; compiler_costs: that of the
+      costliest operations, `hlo.Cost` and its seconds.
+
+    Raises:
+      ValueError: an unknown slice, or settings that do not fit it.
+    """
+    run = setup.prepare(experiment, devices_of(topology, slices))
+    kind = run.mesh.devices.flat[0].device_kind
+    chip = chips.of(kind)
+    if chip is None:
+        raise ValueError(f"--topology {topology}: no figures for {kind!r}; known are {', '.join(chips.CHIPS)}")
+    facts: dict[str, Any] = {
+        "task": experiment.task,
+        "topology": topology,
+        "slices": slices,
+        "devices": run.mesh.size,
+        "device_kind": kind,
+        "mesh": dict(run.mesh.shape),
+        "batch_size": experiment.train.batch_size,
+        "hbm_capacity": int(chip.hbm),
+        "model_flops_per_device": model_flops(run) / run.mesh.size,
+        "program_flops_per_device": program_flops(run) / run.mesh.size,
+    }
+    begin = time.perf_counter()
+    try:
+        compiled = step_lib.compile_step(run)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", str(error))
+        size = float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))) if used else math.inf
+        return facts | {"fits": False, "hbm_bytes_per_device": int(size) if used else None, "advice": ADVICE}
+    facts["compile_seconds"] = round(time.perf_counter() - begin, 1)
+    memory = compiled.memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    total = sum(parts.values())
+    moved = hlo.traffic(compiled.as_text(), run.mesh.shape)
+    links = network = 0.0
+    for name, axes in moved.collectives.items():
+        for axis, size in axes.items():
+            names = [part for part in axis.split(",") if part in run.mesh.shape]
+            group = math.prod(run.mesh.shape[part] for part in names)
+            over, between = chips.leaving(name, size, max(group, 1), slices if "data" in names else 1)
+            links, network = links + over, network + between
+    seconds = chips.roofline(
+        chip,
+        flops=facts["program_flops_per_device"],
+        product_bytes=moved.product_bytes,
+        other_bytes=moved.other_bytes,
+        links=links,
+        network=network,
+    )
+    fits = total <= chip.hbm
+    expected = moved.cycles / chip.clock + moved.kernel_bytes / chip.hbm_rate + seconds["links"] + seconds["network"]
+    return (
+        facts
+        | {
+            "fits": fits,
+            "hbm_bytes_per_device": total,
+            "hbm": parts,
+            "collectives": {
+                name: {axis: int(size) for axis, size in axes.items()} for name, axes in moved.collectives.items()
+            },
+            "memory_traffic_bytes": int(moved.product_bytes + moved.other_bytes),
+            "seconds": {name: round(value, 6) for name, value in seconds.items()},
+            "predicted_step_seconds": seconds["step"],
+            "predicted_mfu": facts["model_flops_per_device"] / chip.flops / seconds["step"],
+            "predicted_samples_per_second": experiment.train.batch_size / seconds["step"],
+            "compiler_step_seconds": expected,
+            "compiler_mfu": facts["model_flops_per_device"] / chip.flops / expected,
+            "compiler_costs": [cost._asdict() | {"seconds": cost.cycles / chip.clock} for cost in moved.costs[:COSTS]],
+        }
+        | ({} if fits else {"advice": ADVICE})
+    )
+
+
+def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The chips of `slices` described slices such as "v5e:4x8"; nothing can run on them, programs can be compiled for them.
+
+    Raises:
+      ValueError: an unknown slice.
+    """
+    from jax.experimental import topologies
+
+    more: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
+    if topology.startswith("v4:"):
+        more["chip_config_name"] = "megacore"  # one device a chip, as programs see it
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--topology {topology}: {reason}; write e.g. v5e:4x8, v5p:4x4x4 (and install the extra: pip install -e '.[tpu]')"
+        ) from None
+
+
+def program_flops(run: Run) -> int:
+    """FLOPs of the matrix products of one step on all devices, what is computed again in the backward pass included."""
+    step = step_lib.make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
+    key = jax.random.key(0)
+    with jax.set_mesh(run.mesh):
+        return flops.count(step, run.state, run.held, setup.abstract_batch(run), key)
+
+
+def model_flops(run: Run) -> int:
+    """FLOPs that one step cannot do without: forward, and backward without recomputation and without frozen weights' gradients."""
+    plain = _without_remat(config.settings_of(run.experiment))
+    task = setup.task_lib.get(config.from_config_dict(plain))
+
+    def gradient(trainable: state_lib.Params, frozen: state_lib.Params, batch: Any, key: jax.Array) -> Any:
+        return jax.grad(lambda t: task.loss(state_lib.merge(t, frozen), batch, key)[0])(trainable)
+
+    nowhere = jax.sharding.AbstractMesh((1,), ("data",))  # where no kernel computes anything twice
+    inputs = (run.state.trainable, run.frozen, setup.abstract_batch(run))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+    with jax.sharding.use_abstract_mesh(nowhere):
+        return flops.count(gradient, *shapes, jax.random.key(0))
+
+
+def _without_remat(settings: Any) -> Any:
+    if isinstance(settings, Mapping):
+        kept = {"remat": "none", "keep_logits": True}
+        return {key: kept[key] if key in kept else _without_remat(value) for key, value in settings.items()}
+    return settings
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The account as lines for a person."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
+    rows = [("devices", f"{facts['devices']} {facts['device_kind']}, {mesh}")]
+    if facts["hbm_bytes_per_device"] is not None:
+        parts = ", ".join(f"{name} {parameter_table.human(size)}" for name, size in facts.get("hbm", {}).items())
+        total, capacity = (
+            parameter_table.human(facts["hbm_bytes_per_device"]),
+            parameter_table.human(facts["hbm_capacity"]),
+        )
+        rows.append(("memory a device", f"{total} of {capacity}" + (f": {parts}" if parts else "")))
+    if "seconds" in facts:
+        for kind, axes in facts["collectives"].items():
+            rows.append((kind, ", ".join(f"{axis}: {parameter_table.human(size)}" for axis, size in axes.items())))
+        spent = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in facts["seconds"].items())
+        rows.append(("predicted time", spent))
+        rows.append(
+            (
+                "predicted MFU",
+                f"{100 * facts['predicted_mfu']:.1f} %, {facts['predicted_samples_per_second']:.0f} samples/s; "
+                f"{facts['model_flops_per_device'] / 1e12:.1f} TFLOP a device, {facts['program_flops_per_device'] / 1e12:.1f} with "
+                "recomputation",
+            )
+        )
+        rows.append(
+            (
+                "compiler's estimate",
+                f"{1e3 * facts['compiler_step_seconds']:.1f} ms, MFU {100 * facts['compiler_mfu']:.1f} %",
+            )
+        )
+        share = sum(cost["seconds"] for cost in facts["compiler_costs"]) / facts["compiler_step_seconds"]
+        rows.append((f"of which {100 * share:.0f} %", "time, instructions, operation"))
+        for cost in facts["compiler_costs"]:
+            rows.append(("", f"{1e3 * cost['seconds']:7.2f} ms {cost['times']:5.0f} x  {cost['operation']}"))
+    if not facts["fits"]:
+        rows.append(("DOES NOT FIT", facts["advice"]))
+    return parameter_table.columns(rows)

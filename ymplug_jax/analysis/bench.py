@@ -1,0 +1,201 @@
+"""How fast the training step is here: synthetic batches, so that nothing but JAX, Flax, Optax and ml_collections is needed.
+
+The step is the one that training runs, the batches travel the way that training's do: made on the host, put on the devices by
+`Feed` two ahead of the step, one step queued behind the running one.
+"""
+
+import dataclasses
+import logging
+import math
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ymplug_jax.analysis import aot, chips
+from ymplug_jax.core import sharding
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.core.state import TrainState, split
+from ymplug_jax.data.prefetch import Feed
+from ymplug_jax.training import parameter_table, setup
+from ymplug_jax.training import step as step_lib
+from ymplug_jax.training.setup import Run
+
+WARM_UP = 3  # steps, at most
+PROFILED = 3  # steps
+PRODUCT = 2048  # rows of the matrices that measure a CPU
+
+
+def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None) -> dict[str, Any]:
+    """Time `steps` steps, after as many to warm up, at most three: 2 x `steps` in all for a model whose steps take long.
+
+    Args:
+      experiment: resolved settings; data and checkpoints that they name are not opened.
+      steps: to time, at least 2.
+      workdir: where a profile of three more steps goes (`profile/`, for TensorBoard or xprof); None: no profile.
+
+    Returns:
+      device_kind, devices, batch_size, step_seconds (median, p10, p90, minimum), samples_per_second, text_tokens_per_second
+      (padding included), model_flops and program_flops of a step, peak_flops of all devices and where it comes from, mfu,
+      hardware_flops_utilisation (what is computed twice included), input_wait (share of the time that the step waited for a
+      batch), compile_seconds, step_memory_bytes (XLA's account for one device), peak_memory_bytes, versions.
+
+    Raises:
+      ValueError: fewer than two steps.
+    """
+    if steps < 2:
+        raise Mistake(f"--steps {steps}: give 2 or more; one step has no spread")
+    data = dataclasses.replace(experiment.data, path="", tokenizer="", examples=experiment.train.batch_size * 1000)
+    train = dataclasses.replace(experiment.train, init_from="")
+    run = setup.prepare(dataclasses.replace(experiment, data=data, train=train))
+    if workdir is not None and "://" not in str(workdir):  # before minutes are spent; a bucket has no folders
+        try:
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Mistake(f"--workdir {workdir}: {error.strerror or error}; choose another folder") from None
+    begin = time.perf_counter()
+    compiled = step_lib.compile_step(run)
+    compile_seconds = time.perf_counter() - begin
+    logging.info("compiled in %.1f s; fresh parameters", compile_seconds)
+    state, frozen = _fresh(run)
+    key = sharding.on_all_hosts(lambda: jax.random.key(0), sharding.replicated(run.mesh))
+    rows = sharding.local_rows(train.batch_size, run.mesh)
+    feed = Feed(_Synthetic(run, rows), lambda local: sharding.put_batch(local, rows, train.batch_size, run.mesh))
+
+    seconds, waits, before, last = [], [], None, time.perf_counter()
+    warm_up = min(WARM_UP, steps)
+    for number in range(warm_up + steps):
+        asked = time.perf_counter()
+        batch = next(feed)
+        waited = time.perf_counter() - asked
+        state, metrics = compiled(state, frozen, batch, key)
+        if before is not None:
+            jax.block_until_ready(before)
+        before, now = metrics, time.perf_counter()
+        if number >= warm_up:
+            seconds.append(now - last)
+            waits.append(waited)
+        last = now
+        if number >= warm_up and (number - warm_up + 1) % max(steps // 4, 1) == 0:
+            logging.info("step %d of %d: %.4f s", number - warm_up + 1, steps, statistics.median(seconds))
+    jax.block_until_ready(before)
+    loss = before["loss"].value()
+    if workdir is not None:
+        with jax.profiler.trace(str(workdir / "profile")):
+            for _ in range(PROFILED):
+                state, metrics = compiled(state, frozen, next(feed), key)
+            jax.block_until_ready(metrics)
+        logging.info("profile of %d steps: %s", PROFILED, workdir / "profile")
+    feed.close()
+    return _facts(run, compiled, seconds, waits) | {"compile_seconds": round(compile_seconds, 2), "loss": loss}
+
+
+def _facts(run: Run, compiled: jax.stages.Compiled, seconds: list[float], waits: list[float]) -> dict[str, Any]:
+    devices, size = run.mesh.devices.flatten(), run.experiment.train.batch_size
+    median = statistics.median(seconds)
+    p10, p90 = np.quantile(seconds, [0.1, 0.9])
+    model, program = aot.model_flops(run), aot.program_flops(run)
+    peak, source = peak_flops(devices)
+    text = run.task.spec.get("ids")
+    memory = parameter_table.estimate(run, compiled)["bytes_per_device"]
+    stats = devices[0].memory_stats() if devices[0].process_index == jax.process_index() else None
+    return {
+        "task": run.experiment.task,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "mesh": dict(run.mesh.shape),
+        "batch_size": size,
+        "steps": len(seconds),
+        "step_seconds": {"median": median, "p10": float(p10), "p90": float(p90), "minimum": min(seconds)},
+        "samples_per_second": size / median,
+        "text_tokens_per_second": size * text.shape[-1] / median if text else None,
+        "model_flops": model,
+        "program_flops": program,
+        "peak_flops": peak,
+        "peak_flops_source": source,
+        "mfu": model / median / peak,
+        "hardware_flops_utilisation": program / median / peak,
+        "input_wait": sum(waits) / sum(seconds),
+        "step_memory_bytes": memory.get("step_peak"),
+        "peak_memory_bytes": _peak_memory(stats),
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+    }
+
+
+def _peak_memory(stats: dict[str, int] | None) -> int:
+    """Of the device where it keeps count, else of this process."""
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Synthetic:
+    """Endless batches of this host's rows: frames are noise, every integer is one, every row is whole."""
+
+    skipped = 0  # no record is corrupt
+
+    def __init__(self, run: Run, rows: np.ndarray):
+        rng = np.random.default_rng(0)
+
+        def make(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+            shape = (len(rows), *leaf.shape[1:])
+            return rng.integers(0, 256, shape, np.uint8) if leaf.dtype == jnp.uint8 else np.ones(shape, leaf.dtype)
+
+        self._batch = {name: make(leaf) for name, leaf in setup.abstract_batch(run).items()}
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        while True:
+            yield self._batch
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+def _fresh(run: Run) -> tuple[TrainState, dict]:
+    """State and frozen tree with fresh values."""
+    params, _ = setup.fresh_params(run)
+    trainable, frozen = split(params, run.frozen_patterns)
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
+    opt_state = jax.jit(run.tx.init, out_shardings=places)(trainable)
+    number = sharding.on_all_hosts(lambda: jnp.int32(0), run.state.step.sharding)
+    return TrainState(number, trainable, opt_state), setup.hold(run, frozen)
+
+
+def peak_flops(devices: np.ndarray) -> tuple[float, str]:
+    """(FLOPs a second of all devices together, where the figure comes from): the chip's from the table, else measured."""
+    if chip := chips.of(devices[0].device_kind):
+        return chip.flops * len(devices), "chips.py, bfloat16"
+    x = jnp.ones((PRODUCT, PRODUCT), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    best = math.inf
+    for _ in range(6):
+        begin = time.perf_counter()
+        jax.block_until_ready(product(x))
+        best = min(best, time.perf_counter() - begin)
+    return 2 * PRODUCT**3 / best, f"measured: float32 product of {PRODUCT} x {PRODUCT} matrices on all cores"
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The result as lines for a person."""
+    times = facts["step_seconds"]
+    rows = [
+        ("devices", f"{facts['devices']} {facts['device_kind']}"),
+        ("step", f"{times['median']:.4f} s, p10 to p90 {times['p10']:.4f} to {times['p90']:.4f} s"),
+        ("samples", f"{facts['samples_per_second']:.1f} a second, {facts['batch_size']} a step"),
+        (
+            "MFU",
+            f"{100 * facts['mfu']:.1f} % of {facts['peak_flops'] / 1e12:.2f} TFLOP/s ({facts['peak_flops_source']})",
+        ),
+        ("input wait", f"{100 * facts['input_wait']:.1f} % of the time"),
+        ("peak memory", parameter_table.human(facts["peak_memory_bytes"])),
+    ]
+    return parameter_table.columns(rows)

@@ -1,0 +1,344 @@
+"""Orbax checkpoints of a run: the frozen parameters once, the rest every so many steps; strict on names, shapes and checksums.
+
+Layout under the run's folder:
+    checkpoints/frozen/                    frozen parameters, written once
+    checkpoints/steps/<n>/trainable/       float32 parameters after n steps
+    checkpoints/steps/<n>/opt_state/       optimizer state
+    checkpoints/steps/<n>/progress/        {"step": n, "examples_seen": ...}
+    checkpoints/steps/<n>/checksums/       of every leaf of the three trees
+A step appears under its name only when it is whole (Orbax renames a temporary folder); what a kill leaves behind is
+ignored and removed at the next start. Restoring always goes into an abstract tree that carries shapes, dtypes and
+shardings, so any mesh and any number of hosts can read what another wrote.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ymplug_jax.core import leaf_checksums, sharding, verified_read
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.checkpoint_files import (
+    FROZEN,
+    OPT_STATE,
+    STEPS,
+    TRAINABLE,
+    CheckpointError,
+    damaged,
+    fits,
+    json_in,
+    latest_step,
+    place_of,
+    places,
+    say_unverified,
+    step_folder,
+    sums_in,
+    sums_of,
+    whole,
+)
+from ymplug_jax.core.exits import PlaceFailed
+from ymplug_jax.core.verified_read import Damaged, stored_in
+
+
+class Checkpoints:
+    """Saves and restores one run. Saving is asynchronous; `close` waits for the last save.
+
+    Nothing changes on disk before the first save, so that a run can still be refused.
+    """
+
+    def __init__(self, workdir: str, *, keep: int = 3, frozen_sums: dict[str, str] | None = None):
+        """Open the folder.
+
+        Args:
+          workdir: the run's folder.
+          keep: newest steps that stay.
+          frozen_sums: checksums of frozen parameters that another folder holds; `save_frozen` finds its own.
+        """
+        self.workdir = whole(workdir)
+        self.folder = self.workdir / "checkpoints"
+        self._keep = keep
+        self.frozen_sums = frozen_sums
+        self._read_back = False  # whether a save of this process was
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        return ocp.CheckpointManager(self.folder / STEPS, options=options)
+
+    def latest_step(self) -> int | None:
+        """Newest whole step, or None for a fresh run."""
+        return latest_step(str(self.workdir))
+
+    def save_frozen(self, frozen: state_lib.Params) -> None:
+        """Write the frozen tree and read it back, unless this run has a step and so has it already.
+
+        Raises:
+          PlaceFailed: it cannot be written, or not be read back.
+        """
+        flat = state_lib.flatten(frozen)
+        folder, step = self.folder / FROZEN, self.latest_step()
+        if step is not None:
+            # Those of the step, not of what was read: the setting frozen_dtype may have changed since.
+            self.frozen_sums = (sums_of(self.folder / STEPS / str(step)) or {}).get(FROZEN)
+            return
+        if not flat:
+            return
+        self.frozen_sums = leaf_checksums.of_tree(flat)
+        with self._whole_or_not(), ocp.StandardCheckpointer() as writer:
+            # What a run that never reached its first save has left there belongs to no step.
+            writer.save(folder, frozen, force=True)
+            writer.wait_until_finished()
+        _must_read(folder, frozen, self.frozen_sums)
+
+    def save(self, state: state_lib.TrainState, step: int, examples_seen: int) -> None:
+        """Start saving the state after `step` steps (a step that is there already is left alone). The first save is waited for
+        and read back: a place that cannot be read is found now, not at the end.
+
+        Raises:
+          PlaceFailed: this save or the one before it failed.
+        """
+        if step in self._manager.all_steps():  # those that are being saved too
+            return
+        opt_state = _wrapped(state.opt_state)
+        trainable = state_lib.flatten(state.trainable)
+        sums = {
+            TRAINABLE: leaf_checksums.of_tree(trainable),
+            OPT_STATE: leaf_checksums.of_tree(verified_read.named(opt_state)),
+        }
+        if self.frozen_sums is not None:
+            sums[FROZEN] = self.frozen_sums
+        with self._whole_or_not():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(state.trainable),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    progress=ocp.args.JsonSave({"step": step, "examples_seen": examples_seen}),
+                    checksums=ocp.args.JsonSave(sums),
+                ),
+            )
+        if not self._read_back:
+            self.wait()
+            folder = self.folder / STEPS / str(step)
+            _must_read(folder / TRAINABLE, state.trainable, sums[TRAINABLE])
+            _must_read(folder / OPT_STATE, opt_state, sums[OPT_STATE])
+            self._read_back = True
+
+    def restore(self, abstract: state_lib.TrainState, step: int) -> tuple[state_lib.TrainState, int]:
+        """(state, examples_seen) of a step, placed as `abstract` says.
+
+        Raises:
+          CheckpointError: parameter names or shapes differ from `abstract`, or the step is damaged.
+        """
+
+        def read(step: int) -> tuple[state_lib.Params, Any, dict]:
+            folder = self.folder / STEPS / str(step)
+            stored, sums = stored_in(folder / TRAINABLE), sums_of(folder) or {}
+            fits(stored, state_lib.flatten(abstract.trainable), folder / TRAINABLE)
+            progress = json_in(folder / "progress", "its progress")
+            if not isinstance(progress.get("step"), int) or not isinstance(progress.get("examples_seen"), int):
+                raise Damaged("its progress", "has no step and examples_seen")
+            trainable = verified_read.read(folder / TRAINABLE, abstract.trainable, sums.get(TRAINABLE))
+            return (
+                trainable,
+                verified_read.read(folder / OPT_STATE, _wrapped(abstract.opt_state), sums.get(OPT_STATE)),
+                progress,
+            )
+
+        try:
+            trainable, opt_state, progress = read(step)
+        except Damaged as error:
+            raise damaged(self.workdir, step, error, read) from None
+        if sums_of(self.folder / STEPS / str(step)) is None:
+            say_unverified(self.folder / STEPS / str(step))
+        place = abstract.step.sharding
+        state = state_lib.TrainState(
+            step=sharding.on_all_hosts(lambda: jax.numpy.int32(progress["step"]), place),
+            trainable=trainable,
+            opt_state=opt_state["state"],
+        )
+        return state, progress["examples_seen"]
+
+    def wait(self) -> None:
+        """Until every save that was started is whole on disk.
+
+        Raises:
+          PlaceFailed: one of them failed.
+        """
+        if "_manager" in self.__dict__:
+            with self._whole_or_not():
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish saving and let go of the threads."""
+        if "_manager" not in self.__dict__:
+            return
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # it says again what the wait has said
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _whole_or_not(self) -> Iterator[None]:
+        """Around saving: what fails is PlaceFailed, and leaves nothing half-written."""
+        try:
+            with place_of(self.folder):
+                yield
+        except PlaceFailed:
+            if jax.process_index() == 0:
+                for folder in (self.folder, self.folder / STEPS):
+                    with contextlib.suppress(OSError):
+                        for partial in folder.glob("*.orbax-checkpoint-tmp*"):
+                            partial.rmtree()
+            raise
+
+
+def _must_read(folder: epath.Path, tree: Any, sums: Mapping[str, str]) -> None:
+    """What was just saved is read back, in parts, and compared.
+
+    Raises:
+      PlaceFailed: it cannot be read, or is not what was saved.
+    """
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+    try:
+        for _ in verified_read.groups(folder, abstract, sums):
+            pass
+    except Damaged as error:
+        raise PlaceFailed(
+            f"{folder}: was saved but cannot be read back ({error}); look at the disk, or choose another --workdir"
+        ) from None
+
+
+def _wrapped(opt_state: Any) -> dict:
+    return {"state": opt_state}
+
+
+def stored_params(workdir: str) -> dict[str, Any]:
+    """Path -> metadata (shape, dtype) of every parameter of a run's newest checkpoint or a converted one.
+
+    Raises:
+      CheckpointError: no checkpoint there.
+    """
+    if not (found := places(workdir)):
+        raise CheckpointError(f"{workdir}: no checkpoint here; give the folder of a run or of a conversion")
+    return {path: leaf for place in found for path, leaf in stored_in(place).items()}
+
+
+def load_params(
+    workdir: str,
+    abstract: Mapping,
+    *,
+    subtree: str = "",
+    stored_as: str | None = None,
+    allow_missing: Sequence[str] = (),
+    resize: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = MappingProxyType({}),
+    values: bool = True,
+) -> dict[str, jax.Array]:
+    """Parameters of a run or a converted checkpoint, flat by path, placed and cast as `abstract` says.
+
+    Args:
+      workdir: the run's folder (the newest step is taken).
+      abstract: nested tree of ShapeDtypeStructs with shardings: the parameters wanted.
+      subtree: take only the paths under this name ("llm"); every one of them must be in the checkpoint.
+      stored_as: the name of that subtree in the checkpoint where it is another, "" for all that is there.
+      allow_missing: path regexes that the checkpoint may lack; they are then not in the result.
+      resize: path -> function (stored value, wanted shape) for tables that may be stored in another size.
+      values: False compares names and shapes, reads no value and returns nothing.
+
+    Raises:
+      CheckpointError: no checkpoint there, or a wanted parameter is missing or has another shape.
+    """
+    folder = whole(workdir)
+    wanted = {
+        path: leaf
+        for path, leaf in state_lib.flatten(abstract).items()
+        if not subtree or path.startswith(subtree + "/")
+    }
+    if not wanted:
+        tops = sorted({path.split("/")[0] for path in state_lib.flatten(abstract)})
+        raise CheckpointError(
+            f"config.train.init_from: the model has no subtree {subtree!r}; there are {', '.join(tops)}"
+        )
+    if not places(workdir):
+        raise CheckpointError(
+            f"{workdir}: no checkpoint here (looked for {folder / 'checkpoints'}); give the --workdir of a finished run"
+        )
+    names = (subtree, subtree if stored_as is None else stored_as)
+
+    def load(step: int | None) -> dict[str, jax.Array]:
+        return _load(folder, step, wanted, names, allow_missing, resize, values)
+
+    step = latest_step(workdir)
+    try:
+        return load(step)
+    except Damaged as error:
+        raise damaged(folder, step, error, load) from None
+
+
+def _load(
+    workdir: epath.Path,
+    step: int | None,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    names: tuple[str, str],
+    allow_missing: Sequence[str],
+    resize: Mapping[str, Callable],
+    values: bool,
+) -> dict[str, jax.Array]:
+    """`load_params` of one step; `names` are those of the subtree in the model and in the checkpoint."""
+    folder, found = workdir / "checkpoints", places(str(workdir), step)
+    here_name, there_name = (f"{name}/" if name else "" for name in names)
+
+    def in_model(path: str) -> str:
+        return here_name + path.removeprefix(there_name)
+
+    def in_checkpoint(path: str) -> str:
+        return there_name + path.removeprefix(here_name)
+
+    stored = {
+        place: {in_model(path): leaf for path, leaf in stored_in(place).items() if path.startswith(there_name)}
+        for place in found
+    }
+    there = {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}
+    if names[0] and not there.keys() & wanted.keys():
+        raise CheckpointError(f"{folder} has nothing under {there_name!r} that {names[0]!r} could take")
+    wanted = {
+        path: leaf
+        for path, leaf in wanted.items()
+        if path in there or not any(re.fullmatch(pattern, path) for pattern in allow_missing)
+    }
+    other = {
+        path for path in wanted if path in resize and path in there and tuple(there[path].shape) != wanted[path].shape
+    }
+    fits(there, {path: leaf for path, leaf in wanted.items() if path not in other}, folder, extra_allowed=True)
+    if not values:
+        return {}
+
+    def as_stored(path: str) -> jax.ShapeDtypeStruct:
+        if path not in other:
+            return wanted[path]
+        return jax.ShapeDtypeStruct(tuple(there[path].shape), "float32", sharding=wanted[path].sharding)
+
+    loaded: dict[str, jax.Array] = {}
+    for place in found:
+        here = {in_checkpoint(path): as_stored(path) for path in wanted if path in stored[place]}
+        if not here:
+            continue
+        if (sums := sums_in(place, step_folder(workdir, step))) is None:
+            say_unverified(place)
+        dtypes = {in_checkpoint(path): leaf.dtype for path, leaf in stored[place].items()}
+        read = state_lib.flatten(verified_read.read(place, state_lib.unflatten(here), sums, dtypes))
+        loaded |= {in_model(path): leaf for path, leaf in read.items()}
+    for path in other:
+        leaf = wanted[path]
+        make = jax.jit(lambda x, p=path, w=leaf: resize[p](x, w.shape).astype(w.dtype), out_shardings=leaf.sharding)
+        loaded[path] = make(loaded[path])
+    return loaded

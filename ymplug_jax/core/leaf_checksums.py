@@ -1,0 +1,154 @@
+"""Checksums of arrays that may lie in pieces on many devices: exact, and the same under every sharding.
+
+The checksum of an array is two sums, modulo 2**32, of a hash of every element's bits and place. So pieces can be added in any order
+and nothing is gathered: devices add up their own shards. It tells damage, not forgery.
+
+A saved step has them as an item of its own. Those of a conversion stand beside its folder: `checkpoints/converted.checksums.json`,
+{"path of a parameter": "float32[8,16]+0123456789abcdef"}. Orbax passes over that file.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ymplug_jax.core import exits
+
+SUFFIX = ".checksums.json"
+SMALL = 4 * 2**20  # bytes up to which the host is quicker than compiling a program for the shape
+BLOCK = 2**16  # elements that the host hashes at a time: they stay in a core's cache
+PLACE = 0x9E3779B1  # odd constants of well-known integer hashes
+MIX = (0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
+
+
+def of(array: jax.Array | np.ndarray) -> str:
+    """The checksum of an array with its dtype and shape, e.g. "float32[8,16]+0123456789abcdef". On every host if it lies on several."""
+    return of_tree({"": array})[""]
+
+
+def of_tree(flat: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
+    """`of` each array by path. With arrays that lie on several hosts, call it on all of them."""
+    sums = {path: total(array) for path, array in flat.items()}
+    sums = jax.device_get(sums)  # waits once, after all were started
+    return {path: text(array.dtype, array.shape, sums[path]) for path, array in flat.items()}
+
+
+def text(dtype: Any, shape: Sequence[int], sums: Sequence[int]) -> str:
+    """The checksum as `of` gives it, from the two sums."""
+    return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]+{int(sums[0]):08x}{int(sums[1]):08x}"
+
+
+def total(array: jax.Array | np.ndarray) -> Any:
+    """uint32[2], the two sums of a whole array: on the host for small ones, else computed where the array lies."""
+    if isinstance(array, jax.Array):
+        near = array.is_fully_addressable or array.is_fully_replicated
+        if not near or array.nbytes > SMALL:
+            return _on_device(array)
+        if array.is_fully_replicated:
+            array = array.addressable_data(0)
+    return part(np.asarray(array))
+
+
+def part(array: np.ndarray, start: Sequence[int] = ()) -> np.ndarray:
+    """uint32[2], the two sums of a block of an array; the parts of an array add up to its sums, modulo 2**32.
+
+    Args:
+      array: the block.
+      start: index of its first element in the array; () for 0 along every axis. As many axes as the block has.
+    """
+    start = tuple(start) or (0,) * array.ndim
+    sums = np.zeros(2, np.uint32)
+    if array.size > BLOCK:
+        # Along the axis with the largest steps, so that a block is one piece of memory in arrays that are turned round too.
+        axis = max((a for a in range(array.ndim) if array.shape[a] > 1), key=lambda a: abs(array.strides[a]))
+        before, first, after = start[:axis], start[axis], start[axis + 1 :]
+        step = max(1, BLOCK * array.shape[axis] // array.size)
+        for i in range(0, array.shape[axis], step):
+            block = array[(*(slice(None),) * axis, slice(i, i + step))]
+            sums += part(block, (*before, first + i, *after))
+        return sums
+    with np.errstate(over="ignore"):
+        place = np.zeros((1,) * array.ndim, np.uint32)
+        for axis, (size, first) in enumerate(zip(array.shape, start, strict=True)):
+            index = (np.arange(first, first + size) & 0xFFFFFFFF).astype(np.uint32)
+            place = _placed(place, index.reshape(-1, *(1,) * (array.ndim - axis - 1)), np.uint32)
+        place ^= _bits(array)
+        sums += np.array([x.sum(dtype=np.uint32) for x in _hash(place, np.uint32)], np.uint32)
+    return sums
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The elements as unsigned integers of their width, in the same memory."""
+    width = array.dtype.itemsize
+    if width > 4:
+        raise TypeError(f"{array.dtype}: checksums are of elements of at most 32 bits")
+    return array.view(f"uint{8 * width}")
+
+
+@jax.jit
+def _on_device(array: jax.Array) -> jax.Array:
+    """uint32[2], as `part` of the whole array."""
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis in range(array.ndim):
+        place = _placed(place, jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis), jnp.uint32)
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
+    return jnp.stack([x.sum(dtype=jnp.uint32) for x in _hash(bits ^ place, jnp.uint32)])
+
+
+def _placed(place: Any, index: Any, word: Any) -> Any:
+    """The hash of the indices along the axes so far, with those along one more."""
+    place = (place ^ index) * word(PLACE)
+    place ^= place >> word(15)
+    return place
+
+
+def _hash(x: Any, word: Any) -> tuple[Any, Any]:
+    """Two 32-bit hashes of every element's bits and place, `x` (which NumPy changes in place: it is twice as fast).
+
+    The first is one to one in the bits: one changed element always changes the first sum.
+    """
+    x ^= x >> word(16)
+    x *= word(MIX[0])
+    x ^= x >> word(13)
+    x *= word(MIX[1])
+    x ^= x >> word(16)
+    y = x * word(MIX[2])
+    y ^= y >> word(15)
+    return x, y
+
+
+def file_of(folder: epath.Path) -> epath.Path:
+    """Where the checksums of a conversion's item folder stand: beside it."""
+    return folder.with_name(folder.name + SUFFIX)
+
+
+def write(folder: epath.Path, sums: Mapping[str, str]) -> None:
+    """Write the checksums of an item folder (path of a leaf -> `of` its value). The file appears as a whole or not at all."""
+    file = file_of(folder)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(dict(sorted(sums.items())), indent=0) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def read(folder: epath.Path) -> dict[str, str] | None:
+    """The checksums that stand beside an item folder; None if there are none, as for conversions of older versions.
+
+    Raises:
+      exits.Mistake: the file is damaged.
+    """
+    file = file_of(folder)
+    if not file.exists():
+        return None
+    try:
+        sums = json.loads(file.read_bytes())
+    except ValueError:
+        sums = None
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise exits.Mistake(f"{file}: damaged, it should be JSON of checksums; copy it again with the checkpoint")
+    return sums

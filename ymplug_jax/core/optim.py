@@ -1,0 +1,94 @@
+"""AdamW with a decay rule, per-path rate factors and the recipe's schedule. Sees the trainable parameters only."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.config import Optim
+
+
+class Group(NamedTuple):
+    """How one parameter is updated."""
+
+    lr_scale: float
+    weight_decay: float
+
+
+def param_groups(paths: Iterable[str], optim: Optim) -> dict[str, Group]:
+    """Rate factor and weight decay of every trainable path.
+
+    Raises:
+      ValueError: a pattern of the settings that matches no path.
+    """
+    paths = list(paths)
+    no_decay = state_lib.matching(paths, optim.no_decay, "config.optim.no_decay")
+    state_lib.matching(paths, [pattern for pattern, _ in optim.lr_scales], "config.optim.lr_scales")
+
+    def lr_scale(path: str) -> float:
+        return next((factor for pattern, factor in optim.lr_scales if re.fullmatch(pattern, path)), 1.0)
+
+    return {path: Group(lr_scale(path), 0.0 if path in no_decay else optim.weight_decay) for path in paths}
+
+
+def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate by step: int32 scalar -> float32 scalar.
+
+    Warm-up runs over `warmup` steps from 0 to the peak, both ends included; then cosine from the peak towards `min_lr`
+    (never quite reached), or linear from the peak to `min_lr` (reached at the last step). So the rate is 0 at step 0 and
+    the peak appears twice, as in the published recipe. "bert" counts steps from 1: up to the peak in `warmup` steps, then
+    straight to 0 at the last one, but never below `min_lr`.
+
+    Raises:
+      ValueError: the warm-up does not fit into the run, or an unknown kind of schedule.
+    """
+    if not 0 <= warmup <= total:
+        raise ValueError(
+            f"config.optim.warmup is {warmup} steps but the run has {total}; shorten the warm-up or train longer"
+        )
+    if optim.schedule not in ("cosine", "linear", "bert"):
+        raise ValueError(f'config.optim.schedule is {optim.schedule!r}; write "cosine", "linear" or "bert"')
+    rest = max(total - warmup, 1)
+    peak, low = optim.lr, optim.min_lr
+
+    def rate(step: jax.Array) -> jax.Array:
+        step = jnp.minimum(step, total - 1).astype(jnp.float32)
+        up = peak * step / max(warmup - 1, 1)
+        after = step - warmup
+        if optim.schedule == "bert":
+            up, down = peak * (step + 1) / max(warmup, 1), peak * (total - 1 - step) / rest
+            return jnp.maximum(jnp.where(step + 1 < warmup, up, down), low)
+        if optim.schedule == "cosine":
+            down = low + 0.5 * (peak - low) * (1 + jnp.cos(jnp.pi * after / rest))
+        else:
+            down = peak + (low - peak) * after / max(rest - 1, 1)
+        return jnp.where(step < warmup, up, down)
+
+    return rate
+
+
+def make(optim: Optim, trainable: state_lib.Params) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled decay, rate factors. The rate itself is applied by the step: it follows the global
+    step, which goes on when an update is skipped.
+
+    Args:
+      optim: settings.
+      trainable: the trainable parameters (arrays or ShapeDtypeStructs), float32.
+    """
+    groups = param_groups(state_lib.flatten(trainable), optim)
+    decay = state_lib.unflatten({path: group.weight_decay for path, group in groups.items()})
+    factor = state_lib.unflatten({path: group.lr_scale for path, group in groups.items()})
+
+    def decay_and_scale(updates, _, params):
+        updates = jax.tree.map(lambda u, p, d, f: f * (u + d * p), updates, params, decay, factor)
+        return updates, optax.EmptyState()
+
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip),
+        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+        optax.GradientTransformation(lambda _: optax.EmptyState(), decay_and_scale),
+    )

@@ -1,0 +1,86 @@
+"""Frozen matrices in eight bits: a scale for each output channel of each layer, made when a run starts.
+
+Checkpoints keep what was quantised. The layer scan hands a block its own slice, and only there does it become a matrix of the
+computation's type again: one layer at a time, gone when the layer is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ymplug_jax.core import sharding
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.sharding import AxisRules
+from ymplug_jax.core.state import Params
+
+STORED = "bfloat16"  # in checkpoints, and what is not a stacked matrix
+
+
+@struct.dataclass
+class Quantized:
+    """values * scale stands where a parameter stood; whatever asks for an array gets the product."""
+
+    values: jax.Array  # int8, the parameter's shape
+    scale: jax.Array  # bfloat16, 1 along the axes that a product sums over
+
+    def __jax_array__(self) -> jax.Array:
+        return self.values.astype(self.scale.dtype) * self.scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    @property
+    def sharding(self) -> Any:
+        return self.values.sharding
+
+
+def abstract(frozen: Params, axes: AxisRules) -> Params:
+    """The tree of `hold` from placed abstract leaves."""
+
+    def one(leaf: jax.ShapeDtypeStruct, over: tuple[int, ...]) -> Quantized:
+        shape = tuple(1 if axis in over else size for axis, size in enumerate(leaf.shape))
+        spec = (*leaf.sharding.spec, *(None,) * (len(shape) - len(leaf.sharding.spec)))
+        spec = PartitionSpec(*(None if axis in over else name for axis, name in enumerate(spec)))
+        place = NamedSharding(leaf.sharding.mesh, spec)
+        return Quantized(
+            jax.ShapeDtypeStruct(leaf.shape, jnp.int8, sharding=leaf.sharding),
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place),
+        )
+
+    return _map(one, frozen, axes)
+
+
+def hold(frozen: Params, axes: AxisRules) -> Params:
+    """Stacked matrices of a tree of arrays as `Quantized`; until the caller lets go of the arrays, both are there."""
+    return _map(jax.jit(_quantize, static_argnums=1), frozen, axes)
+
+
+def _quantize(x: jax.Array, over: tuple[int, ...]) -> Quantized:
+    """Nearest multiples of a 127th of each channel's largest value."""
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=over, keepdims=True)
+    scale = jnp.where(largest > 0, largest / 127, 1.0).astype(jnp.bfloat16)
+    values = jnp.clip(jnp.round(x.astype(jnp.float32) / scale.astype(jnp.float32)), -127, 127)
+    return Quantized(values.astype(jnp.int8), scale)
+
+
+def _map(one: Any, frozen: Mapping, axes: AxisRules) -> Params:
+    flat = state_lib.flatten(frozen)
+    chosen = {path: _summed(sharding.axis_words(path, axes)) for path in flat}
+    return state_lib.unflatten({path: one(leaf, chosen[path]) if chosen[path] else leaf for path, leaf in flat.items()})
+
+
+def _summed(words: tuple[str, ...]) -> tuple[int, ...]:
+    """Axes that the product of a stacked matrix sums over: embed where it comes in first, else all that come before it. Empty:
+    no stacked matrix."""
+    if words[0] != "layers" or len(words) < 3 or "embed" not in words:
+        return ()
+    return (1,) if words[1] == "embed" else tuple(range(1, len(words) - 1))

@@ -1,0 +1,224 @@
+"""Reading the leaves of a checkpoint's item folder with their checksums: what comes back is what was saved, or one line says what is not."""
+
+import functools
+import gc
+import logging
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import unflatten_dict
+
+from ymplug_jax.core import leaf_checksums
+from ymplug_jax.core.exits import PlaceFailed
+
+GROUP = 2**30  # bytes that are read at a time, in the dtype they are stored in
+# What says that the place cannot be reached now; anything else that cannot be read is damaged.
+UNREACHABLE = re.compile(
+    r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Permission denied|Input/output error|Too many open files"
+)
+
+
+class Damaged(ValueError):
+    """A leaf, or what describes the leaves of a folder, is not what was saved."""
+
+    def __init__(self, what: str, reason: str):
+        super().__init__(f"{what}: {reason}")
+        self.what, self.reason = what, reason
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """{path such as "1/mu/llm/ln/scale": leaf} of any tree, in its order."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in _with_path(tree)}
+
+
+def stored_in(folder: epath.Path) -> dict[str, Any]:
+    """Path -> Orbax metadata (shape, dtype) of the parameters in one item folder.
+
+    Raises:
+      Damaged: its description cannot be read.
+      PlaceFailed: the folder cannot be reached.
+    """
+    what = f"the list of parameters in {folder}"
+    with ocp.PyTreeCheckpointer() as reader:
+        found = _call(lambda: reader.metadata(folder).item_metadata, folder, what)
+    if found is None:
+        raise Damaged(what, "cannot be read (_METADATA or manifest.ocdbt is missing or damaged)")
+    return {"/".join(map(str, path)): leaf for path, leaf in _nested(found.tree).items()}
+
+
+def read(folder: epath.Path, tree: Any, sums: Mapping[str, str] | None, dtypes: Mapping[str, Any] | None = None) -> Any:
+    """The tree as it is stored in an item folder, verified leaf by leaf.
+
+    Args:
+      folder: of one Orbax item.
+      tree: what is wanted, of ShapeDtypeStructs with shardings; may lack leaves that the folder has.
+      sums: checksum by path, None for a checkpoint of an older version, which is read unverified.
+      dtypes: dtype that a path is stored in, where it may be another than the wanted one.
+
+    Raises:
+      Damaged: a leaf cannot be read, or is not what was saved.
+      PlaceFailed: the folder cannot be reached.
+    """
+    parts: dict[str, jax.Array] = {}
+    for group in groups(folder, tree, sums, dtypes):
+        parts |= group
+    flat = named(tree)
+    return jax.tree.unflatten(jax.tree.structure(tree), [parts[path] for path in flat])
+
+
+def groups(
+    folder: epath.Path, tree: Any, sums: Mapping[str, str] | None, dtypes: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, jax.Array]]:
+    """`read` in parts of about GROUP bytes: {path: leaf}. So no more than that is held twice, or held for nothing."""
+    wanted = named(tree)
+    stored = {
+        path: jax.ShapeDtypeStruct(leaf.shape, (dtypes or {}).get(path, leaf.dtype), sharding=leaf.sharding)
+        for path, leaf in wanted.items()
+    }
+    for paths in _parted(stored):
+        found = _restore(folder, tree, {path: stored[path] for path in paths})
+        _verify(found, sums)
+        yield {path: _cast(leaf, wanted[path]) for path, leaf in found.items()}
+
+
+def _parted(leaves: Mapping[str, Any]) -> Iterator[list[str]]:
+    part: list[str] = []
+    size = 0
+    for path, leaf in leaves.items():
+        part.append(path)
+        size += int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        if size >= GROUP:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def once(chosen: Mapping[str, Any]) -> dict[str, jax.Array]:
+        # With partial_restore Orbax leaves out what the item lacks, but reads what stands as a placeholder in it. So of
+        # dicts, which parameters are, no more than the chosen leaves remain; any other tree is as it was saved.
+        dicts = _of_dicts(tree)
+        if dicts:
+            item = unflatten_dict(dict(chosen), sep="/")
+        else:
+            leaves = [chosen.get(path, ocp.PLACEHOLDER) for path in named(tree)]
+            item = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        how = jax.tree.map(
+            lambda leaf: (
+                ocp.RestoreArgs() if leaf is ocp.PLACEHOLDER else ocp.checkpoint_utils.construct_restore_args(leaf)
+            ),
+            item,
+        )
+        with ocp.PyTreeCheckpointer() as reader:
+            args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=dicts)
+            found = named(reader.restore(folder, args=args))
+        return {path: found[path] for path in chosen}
+
+    try:
+        return _call(lambda: once(chosen), folder, "")
+    except Damaged as error:
+        if jax.process_count() > 1:  # the others may have read their parts: no more calls that all must make
+            guess = [path for path in chosen if path.replace("/", ".") in error.reason]
+            raise Damaged(
+                max(guess, key=len, default=f"one of {', '.join(list(chosen)[:3])}, ..."), _short(error)
+            ) from None
+        for path, leaf in chosen.items():  # which one is it
+            _call(lambda path=path, leaf=leaf: once({path: leaf}), folder, path)
+        raise Damaged("its parameters", _short(error)) from None
+
+
+def _of_dicts(tree: Any) -> bool:
+    """Whether nothing but dicts hold the leaves."""
+    return all(isinstance(key, jax.tree_util.DictKey) for path, _ in _with_path(tree) for key in path)
+
+
+def _call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
+    """Orbax and TensorStore raise Exception, ValueError, AttributeError, KeyError and others on files that are damaged."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # they also log hundreds of lines
+    try:
+        return function()
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # the device is full, or another process is gone
+    except Exception as error:
+        _forget_other_reads()
+        text = f"{type(error).__name__}: {error}"
+        if UNREACHABLE.search(text):
+            raise PlaceFailed(
+                f"{folder}: cannot be read ({_short(error)}); look at the place and its permissions"
+            ) from None
+        if what:
+            raise Damaged(what, f"cannot be read ({_short(error)})") from None
+        raise Damaged(what, text) from None
+    finally:
+        logging.disable(level)
+
+
+def _forget_other_reads() -> None:
+    """Orbax lets go of the reads beside one that fails, and closes their event loop. What they find as well is of no more use, but
+    would be printed, hundreds of lines for each: when they end, when they are collected, and at the end of the interpreter."""
+    for name in ("unraisablehook", "excepthook"):
+        hook = getattr(sys, name)
+        if not isinstance(hook, functools.partial):
+            setattr(sys, name, functools.partial(_tell_others, hook))
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    gc.collect()
+
+
+def _tell_others(hook: Callable[..., Any], *given: Any, coroutines: type = types.CoroutineType) -> None:
+    """A hook of `sys` that passes over the reads that Orbax let go of. Takes what is also there when the module's names are gone."""
+    error = given[1] if len(given) > 1 else given[0].exc_value
+    found = None if len(given) > 1 else given[0].object
+    late = str(error) == "Event loop is closed"
+    if not late and not (isinstance(found, coroutines) and "orbax" in found.cr_code.co_filename):
+        hook(*given)
+
+
+def _short(error: Exception) -> str:
+    """The reason in a few words: TensorStore's own word for it if there is one."""
+    text = error.reason if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
+    if found := re.search(r"\b(NOT_FOUND|DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|INVALID_ARGUMENT)\b", text):
+        return {"NOT_FOUND": "a file is missing", "OUT_OF_RANGE": "a file is too short"}.get(
+            found[1], "a file is damaged"
+        )
+    if "reading array index" in text:  # Orbax's words where the whole of TensorStore's do not follow
+        return "a part of it is missing or damaged"
+    return text.splitlines()[0][:100]
+
+
+def _verify(found: Mapping[str, jax.Array], sums: Mapping[str, str] | None) -> None:
+    if sums is None:
+        return
+    seen = leaf_checksums.of_tree(found)
+    for path, now in seen.items():
+        if path not in sums:
+            raise Damaged(path, "has no checksum among those of its checkpoint")
+        if now != sums[path]:
+            raise Damaged(path, f"is not what was saved (checksum {now}, saved {sums[path]})")
+
+
+def _cast(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    return leaf if leaf.dtype == wanted.dtype else jax.device_put(_as_type(leaf, wanted.dtype), wanted.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _as_type(leaf: jax.Array, dtype: Any) -> jax.Array:
+    return leaf.astype(dtype)
+
+
+def _with_path(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)[0]
+
+
+def _nested(tree: Any, prefix: tuple = ()) -> dict[tuple, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {path: leaf for key, value in tree.items() for path, leaf in _nested(value, (*prefix, key)).items()}

@@ -1,0 +1,200 @@
+"""Answers of one run about a stream of clips: classes, captions, rankings, and the sheet that shows their frames."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ymplug_jax.core import index_file
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.data.records import Record
+from ymplug_jax.inference.index_build import Export
+from ymplug_jax.inference.predictor import BATCH, Predictor, blank
+from ymplug_jax.inference.wording import readable, shown
+from ymplug_jax.tasks.mplug_video import classify
+
+SHEET = 64  # clips on a sheet at most
+
+Answer = dict[str, Any]
+
+
+def describe(args: argparse.Namespace, predictor: Predictor, reading: Any) -> Iterator[Answer]:
+    """The answer of classify or caption about each file that can be read, in order.
+
+    Raises:
+      Mistake: scores that are not finite.
+    """
+    about = _caption if args.command == "caption" else _class
+    drawn: list[tuple[Record, str]] = []
+    count = 0
+    for records in reading.records(reading.files, BATCH):
+        for row, record in zip(predictor.rows(records), records, strict=True):
+            answer = about(args, predictor, row, record)
+            yield answer
+            count += 1
+            if args.sheet and len(drawn) < SHEET:
+                drawn.append((record, readable(answer)))
+    draw(args, predictor, drawn, count)
+
+
+def _caption(args: argparse.Namespace, predictor: Predictor, row: dict, record: Record) -> Answer:
+    (found,) = predictor.task.score([row | {"index": np.int64(0)}], [record]).rows
+    return {"video": record.media_id, "caption": found.get("caption", found.get("generated"))}
+
+
+def _class(args: argparse.Namespace, predictor: Predictor, row: dict, record: Record) -> Answer:
+    names = predictor.class_names
+    given = classify.MODALITIES.index("both" if record.title else "video")
+    votes = _finite(row.get("likelihood", row["head"])[given], record.media_id)  # ALPRO has a head alone
+    head = _finite(row["head"][given], record.media_id)
+    if len(names) != len(votes):
+        raise Mistake(
+            f"{predictor.folder}: {len(names)} class names, but votes for {len(votes)}; put the run's own names back"
+        )
+    shares = np.exp(votes - np.logaddexp.reduce(votes))
+    best = np.argsort(-shares, kind="stable")[: args.best]
+    return {
+        "video": record.media_id,
+        "class": names[best[0]],
+        "head": names[int(head.argmax())],
+        "shown": "video and title" if record.title else "video",
+        "best": {names[c]: round(float(shares[c]), 4) for c in best},
+    }
+
+
+def _finite(values: np.ndarray, name: str) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise Mistake(
+            f"{shown(name)}: the model's scores are not finite; this checkpoint is broken, take an earlier one"
+        )
+    return values
+
+
+def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> Iterator[Answer]:
+    """Rankings; writes the index where asked.
+
+    Raises:
+      Mistake: an index, or partial results of an export, that this run did not compute; vectors that are not finite.
+      PlaceFailed: the index cannot be written.
+    """
+    origin = index_file.origin(predictor.experiment, str(predictor.folder))
+    if args.index:
+        names, vectors = _from_index(args, predictor, origin)
+        yield from _rank(args, _texts(args, predictor), vectors, names)
+        return
+    export = Export(args.export, origin) if args.export else None
+    try:
+        vectors = export.vectors if export else {}
+        if export:
+            export.drop([file.name for file in reading.files if not export.has(file.name)])
+        # The sheet needs frames, which an earlier start did not keep.
+        files = [file for file in reading.files if args.sheet or not export or not export.has(file.name)]
+        if export and len(files) < len(reading.files):
+            print(f"{export.part}: {len(reading.files) - len(files)} videos are there already", file=sys.stderr)
+        at_once = args.rank == "texts" and not export
+        pool: dict[str, Record] = {}
+        for records in reading.records(files, BATCH):
+            rows = predictor.rows(records)
+            new = {
+                record.media_id: _finite(row["video"], record.media_id)
+                for row, record in zip(rows, records, strict=True)
+            }
+            vectors |= new
+            if export:
+                export.add(new)
+            if at_once:
+                yield from _rank(args, _texts(args, predictor), np.stack(list(new.values())), list(new))
+            if args.sheet:
+                pool |= {record.media_id: record for record in records}
+                pool = {name: pool[name] for name in _to_draw(args, predictor, vectors, list(pool))}
+        names = [file.name for file in reading.files if file.name in vectors]
+        if export:
+            export.finish(names)
+            if names:
+                print(f"index of {len(names)} videos: {args.export}", file=sys.stderr)
+    finally:
+        if export:
+            export.close()
+    if not names:
+        return
+    answers = list(_rank(args, _texts(args, predictor), np.stack([vectors[name] for name in names]), names))
+    if not at_once:
+        yield from answers
+    if args.sheet:
+        draw(args, predictor, _drawn(args, answers, pool), len(names))
+
+
+def _from_index(
+    args: argparse.Namespace, predictor: Predictor, origin: index_file.Origin
+) -> tuple[list[str], np.ndarray]:
+    """(names, f32[N, E]) of the index that is searched."""
+    arrays = index_file.read(args.index, ("video", "video_id"), setting="--index")
+    index_file.check_origin(args.index, arrays, origin, str(predictor.folder))
+    names, vectors = [str(name) for name in arrays["video_id"]], arrays["video"]
+    if vectors.ndim != 2 or len(vectors) != len(names) or not names:
+        raise Mistake(
+            f"{args.index}: --index holds {len(names)} names and vectors of shape {vectors.shape}; export it again"
+        )
+    return names, vectors
+
+
+def _texts(args: argparse.Namespace, predictor: Predictor) -> np.ndarray:
+    """f32[texts, E] of the questions; they are computed once."""
+    if not args.text:
+        return np.zeros((0, 1), np.float32)
+    if not hasattr(args, "text_vectors"):
+        rows = predictor.rows([blank(text) for text in args.text])
+        args.text_vectors = np.stack([_finite(row["text"], text) for row, text in zip(rows, args.text, strict=True)])
+    return args.text_vectors
+
+
+def _rank(args: argparse.Namespace, texts: np.ndarray, vectors: np.ndarray, names: list[str]) -> Iterator[Answer]:
+    """The best videos of each text, or the best texts of each video; equal scores stay in the order given."""
+    if not args.text:
+        return
+    if texts.shape[1] != vectors.shape[1]:
+        raise Mistake(
+            f"{args.index}: vectors of width {vectors.shape[1]}, this run has {texts.shape[1]}; export it again"
+        )
+    scores = texts @ vectors.T  # [texts, videos]
+    asked, given, key = (args.text, names, "text") if args.rank == "videos" else (names, args.text, "video")
+    for question, line in zip(asked, scores if args.rank == "videos" else scores.T, strict=True):
+        order = np.argsort(-line, kind="stable")[: args.best]
+        yield {key: question, "ranking": [[given[i], round(float(line[i]), 4)] for i in order]}
+
+
+def _to_draw(args: argparse.Namespace, predictor: Predictor, vectors: dict, names: list[str]) -> list[str]:
+    """Those of `names` whose frames the sheet may need, given what was seen so far."""
+    if not args.text or args.rank == "texts":
+        return names[:SHEET]
+    scores = _texts(args, predictor) @ np.stack([vectors[name] for name in names]).T
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : min(args.best, SHEET)]
+    return [names[i] for i in sorted(set(best.ravel().tolist()))]
+
+
+def _drawn(args: argparse.Namespace, answers: list[Answer], pool: dict[str, Record]) -> list[tuple[Record, str]]:
+    """(clip, text below it): of each question its best videos, of each video its best texts."""
+    if not args.text:
+        return [(record, shown(name)) for name, record in pool.items()]
+    if args.rank == "texts":
+        return [(pool[answer["video"]], readable(answer)) for answer in answers if answer["video"] in pool]
+    return [
+        (pool[name], f"{shown(answer['text'])}\n   {place}. {shown(name)}  ({score:+.3f})")
+        for answer in answers
+        for place, (name, score) in enumerate(answer["ranking"], 1)
+    ]
+
+
+def draw(args: argparse.Namespace, predictor: Predictor, drawn: Sequence[tuple[Record, str]], count: int) -> None:
+    """The sheet, where asked for and anything was read; says how many of `count` clips it shows."""
+    if not args.sheet or not drawn:
+        return
+    from ymplug_jax.reports import contact_sheet
+
+    drawn = drawn[:SHEET]
+    records, texts = zip(*drawn, strict=True)
+    contact_sheet.draw(args.sheet, list(records), list(texts), predictor.experiment.data.frames)
+    clips = len({record.media_id for record in records})
+    print(f"frames: {args.sheet}" + (f" ({clips} of {count} clips)" if clips < count else ""), file=sys.stderr)

@@ -1,0 +1,168 @@
+"""An index of many videos that is computed over several starts: what is there so far lies in a side file.
+
+The side file (`index.npz.part`) is JSON lines: first the origin of the vectors, then one line a video. It is only appended to,
+so that it is valid at any time: a line that a kill cut off is dropped. Each vector is bound to the name, size and time of
+its file, and the whole to the weights; the index itself appears when it is whole, and the side file goes.
+"""
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ymplug_jax.core import index_file
+from ymplug_jax.core.exits import Mistake, PlaceFailed
+from ymplug_jax.core.index_file import Origin
+
+KIND = "ymplug_jax export"
+
+
+class Export:
+    """Vectors that are there, and the side file that more are appended to. Used by one process at a time."""
+
+    def __init__(self, path: Path, origin: Origin):
+        """Open the side file, and read what an earlier start left.
+
+        Args:
+          path: of the index to be.
+          origin: of the vectors that will be added.
+
+        Raises:
+          Mistake: the side file belongs to other weights, is no side file, or another process writes it.
+        """
+        self.path, self.part, self._origin = path, path.with_name(path.name + ".part"), origin
+        self.vectors: dict[str, np.ndarray] = {}  # name -> f32[E]
+        self._stamps: dict[str, list[int]] = {}
+        with _place(self.part):
+            self._file = self.part.open("a+b")
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def has(self, name: str) -> bool:
+        """Whether the vector of this file is there, and the file is still the same."""
+        return name in self.vectors and self._stamps[name] == _stamp(name)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget the vectors of these files: they changed, and may not be readable any more."""
+        for name in names:
+            self.vectors.pop(name, None)
+
+    def add(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Keep f32[E] of each file.
+
+        Raises:
+          PlaceFailed: the disk failed; what was kept before stays.
+        """
+        lines = []
+        for name, vector in vectors.items():
+            vector = np.ascontiguousarray(vector, "<f4")
+            self.vectors[name], self._stamps[name] = vector, _stamp(name)
+            line = {"video": name, "stamp": self._stamps[name], "vector": base64.b64encode(vector.tobytes()).decode()}
+            lines.append(json.dumps(line) + "\n")
+        with _place(self.part):
+            self._file.write("".join(lines).encode())
+            self._file.flush()
+
+    def finish(self, names: Sequence[str]) -> int:
+        """Write the index of those of `names` that are there, in this order, and remove the side file. Returns their number.
+
+        Raises:
+          PlaceFailed: the disk failed; the side file stays.
+        """
+        there = [name for name in names if name in self.vectors]
+        if there:
+            arrays = {"video": np.stack([self.vectors[name] for name in there]), "video_id": np.array(there)}
+            with _place(self.path):
+                index_file.write(self.path, arrays | self._origin)
+        self.close()
+        self.part.unlink(missing_ok=True)
+        return len(there)
+
+    def close(self) -> None:
+        """Let go of the side file; one without a single vector is removed."""
+        if not self._file.closed:
+            self._file.close()
+            if not self.vectors:
+                self.part.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(
+                f"{self.part}: another process writes this index; wait for it, or give another name"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _read(self) -> None:
+        """Takes over whole lines, and cuts off what follows the first one that is not."""
+        self._file.seek(0)
+        head = self._file.readline()
+        if head.endswith(b"\n") or len(head) > 4096:
+            found = _line(head)
+            if found.pop("kind", None) != KIND:
+                raise Mistake(f"{self.part}: in the way of --export, and not written by it; move it away")
+            if found != self._origin:
+                raise Mistake(
+                    f"{self.part}: what an earlier start left comes from {index_file.describe(found)}, this run is "
+                    f"{index_file.describe(self._origin)}; remove it to begin anew, or give another name"
+                )
+            whole = self._file.tell()
+            for text in self._file:
+                line = _line(text)
+                vector = _vector(line.get("vector"))
+                if not text.endswith(b"\n") or vector is None or not isinstance(line.get("video"), str):
+                    break
+                self.vectors[line["video"]], self._stamps[line["video"]] = vector, line.get("stamp")
+                whole += len(text)
+            self._file.truncate(whole)
+        else:  # new, or killed before the first line was whole
+            self._file.truncate(0)
+            with _place(self.part):
+                self._file.write(json.dumps({"kind": KIND, **self._origin}).encode() + b"\n")
+                self._file.flush()
+
+
+def _stamp(name: str) -> list[int]:
+    """Size and time of a file; [] where it is gone."""
+    try:
+        found = os.stat(name)
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _line(text: bytes) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _vector(text: object) -> np.ndarray | None:
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    except (ValueError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def _place(path: Path) -> Iterator[None]:
+    """Turns an error of the disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise PlaceFailed(
+            f"{path}: {error.strerror or error}; make room or give another place, then run it again"
+        ) from None

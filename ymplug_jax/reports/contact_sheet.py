@@ -1,0 +1,159 @@
+"""Contact sheet: the frames that a model saw of each clip, with lines of text above them, as one picture."""
+
+import io
+import os
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.data import frames as frames_lib
+from ymplug_jax.reports import fonts
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+MOST = 64  # clips on a sheet
+HIGHEST = 60_000  # pixels: pictures of 65,536 and more cannot be written
+NARROWEST = 620  # pixels, so that text has room beside a single frame
+LINES = 12  # lines of text of a clip
+COLUMNS = 8  # frames beside each other at most
+DPI = 110
+FRAME = (220, 150)  # pixels of a frame's place, width and height
+MARGIN, LINE, STAMP = 12, 21, 17  # pixels: around everything, a line of text, the time under a frame
+POINTS = 10  # of the text
+
+
+def check(path: Path) -> None:
+    """Refuse a file that `draw` could not write, before anything is decoded.
+
+    Raises:
+      Mistake: a suffix that cannot be drawn, a folder of that name, or no folder to write to.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        named = path.suffix or "no suffix"
+        raise Mistake(f"--sheet {path}: cannot draw {named}; name a file that ends in {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise Mistake(f"--sheet {path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise Mistake(f"--sheet {path}: no such folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Mistake(f"--sheet {path}: no permission to write there; name another place")
+
+
+def draw(path: Path, records: Sequence[Any], texts: Sequence[str | Sequence[str]], frames: int) -> int:
+    """Draw `frames` frames of every record, chosen as in evaluation, under its lines of text.
+
+    Long lines are wrapped; a clip's text is cut after LINES lines, and no more than MOST clips are drawn.
+
+    Args:
+      path: of the picture, see `check`.
+      records: data.records.Record each.
+      texts: for each record its lines, first the most important one, as a sequence or as one string; Chinese is fine.
+      frames: T of the model.
+
+    Returns:
+      The number of clips that were drawn.
+
+    Raises:
+      Mistake: the place cannot be written to.
+      ValueError: not as many texts as records, or no records.
+    """
+    if len(records) != len(texts) or not len(records):
+        raise ValueError(f"{len(texts)} texts for {len(records)} records")
+    across = min(frames, COLUMNS)
+    width = max(2 * MARGIN + across * FRAME[0], NARROWEST)
+    pictures, words, top = [], [], 0  # (x, y, image), (x, y, text, size, colour)
+    count = 0
+    for record, text in zip(records[:MOST], texts, strict=False):
+        lines = wrap(text.split("\n") if isinstance(text, str) else text, width - 2 * MARGIN)
+        chosen = frames_lib.choose_frames(frames, len(record.frames), None)
+        rows = [chosen[i : i + across] for i in range(0, frames, across)]
+        images = [[_fit(record.frames[stored]) for stored in row] for row in rows]
+        tall = [max(image.shape[0] for image in row) + 2 for row in images]
+        height = MARGIN + LINE * max(1, len(lines)) + sum(tall) + STAMP * len(rows)
+        if top + height > HIGHEST and count:
+            break
+        y = top + MARGIN
+        for number, line in enumerate(lines):
+            words.append((MARGIN, y + number * LINE, line, POINTS, "black" if number == 0 else "0.25"))
+        y += LINE * max(1, len(lines))
+        for row, stored, high in zip(images, rows, tall, strict=True):
+            for place, (image, frame) in enumerate(zip(row, stored, strict=True)):
+                pictures.append((MARGIN + place * FRAME[0], y, image))
+                seconds = f"{record.timestamps[frame] / 1e6:.1f} s"
+                words.append((MARGIN + place * FRAME[0], y + high, seconds, 8, "0.4"))
+            y += high + STAMP
+        top, count = top + height, count + 1
+    _replace(Path(path), _compose(width, top + MARGIN, pictures, words, Path(path).suffix.lower().removeprefix(".")))
+    return count
+
+
+def _compose(width: int, height: int, pictures: list[tuple], words: list[tuple], form: str) -> bytes:
+    """A picture of frames and text at their places, counted in pixels from the top left."""
+    from matplotlib.figure import Figure
+
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    for x, y, image in pictures:
+        canvas[y : y + image.shape[0], x : x + image.shape[1]] = image
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure.figimage(canvas)
+    families = list(fonts.families())
+    for x, y, text, size, colour in words:
+        figure.text(
+            x / width, 1 - y / height, text, fontsize=size, color=colour, va="top", fontfamily=families,
+            parse_math=False,  # a title may hold dollar signs
+        )  # fmt: skip
+    buffer = io.BytesIO()
+    packing = {"pil_kwargs": {"compress_level": 2}} if form == "png" else {}  # most of the time goes into packing
+    figure.savefig(buffer, format=form, dpi=DPI, **packing)
+    return buffer.getvalue()
+
+
+def wrap(lines: Sequence[str], width: int) -> list[str]:
+    """Lines cut to `width` pixels, anywhere in Chinese and at spaces where there are any; at most LINES, then a dash of dots."""
+    room = width / (POINTS / 72 * DPI / 2)  # half an em each; Chinese characters take two
+    made: list[str] = []
+    for text in lines:
+        text = "".join(c if c.isprintable() else " " for c in str(text).expandtabs(4)).rstrip()
+        while text or not made:
+            end = _fits(text, room)
+            space = text.rfind(" ", end // 2, end) if end < len(text) else -1
+            cut = space if space > 0 else end
+            made.append(text[:cut])
+            text = text[cut:].lstrip()
+    return made if len(made) <= LINES else [*made[: LINES - 1], "…"]
+
+
+def _fits(text: str, room: float) -> int:
+    """How many characters fit, at least one."""
+    size = 0.0
+    for place, character in enumerate(text):
+        size += 2 if unicodedata.east_asian_width(character) in "WF" else 1.15
+        if size > room:
+            return max(1, place)
+    return len(text)
+
+
+def _fit(jpeg: bytes) -> np.ndarray:
+    """uint8[h, w, 3] that fits into a frame's place with a little room; grey where nothing can be read."""
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
+    if image is None:
+        return np.full((FRAME[1] - 6, FRAME[0] - 6, 3), 220, np.uint8)
+    scale = min((FRAME[0] - 6) / image.shape[1], (FRAME[1] - 6) / image.shape[0])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """The whole file or none."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise Mistake(f"--sheet {path}: cannot be written: {error.strerror or error}; name another place") from None

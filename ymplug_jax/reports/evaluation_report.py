@@ -1,0 +1,182 @@
+"""An evaluation as one self-contained HTML page: scores, loss curve, settings, classes, examples with their frames, retrieval grids."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from etils import epath
+
+from ymplug_jax.core import config
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.reports import chance as chance_lib
+from ymplug_jax.reports import classes, curves, examples, score_table
+from ymplug_jax.reports.pictures import Pictures, data_uri
+
+LONGEST = 400  # characters of a text on the page
+SAID = 10  # examples that are printed
+FACTS = ("task", "split", "step", "examples", "labelled", "search", "note", "unlisted")
+
+
+def write(
+    path: epath.Path,
+    scores: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    records: Any,
+    *,
+    experiment: Experiment | None = None,
+    workdir: epath.Path | None = None,
+) -> None:
+    """Write the page.
+
+    Args:
+      path: of the HTML file.
+      scores: name -> value; names with a slash are grouped by what stands before it.
+      rows: readable predictions. What a row holds decides what is drawn: label and predicted (classes), caption and
+        references, text and retrieved_index (grid), title and generated.
+      records: the split, for the frames; rows name their record by "index".
+      experiment: the settings, None: not shown.
+      workdir: the run's folder, for its loss curve and the command that trained it.
+    """
+    chance = chance_lib.of(scores, rows, vocabulary_of(experiment))
+    kinds = classes.kinds(rows) if examples.kind_of(rows) == "classes" else {}
+    lines = classes.table(rows, list(kinds)) if kinds else []
+    text = render(
+        "evaluation_report.html",
+        facts={key: scores[key] for key in FACTS if key in scores},
+        references=_references(rows),
+        groups=grouped(score_table.table(scores, chance.scores)),
+        chance_notes=chance.notes,
+        curve=_curve(workdir),
+        settings=flat(config.settings_of(experiment)) if experiment else {},
+        commands=_commands(workdir),
+        matrices=[m for key, words in kinds.items() if (m := classes.matrix(rows, key, words))],
+        kinds=list(kinds.values()),
+        class_lines=lines[: classes.TABLE],
+        class_count=len(lines),
+        class_names=scores.get("classes"),
+        sections=examples.sections(rows, Pictures(records).of),
+        table=examples.table(rows),
+        percent=lambda share: score_table.with_unit(None if share is None else 100 * share, "%"),
+    )
+    path.write_bytes(text.encode("utf-8", "replace"))  # a file name may hold bytes that are no text
+
+
+def summary(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], experiment: Experiment | None = None) -> str:
+    """The scores and the first predictions for a terminal."""
+    chance = chance_lib.of(scores, rows, vocabulary_of(experiment))
+    head = (
+        f"{scores.get('task')} on {scores.get('split')}: step {scores.get('step')}, {scores.get('examples')} examples"
+    )
+    if "labelled" in scores:
+        head += f", {scores['labelled']} with ground truth"
+    parts = [head, score_table.text(score_table.table(scores, chance.scores)), *chance.notes]
+    if "note" in scores:
+        parts.append(str(scores["note"]))
+    table = examples.table(rows[:SAID])
+    if table.rows:
+        parts.append(f"\n{len(table.rows)} of {len(rows)} examples shown:")
+        for cells in table.rows:
+            named = zip(table.columns, cells, strict=True)
+            parts.append("   ".join(f"{column}: {_cut(cell[0])}" for column, cell in named))
+    return "\n".join(part for part in parts if part)
+
+
+def summary_of_seeds(result: Mapping[str, Any]) -> str:
+    """Mean and standard deviation of every score over several seeds, for a terminal."""
+    spread = {name: value for name, value in result.items() if isinstance(value, Mapping)}
+    means, deviations = (
+        score_table.table({name: value[key] for name, value in spread.items()}) for key in ("mean", "std")
+    )
+    lines = [f"{result.get('task')} on {result.get('split')}, seeds {', '.join(map(str, result.get('seeds', [])))}:"]
+    names = [f"{line.group}: {line.name}" if line.group else line.name for line in means]
+    for name, mean, deviation in zip(names, means, deviations, strict=True):
+        lines.append(f"{name:<{max(map(len, names))}}  {score_table.three_digits(mean.value)} ± {deviation.text}")
+    return "\n".join(lines)
+
+
+def render(name: str, **values: Any) -> str:
+    """A template of this package, filled in. Whatever stands in `values` is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"cut": _cut, "cut_name": _cut_name}
+    return environment.get_template(name).render(**values)
+
+
+def _cut(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _cut_name(text: Any) -> str:
+    """The end of a file's name tells more than its middle."""
+    text = str(text)
+    return text if len(text) <= 160 else f"{text[:60]}…{text[-99:]}"
+
+
+def grouped(lines: Sequence[score_table.Shown]) -> dict[str, list[score_table.Shown]]:
+    """Group -> its scores, in order."""
+    groups: dict[str, list[score_table.Shown]] = {}
+    for line in lines:
+        groups.setdefault(line.group, []).append(line)
+    return groups
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as path -> value, as the command line names them."""
+    if not isinstance(settings, Mapping):
+        return {prefix: settings}
+    return {
+        path: leaf
+        for key, value in settings.items()
+        for path, leaf in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def vocabulary_of(experiment: Experiment | None) -> int | None:
+    """Size of the vocabulary, where the model's settings name exactly one."""
+    if experiment is None:
+        return None
+    leaves = flat(config.settings_of(experiment.model))
+    sizes = {value for path, value in leaves.items() if path.rpartition(".")[2] == "vocab"}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def command_of(argv: Sequence[str]) -> str:
+    """A command line as it can be given again."""
+    if not argv:
+        return ""
+    program = Path(argv[0])
+    words = [f"ymplug_jax.{program.stem}"] if program.parent.name == "ymplug_jax" else None
+    return shlex.join(["python", *(["-m", *words] if words else [str(program)]), *argv[1:]])
+
+
+def _commands(workdir: epath.Path | None) -> dict[str, str]:
+    """Words -> command: of the training, if the run's folder tells, and of this evaluation."""
+    commands = {}
+    try:
+        facts = json.loads((workdir / "environment.json").read_text(encoding="utf-8")) if workdir else {}
+        commands["trained by"] = command_of([str(word) for word in facts["command"]])
+    except (OSError, ValueError, KeyError, TypeError):  # a folder without training, or of another version
+        pass
+    return commands | {"evaluated by": command_of(sys.argv)}
+
+
+def _curve(workdir: epath.Path | None) -> str | None:
+    if workdir is None:
+        return None
+    curve = curves.read(workdir)
+    return None if curve.empty else data_uri(curves.picture({"": curve}), "png")
+
+
+def _references(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many references the captions have."""
+    counts = [len(row["references"]) for row in rows if row.get("references")]
+    if not counts:
+        return ""
+    low, high = min(counts), max(counts)
+    each = f"{low}" if low == high else f"{low} to {high}"
+    return f"{sum(counts)} references of {len(counts)} clips, {each} a clip"

@@ -1,0 +1,153 @@
+"""ALPRO's pass over a batch of pairs, which pre-training and retrieval share, and what goes into it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ymplug_jax.core.config import Data, Experiment
+from ymplug_jax.core.metrics import Mean, Metrics
+from ymplug_jax.data import text
+from ymplug_jax.data.text import Tokenizer
+from ymplug_jax.models import alpro
+from ymplug_jax.models.alpro import ALPRO
+from ymplug_jax.tasks.common import losses, pair_losses, preprocess
+from ymplug_jax.tasks.common.pair_losses import Negatives
+from ymplug_jax.tasks.task import Example, build
+
+# Of bert-base-chinese, for planning without a tokenizer: padding, unknown, beginning, end, mask.
+SPECIALS = {"pad": 0, "unk": 100, "bos": 101, "eos": 102, "mask": 103}
+
+
+def model_of(experiment: Experiment) -> ALPRO:
+    """The model of the settings, which fits the data.
+
+    Raises:
+      ValueError: they do not agree, with the setting to change.
+    """
+    data, model = experiment.data, build(ALPRO, experiment.model)
+    if model.variant not in alpro.VARIANTS:
+        raise ValueError(f"config.model.variant is {model.variant!r}; there are {', '.join(alpro.VARIANTS)}")
+    preprocess.check_video(data, model.vision)
+    if data.max_tokens > model.text.max_positions:
+        raise ValueError(
+            f"config.data.max_tokens {data.max_tokens} exceeds config.model.text.max_positions {model.text.max_positions}"
+        )
+    return model
+
+
+def tokenizer_of(data: Data, model: ALPRO) -> Tokenizer | None:
+    """The WordPiece tokenizer of the settings, None where none is given (planning needs none).
+
+    Raises:
+      ValueError: it has more tokens than the model has rows, or no mask.
+    """
+    tokenizer = preprocess.tokenizer_for(data, model.text.vocab, "config.model.text.vocab")
+    if tokenizer is not None and getattr(tokenizer, "mask", None) is None:
+        raise ValueError(f"{data.tokenizer} has no [MASK]; ALPRO takes a BERT vocab.txt or tokenizer.json")
+    return tokenizer
+
+
+def specials_of(tokenizer: Tokenizer | None) -> dict[str, int]:
+    """The special tokens by name."""
+    return SPECIALS if tokenizer is None else {name: getattr(tokenizer, name) for name in SPECIALS}
+
+
+def encode(tokenizer: Tokenizer | None, words: str, length: int, model: ALPRO) -> Example:
+    """{"ids": int32[L], "mask": int32[L]} of a cleaned text: beginning, text, for Salesforce's variant end, padding."""
+    known = preprocess.given(tokenizer)
+    end = known.eos if model.variant == "salesforce" else None
+    ids, mask = text.encode_words(known.encode(words), length, bos=known.bos, eos=end, pad=known.pad)
+    return {"ids": ids, "mask": mask}
+
+
+def run_of(model: ALPRO, params: dict, key: jax.Array | None) -> ALPRO:
+    """The model bound to its parameters, with randomness for dropout where there is a key."""
+    return model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
+
+
+def forward(
+    run: ALPRO,
+    video: jax.Array,
+    batch: dict[str, jax.Array],
+    *,
+    key: jax.Array | None,
+    group: int,
+    clip: jax.Array | None = None,
+    negatives: Negatives | None = None,
+    shown: jax.Array | None = None,
+    deterministic: bool = True,
+) -> dict[str, Any]:
+    """Encode each side, set every row beside its negatives, and read all pairs together.
+
+    Args:
+      run: bound, with contrastive and matching heads.
+      video: normalised, f[B, T, S, S, 3].
+      batch: ids and mask int32[B, L], valid bool[B].
+      key: randomness of the negatives; None where `negatives` are given.
+      group: negatives are drawn among so many neighbouring rows.
+      clip: int32[B, I], equal for rows that are no negatives of each other.
+      negatives: given instead of drawn.
+      shown: int32[B, L], the text with masked words, to be read with its own video as a fourth pair.
+      deterministic: False applies dropout.
+
+    Returns:
+      tokens f[B, 1 + P, C], states f[B, L, C], video and text f32[B, E] (unit vectors), temperature (within its limits),
+      negatives, fused f[B, 3 or 4, L + 1 + P, C] (order of `pair_losses.pairs`), match f32[B, 3, 2].
+    """
+    quiet = {"deterministic": deterministic}
+    mask, valid = batch["mask"], batch["valid"]
+    tokens, states = run.encode_video(video, **quiet), run.encode_text(batch["ids"], mask, **quiet)
+    out = contrast(run, tokens, states)
+    free = pair_losses.allowed(valid, clip, group)
+    if negatives is None:
+        negatives = pair_losses.choose_negatives(key, out["video"], out["text"], out["temperature"], free)
+    texts, masks, videos = pair_losses.pairs(states, mask, tokens, negatives, group)  # [B, 3, ...] each
+    if shown is not None:
+        told = run.encode_text(shown, mask, **quiet)
+        texts, masks, videos = (
+            jnp.concatenate([three, one[:, None]], axis=1)
+            for three, one in ((texts, told), (masks, mask), (videos, tokens))
+        )
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (texts, masks, videos))  # row by row, so that each stays on its device
+    fused = run.fuse(*flat, **quiet)
+    fused = fused.reshape(*texts.shape[:2], *fused.shape[1:])  # [B, 3 or 4, L + 1 + P, C]
+    return out | {"negatives": negatives, "fused": fused, "match": run.match_logits(fused[:, :3])}
+
+
+def contrast(run: ALPRO, tokens: jax.Array, states: jax.Array) -> dict[str, jax.Array]:
+    """What the contrastive loss takes, beside what it is made of."""
+    return {
+        "tokens": tokens,
+        "states": states,
+        "video": run.embed_video(tokens),
+        "text": run.embed_text(states),
+        "temperature": losses.bounded(run.temperature.astype(jnp.float32), *alpro.TEMPERATURE),
+    }
+
+
+def pair_metrics(out: dict[str, Any], valid: jax.Array, ids: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Contrastive plus matching loss, each a mean of its own: results of `forward`, bool[B], int32[B, I] equal for one clip."""
+    contrastive = Mean(*losses.retrieval(out["video"], out["text"], out["temperature"], ids, valid=valid))
+    total, count, right = pair_losses.matching(out["match"], valid, out["negatives"].found)
+    match = Mean(total, count)
+    metrics = {"contrastive_loss": contrastive, "matching_loss": match, "matching_accuracy": Mean(right, count)}
+    return losses.ratio(contrastive) + losses.ratio(match), metrics
+
+
+def with_loss(total: jax.Array, metrics: Metrics, valid: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The loss among the metrics, weighed by the rows that count."""
+    count = jnp.sum(valid, dtype=jnp.float32)
+    return total, metrics | {"loss": Mean(total * count, count)}
+
+
+def choose_box(size: int, patch: int, rng: np.random.Generator) -> np.ndarray:
+    """A region of a square picture as int32[4] top, left, height, width in patches: 0.3 to 0.5 of the area, aspect 0.3 to 1 / 0.3,
+    all four cut down to whole patches; drawn again until it lies inside."""
+    while True:
+        area, aspect = rng.uniform(0.3, 0.5) * size**2, rng.uniform(0.3, 1 / 0.3)
+        width, height = int(np.sqrt(area / aspect)) // patch, int(np.sqrt(area * aspect)) // patch
+        top, left = (int(place) // patch for place in rng.integers(size, size=2))
+        if width and height and (top + height) * patch <= size and (left + width) * patch <= size:
+            return np.array([top, left, height, width], np.int32)

@@ -1,0 +1,121 @@
+"""Full-gallery ranking by inner products: the gallery is cut over all devices, and no device ever holds the whole matrix."""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ymplug_jax.tasks.common import task_metrics
+
+AXIS = "gallery"
+WIDE = 128  # entries of a group
+
+
+def rank(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    *,
+    best: int = 10,
+    chunk: int = 1024,
+    devices: list | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranks of the right entries, and the best entries, of every query.
+
+    Args:
+      queries: f32[N, E], unit vectors.
+      gallery: f32[G, E], unit vectors.
+      query_ids: int[N]; every entry of the gallery with the same id is right.
+      gallery_ids: int[G].
+      best: how many entries to return for each query (fewer if the gallery is smaller).
+      chunk: queries at a time; a device holds chunk x G / devices similarities.
+      devices: None: all there are.
+
+    Returns:
+      int[N] rank of the best right entry, which is 1 + the number of wrong entries that score as high or higher: ties count
+      against the model, and it is G + 1 where none is right; int[N, best] entries, best first, the lower number first where
+      they are equal; and f32[N, best] their similarities.
+
+    Raises:
+      ValueError: no queries, or no gallery.
+      Mistake: vectors or similarities that are not finite.
+    """
+    if not len(queries) or not len(gallery):
+        raise ValueError(f"{len(queries)} queries and {len(gallery)} entries in the gallery; ranking needs one of each")
+    task_metrics.check_finite(queries, "the query's vector", "query {}".format)
+    task_metrics.check_finite(gallery, "the entry's vector", "entry {} of the gallery".format)
+    devices = devices or jax.devices()
+    count, best = len(gallery), min(best, len(gallery))
+    pad = -count % (WIDE * len(devices))
+    mesh, step = _program(tuple(devices), min(best, (count + pad) // len(devices)), best)
+    cut, whole = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
+
+    def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    entries = place(np.pad(gallery.astype(np.float32), ((0, pad), (0, 0))), cut)
+    ids = place(np.pad(gallery_ids.astype(np.int32), (0, pad)), cut)
+    there = place(np.arange(count + pad) < count, cut)
+    parts = []
+    for start in range(0, len(queries), chunk):
+        part = queries[start : start + chunk].astype(np.float32)
+        part_ids = query_ids[start : start + chunk].astype(np.int32)
+        fill = min(chunk, len(queries)) - len(part)  # one shape for all chunks
+        padded = place(np.pad(part, ((0, fill), (0, 0))), whole), place(np.pad(part_ids, (0, fill)), whole)
+        out = step(*padded, entries, ids, there)
+        parts.append([np.asarray(x)[: len(part)] for x in out])
+    ranks, order, similarity = (np.concatenate(column) for column in zip(*parts, strict=True))
+    task_metrics.check_finite(similarity, "the similarity", "query {}".format)  # finite vectors whose products overflow
+    return ranks, order, similarity
+
+
+@cache
+def _program(devices: tuple, best: int, keep: int) -> tuple[Mesh, Callable]:
+    """The mesh and the step of one chunk: made once, so that a gallery of the same shape compiles nothing anew."""
+    mesh = Mesh(np.array(devices), (AXIS,))
+    return mesh, jax.jit(
+        jax.shard_map(
+            partial(_rank_chunk, best=best, keep=keep),
+            mesh=mesh,
+            in_specs=(P(), P(), P(AXIS), P(AXIS), P(AXIS)),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+
+
+def _rank_chunk(queries, query_ids, gallery, gallery_ids, there, *, best: int, keep: int):
+    """One chunk on one device's share: f32[C, E], int32[C], f32[g, E], int32[g], bool[g]."""
+    # The queries lie along the fast axis: XLA's reductions over the slow one are vectorised.
+    scores = jnp.einsum("ge,ce->gc", gallery, queries, precision="highest")  # [g, C]
+    scores = jnp.where(scores == 0, 0.0, scores)  # for top_k -0.0 is less than 0.0
+    scores = jnp.where(there[:, None], scores, -jnp.inf)
+    same, there = query_ids == gallery_ids[:, None], there[:, None]
+    right = jax.lax.pmax(jnp.where(same & there, scores, -jnp.inf).max(axis=0), AXIS)  # [C]
+    ahead = jax.lax.psum(jnp.sum(~same & there & (scores >= right), axis=0), AXIS)
+    values, here = _largest(scores, best)
+    here = here + jax.lax.axis_index(AXIS) * gallery.shape[0]
+    values, here = (jax.lax.all_gather(x, AXIS, axis=1, tiled=True) for x in (values, here))  # [C, devices * best]
+    values, pick = jax.lax.top_k(values, keep)
+    return ahead + 1, jnp.take_along_axis(here, pick, axis=1), values
+
+
+def _largest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of every column and their rows, the lower row first where they are equal: f[g, C] -> [C, k] each.
+
+    `models.decode.top_k` along the slow axis: only the largest of every 128 rows and the k groups that they name are sorted.
+    """
+    groups, width = scores.shape[0] // WIDE, scores.shape[1]
+    if groups <= 2 * k:
+        return jax.lax.top_k(scores.T, k)
+    cut = scores.reshape(groups, WIDE, width)
+    chosen = jnp.sort(jax.lax.top_k(cut.max(axis=1).T, k)[1], axis=-1)  # [C, k], in order, so that ties keep theirs
+    column = jnp.arange(width)[:, None, None]
+    few = cut[chosen[:, :, None], jnp.arange(WIDE), column].reshape(width, k * WIDE)
+    values, place = jax.lax.top_k(few, k)
+    return values, jnp.take_along_axis(chosen, place // WIDE, axis=-1) * WIDE + place % WIDE

@@ -1,0 +1,124 @@
+"""Classification and retrieval metrics, all in percent but the ranks.
+
+Ties count against the model: an answer that scores as high as a right one ranks before it. A model whose scores are all
+equal has therefore the lowest recalls, not the highest. Right answers of one query are never ties of each other.
+Scores that are not finite have no order, so they are an error.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ymplug_jax.core.exits import Mistake
+
+
+def check_finite(values: np.ndarray, what: str, name: Callable[[int], str] = "row {}".format) -> None:
+    """Refuse scores without an order.
+
+    Args:
+      values: f[N, ...].
+      what: they are, for the message.
+      name: of row i, for the message.
+
+    Raises:
+      Mistake: a row holds a NaN or an infinity; the message names the first such row.
+    """
+    values = np.asarray(values)
+    bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1) if values.size else np.zeros(0, bool)
+    if bad.any():
+        first = int(bad.argmax())
+        found = values[first][~np.isfinite(values[first])].flat[0]
+        raise Mistake(
+            f"{name(first)}: {what} is {found}, in {bad.sum()} of {len(bad)} rows; nothing was scored: evaluate an earlier "
+            "checkpoint, or train again with a lower config.optim.lr"
+        )
+
+
+def check_rows(rows: Sequence[Mapping[str, Any]], records: Sequence[Any], *keys: str) -> None:
+    """`check_finite` of some predictions of every example.
+
+    Args:
+      rows: of a task's predictions, "index" is the place in the split.
+      records: of the split.
+      keys: predictions that scores are made of, f[...] each.
+
+    Raises:
+      Mistake: one is not finite; the message names the first example by its video and its place in the split.
+    """
+    for key in keys:
+        values = np.stack([np.asarray(row[key], np.float32) for row in rows])
+        check_finite(values, f"the model's {key!r}", lambda i: example_name(rows[i], records))
+
+
+def example_name(row: Mapping[str, Any], records: Sequence[Any]) -> str:
+    """What messages call an example: its video and its place in the split."""
+    index = int(row["index"])
+    return f"{records[index].media_id} (example {index} of the split)"
+
+
+def class_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Rank, 1 the best, of each row's label: f[N, C], int[N] in 0..C-1 -> int[N]. Ties count against the label.
+
+    Raises:
+      Mistake: scores that are not finite.
+    """
+    labels = np.asarray(labels)
+    return ranks_in(scores, np.arange(np.shape(scores)[1]) == labels[:, None])
+
+
+def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Percent of rows whose label is among the k highest scores: f[N, C], int[N] in 0..C-1. Ties count against the label.
+
+    Raises:
+      Mistake: scores that are not finite.
+    """
+    return 100 * float(np.mean(class_ranks(scores, labels) <= k))
+
+
+def order(scores: np.ndarray, label: int = -1) -> np.ndarray:
+    """Columns by score, the highest first: f[C] -> int[C]. Equal ones by their number, but `label`, where it is given, after all
+    that equal it: its place in the order is then its rank, as in `class_ranks`."""
+    place = np.argsort(-np.asarray(scores), kind="stable")
+    if label < 0:
+        return place
+    level = np.asarray(scores)[place]
+    after = np.flatnonzero(level == scores[label])[-1]  # the last of those that equal it
+    return np.insert(place[place != label], after, label)
+
+
+def ranks_in(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Rank of each row's best right column: f[N, G], bool[N, G] -> int[N].
+
+    It is 1 + the number of wrong columns that score as high or higher: ties count against the model. G + 1 where no column is
+    right.
+
+    Raises:
+      Mistake: scores that are not finite.
+    """
+    check_finite(scores, "the score")
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    return 1 + np.sum(~np.asarray(right) & (scores >= best), axis=1)
+
+
+def recalls(video_to_text: np.ndarray, text_to_video: np.ndarray) -> dict[str, float]:
+    """R@1, R@5, R@10, mean and median rank of both directions, and the means of the recalls: ranks int[N], 1 the best."""
+    scores: dict[str, float] = {}
+    for name, ranks in (("v2t", video_to_text), ("t2v", text_to_video)):
+        for k in (1, 5, 10):
+            scores[f"{name}_r{k}"] = 100 * float(np.mean(ranks <= k))
+        scores[f"{name}_r_mean"] = float(np.mean([scores[f"{name}_r{k}"] for k in (1, 5, 10)]))
+        scores[f"{name}_mean_rank"] = float(np.mean(ranks))
+        scores[f"{name}_median_rank"] = float(np.median(ranks))
+    scores["r_mean"] = (scores["v2t_r_mean"] + scores["t2v_r_mean"]) / 2
+    return scores
+
+
+def over_seeds(runs: list[Mapping[str, object]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation (of a sample, N - 1) of every number that all runs have."""
+    names = [name for name, value in runs[0].items() if isinstance(value, float) and all(name in run for run in runs)]
+    table = {name: np.array([run[name] for run in runs], float) for name in names}
+    return {
+        name: {"mean": float(values.mean()), "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+        for name, values in table.items()
+    }

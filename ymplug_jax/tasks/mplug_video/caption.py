@@ -1,0 +1,153 @@
+"""Video captioning: the frozen decoder is trained to say the caption and then says it by search (spec 8.3, 9, 10)."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ymplug_jax.core.config import Experiment, Options
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.core.metrics import Mean, Metrics
+from ymplug_jax.core.state import Params
+from ymplug_jax.data.records import Record
+from ymplug_jax.data.text import clean_caption, clean_text
+from ymplug_jax.models import decode, mplug_video
+from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.tasks.common import caption_metrics, losses, preprocess, task_metrics
+from ymplug_jax.tasks.task import CAPTIONED, Batch, Example, Report, Row, Task, build
+
+SEARCHES = ("beam", "beam_by_length", "greedy", "sample")
+
+
+def make(experiment: Experiment) -> Task:
+    """The task for `experiment.model` = fields of MPLUGVideo. In training one of a record's captions is drawn."""
+    data, options = experiment.data, experiment.options
+    model: MPLUGVideo = build(MPLUGVideo, experiment.model)
+    length = data.max_tokens
+    preprocess.check(data, model, max(length, options.prompt_tokens + options.new_tokens))
+    if options.search not in SEARCHES:
+        raise ValueError(f"config.options.search is {options.search!r}; there are {', '.join(SEARCHES)}")
+    tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
+
+    def example(record: Record, rng: np.random.Generator | None) -> Example:
+        known, texts = preprocess.given(tokenizer), record.captions
+        chosen = texts[0 if rng is None else int(rng.integers(len(texts)))] if texts else ""
+        pair = preprocess.encode_pair(known, options.prompt, clean_text(chosen, data.max_words), length)
+        made = {"video": preprocess.video_of(record, data, rng), **pair, "labelled": np.bool_(bool(texts))}
+        if rng is None:
+            prompt = preprocess.encode(known, options.prompt, options.prompt_tokens)
+            made |= {"prompt": prompt["ids"], "prompt_mask": prompt["mask"]}
+        return made
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        run = model.bind({"params": params}, rngs={} if key is None else {"dropout": key})
+        mask = batch["mask"] * (batch["valid"] & batch["labelled"])[:, None]  # [B, L]
+        prefix = run.encode_video(preprocess.normalize(batch["video"], model.vision.dtype))["prefix"]
+        hidden = run.hidden(prefix, batch["ids"], deterministic=key is None)  # [B, Q + L, H]
+        keep = experiment.train.keep_logits
+        text, logits_of = hidden[:, model.abstractor.queries : -1], partial(preprocess.logits_of, model, params)
+        mean = Mean(
+            *losses.next_token_of(logits_of, text, batch["ids"], mask, batch["prompt_length"], keep_logits=keep)[:2]
+        )
+        return losses.ratio(mean), {"caption_loss": mean, "loss": mean}
+
+    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        video = preprocess.normalize(batch["video"], model.vision.dtype)
+        prefix = model.apply({"params": params}, video, method="encode_video")["prefix"]
+        begin, lengths = batch["prompt"], batch["prompt_mask"].sum(axis=1) - 1  # without the end token
+        eos = preprocess.given(tokenizer).eos
+        ids = generate(model, params["llm"], prefix, begin, lengths, options, eos, keys_of(batch["video"]))
+        return {"generated": ids, "valid": batch["valid"]}
+
+    def score(rows: list[Row], records: Sequence[Record]) -> Report:
+        known = preprocess.given(tokenizer)
+        said = [clean_caption(preprocess.decode(known, row["generated"]), options.prompt) for row in rows]
+        scores, answers = report_of(said, rows, records)
+        return Report({"modalities": "video", "search": options.search} | scores, answers)
+
+    row = preprocess.row_spec(length)
+    spec = {"video": preprocess.video_spec(data), "ids": row, "mask": row}
+    spec |= {"prompt_length": jax.ShapeDtypeStruct((), jnp.int32), "labelled": jax.ShapeDtypeStruct((), jnp.bool_)}
+    return Task(
+        kinds=CAPTIONED,
+        axes=mplug_video.AXES,
+        frozen=mplug_video.FROZEN,
+        init=lambda key: mplug_video.init(model, key),
+        example=example,
+        spec=spec,
+        loss=loss,
+        predict=predict,
+        score=score,
+        resize=mplug_video.RESIZE,
+    )
+
+
+def report_of(said: list[str], rows: list[Row], records: Sequence[Record]) -> tuple[dict[str, object], list[dict]]:
+    """Scores and readable rows of captions. A clip counts once, as in the COCO toolkit: the caption of its first row stands
+    against the references of all its rows.
+
+    Args:
+      said: the captions of N rows.
+      rows: N rows, "index" is the place in the split.
+      records: of the split.
+
+    Raises:
+      Mistake: a reference without a Chinese character, with its clip: no caption could match it.
+    """
+    clips: dict[str, dict] = {}
+    for text, row in zip(said, rows, strict=True):
+        index = int(row["index"])
+        record = records[index]
+        own = {"index": index, "id": record.media_id, "caption": text, "references": []}
+        references = clips.setdefault(record.media_id, own)["references"]
+        for reference in record.captions:
+            if not caption_metrics.normalise(reference):
+                raise Mistake(
+                    f"{task_metrics.example_name(row, records)}: the reference {reference!r} has no Chinese character, and the "
+                    "metrics count those alone; take it out of the split"
+                )
+            references.append(reference)
+    answers = list(clips.values())
+    told = [answer for answer in answers if answer["references"]]
+    count = sum(len(answer["references"]) for answer in told)
+    scores: dict[str, object] = {"rows": len(rows), "clips": len(answers), "labelled": len(told), "references": count}
+    if not told:
+        return scores | {"note": "this split has no captions: predictions are written, nothing is scored"}, answers
+    if len(told) == 1:
+        scores["note"] = "one clip has references: CIDEr weighs words by their rarity among clips and is 0"
+    texts = [[reference.lower() for reference in answer["references"]] for answer in told]
+    total, each = caption_metrics.score([answer["caption"] for answer in told], texts)
+    for answer, values in zip(told, each, strict=True):
+        answer |= values
+    return scores | total, answers
+
+
+def keys_of(video: jax.Array) -> jax.Array:
+    """key[B] from the pixels uint8[B, T, S, S, 3]: what is drawn for a clip does not depend on the batch that it is in."""
+    pixels = video.reshape(len(video), -1).astype(jnp.uint32)
+    places = jnp.arange(pixels.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    seeds = jnp.sum(pixels * places, axis=1, dtype=jnp.uint32)
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed))(seeds)
+
+
+def generate(
+    model: MPLUGVideo, lm: Params, prefix: jax.Array, ids: jax.Array, lengths: jax.Array, options: Options, eos: int,
+    keys: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """What the search of the settings says after the prompt: f[B, Q, H], int32[B, P], int32[B], key[B] -> int32[B, tokens]."""
+    width = ids.shape[1] + options.new_tokens
+    if options.search in ("beam", "beam_by_length"):
+        reference = options.search == "beam"
+        # The row of the reference begins with the padded prompt and is written over from the prompt's end on.
+        return decode.beam(
+            model.llm, lm, prefix, ids, lengths, beams=options.beams, eos=eos,
+            new_tokens=width - 1 if reference else options.new_tokens, row_length=width if reference else 0,
+        ).ids  # fmt: skip
+    if options.search == "greedy":
+        return decode.greedy(model.llm, lm, prefix, ids, lengths, new_tokens=options.new_tokens, eos=eos).ids
+    return decode.sample(
+        model.llm, lm, prefix, ids, lengths, keys, new_tokens=options.new_tokens, eos=eos,
+        top_k=options.top_k, top_p=options.top_p, temperature=options.temperature,
+    ).ids  # fmt: skip

@@ -1,0 +1,62 @@
+"""The language model alone, on titles: what makes a tiny one worth freezing. Large ones come converted.
+
+A sequence is one title repeated, entered at a random token. So every position of the table is used, and the model learns
+to follow what stands before the text, which is what a visual prefix relies on later.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.metrics import Mean, Metrics
+from ymplug_jax.core.state import Params
+from ymplug_jax.data.records import Record
+from ymplug_jax.data.text import clean_text
+from ymplug_jax.models import gpt3
+from ymplug_jax.models.gpt3 import GPT3
+from ymplug_jax.tasks.common import losses, preprocess
+from ymplug_jax.tasks.task import TITLED, Batch, Example, Task, build
+
+
+class LanguageModel(nn.Module):
+    """A GPT-3 whose parameters stand under "llm", as in mPLUG-video."""
+
+    llm: GPT3 = GPT3()
+
+    def __call__(self, ids: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """int[B, L] -> logits f32[B, L - 1, V], position j for token j + 1."""
+        return self.llm.logits(self.llm(self.llm.embed(ids), deterministic=deterministic)[:, :-1])
+
+
+def make(experiment: Experiment) -> Task:
+    """The task for `experiment.model` = {"llm": fields of GPT3}."""
+    data = experiment.data
+    model: LanguageModel = build(LanguageModel, experiment.model)
+    length = data.max_tokens
+    tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
+
+    def example(record: Record, rng: np.random.Generator | None) -> Example:
+        known = preprocess.given(tokenizer)
+        title = [known.bos, *known.encode(clean_text(record.title, data.max_words)), known.eos]
+        first = 0 if rng is None else int(rng.integers(len(title)))
+        ids = np.resize(np.array(title, np.int32), first + length)[first:]  # the title over and over
+        return {"ids": ids}
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        rngs = {} if key is None else {"dropout": key}
+        logits = model.apply({"params": params}, batch["ids"], deterministic=key is None, rngs=rngs)
+        mask = jnp.ones_like(batch["ids"]) * batch["valid"][:, None]
+        mean = Mean(*losses.next_token(logits, batch["ids"], mask))
+        return mean.total / jnp.maximum(mean.weight, 1.0), {"loss": mean}
+
+    return Task(
+        kinds=(*TITLED, "text"),
+        axes=tuple((f"llm/{path}", words) for path, words in gpt3.AXES),
+        frozen=(),
+        init=lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"],
+        example=example,
+        spec={"ids": jax.ShapeDtypeStruct((length,), jnp.int32)},
+        loss=loss,
+    )

@@ -1,0 +1,274 @@
+"""A padded pass over a split: losses during training, predictions and scores from a checkpoint."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ymplug_jax.core import checkpoint, checkpoint_files, index_file, progress, sharding
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.core.metrics import Metrics
+from ymplug_jax.core.state import Params
+from ymplug_jax.data import loader
+from ymplug_jax.data.source import open_split
+from ymplug_jax.reports import evaluation_report
+from ymplug_jax.tasks.common import task_metrics as metrics_lib
+from ymplug_jax.tasks.task import Batch, Report, Row
+from ymplug_jax.training import setup
+from ymplug_jax.training.setup import Run
+
+LossStep = Callable[[Params, Params, Batch], Metrics]
+
+
+def make_loss_step(run: Run) -> LossStep:
+    """The jitted (trainable, frozen, batch) -> metrics; make it once, it compiles at its first call."""
+
+    def step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
+        return run.task.loss(state_lib.merge(trainable, frozen), batch, None)[1]
+
+    return jax.jit(step, out_shardings=sharding.replicated(run.mesh))
+
+
+def losses(run: Run, step: LossStep, records: Any, trainable: Params, frozen: Params) -> dict[str, float]:
+    """Mean of every metric of the task over the head of the evaluation split (`eval_examples` at most), without dropout.
+
+    A metric that nothing in the split counts for is left out.
+
+    Raises:
+      Mistake: a metric is not finite; the message names it and the first batch where it is not.
+    """
+    batches = _batches(run, records, run.experiment.train.eval_examples, "evaluation")
+    found = [(start, step(trainable, frozen, batch)) for batch, start in batches]
+    return _means(found, records, run.experiment)[0]
+
+
+class Scorer:
+    """Scores a run's evaluation split. Make it once: its functions compile at their first call."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._loss_step = make_loss_step(run)
+        self._predict = run.task.predict and jax.jit(
+            lambda t, f, batch: run.task.predict(state_lib.merge(t, f), batch),
+            out_shardings=sharding.replicated(run.mesh),
+        )
+
+    def score(
+        self, records: Any, trainable: Params, frozen: Params, examples: int, step: int
+    ) -> tuple[dict[str, Any], Report]:
+        """(scores, what an evaluation found) of parameters as the devices hold them.
+
+        Args:
+          records: the evaluation split.
+          trainable: half of the parameters.
+          frozen: the other half, see `run.hold`.
+          examples: this many at most; 0: the whole split.
+          step: of the checkpoint, for the scores.
+
+        Raises:
+          Mistake: something that would be written is not finite; the message names the score and the first example.
+          ValueError: no example to score.
+        """
+        run, experiment = self._run, self._run.experiment
+        split = experiment.data.eval_split
+        found: list[tuple[int, Metrics]] = []
+        rows: list[Row] = []
+        for batch, start in _batches(run, records, examples, f"evaluate {split}"):
+            found.append((start, self._loss_step(trainable, frozen, batch)))
+            if self._predict:
+                rows += _checked(_rows(jax.device_get(self._predict(trainable, frozen, batch)), start), records)
+        means, note = _means(found, records, experiment)
+        if self._predict and not rows:
+            raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record to score; build it again")
+        report = Report({}, [])
+        if run.task.rescore:
+            with jax.set_mesh(run.mesh):
+                rows = run.task.rescore(state_lib.merge(trainable, frozen), rows)
+        if run.task.score:
+            report = run.task.score(rows, records)
+        scores: dict[str, Any] = {
+            "task": experiment.task,
+            "split": split,
+            "step": step,
+            "examples": len(rows) if self._predict else _size(records, examples),
+            **means,
+            **report.scores,
+        }
+        if note:
+            scores["note"] = "; ".join(filter(None, (scores.get("note"), note)))
+        _check_written(scores, report, records)
+        return scores, report
+
+
+def evaluate_all(
+    runs: list[tuple[Experiment, epath.Path]], workdir: epath.Path, *, examples: int = 0
+) -> dict[str, Any]:
+    """`evaluate` of one run; of several, mean and standard deviation of every score, written to `workdir`/seeds.json too."""
+    scores = [evaluate(experiment, folder, examples=examples) for experiment, folder in runs]
+    if len(runs) == 1:
+        return scores[0]
+    same = {key: scores[0][key] for key in ("task", "split", "examples")}
+    result = same | {"seeds": [experiment.train.seed for experiment, _ in runs], **metrics_lib.over_seeds(scores)}
+    if jax.process_index() == 0:
+        (workdir / "seeds.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        logging.info("\n%s\n\nseeds: %s", evaluation_report.summary_of_seeds(result), workdir / "seeds.json")
+    return result
+
+
+def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) -> dict[str, Any]:
+    """Score the run's newest checkpoint on its evaluation split.
+
+    Writes `eval/<split>/`: scores.json, predictions.jsonl (one line an example), report.html (the same for the eye) and,
+    for retrieval, index.npz.
+
+    Args:
+      experiment: the settings of the run.
+      workdir: the run's folder.
+      examples: stop after this many; 0: the whole split.
+
+    Returns:
+      Scores, with the split, the step and the number of examples they were taken over. A metric that nothing in the split
+      counts for is left out and named in "note".
+
+    Raises:
+      Mistake: something that would be written is not finite; the message names the score and the first example.
+      ValueError: no example to score.
+    """
+    if examples < 0:
+        raise Mistake(f"--examples {examples}: give 1 or more, or 0 for the whole split")
+    run = setup.prepare(experiment, training=False)
+    trainable, frozen = state_lib.split(load(run, workdir), run.frozen_patterns)
+    frozen = setup.hold(run, frozen)
+    split = experiment.data.eval_split
+    records = open_split(experiment.data.path, split)
+    scorer = Scorer(run)
+    scores, report = scorer.score(records, trainable, frozen, examples, checkpoint_files.latest_step(str(workdir)) or 0)
+    if jax.process_index() == 0:
+        if report.arrays:  # vectors of two runs are not comparable
+            report.arrays.update(index_file.origin(experiment, str(workdir)), split=split)
+        folder = workdir / "eval" / split
+        _write(folder, scores, report)
+        html = folder / "report.html"
+        evaluation_report.write(html, scores, report.rows, records, experiment=experiment, workdir=workdir)
+        logging.info("\n%s\n\nreport: %s", evaluation_report.summary(scores, report.rows, experiment), html)
+    return scores
+
+
+def load(run: Run, workdir: epath.Path) -> Params:
+    """All parameters of the run's newest checkpoint, placed as the run wants them; of a run that has not begun, those that
+    `init_from` gives, to score without training."""
+    if checkpoint_files.latest_step(str(workdir)) is None and run.experiment.train.init_from:
+        logging.warning("%s: no checkpoint; scoring config.train.init_from as it stands", workdir)
+        return setup.fresh_params(run)[0]
+    abstract = state_lib.merge(run.state.trainable, run.frozen)
+    return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
+
+
+def _means(found: list[tuple[int, Metrics]], records: Any, experiment: Experiment) -> tuple[dict[str, float], str]:
+    """(mean of every metric that anything counted for, note about the others), from the metrics of each batch with the place of
+    its first example.
+
+    Raises:
+      Mistake: a metric is not finite; the message names it and the first batch where it is not.
+    """
+    total: Metrics = {}
+    for start, metrics in jax.device_get(found):
+        for name, mean in metrics.items():
+            if not (np.isfinite(mean.total) and np.isfinite(mean.weight)):
+                last = min(start + experiment.train.batch_size, len(records)) - 1
+                raise Mistake(
+                    f"{records[start].media_id}: {name} is {mean.total} in the batch of examples {start} to {last} of split "
+                    f"{records.split!r}, of which this is the first; nothing was scored: evaluate an earlier checkpoint, or "
+                    "train again with a lower config.optim.lr"
+                )
+        total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
+    means = {name: mean.value() for name, mean in total.items() if mean.weight}
+    absent = ", ".join(sorted(total.keys() - means.keys()))
+    return means, f"no example of this split counts for {absent}" if absent else ""
+
+
+def _checked(rows: list[Row], records: Any) -> list[Row]:
+    """The rows of a batch, once all their floats are finite: a model that has diverged is found at its first batch."""
+    floats = [key for key, value in rows[0].items() if jax.numpy.issubdtype(value.dtype, np.floating)] if rows else []
+    metrics_lib.check_rows(rows, records, *floats)
+    return rows
+
+
+def _check_written(scores: dict[str, Any], report: Report, records: Any) -> None:
+    """Everything that is about to be written is finite, or a Mistake names it: JSON has no NaN."""
+
+    def wrong(value: Any) -> bool:
+        if isinstance(value, dict):
+            return any(wrong(part) for part in value.values())
+        if isinstance(value, list | tuple):
+            return any(wrong(part) for part in value)
+        return isinstance(value, float | np.floating) and not np.isfinite(value)
+
+    for name, value in scores.items():
+        if wrong(value):
+            raise Mistake(
+                f"{scores['split']}: the score {name!r} is {value}; nothing was written, look at the model's answers"
+            )
+    for row in report.rows:
+        if bad := next((name for name, value in row.items() if wrong(value)), None):
+            raise Mistake(
+                f"{metrics_lib.example_name(row, records)}: {bad!r} is {row[bad]}; nothing was written, look at the model's "
+                "answers"
+            )
+
+
+def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(_strict(row), ensure_ascii=False) + "\n" for row in report.rows)
+    # What is no text in a file name becomes an escape that JSON knows.
+    (folder / "predictions.jsonl").write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
+    if report.arrays:
+        index_file.write(folder / "index.npz", report.arrays)
+    text = json.dumps(_strict(scores), indent=2, ensure_ascii=False) + "\n"
+    (folder / "scores.json").write_text(text, encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _size(records: Any, examples: int) -> int:
+    return min(len(records), examples) if examples else len(records)
+
+
+def _batches(run: Run, records: Any, examples: int, title: str) -> Iterator[tuple[Batch, int]]:
+    """Every example once, in order, with the place of the batch's first one in the split; the last batch is padded with
+    `valid` False. The same number of batches on every host."""
+    data, size = run.experiment.data, run.experiment.train.batch_size
+    rows = sharding.local_rows(size, run.mesh)
+    stream = loader.batches(
+        records, run.task.example, seed=0, batch_size=size, rows=rows, shuffle=False,
+        num_examples=_size(records, examples), threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
+    )  # fmt: skip
+    steps = -(-_size(records, examples) // size)
+    hidden = jax.process_index() != 0
+    with jax.set_mesh(run.mesh):
+        bar = progress.bar(stream, total=steps, desc=title, unit="batch", hidden=hidden)
+        for number, local in enumerate(bar):
+            yield sharding.put_batch(local, rows, size, run.mesh), number * size
+    if stream.skipped:
+        logging.warning("%s: %d corrupt records were left out", title, stream.skipped)
+
+
+def _rows(batch: dict[str, np.ndarray], start: int) -> list[Row]:
+    """The valid rows of a batch of predictions."""
+    return [
+        {key: value[i] for key, value in batch.items() if key != "valid"} | {"index": np.int64(start + i)}
+        for i in np.flatnonzero(batch["valid"])
+    ]

@@ -1,0 +1,235 @@
+"""A run made ready: task, mesh, optimizer, and where every parameter will live and come from. Shared by all programs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from ymplug_jax.core import config, optim, quantize, sharding
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.core.state import Params, TrainState
+from ymplug_jax.data.source import open_split
+from ymplug_jax.tasks import task as task_lib
+from ymplug_jax.tasks.task import Task
+
+if TYPE_CHECKING:
+    from ymplug_jax.core import checkpoint
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")  # of frozen parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Nothing in it takes device memory: trees are abstract (shape, dtype, sharding)."""
+
+    experiment: Experiment
+    task: Task
+    mesh: Mesh
+    frozen_patterns: tuple[str, ...]
+    tx: optax.GradientTransformation
+    rate: Callable[[jax.Array], jax.Array]
+    examples: int  # in the training split
+    steps_per_epoch: int
+    total_steps: int
+    state: TrainState  # abstract
+    frozen: Params  # abstract, as checkpoints keep it
+    held: Params  # abstract, as the devices hold it: with int8 not the same
+
+
+def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple[Experiment, epath.Path]]:
+    """(settings, folder) of `count` runs that differ in nothing but the seed; one run keeps `workdir` for itself.
+
+    Raises:
+      ValueError: no run at all.
+    """
+    if count < 1:
+        raise ValueError(f"--seeds {count}: give 1 or more")
+    if count == 1:
+        return [(experiment, workdir)]
+    first = experiment.train.seed
+    return [
+        (
+            dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=seed)),
+            workdir / f"seed_{seed}",
+        )
+        for seed in range(first, first + count)
+    ]
+
+
+def prepare(experiment: Experiment, devices: list | None = None, *, training: bool = True) -> Run:
+    """Check the settings against each other and lay the run out.
+
+    Args:
+      experiment: resolved settings.
+      devices: of the mesh; None: all there are.
+      training: False for an evaluation, which needs no training split: examples and steps are 0 then.
+
+    Raises:
+      ValueError: settings that contradict each other, with the key to change.
+    """
+    train = experiment.train
+    if train.frozen_dtype not in DTYPES:
+        raise Mistake(f"config.train.frozen_dtype is {train.frozen_dtype!r}; there are {', '.join(DTYPES)}")
+    task = task_lib.get(experiment)
+    axes = experiment.mesh
+    mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, devices)
+    sharding.local_rows(train.batch_size, mesh)  # says so if the batch cannot be cut
+    if train.batch_size % (train.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise ValueError(
+            f"config.train.batch_size {train.batch_size} is no multiple of accumulate {train.accumulate} x mesh data x fsdp "
+            f"{mesh.shape['data'] * mesh.shape['fsdp']}"
+        )
+    examples, per_epoch, total, warmup = _steps(experiment) if training else (0, 0, 0, 0)
+
+    patterns = task.frozen if train.frozen is None else train.frozen
+    # The key is made under eval_shape too: nothing is compiled here.
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    params = state_lib.cast_frozen(params, patterns, _stored(train))
+    params = _placed(params, sharding.param_shardings(params, task.axes, dict(axes.rules), mesh))
+    trainable, frozen = state_lib.split(params, patterns)
+    tx = optim.make(experiment.optim, trainable)
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        tx,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        jax.eval_shape(tx.init, trainable),
+        trainable,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+    )
+    state = TrainState(jax.ShapeDtypeStruct((), "int32", sharding=whole), trainable, opt_state)
+    rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
+    held = quantize.abstract(frozen, task.axes) if train.frozen_dtype == "int8" else frozen
+    return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held)
+
+
+def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
+    """(examples, steps of an epoch, of the run, of the warm-up). All durations of the settings are read, so that none is found
+    wrong after the step is compiled."""
+    train = experiment.train
+    if experiment.data.path:
+        examples = len(open_split(experiment.data.path, experiment.data.train_split))
+    elif not (examples := experiment.data.examples):
+        raise Mistake(
+            "config.data.path is empty; give the folder of the shards, or config.data.examples to plan without them"
+        )
+    if (per_epoch := examples // train.batch_size) == 0:
+        raise Mistake(
+            f"config.train.batch_size {train.batch_size} is larger than the training split ({examples} examples)"
+        )
+    if "%" in train.duration:
+        raise Mistake(
+            f'config.train.duration: {train.duration!r} is a share of itself; write "2000 steps" or "10 epochs"'
+        )
+    total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
+    if not total:
+        raise Mistake(f"config.train.duration: {train.duration!r} are 0 steps of this data; train for 1 step or more")
+    for name in ("log_every", "save_every", "eval_every", "eval_scores_every"):
+        value, setting = getattr(train, name), f"config.train.{name}"
+        if name == "eval_scores_every" and not value:
+            continue
+        config.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
+        if config.is_zero(value):  # a share that is less than one step is each step
+            raise Mistake(f"{setting}: {value!r} is no interval; write 1 step or more")
+    warmup = config.steps_in(
+        experiment.optim.warmup, steps_per_epoch=per_epoch, total=total, setting="config.optim.warmup"
+    )
+    return examples, per_epoch, total, warmup
+
+
+def _stored(train: config.Train) -> str:
+    return quantize.STORED if train.frozen_dtype == "int8" else train.frozen_dtype
+
+
+def hold(run: Run, frozen: Params) -> Params:
+    """The frozen tree as the devices hold it while they compute."""
+    return quantize.hold(frozen, run.task.axes) if run.experiment.train.frozen_dtype == "int8" else frozen
+
+
+def _placed(tree: Params, shardings: Params) -> Params:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
+    )
+
+
+def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of one step: what the loader yields, with its sharding."""
+    place = sharding.batch_sharding(run.mesh)
+    size = run.experiment.train.batch_size
+    spec = {
+        key: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=place)
+        for key, leaf in run.task.spec.items()
+    }
+    return spec | {"valid": jax.ShapeDtypeStruct((size,), "bool", sharding=place)}
+
+
+def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainState, Params, int, dict[str, str]]:
+    """(state, frozen, examples seen, origin of each path): own run, else `init_from`, else fresh, parameter by parameter."""
+    from ymplug_jax.core import checkpoint  # here: a benchmark runs without Orbax
+
+    step = checkpoints.latest_step()
+    if step is not None:
+        state, seen = checkpoints.restore(run.state, step)
+        frozen = checkpoint.load_params(str(checkpoints.folder.parent), run.frozen) if run.frozen else {}
+        flat = state_lib.flatten(state_lib.merge(run.state.trainable, run.frozen))
+        return state, state_lib.unflatten(frozen), seen, dict.fromkeys(flat, f"this run, step {step}")
+    params, origin = fresh_params(run)
+    trainable, frozen = state_lib.split(params, run.frozen_patterns)
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
+    opt_state = jax.jit(run.tx.init, out_shardings=places)(trainable)
+    return (
+        TrainState(sharding.on_all_hosts(lambda: jax.numpy.int32(0), run.state.step.sharding), trainable, opt_state),
+        frozen,
+        0,
+        origin,
+    )
+
+
+def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
+    """(parameters, origin of each path): from `init_from` where it has them, else initialised by seed."""
+    train = run.experiment.train
+    abstract = state_lib.merge(run.state.trainable, run.frozen)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    loaded, origin = init_from(run)
+    flat = state_lib.flatten(abstract)
+    missing = [path for path in flat if path not in loaded]
+    fresh = state_lib.init_params(
+        run.task.init, jax.random.key(train.seed), run.frozen_patterns, _stored(train), places, missing
+    )
+    origin |= dict.fromkeys(missing, "fresh")
+    return state_lib.unflatten(loaded | state_lib.flatten(fresh)), {path: origin[path] for path in flat}
+
+
+def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], dict[str, str]]:
+    """(parameters by path, folder name by path) that `config.train.init_from` gives.
+
+    Args:
+      run: with abstract trees.
+      values: False compares names and shapes, reads no value and returns nothing.
+
+    Raises:
+      CheckpointError: a folder without a checkpoint, or one that does not fit the model.
+    """
+    from ymplug_jax.core import checkpoint, checkpoint_files
+
+    abstract = state_lib.merge(run.state.trainable, run.frozen)
+    loaded: dict[str, jax.Array] = {}
+    origin: dict[str, str] = {}
+    for subtree, stored_as, folder in checkpoint_files.sources(run.experiment.train.init_from):
+        part = checkpoint.load_params(
+            folder,
+            abstract,
+            subtree=subtree,
+            stored_as=stored_as,
+            allow_missing=run.task.fresh,
+            resize=run.task.resize,
+            values=values,
+        )
+        loaded |= part
+        origin |= dict.fromkeys(part, checkpoint_files.folder_of(folder).name)
+    return loaded, origin

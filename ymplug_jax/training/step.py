@@ -1,0 +1,110 @@
+"""The training step: a pure function of a task and an optimizer, and the same as a program for a mesh.
+
+Needs nothing that reads data or checkpoints, so that it runs wherever JAX, Flax and Optax are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ymplug_jax.core import sharding
+from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.metrics import Mean, Metrics
+from ymplug_jax.core.state import Params, TrainState
+from ymplug_jax.tasks.task import Batch, Task
+from ymplug_jax.training import setup
+from ymplug_jax.training.setup import Run
+
+Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message names the step and the last good checkpoint."""
+
+
+def make_train_step(
+    task: Task, tx: optax.GradientTransformation, rate: Callable[[jax.Array], jax.Array], accumulate: int = 1
+) -> Step:
+    """The pure step (state, frozen, batch, key) -> (state, metrics); the caller jits it.
+
+    Gradients are taken for the trainable tree alone. With `accumulate` > 1 the batch is cut into that many micro-batches,
+    weighted by the weight of their loss, so that a token mean stays the token mean of the whole batch. A step whose loss or
+    gradient is not finite changes nothing but the step count, and says so in `skipped`.
+    """
+
+    def step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+
+        def loss_of(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+            return task.loss(state_lib.merge(trainable, frozen), micro, key)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulate == 1:
+            (loss, metrics), grads = gradient(state.trainable, batch, key)
+        else:
+            loss, metrics, grads = _accumulated(gradient, state.trainable, batch, key, accumulate)
+
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        lr = rate(state.step)
+        trainable = jax.tree.map(lambda p, u: p - lr * u, state.trainable, updates)
+        if task.bounds:
+            flat = state_lib.flatten(trainable)
+            limited = {path: jnp.clip(flat[path], *limits) for path, limits in task.bounds.items() if path in flat}
+            trainable = state_lib.unflatten(flat | limited)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        state = TrainState(
+            step=state.step + 1,
+            trainable=jax.tree.map(keep, trainable, state.trainable),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        one = jnp.float32(1)
+        extra = {
+            "grad_norm": Mean(norm, one),
+            "lr": Mean(lr, one),
+            "skipped": Mean(1 - finite.astype(jnp.float32), one),
+        }
+        return state, metrics | extra
+
+    return step
+
+
+def _accumulated(
+    gradient: Callable, trainable: Params, batch: Batch, key: jax.Array, parts: int
+) -> tuple[jax.Array, Metrics, Params]:
+    """Weighted mean of loss and gradients over micro-batches. Row i goes to part i % parts: every device keeps its own rows."""
+    micro = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )  # [A, B/A, ...]
+    first = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(gradient, trainable, first, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        (loss, metrics), grads = gradient(trainable, part[0], jax.random.fold_in(key, part[1]))
+        weight = metrics["loss"].weight
+        new = ((weight * loss, metrics), jax.tree.map(lambda g: weight * g, grads))
+        return jax.tree.map(jnp.add, total, new), None
+
+    ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(parts)))
+    weight = jnp.maximum(metrics["loss"].weight, 1e-9)
+    return loss / weight, metrics, jax.tree.map(lambda g: g / weight, grads)
+
+
+def trace_step(run: Run) -> jax.stages.Traced:
+    """The training step traced for the run's mesh, from abstract arguments: nothing is allocated."""
+    step = make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(run.mesh))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(run.mesh)))
+    with jax.set_mesh(run.mesh):
+        return jitted.trace(run.state, run.held, setup.abstract_batch(run), key)
+
+
+def compile_step(run: Run) -> jax.stages.Compiled:
+    """The training step compiled for the run's mesh: nothing is allocated."""
+    return trace_step(run).lower().compile()
