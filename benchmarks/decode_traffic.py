@@ -39,7 +39,7 @@ def account(batch: int, tokens: int, device: jax.Device) -> dict[str, float]:
     )
 
     def caption(params: dict, *given: jax.Array) -> jax.Array:
-        return decode.greedy(LM, params, *given, new_tokens=tokens, eos=7).ids
+        return decode.greedy(LM, params, *decode.prompt_of(LM, params, *given), new_tokens=tokens, eos=7).ids
 
     compiled = jax.jit(caption).lower(params, *inputs).compile()
     moved, chip = hlo.traffic(compiled.as_text(), {"data": 1}), chips.of(device.device_kind)

@@ -49,7 +49,8 @@ def caption_cached(params: dict, prefix: jax.Array, eos: int) -> jax.Array:
     """The same from the cache."""
     begin = jnp.zeros((prefix.shape[0], 1), jnp.int32)
     ones = jnp.ones(prefix.shape[0], jnp.int32)
-    return decode.greedy(LM, params, prefix, begin, ones, new_tokens=NEW, eos=eos).ids
+    prompt = decode.prompt_of(LM, params, prefix, begin, ones)
+    return decode.greedy(LM, params, *prompt, new_tokens=NEW, eos=eos).ids
 
 
 @jax.jit

@@ -48,7 +48,8 @@ def ours(lm: GPT3, beams: int, new_tokens: int) -> Callable[[dict, jax.Array], j
     def run(params: dict, prefix: jax.Array) -> jax.Array:
         begin, ones = jnp.full((len(prefix), 1), START), jnp.ones(len(prefix), jnp.int32)
         search = decode.greedy if beams == 1 else partial(decode.beam, beams=beams)
-        return search(lm, params, prefix, begin, ones, new_tokens=new_tokens, eos=-1).ids
+        prompt = decode.prompt_of(lm, params, prefix, begin, ones)
+        return search(lm, params, *prompt, new_tokens=new_tokens, eos=-1).ids
 
     return jax.jit(run)
 

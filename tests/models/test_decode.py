@@ -1,4 +1,4 @@
-"""Generation with a cache against computing everything again for each token."""
+"""Generation with a cache against computing everything again for each token, on every decoder."""
 
 import functools
 import itertools
@@ -10,15 +10,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ymplug_jax.models import decode
+from ymplug_jax.models import decode, language_model
+from ymplug_jax.models.bloom import Bloom
 from ymplug_jax.models.gpt3 import GPT3
+from ymplug_jax.models.language_model import LanguageModel
+from ymplug_jax.models.qwen import Qwen
 
-LM = GPT3(vocab=40, width=32, depth=2, heads=4, max_positions=32)
+LMS = {
+    "gpt3": GPT3(vocab=40, width=32, depth=2, heads=4, max_positions=32),
+    "bloom": Bloom(vocab=40, width=32, depth=2, heads=4),
+    "qwen": Qwen(
+        vocab=40,
+        width=32,
+        depth=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=12,
+        mlp=48,
+        qk_norm=True,
+        tied=False,
+        max_positions=32,
+    ),
+}
+LM = LMS["gpt3"]
+ROOM = 24  # positions of the uncached pass
+PLACES = ("start", "middle", "end")  # of the media in a prompt
 
 
-@pytest.fixture(scope="module")
-def params() -> dict:
-    shapes = jax.eval_shape(lambda: LM.init(jax.random.key(0), jnp.zeros((1, 1, LM.width))))["params"]
+@functools.cache
+def params_of(name: str) -> dict:
+    shapes = jax.eval_shape(partial(language_model.init, LMS[name]), jax.random.key(0))
     rng = np.random.default_rng(0)
 
     def value(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -29,73 +50,263 @@ def params() -> dict:
     return jax.tree.map_with_path(value, shapes)
 
 
-@partial(jax.jit, static_argnames="queries")
-def logits_without_cache(params: dict, prefix: jax.Array, ids: jax.Array, queries: int) -> jax.Array:
-    embeds = LM.apply({"params": params}, ids, method="embed")
-    hidden = LM.apply({"params": params}, jnp.concatenate([prefix, embeds], axis=1))
-    return LM.apply({"params": params}, hidden[:, queries:], method="logits")
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return params_of("gpt3")
 
 
-def recompute(params: dict, prefix: np.ndarray | None, prompt: np.ndarray, new_tokens: int, eos: int) -> list[int]:
-    """Greedy continuation of one row, computing everything again for each token, up to but without `eos`."""
-    prefix = np.zeros((0, LM.width), np.float32) if prefix is None else prefix
-    row = np.zeros((1, 16), np.int32)  # what stands behind the last token is not seen
-    row[0, : len(prompt)] = prompt
-    for end in range(len(prompt), len(prompt) + new_tokens):
-        token = int(logits_without_cache(params, prefix[None], row, len(prefix))[0, end - 1].argmax())
+@functools.cache
+def table(name: str) -> np.ndarray:
+    """What the decoder is fed for each token, f32[V, D]."""
+    lm = LMS[name]
+    return np.asarray(lm.apply({"params": params_of(name)}, np.arange(lm.vocab), method="embed"))
+
+
+@partial(jax.jit, static_argnums=0)
+def all_logits(lm: LanguageModel, params: dict, embeds: jax.Array) -> jax.Array:
+    hidden = lm.apply({"params": params}, embeds)
+    return lm.apply({"params": params}, hidden, method="logits")
+
+
+def next_logits(name: str, row: np.ndarray, tokens: list[int] | tuple[int, ...]) -> np.ndarray:
+    """f32[V] after one prompt f[n, D] and further tokens, by a pass over all of it without a cache."""
+    whole = np.zeros((1, ROOM, row.shape[1]), np.float32)  # what stands behind the last token is not seen
+    end = len(row) + len(tokens)
+    whole[0, : len(row)] = row
+    whole[0, len(row) : end] = table(name)[list(tokens)]
+    return np.asarray(all_logits(LMS[name], params_of(name), whole)[0, end - 1])
+
+
+def recompute(
+    name: str, row: np.ndarray, new_tokens: int, eos: int, pick=lambda step, logits: logits.argmax()
+) -> list[int]:
+    """Continuation of one prompt, computing everything again for each token, up to but without `eos`."""
+    tokens: list[int] = []
+    for step in range(new_tokens):
+        token = int(pick(step, next_logits(name, row, tokens)))
         if token == eos:
             break
-        row[0, end] = token
-    else:
-        end += 1
-    return row[0, len(prompt) : end].tolist()
+        tokens.append(token)
+    return tokens
 
 
-@pytest.mark.parametrize("queries", [0, 5])
-def test_cached_greedy_equals_recomputation(params: dict, queries: int) -> None:
-    rng = np.random.default_rng(queries)
-    prefix = rng.normal(size=(3, queries, LM.width)).astype(np.float32) if queries else None
-    ids, lengths, new = rng.integers(1, LM.vocab, (3, 4)).astype(np.int32), np.array([4, 1, 3]), 9
-    rows = [(None if prefix is None else prefix[b], ids[b, : lengths[b]]) for b in range(3)]
-    free = [recompute(params, *row, new, eos=-1) for row in rows]
+@functools.cache
+def rows_of(name: str, place: str) -> list[np.ndarray]:
+    """Three prompts f[n, D] of different lengths, with vectors of one or two videos at a place."""
+    rng = np.random.default_rng(PLACES.index(place))
+    rows = []
+    for words, visual in ((4, 3), (1, 5), (3, 2)):
+        text = table(name)[rng.integers(1, 40, words)]
+        media = rng.normal(size=(visual, 32)).astype(np.float32)
+        cut = (words + 1) // 2
+        parts = {
+            "start": [media, text],
+            "middle": [text[:cut], media[:1], text[cut:-1], media[1:], text[max(cut, words - 1) :]],
+            "end": [text, media],
+        }
+        rows.append(np.concatenate(parts[place]))
+    return rows
+
+
+def padded(rows: list[np.ndarray], side: str, length: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts as one batch; padding holds large numbers, since none of it may count."""
+    embeds = np.full((len(rows), length, rows[0].shape[1]), 50, np.float32)
+    mask = np.zeros((len(rows), length), np.int32)
+    for b, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        embeds[b, place], mask[b, place] = row, 1
+    return embeds, mask
+
+
+@partial(jax.jit, static_argnums=0)
+def greedy(lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, eos: jax.Array) -> decode.Generated:
+    return decode.greedy(lm, params, embeds, mask, new_tokens=8, eos=eos)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LMS)
+def test_cached_greedy_equals_recomputation(name: str, place: str) -> None:
+    rows = rows_of(name, place)
+    free = [recompute(name, row, 8, eos=-1) for row in rows]
     eos = free[0][4]  # so that the first row stops early
-    expected = [recompute(params, *row, new, eos=eos) for row in rows]
-    run = jax.jit(partial(decode.greedy, LM, new_tokens=new, eos=eos))
-    out = run(params, prefix, ids, lengths)
-    assert out.ids.shape == (3, new)
-    assert out.lengths.tolist() == [len(row) for row in expected]
-    for b, row in enumerate(expected):
-        assert out.ids[b, : len(row) + 1].tolist() == (row + [eos])[:new]
-    assert min(out.lengths) < max(out.lengths)
+    expected = [row[: row.index(eos)] if eos in row else row for row in free]
+    assert len({tuple(row) for row in expected}) == 3
+    for side in ("left", "right"):
+        out = greedy(LMS[name], params_of(name), *padded(rows, side), eos)
+        assert out.ids.shape == (3, 8)
+        assert out.lengths.tolist() == [len(row) for row in expected], side
+        for b, row in enumerate(expected):
+            assert out.ids[b, : len(row) + 1].tolist() == (row + [eos])[:8], side
 
 
-def test_branches_equal_one_pass(params: dict) -> None:
+@partial(jax.jit, static_argnums=0)
+def sample(lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, keys: jax.Array) -> decode.Generated:
+    return decode.sample(lm, params, embeds, mask, keys, new_tokens=6, eos=-1, top_k=9, temperature=1.5)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LMS)
+def test_cached_sampling_equals_recomputation(name: str, place: str) -> None:
+    rows, keys = rows_of(name, place), jax.random.split(jax.random.key(5), 3)
+
+    def draw(b: int, step: int, logits: np.ndarray) -> int:
+        logits = np.where(logits >= np.sort(logits)[-9], logits / 1.5, -np.inf)
+        return int(jax.random.categorical(jax.random.fold_in(keys[b], step), logits[None])[0])
+
+    expected = [recompute(name, row, 6, -1, partial(draw, b)) for b, row in enumerate(rows)]
+    for side in ("left", "right"):
+        assert sample(LMS[name], params_of(name), *padded(rows, side), keys).ids.tolist() == expected, side
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("beams", "row_length", "visual"))
+def beam(lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, **settings: int) -> decode.Generated:
+    return decode.beam(lm, params, embeds, mask, new_tokens=10, eos=7, **settings)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", LMS)
+def test_beams_of_the_reference_rule_equal_recomputation(name: str, place: str) -> None:
+    """Rows with prompts of different lengths, each as if it were alone; beams that go on from each other."""
+    rows, row_length = rows_of(name, place), 14
+    wanted = [
+        reference_rule(lambda tokens, row=row: log_softmax(next_logits(name, row, tokens)), 3, 7, len(row), row_length)
+        for row in rows
+    ]
+    for side in ("left", "right"):
+        out = beam(LMS[name], params_of(name), *padded(rows, side), beams=3, row_length=row_length)
+        assert [ids[:n].tolist() for ids, n in zip(out.ids, out.lengths, strict=True)] == [
+            tokens for tokens, _ in wanted
+        ]
+        np.testing.assert_allclose(out.scores, [value for _, value in wanted], rtol=1e-4)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64) - logits.max()
+    return logits - np.log(np.exp(logits).sum())
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_padded_rows_equal_single_rows(name: str) -> None:
+    """Hidden states, and gradients: none reaches the padding, and none is NaN."""
+    lm, params, rows = LMS[name], params_of(name), rows_of(name, "middle")
+    weigh = np.random.default_rng(1).normal(size=(ROOM, lm.width)).astype(np.float32)
+
+    @jax.jit
+    def run(embeds: jax.Array, mask: jax.Array, weights: jax.Array) -> tuple:
+        def loss(embeds: jax.Array) -> tuple[jax.Array, jax.Array]:
+            hidden = lm.apply({"params": params}, embeds, mask)
+            return jnp.sum(jnp.where(mask[..., None] == 1, hidden * weights, 0)), hidden
+
+        (_, hidden), grad = jax.value_and_grad(loss, has_aux=True)(embeds)
+        prefilled, past = lm.apply({"params": params}, embeds, mask, method="prefill")
+        return hidden, grad, prefilled, past.length
+
+    for side in ("left", "right", "both"):
+        embeds, mask = padded(rows, side if side != "both" else "right")
+        if side == "both":
+            embeds, mask = np.roll(embeds, 1, axis=1), np.roll(mask, 1, axis=1)
+        weights = np.zeros_like(embeds)
+        for b, row in enumerate(rows):
+            weights[b][mask[b] == 1] = weigh[: len(row)]
+        hidden, grad, prefilled, length = run(embeds, mask, weights)
+        assert np.isfinite(hidden).all() and np.isfinite(grad).all()
+        assert not np.asarray(grad)[mask == 0].any()
+        np.testing.assert_allclose(prefilled, hidden, atol=1e-5)
+        assert length.tolist() == [len(row) for row in rows]
+        for b, row in enumerate(rows):
+            alone, ones = np.zeros((3, 9, lm.width), np.float32), np.zeros((3, 9), np.int32)
+            alone[0, : len(row)], ones[0, : len(row)] = row, 1
+            own = np.zeros_like(alone)
+            own[0, : len(row)] = weigh[: len(row)]
+            expected, of_row, *_ = run(alone, ones, own)
+            np.testing.assert_allclose(hidden[b][mask[b] == 1], expected[0, : len(row)], atol=2e-5)
+            np.testing.assert_allclose(np.asarray(grad)[b][mask[b] == 1], of_row[0, : len(row)], atol=1e-4)
+
+
+def test_vectors_of_media_take_their_places() -> None:
+    embeds = np.arange(2 * 5 * 2, dtype=np.float32).reshape(2, 5, 2)
+    places = np.array([[0, 1, 1, 0, 0], [1, 0, 0, 1, 1]], bool)
+    media = -np.arange(2 * 3 * 2, dtype=np.float32).reshape(2, 3, 2)
+    made = np.asarray(language_model.with_media(embeds, places, media))
+    expected = embeds.copy()
+    expected[0, 1:3], expected[1, [0, 3, 4]] = media[0, :2], media[1]
+    np.testing.assert_array_equal(made, expected)
+    short = np.asarray(language_model.with_media(embeds, places, media[:, :2]))
+    assert (
+        np.isnan(short[1, 4]).all() and np.isnan(short).sum() == 2
+    )  # more places than vectors: not silently the last one
+
+
+def test_a_prompt_with_a_prefix() -> None:
+    name, lm = "bloom", LMS["bloom"]
+    ids, prefix = np.array([[3, 4, 0], [5, 0, 0]], np.int32), np.ones((2, 2, lm.width), np.float32)
+    embeds, mask = decode.prompt_of(lm, params_of(name), prefix, ids, np.array([2, 1]))
+    assert mask.tolist() == [[True] * 4 + [False], [True] * 3 + [False] * 2]
+    np.testing.assert_allclose(embeds[0], np.concatenate([prefix[0], table(name)[ids[0]]]), rtol=1e-6)
+    np.testing.assert_allclose(decode.prompt_of(lm, params_of(name), None, ids, np.array([2, 1]))[0], embeds[:, 2:])
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_branches_equal_one_pass(name: str) -> None:
+    lm, params = LMS[name], params_of(name)
     rng = np.random.default_rng(0)
-    embeds = rng.normal(size=(2, 9, LM.width)).astype(np.float32)
-    first, cache = jax.jit(lambda: LM.apply({"params": params}, embeds[:, :4], method="prefill"))()
-    assert cache.k.shape == (2, LM.depth, LM.heads, 4, LM.width // LM.heads)
-    # The second row goes on from its third position: what the cache holds behind it must not be seen.
-    length = np.array([4, 3], np.int32)
-    more = rng.normal(size=(2, 3, 5, LM.width)).astype(np.float32)  # three branches of five tokens
-    own = LM.apply({"params": params}, 2, 3, 6, method="open_branches")
+    embeds = rng.normal(size=(3, 4, lm.width)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]])  # whole, padded on the left, on the right
+    first, past = jax.jit(lambda: lm.apply({"params": params}, embeds, mask, method="prefill"))()
+    heads, size = (lm.kv_heads, lm.head_dim) if name == "qwen" else (lm.heads, lm.width // lm.heads)
+    assert past.cache.k.shape == (3, lm.depth, heads, 4, size)
+    more = rng.normal(size=(3, 2, 5, lm.width)).astype(np.float32)  # two branches of five tokens
+    own = lm.apply({"params": params}, 3, 2, 6, method="open_branches")
+    assert own.k.shape == (3, 2, lm.depth, heads, 6, size)
 
-    def branch(x: np.ndarray, own: decode.Cache, read: int) -> tuple:
-        past = decode.Past(cache, length, jnp.int32(read))
-        return jax.jit(lambda: LM.apply({"params": params}, x, past, own, method="branch"))()
+    @jax.jit
+    def branch(x: jax.Array, own: language_model.Cache, read: int) -> tuple:
+        return lm.apply({"params": params}, x, past._replace(read=jnp.int32(read)), own, method="branch")
 
     start, own = branch(more[:, :, :3], own, 0)
     rest, _ = branch(more[:, :, 3:], own, 3)
-    for b in range(2):
-        for k in range(3):
-            whole = LM.apply({"params": params}, np.concatenate([embeds[b, : length[b]], more[b, k]])[None])[0]
-            np.testing.assert_allclose(first[b, : length[b]], whole[: length[b]], atol=3e-5)
-            np.testing.assert_allclose(start[b, k], whole[length[b] : length[b] + 3], atol=3e-5)
-            np.testing.assert_allclose(rest[b, k], whole[length[b] + 3 :], atol=3e-5)
+    whole_pass = jax.jit(lambda x: lm.apply({"params": params}, x)[0])
+    for b, seen in enumerate(mask):
+        row = embeds[b][seen == 1]
+        n = len(row)
+        for c in range(2):
+            padding = np.zeros((9 - n - 5, lm.width), np.float32)
+            whole = whole_pass(np.concatenate([row, more[b, c], padding])[None])
+            np.testing.assert_allclose(first[b][seen == 1], whole[:n], atol=3e-5)
+            np.testing.assert_allclose(start[b, c], whole[n : n + 3], atol=3e-5)
+            np.testing.assert_allclose(rest[b, c], whole[n + 3 : n + 5], atol=3e-5)
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_scores_of_branches_equal_recomputation(name: str) -> None:
+    """Log-probabilities of two answers after prompts padded on the left."""
+    lm, params, rows = LMS[name], params_of(name), rows_of(name, "middle")
+    answers = np.random.default_rng(3).integers(1, 40, (3, 2, 4)).astype(np.int32)
+    targets = np.ones((3, 2, 4), bool)
+    targets[:, 1, 3] = False
+
+    @jax.jit
+    def score(embeds: jax.Array, mask: jax.Array) -> jax.Array:
+        hidden, past = lm.apply({"params": params}, embeds, mask, method="prefill")
+        return decode.branch_scores(lm, params, past, answers, targets, language_model.last_state(hidden, mask))
+
+    found = score(*padded(rows, "left"))
+    for b, row in enumerate(rows):
+        for c in range(2):
+            words = answers[b, c][targets[b, c]].tolist()
+            logs = [log_softmax(next_logits(name, row, words[:i]))[word] for i, word in enumerate(words)]
+            np.testing.assert_allclose(found[b, c], sum(logs), rtol=1e-4)
 
 
 def test_what_does_not_fit_is_refused(params: dict) -> None:
     with pytest.raises(ValueError, match="need 33 positions, the model has 32"):
-        decode.greedy(LM, params, None, np.ones((1, 3), np.int32), np.array([3]), new_tokens=30, eos=0)
+        prompt = decode.prompt_of(LM, params, None, np.ones((1, 3), np.int32), np.array([3]))
+        decode.greedy(LM, params, *prompt, new_tokens=30, eos=0)
+    for lm in (LM, LMS["qwen"]):
+        with pytest.raises(ValueError, match=r"need 33 positions, the model has 32 \(max_positions\)"):
+            jax.eval_shape(lambda x, lm=lm: lm.init(jax.random.key(0), x), np.zeros((1, 33, 32)))
+    for lm in (LMS["bloom"], LMS["qwen"].clone(max_positions=None)):
+        jax.eval_shape(lambda x, lm=lm: lm.init(jax.random.key(0), x), np.zeros((1, 9999, 32)))
 
 
 SMALL = GPT3(vocab=4, width=16, depth=1, heads=2, max_positions=16)
@@ -137,8 +348,7 @@ def test_wide_beam_finds_what_brute_force_finds(seed: int, power: float) -> None
     best = max(logs, key=logs.get)
     # As many beams as there are prefixes: nothing is pruned. Two candidates for each need a vocabulary of that size.
     search = partial(decode.beam, SMALL, new_tokens=new, eos=eos, beams=27, length_power=power)
-    ids = np.array([prompt], np.int32)
-    out = jax.jit(search)(params, None, ids, np.array([2]))
+    out = jax.jit(search)(params, params["token_embed"][np.array([prompt])], np.ones((1, 2), bool))
     found = out.ids[0, : int(out.lengths[0])].tolist()
     assert found == [word for word in best if word != eos]
     np.testing.assert_allclose(out.scores[0], logs[best], rtol=1e-4)
@@ -171,21 +381,19 @@ def reference_rule(step_logs, beams: int, eos: int, prompt: int, row_length: int
     return list(tokens), value
 
 
-@pytest.mark.parametrize("beams", [2, 3, 5])
-def test_reference_rule_in_batches(params: dict, beams: int) -> None:
-    """Rows with prompts of different lengths, each as if it were alone."""
+@pytest.mark.parametrize("beams", [2, 5])
+def test_reference_rule_behind_a_prefix(params: dict, beams: int) -> None:
+    """`row_length` counts the text alone, as the reference does."""
     rng = np.random.default_rng(beams)
     prefix = rng.normal(size=(4, 3, LM.width)).astype(np.float32)
     ids, lengths, row_length, eos = rng.integers(1, LM.vocab, (4, 4)).astype(np.int32), np.array([4, 1, 3, 2]), 11, 7
-    search = partial(decode.beam, LM, new_tokens=10, eos=eos, beams=beams, row_length=row_length)
-    out = jax.jit(search)(params, prefix, ids, lengths)
+    prompt = decode.prompt_of(LM, params, prefix, ids, lengths)
+    out = beam(LM, params, *prompt, beams=beams, row_length=row_length, visual=3)
     for b in range(4):
+        row = np.concatenate([prefix[b], table("gpt3")[ids[b, : lengths[b]]]])
 
-        def logs(tokens: tuple[int, ...], b: int = b) -> np.ndarray:
-            row = np.zeros((1, 16), np.int32)
-            text = [*ids[b, : lengths[b]], *tokens]
-            row[0, : len(text)] = text
-            return jax.nn.log_softmax(logits_without_cache(params, prefix[b : b + 1], row, 3)[0, len(text) - 1])
+        def logs(tokens: tuple[int, ...], row: np.ndarray = row) -> np.ndarray:
+            return log_softmax(next_logits("gpt3", row, tokens))
 
         tokens, value = reference_rule(logs, beams, eos, int(lengths[b]), row_length)
         assert out.ids[b, : int(out.lengths[b])].tolist() == tokens
@@ -193,27 +401,25 @@ def test_reference_rule_in_batches(params: dict, beams: int) -> None:
 
 
 def test_sampling_stays_in_its_set(params: dict) -> None:
-    ids, lengths = np.array([[5, 6]] * 64, np.int32), np.full(64, 2)
-    logits = decode.start(LM, params, None, ids[:1], lengths[:1], 1).logits[0, 0]
-    best = set(np.argsort(-np.asarray(logits))[:3].tolist())
+    prompt = params["token_embed"][np.array([[5, 6]] * 64)], np.ones((64, 2), bool)
+    logits = next_logits("gpt3", prompt[0][0], [])
+    best = set(np.argsort(-logits)[:3].tolist())
     draw = jax.jit(partial(decode.sample, LM, new_tokens=1, eos=0, top_k=3))
-    first = set(draw(params, None, ids, lengths, jax.random.key(0)).ids[:, 0].tolist())
+    first = set(draw(params, *prompt, jax.random.key(0)).ids[:, 0].tolist())
     assert first <= best and len(first) > 1
-    alone = jax.jit(partial(decode.sample, LM, new_tokens=4, eos=0, top_k=1))(
-        params, None, ids, lengths, jax.random.key(1)
-    )
-    greedy = jax.jit(partial(decode.greedy, LM, new_tokens=4, eos=0))(params, None, ids, lengths)
+    alone = jax.jit(partial(decode.sample, LM, new_tokens=4, eos=0, top_k=1))(params, *prompt, jax.random.key(1))
+    greedy = jax.jit(partial(decode.greedy, LM, new_tokens=4, eos=0))(params, *prompt)
     assert alone.ids.tolist() == greedy.ids.tolist()
 
 
 def test_a_row_with_its_own_key_draws_the_same_in_any_batch(params: dict) -> None:
-    ids, lengths = np.array([[5, 6]] * 6, np.int32), np.full(6, 2)
+    prompt = params["token_embed"][np.array([[5, 6]] * 6)], np.ones((6, 2), bool)
     keys = jax.random.split(jax.random.key(3), 6)
     draw = jax.jit(partial(decode.sample, LM, new_tokens=5, eos=0))
-    drawn = draw(params, None, ids, lengths, keys).ids
+    drawn = draw(params, *prompt, keys).ids
     assert len({tuple(row) for row in drawn.tolist()}) > 1
     order = np.array([4, 0, 5, 2, 2, 1])
-    assert draw(params, None, ids, lengths, keys[order]).ids.tolist() == drawn[order].tolist()
+    assert draw(params, *prompt, keys[order]).ids.tolist() == drawn[order].tolist()
 
 
 def full_size_results(program: str, shape: str) -> list[str]:
@@ -253,15 +459,16 @@ def full_size_results(program: str, shape: str) -> list[str]:
     return [line for line in whole if not in_place(line)]
 
 
-@pytest.mark.parametrize("branches", [1, 3])
-def test_no_cache_is_copied_in_the_loop(params: dict, branches: int) -> None:
+@pytest.mark.parametrize(("name", "branches"), [("gpt3", 1), ("gpt3", 3), ("qwen", 3)])
+def test_no_cache_is_copied_in_the_loop(name: str, branches: int) -> None:
     """Keys and values, those of the past and those of the branches, stay where they are while tokens are generated."""
+    lm = LMS[name]
     search = decode.greedy if branches == 1 else partial(decode.beam, beams=branches)
-    run = jax.jit(partial(search, LM, new_tokens=9, eos=0))
-    prefix, ids = np.zeros((2, 5, LM.width), np.float32), np.ones((2, 2), np.int32)
-    program = run.lower(params, prefix, ids, np.ones(2, np.int32)).compile().as_text()
-    head = LM.width // LM.heads
-    for shape in (f"2,{branches},{LM.depth},{LM.heads},9,{head}", f"2,{LM.depth},{LM.heads},7,{head}"):
+    run = jax.jit(partial(search, lm, new_tokens=9, eos=0))
+    prompt = np.zeros((2, 7, lm.width), np.float32), np.ones((2, 7), bool)
+    program = run.lower(params_of(name), *prompt).compile().as_text()
+    heads, head = (lm.kv_heads, lm.head_dim) if name == "qwen" else (lm.heads, lm.width // lm.heads)
+    for shape in (f"2,{branches},{lm.depth},{heads},9,{head}", f"2,{lm.depth},{heads},7,{head}"):
         assert full_size_results(program, shape) == []
 
 

@@ -98,3 +98,61 @@ def test_resize_is_separable_over_rows_and_columns() -> None:
 def test_resize_refuses_what_is_no_square() -> None:
     with pytest.raises(ValueError, match="squares"):
         layers.resize_pos_embed(np.zeros((1 + 12, 4), np.float32), 16)
+
+
+def test_rms_norm_by_hand() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32) * 4
+    scale = np.arange(1, 6, dtype=np.float32)
+    expected = scale * x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + 0.5)
+    params = {"params": {"scale": scale}}
+    np.testing.assert_allclose(layers.rms_norm(None, 0.5, "float32").apply(params, x), expected, rtol=1e-6)
+    low = layers.rms_norm(None, 0.5, "bfloat16").apply(params, x.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(np.float32), expected, rtol=0.02)
+
+
+def test_rotary_positions_turn_pairs_as_complex_numbers() -> None:
+    rng, theta = np.random.default_rng(0), 100.0
+    x, at = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), np.array([[0, 1, 700], [5, 5, 31]])
+    pairs = x[..., :3] + 1j * x[..., 3:]
+    speeds = theta ** (-np.array([0, 2, 4]) / 6)
+    turned = pairs * np.exp(1j * at[:, :, None, None] * speeds)
+    rotation = layers.rotation_of(jnp.asarray(at), 6, theta)
+    found = layers.rotate(x, rotation)
+    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=-1), atol=2e-4)
+    np.testing.assert_array_equal(found[0, 0], x[0, 0])  # position 0 turns nothing
+    assert layers.rotate(x.astype(jnp.bfloat16), rotation).dtype == jnp.bfloat16
+
+
+def test_gated_mlp_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5)).astype(np.float32)
+    kernels = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in (("gate", (5, 7)), ("up", (5, 7)), ("down", (7, 5)))
+    }
+    mlp = layers.GatedMlp(7, nn.initializers.zeros)
+    params = {name: {"kernel": value} for name, value in kernels.items()}
+    assert jax.tree.map(np.shape, mlp.init(jax.random.key(0), x)["params"]) == jax.tree.map(np.shape, params)
+    gate = (x @ kernels["gate"]).astype(np.float64)
+    expected = (gate / (1 + np.exp(-gate)) * (x @ kernels["up"])) @ kernels["down"]
+    np.testing.assert_allclose(mlp.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_with_fewer_key_heads_norms_and_no_biases() -> None:
+    normal = nn.initializers.normal(1.0)
+    attn = layers.Attention(
+        10, 4, normal, normal, kv_heads=2, head_dim=3, qkv_bias=False, out_bias=False, qk_norm_eps=1e-6
+    )
+    x = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
+    (q, k, v), params = attn.init_with_output(jax.random.key(0), x, method="project")
+    shapes = {"/".join(p.key for p in path[1:]): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+    assert shapes == {
+        "q/kernel": (10, 4, 3), "k/kernel": (10, 2, 3), "v/kernel": (10, 2, 3), "q_norm/scale": (3,), "k_norm/scale": (3,)
+    }  # fmt: skip
+    assert (q.shape, k.shape, v.shape) == ((2, 5, 4, 3), (2, 5, 2, 3), (2, 5, 2, 3))
+    np.testing.assert_allclose((q**2).mean(axis=-1), 1, rtol=1e-4)
+    np.testing.assert_allclose((k**2).mean(axis=-1), 1, rtol=1e-4)
+    np.testing.assert_allclose(v, np.einsum("bld,dkh->blkh", x, params["params"]["v"]["kernel"]), rtol=1e-5, atol=1e-5)
+    out, params = attn.init_with_output(jax.random.key(0), q, method="output")
+    assert out.shape == x.shape and set(params["params"]["o"]) == {"kernel"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ymplug_jax.models import mplug_video
+from ymplug_jax.models import language_models, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo, sized
 from ymplug_jax.tasks.common import losses
 
@@ -100,14 +100,21 @@ def test_parameter_counts(llm: str, vision: str, fields: dict, counts: tuple[int
 def test_every_leaf_has_one_axis_rule_and_every_rule_a_leaf() -> None:
     plain = sized("tiny", "tiny", queries=4)
     variants = [plain, small(connector_norm=True), plain.clone(vision=plain.vision.clone(clip=False))]
+    lms = language_models.SIZES
+    decoders = [
+        lms["bloom-tiny"].clone(lora_rank=2),
+        lms["qwen-tiny"],
+        lms["qwen-tiny"].clone(qkv_bias=True, tied=False),
+    ]
+    variants += [plain.clone(llm=lm) for lm in decoders]
     used = set()
     for model in variants:
         for path, leaf in shapes(model).items():
-            found = [(pattern, words) for pattern, words in mplug_video.AXES if re.fullmatch(pattern, path)]
+            found = [(pattern, words) for pattern, words in mplug_video.axes_of(model) if re.fullmatch(pattern, path)]
             assert len(found) == 1, f"{path} matches {found}"
             assert len(found[0][1].split()) == len(leaf.shape), f"{path} {leaf.shape} {found[0][1]}"
             used.add(found[0][0])
-    assert used == {pattern for pattern, _ in mplug_video.AXES}
+    assert used == {pattern for model in variants for pattern, _ in mplug_video.axes_of(model)}
 
 
 def test_start_values() -> None:

@@ -17,6 +17,8 @@ from ymplug_jax.convert import rules, to_orbax
 from ymplug_jax.core import checkpoint
 from ymplug_jax.models import attention, bloom, layers
 from ymplug_jax.models.bloom import Bloom
+from ymplug_jax.models.language_model import positions
+from ymplug_jax.models.lora import Lora
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
@@ -68,7 +70,7 @@ def test_bloom(read) -> None:
     for side in ("left", "right"):
         ids, mask = file[f"in/{side}/input_ids"], file[f"in/{side}/attention_mask"]
         logits, out = run(params, ids, mask)
-        bias = bloom.alibi(mask, model.heads)
+        bias = bloom.slopes(model.heads)[:, None, None] * positions(mask)[:, None, None]
         file.check(f"out/{side}/alibi", bias, OUTPUT)
         file.check(f"out/{side}/embeddings_ln", out["embeddings"], OUTPUT)
         states = jax.tree.leaves(out["__call__"])[0]
@@ -149,11 +151,11 @@ def test_lora(read, tmp_path: Path) -> None:
     x, block = file["in/x"], jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     attn = layers.Attention(plain.width, plain.heads, *[jax.nn.initializers.zeros] * 2)
     qkv = attn.apply({"params": block["attn"]}, x, method="project")
-    change = bloom.Lora(model.lora_rank, model.lora_scale, model.heads, "float32").apply({"params": block["lora"]}, x)
+    change = Lora(model.lora_rank, model.lora_scale, model.heads, "float32").apply({"params": block["lora"]}, x)
     changed = [whole + part for whole, part in zip(qkv, change, strict=True)]
     for name, parts in (("base", qkv), ("lora", changed)):
         file.check(f"out/linear_{name}", np.stack(parts, axis=3).reshape(*x.shape[:2], -1), OUTPUT)
-    bias = bloom.alibi(np.ones(x.shape[:2]), model.heads)
+    bias = bloom.slopes(model.heads)[:, None, None] * np.arange(x.shape[1])
     y = attn.apply({"params": block["attn"]}, attention.attend(*changed, causal=True, bias=bias), method="output")
     file.check("out/attention_lora", y, OUTPUT)
 

@@ -320,8 +320,9 @@ def test_beam(read) -> None:
     new = config["generate"]["tokens_to_generate"]
     width = rows.shape[1] + new
     for beams in config["generate"]["beam_sizes"]:
-        search = partial(decode.beam, model, new_tokens=width - 1, eos=eos, beams=beams, row_length=width)
-        out = jax.jit(search)(params, prefix, rows, lengths)
+        search = partial(decode.beam, model, new_tokens=width - 1, eos=eos, beams=beams)
+        prompt = decode.prompt_of(model, params, prefix, rows, lengths)
+        out = jax.jit(partial(search, row_length=width, visual=prefix.shape[1]))(params, *prompt)
         expected = file[f"out/beam{beams}_sequences"]
         assert (expected[:, : lengths[0]] == rows[:, : lengths[0]]).all()
         check_sequences(f"beam{beams}", out.ids, expected, lengths, eos)
@@ -331,7 +332,8 @@ def test_beam(read) -> None:
     expected = file["out/batch_greedy_sequences"]
     new = expected.shape[1] - int(lengths.min())
     run = jax.jit(partial(decode.greedy, model, new_tokens=new, eos=-1))  # rows go on beyond their end
-    check_sequences("greedy", run(params, prefix[: len(ids)], ids, lengths).ids, expected, lengths, eos)
+    prompt = decode.prompt_of(model, params, prefix[: len(ids)], ids, lengths)
+    check_sequences("greedy", run(params, *prompt).ids, expected, lengths, eos)
 
     logits = file["in/filter/logits"]
     for k in config["filter"]["top_k"]:
@@ -369,15 +371,17 @@ def test_caption(read) -> None:
     prefix = model.apply({"params": trainable | {"llm": llm}}, video, method="encode_video")["prefix"]
     eos, width = generate["stop_token"], rows.shape[1] + generate["tokens_to_generate"]
     for beams in sorted({int(m[1]) for name in file.arrays if (m := re.match(r"out/generate/beam(\d+)_scores", name))}):
-        search = partial(decode.beam, model.llm, new_tokens=width - 1, eos=eos, beams=beams, row_length=width)
-        out = jax.jit(search)(llm, prefix, rows, lengths)
+        search = partial(decode.beam, model.llm, new_tokens=width - 1, eos=eos, beams=beams)
+        prompt = decode.prompt_of(model.llm, llm, prefix, rows, lengths)
+        out = jax.jit(partial(search, row_length=width, visual=prefix.shape[1]))(llm, *prompt)
         check_sequences(f"beam{beams}", out.ids, file[f"out/generate/beam{beams}_sequences"], lengths, eos)
         file.check(f"out/generate/beam{beams}_scores", out.scores, OUTPUT)
     expected, stored = file["out/generate/greedy_sequences"], file["out/generate/greedy_lengths"]
     assert ((expected >= 0).sum(axis=1) == stored).all()
     run = jax.jit(partial(decode.greedy, model.llm, new_tokens=expected.shape[1], eos=-1))
     for b in range(len(video)):  # the reference generates these one by one: its rows end with their own end token
-        found = run(llm, prefix[b : b + 1], rows[b : b + 1], lengths[b : b + 1]).ids[0].tolist()
+        prompt = decode.prompt_of(model.llm, llm, *(x[b : b + 1] for x in (prefix, rows, lengths)))
+        found = run(llm, *prompt).ids[0].tolist()
         found = found[: found.index(eos)] if eos in found else found
         wanted = expected[b, lengths[b] : stored[b]].tolist()
         assert (found + [eos] * len(wanted))[: len(wanted)] == wanted

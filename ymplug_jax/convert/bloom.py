@@ -7,7 +7,8 @@ import jax
 
 from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, heads_of, layers, need
 from ymplug_jax.convert.rules import Rule, heads_out, linear, norm, under
-from ymplug_jax.models.bloom import Bloom, init
+from ymplug_jax.models import language_model
+from ymplug_jax.models.bloom import Bloom
 
 _LAYER = "transformer.h.{}"
 _FUSED = f"{_LAYER}.self_attention.query_key_value"
@@ -60,7 +61,7 @@ def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) ->
 
 def like_of(model: Bloom) -> dict:
     """Abstract parameters."""
-    return jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    return jax.eval_shape(lambda: language_model.init(model, jax.random.key(0)))
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:

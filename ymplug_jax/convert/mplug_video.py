@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
-from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, heads_of, layers, need
+from ymplug_jax.convert.gpt3 import GPT3, MERGE, llm_of
+from ymplug_jax.convert.plan import Layout, Plan, heads_of, layers, need
 from ymplug_jax.convert.rules import SAME, Rule, heads_out, linear, norm, under
 from ymplug_jax.models.abstractor import Abstractor
-from ymplug_jax.models.gpt3 import GPT3 as GPT3Model
+from ymplug_jax.models.language_models import SIZES
 from ymplug_jax.models.mplug_video import FROZEN, RESIZE, MPLUGVideo, init
 from ymplug_jax.models.timesformer import TimeSformer
 
@@ -57,29 +57,6 @@ ABSTRACTOR = (
 )
 QUERIES = "1 q d -> q d"
 
-# GPT-3 in Megatron's layout: q, k and v interleaved per head; no tensor for the tied output layer.
-_LAYER = "language_model.encoder.layers.{}"
-GPT3 = (
-    Rule("language_model.embedding.word_embeddings.weight", "v d -> v d", ("token_embed",)),
-    Rule("language_model.embedding.position_embeddings.weight", "p d -> p d", ("pos_embed",)),
-    *norm(f"{_LAYER}.input_layernorm", "blocks/attn_norm"),
-    *norm(f"{_LAYER}.post_attention_layernorm", "blocks/mlp_norm"),
-    Rule(
-        f"{_LAYER}.self_attention.query_key_value.weight",
-        "(n part h) d -> d n h",
-        tuple(f"blocks/attn/{p}/kernel" for p in "qkv"),
-    ),
-    Rule(
-        f"{_LAYER}.self_attention.query_key_value.bias",
-        "(n part h) -> n h",
-        tuple(f"blocks/attn/{p}/bias" for p in "qkv"),
-    ),
-    *heads_out(f"{_LAYER}.self_attention.dense", "blocks/attn/o"),
-    *linear(f"{_LAYER}.mlp.dense_h_to_4h", "blocks/mlp/up"),
-    *linear(f"{_LAYER}.mlp.dense_4h_to_h", "blocks/mlp/down"),
-    *norm("language_model.encoder.final_layernorm", "norm"),
-)
-
 MPLUG_VIDEO = (
     Rule("learnable_queries", QUERIES, ("abstractor/queries",)),
     *under("visual_encoder.", "vision/", TIMESFORMER),
@@ -94,47 +71,10 @@ MPLUG_VIDEO = (
     *linear("cls_head.2", "head/out"),
 )
 
-# Files of a tensor-parallel save hold pieces of these along an axis; all other tensors are the same in each.
-MERGE = {
-    rf".*{name}": axis
-    for name, axis in (
-        (r"embedding\.word_embeddings\.weight", 0),
-        (r"self_attention\.query_key_value\.(weight|bias)", 0),
-        (r"mlp\.dense_h_to_4h\.(weight|bias)", 0),
-        (r"self_attention\.dense\.weight", 1),
-        (r"mlp\.dense_4h_to_h\.weight", 1),
-    )
-}
-LLM_HEADS = {2048: 32, 2560: 32, 5120: 40}  # by width
 VISION_HEADS = {768: 8, 1024: 16}  # the released models run ViT-B/16 with 8 heads
 LLM = "text_decoder.dist_model.language_model"
 LAYOUTS = {"youku": Layout(MPLUG_VIDEO)}
 __all__ = ["FROZEN", "RESIZE", "LAYOUTS", "MERGE", "plan"]
-
-
-def llm_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> GPT3Model:
-    """The GPT-3 whose tensors' names begin with `prefix`.
-
-    Raises:
-      UnknownModel: there is none, or this is a tensor-parallel piece of one.
-    """
-    vocab, width = need(shapes, f"{prefix}.embedding.word_embeddings.weight")
-    if shapes.get(f"{prefix}.encoder.layers.0.mlp.dense_h_to_4h.weight", (4 * width, width))[0] != 4 * width:
-        raise UnknownModel(
-            "this is one of several tensor-parallel pieces; give all mp_rank_*_model_states.pt of the model, or their folder"
-        )
-    return GPT3Model(
-        vocab=vocab,
-        width=width,
-        depth=layers(shapes, re.escape(prefix) + r"\.encoder\.layers\.(\d+)\."),
-        heads=heads_of("llm", width, LLM_HEADS, heads),
-        max_positions=need(shapes, f"{prefix}.embedding.position_embeddings.weight")[0],
-    )
-
-
-def llm_like(model: GPT3Model) -> dict:
-    """Abstract parameters of a GPT-3."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1, model.width))))["params"]
 
 
 def timesformer_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> TimeSformer:
@@ -162,7 +102,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Pla
     need(shapes, "visual_encoder.temporal_embed")
     queries, llm_width = need(shapes, "learnable_queries")[1], need(shapes, "visual_fc.weight")[0]
     spoken = f"{LLM}.embedding.word_embeddings.weight" in shapes
-    absent = GPT3Model(vocab=8, width=llm_width, depth=1, heads=1, max_positions=queries + 2)
+    absent = SIZES["1.3b"].clone(vocab=8, width=llm_width, depth=1, heads=1, max_positions=queries + 2)
     model = MPLUGVideo(
         vision=vision,
         abstractor=Abstractor(

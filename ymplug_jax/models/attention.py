@@ -217,25 +217,50 @@ def attend_branches(
     own: tuple[jax.Array, jax.Array],
     past_mask: jax.Array,
     own_mask: jax.Array,
+    *,
+    origin: jax.Array | None = None,
+    slopes: jax.Array | None = None,
+    past_positions: jax.Array | None = None,
+    own_positions: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of several branches to a past that they share and to what each has read by itself; nothing is copied per branch.
 
+    Queries are grouped: head n reads key/value head n // (N / K).
+
     Args:
-      q: f[B, K, L, N, H], K branches.
-      past: keys and values f[B, S, N, H].
-      own: keys and values f[B, K, W, N, H].
+      q: f[B, C, L, N, H], C branches.
+      past: keys and values f[B, S, K, H].
+      own: keys and values f[B, C, W, K, H].
       past_mask: bool[B, S], True where the past is seen.
       own_mask: bool[L, W], True where a query sees a key of its own branch.
+      origin: int32[B, C, W], the branch of the row that holds position w of branch c; None: each branch holds its own.
+      slopes: f32[N]; slopes[n] * position of the key is added to the logits (ALiBi). None: no bias.
+      past_positions: int32[B, S], with `slopes`.
+      own_positions: int32[B, W], with `slopes`.
 
     Returns:
-      f[B, K, L, N, H]; logits and softmax are float32.
+      f[B, C, L, N, H]; logits and softmax are float32.
     """
-    scale, lowest = q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min
-    shared = jnp.einsum("bklnh,bsnh->bknls", q, past[0], preferred_element_type=jnp.float32) * scale
-    shared = jnp.where(past_mask[:, None, None, None], shared, lowest)  # [B, K, N, L, S]
-    mine = jnp.einsum("bklnh,bkwnh->bknlw", q, own[0], preferred_element_type=jnp.float32) * scale
-    mine = jnp.where(own_mask, mine, lowest)  # [B, K, N, L, W]
+    b, c, length, n, h = q.shape
+    kv_heads, width, split = own[0].shape[3], own[0].shape[2], past[0].shape[1]
+    if origin is not None:
+        # All branches of a row attend to the positions of all of them, as one branch would, each seeing those that are its own.
+        holds = origin[:, :, None, None] == jnp.arange(c)[:, None]  # [B, C, 1, C, W]
+        own_mask = (holds & own_mask[:, None]).reshape(b, 1, 1, 1, c * length, c * width)
+        own = own[0].reshape(b, 1, c * width, kv_heads, h), own[1].reshape(b, 1, c * width, kv_heads, h)
+    grouped = q.reshape(b, own[0].shape[1], -1, kv_heads, n // kv_heads, h)  # [B, C, L, K, G, H]
+    scale, lowest = h**-0.5, jnp.finfo(jnp.float32).min
+    shared = jnp.einsum("bclkgh,bskh->bckgls", grouped, past[0], preferred_element_type=jnp.float32) * scale
+    mine = jnp.einsum("bclkgh,bcwkh->bckglw", grouped, own[0], preferred_element_type=jnp.float32) * scale
+    if slopes is not None and past_positions is not None and own_positions is not None:
+        slopes = slopes.reshape(kv_heads, -1, 1, 1)  # [K, G, 1, 1]
+        if origin is not None:
+            own_positions = jnp.tile(own_positions, c)  # [B, C * W]
+        shared = shared + slopes * past_positions[:, None, None, None, None]
+        mine = mine + slopes * own_positions[:, None, None, None, None]
+    shared = jnp.where(past_mask[:, None, None, None, None], shared, lowest)  # [B, C, K, G, L, S]
+    mine = jnp.where(own_mask, mine, lowest)  # [B, C, K, G, L, W]
     weights = jax.nn.softmax(jnp.concatenate([shared, mine], axis=-1), axis=-1).astype(q.dtype)
-    split = past[0].shape[1]
-    y = jnp.einsum("bknls,bsnh->bklnh", weights[..., :split], past[1])
-    return y + jnp.einsum("bknlw,bkwnh->bklnh", weights[..., split:], own[1])
+    y = jnp.einsum("bckgls,bskh->bclkgh", weights[..., :split], past[1])
+    y = y + jnp.einsum("bckglw,bcwkh->bclkgh", weights[..., split:], own[1])
+    return y.reshape(q.shape)

@@ -1,8 +1,8 @@
 """BLOOM, the language model of the chat model: a decoder with ALiBi instead of a position table.
 
 Le Scao et al., "BLOOM: a 176B-parameter open-access multilingual language model", 2022; Press et al., "Train short, test
-long", 2022, for the bias. The output layer is the word embedding. Word embeddings are normalised, what is fed in their place
-(visual tokens) is not.
+long", 2022, for the bias: each head adds its slope times the key's position, and softmax makes that relative. The output layer
+is the word embedding. Word embeddings are normalised; what is fed in their place (visual vectors) is not.
 """
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ymplug_jax.models import attention, layers
+from ymplug_jax.models import language_model, layers, lora
+from ymplug_jax.models.language_model import Cache, Context, Past
 
 STD = 0.02
 
@@ -18,8 +19,7 @@ AXES = (
     ("token_embed", "vocab embed"),
     ("(embed_norm|norm)/(scale|bias)", "embed"),
     *layers.BLOCK_AXES,
-    ("blocks/lora/a", "layers embed rank"),
-    ("blocks/lora/[qkv]", "layers rank heads head_dim"),
+    *lora.AXES,
 )
 
 
@@ -31,37 +31,8 @@ def slopes(heads: int) -> np.ndarray:
     return np.concatenate([first, rest]).astype(np.float32)
 
 
-def alibi(mask: jax.Array, heads: int) -> jax.Array:
-    """Bias by the key's position among the seen ones: int or bool[B, S] -> f32[B, N, 1, S]; softmax makes it relative."""
-    mask = mask.astype(jnp.float32)
-    position = (jnp.cumsum(mask, axis=1) - 1) * mask  # [B, S]
-    return slopes(heads)[:, None, None] * position[:, None, None]
-
-
-class Lora(nn.Module):
-    """Low-rank change of the q, k and v projections, which share their first factor (Hu et al., 2021): starts at zero."""
-
-    rank: int  # R
-    scale: float
-    heads: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """f[..., D] -> what to add to q, k, v: f[..., N, H] each."""
-        d, dtype = x.shape[-1], jnp.dtype(self.dtype)
-        a = self.param("a", layers.torch_linear(d), (d, self.rank)).astype(dtype)
-        low = (x @ a) * self.scale  # [..., R]
-
-        def out(name: str) -> jax.Array:
-            b = self.param(name, nn.initializers.zeros, (self.rank, self.heads, d // self.heads)).astype(dtype)
-            return jnp.einsum("...r,rnh->...nh", low, b)
-
-        return out("q"), out("k"), out("v")
-
-
 class Block(nn.Module):
-    """Pre-norm attention and MLP: f[B, L, D] -> f[B, L, D]."""
+    """Pre-norm attention and MLP: f[..., L, D] -> f[..., L, D], writing the cache where one is given."""
 
     heads: int
     ln_eps: float
@@ -70,21 +41,26 @@ class Block(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        x, cache = carry
         d, normal = x.shape[-1], nn.initializers.normal(STD)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
         h = layers.norm("attn_norm", self.ln_eps, self.dtype)(x)
-        qkv = attn.project(h)  # [B, L, N, H]
+        q, k, v = attn.project(h)  # [..., L, N, H]
         if self.lora_rank:
-            lora = Lora(self.lora_rank, self.lora_scale, self.heads, self.dtype, name="lora")
-            qkv = [whole + change for whole, change in zip(qkv, lora(h), strict=True)]
-        x = x + attn.output(attention.attend(*qkv, causal=True, mask=mask, bias=bias))
+            changes = lora.Lora(self.lora_rank, self.lora_scale, self.heads, self.dtype, name="lora")(h)
+            q, k, v = (whole + change for whole, change in zip((q, k, v), changes, strict=True))
+        alibi = jnp.asarray(slopes(self.heads))
+        y, cache = language_model.attend(q, k, v, cache, layer, context, slopes=alibi)  # [..., L, N, H]
+        x = x + attn.output(y)
         mlp = layers.Mlp(4 * d, normal, normal, tanh=True, dtype=self.dtype, name="mlp")
-        return x + mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x)), None
+        return (x + mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x)), cache), None
 
 
 class Bloom(nn.Module):
-    """The language model. The fields are its settings."""
+    """The language model (`language_model.LanguageModel`). The fields are its settings."""
 
     vocab: int = 250880  # V
     width: int = 4096  # D; the MLP is four times as wide
@@ -99,7 +75,7 @@ class Bloom(nn.Module):
     def setup(self) -> None:
         self.token_embed = self.param("token_embed", nn.initializers.normal(STD), (self.vocab, self.width))
         self.embed_norm = layers.norm(None, self.ln_eps, self.dtype)
-        blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(nn.broadcast, nn.broadcast))
+        blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast))
         self.blocks = blocks(
             heads=self.heads,
             ln_eps=self.ln_eps,
@@ -109,32 +85,50 @@ class Bloom(nn.Module):
         )
         self.norm = layers.norm(None, self.ln_eps, self.dtype)
 
+    @property
+    def max_positions(self) -> None:
+        """No limit: positions only enter as a bias."""
+
     def embed(self, ids: jax.Array) -> jax.Array:
-        """Normalised word embeddings: int[..., L] -> f[..., L, D]."""
-        return self.embed_norm(jnp.take(self.token_embed, ids, axis=0, mode="clip").astype(jnp.dtype(self.dtype)))
+        """See `LanguageModel.embed`; normalised."""
+        return self.embed_norm(layers.look_up(self.token_embed, ids, self.dtype))
 
-    def __call__(self, embeds: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Hidden states after the final norm.
+    def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+        """See `LanguageModel`; there is no dropout."""
+        return self._run(embeds, mask, None, None)[0]
 
-        Args:
-          embeds: f[B, L, D], normalised word embeddings and whatever stands between them.
-          mask: int or bool[B, L], 1 where there is something; padding may stand on either side. None: everywhere.
+    def prefill(self, embeds: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, Past]:
+        """See `LanguageModel.prefill`."""
+        hidden, cache = self._run(embeds, mask, self._empty(embeds.shape[:1], embeds.shape[1]), None)
+        return hidden, language_model.past_of(cache, mask)
 
-        Returns:
-          f[B, L, D].
-        """
-        mask = jnp.ones(embeds.shape[:2], bool) if mask is None else mask.astype(bool)
-        x = embeds.astype(jnp.dtype(self.dtype))
-        x, _ = self.blocks(x, mask[:, None, None], alibi(mask, self.heads))
-        return self.norm(x)
+    def open_branches(self, rows: int, branches: int, length: int) -> Cache:
+        """See `LanguageModel.open_branches`."""
+        return self._empty((rows, branches), length)
+
+    def branch(self, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax.Array, Cache]:
+        """See `LanguageModel.branch`."""
+        return self._run(embeds, None, own, past)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """f[..., D] -> f32[..., V]. Take the positions that are needed first: the vocabulary is wide."""
-        table = self.token_embed.astype(jnp.dtype(self.dtype))
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        """See `LanguageModel.logits`."""
+        return layers.tied_logits(self.token_embed, hidden, self.dtype)
+
+    def _empty(self, before: tuple[int, ...], length: int) -> Cache:
+        head_dim = self.width // self.heads
+        return language_model.empty_cache(before, self.depth, self.heads, length, head_dim, self.dtype)
+
+    def _run(
+        self, embeds: jax.Array, mask: jax.Array | None, cache: Cache | None, past: Past | None
+    ) -> tuple[jax.Array, Cache]:
+        context = language_model.context_of(embeds.shape[-2], mask, past)
+        carry = embeds.astype(jnp.dtype(self.dtype)), cache
+        (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context)
+        return self.norm(x), filled
 
 
-def init(model: Bloom, key: jax.Array) -> dict:
-    """Fresh float32 parameters. Run it under `jax.jit` or `jax.eval_shape`: no forward pass remains."""
-    ids = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, ids, method=lambda bloom, ids: bloom(bloom.embed(ids)))["params"]
+SIZES = {
+    "bloomz-1b7": Bloom(width=2048, depth=24, heads=16),
+    "bloomz-7b1": Bloom(),
+    "bloom-tiny": Bloom(vocab=512, width=96, depth=3, heads=4),
+}

@@ -1,6 +1,8 @@
-"""Generation and scoring with a language model that has `embed`, `prefill`, `branch`, `open_branches` and `logits`.
+"""Generation and scoring with any decoder that follows the `LanguageModel` protocol.
 
-The visual prefix and the prompt are read once; greedy search, sampling, beam search and the scoring of candidates then go
+A prompt is what a decoder is fed: embeddings f[B, S, D] and a mask bool[B, S]. Padding may stand on either side, and vectors of
+videos or images anywhere between the tokens. `prompt_of` makes one with a visual prefix; for other places embed the ids and use
+`language_model.with_media`. The prompt is read once; greedy search, sampling, beam search and the scoring of candidates then go
 on from that past in as many branches as they need. Fixed shapes throughout, to be run under `jax.jit`.
 """
 
@@ -9,19 +11,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from ymplug_jax.models.gpt3 import Cache, Past
+from ymplug_jax.models.language_model import Cache, LanguageModel, Past, check_positions, last_state
 
 LOWEST = -1e9  # of a beam that does not exist
 
 
 class State(NamedTuple):
-    """Where each of K branches stands."""
+    """Where each of C branches stands."""
 
     past: Past
     own: Cache
-    logits: jax.Array  # f32[B, K, V]: of the next token
+    logits: jax.Array  # f32[B, C, V]: of the next token
 
 
 class Generated(NamedTuple):
@@ -32,10 +33,10 @@ class Generated(NamedTuple):
     scores: jax.Array | None = None  # f32[B], of a beam search
 
 
-def read(
-    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, Past]:
-    """Read the visual prefix and the prompt.
+def prompt_of(
+    lm: LanguageModel, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A prompt of a visual prefix and text, padded on the right.
 
     Args:
       lm: the language model, unbound.
@@ -45,75 +46,80 @@ def read(
       lengths: int32[B], how many of `ids` count, at least 1 (no end token among them).
 
     Returns:
-      hidden f[B, Q + L, D] and the past, of length Q + lengths.
+      embeddings f[B, Q + L, D] and mask bool[B, Q + L].
     """
     embeds = lm.apply({"params": params}, ids, method="embed")  # [B, L, D]
-    if prefix is not None:
-        embeds = jnp.concatenate([prefix.astype(embeds.dtype), embeds], axis=1)  # [B, Q + L, D]
-    hidden, cache = lm.apply({"params": params}, embeds, method="prefill")
-    length = embeds.shape[1] - ids.shape[1] + lengths.astype(jnp.int32)
-    return hidden, Past(cache, length, jnp.int32(0))
+    mask = jnp.arange(ids.shape[1]) < lengths[:, None]
+    if prefix is None:
+        return embeds, mask
+    embeds = jnp.concatenate([prefix.astype(embeds.dtype), embeds], axis=1)  # [B, Q + L, D]
+    return embeds, jnp.concatenate([jnp.ones(prefix.shape[:2], bool), mask], axis=1)
 
 
 def start(
-    lm: nn.Module,
+    lm: LanguageModel,
     params: dict,
-    prefix: jax.Array | None,
-    ids: jax.Array,
-    lengths: jax.Array,
+    embeds: jax.Array,
+    mask: jax.Array,
     new_tokens: int,
     branches: int = 1,
-    row_length: int = 0,
+    positions: int = 0,
 ) -> State:
-    """Read (arguments as for `read`) and open `branches` with room for `new_tokens` each, no row beyond `row_length` if given.
+    """Read a prompt and open `branches` with room for `new_tokens` each.
+
+    Args:
+      lm: the language model, unbound.
+      params: its parameters.
+      embeds: f[B, S, D], the prompt.
+      mask: int or bool[B, S], 1 where there is a token; at least one in each row.
+      new_tokens: at most so many are fed to each branch.
+      branches: C.
+      positions: most that a row takes, prompt and new tokens; 0: S + new_tokens.
 
     Raises:
-      ValueError: prefix, prompt and new tokens do not fit the position table.
+      ValueError: the model has not so many positions.
     """
-    whole = (row_length or ids.shape[1] + new_tokens) + (0 if prefix is None else prefix.shape[1])
-    if whole > lm.max_positions:
-        raise ValueError(f"prefix, prompt and new tokens need {whole} positions, the model has {lm.max_positions}")
-    hidden, past = read(lm, params, prefix, ids, lengths)
-    last = jnp.take_along_axis(hidden, past.length[:, None, None] - 1, axis=1)  # [B, 1, D]
-    logits = lm.apply({"params": params}, last, method="logits")  # [B, 1, V]
-    own = lm.apply({"params": params}, ids.shape[0], branches, new_tokens, method="open_branches")
-    return State(past, own, jnp.broadcast_to(logits, (ids.shape[0], branches, logits.shape[-1])))
+    check_positions(positions or embeds.shape[1] + new_tokens, lm.max_positions, "prefix, prompt and new tokens")
+    hidden, past = lm.apply({"params": params}, embeds, mask, method="prefill")
+    logits = lm.apply({"params": params}, last_state(hidden, mask), method="logits")  # [B, V]
+    own = lm.apply({"params": params}, embeds.shape[0], branches, new_tokens, method="open_branches")
+    return State(past, own, jnp.broadcast_to(logits[:, None], (embeds.shape[0], branches, logits.shape[-1])))
 
 
-def advance(lm: nn.Module, params: dict, state: State, token: jax.Array, parents: jax.Array | None = None) -> State:
-    """Feed one token a branch, int32[B, K]; with `parents`, int32[B, K], branch k first becomes a copy of branch parents[k].
+def advance(lm: LanguageModel, params: dict, state: State, token: jax.Array, parents: jax.Array | None = None) -> State:
+    """Feed one token a branch, int32[B, C]; with `parents`, int32[B, C], branch c first becomes a copy of branch parents[c].
 
     With `parents` the past has an `origin`; the keys and values stay where they are.
     """
     past = state.past
-    if parents is not None:
-        origin = jnp.take_along_axis(past.origin, parents[..., None], axis=1)  # [B, K, W]
+    if parents is not None and past.origin is not None:
+        origin = jnp.take_along_axis(past.origin, parents[..., None], axis=1)  # [B, C, W]
         here = jnp.broadcast_to(jnp.arange(parents.shape[1])[:, None], (*parents.shape, 1))
         past = past._replace(origin=jax.lax.dynamic_update_slice(origin, here, (0, 0, past.read)))
-    embeds = lm.apply({"params": params}, token[..., None], method="embed")  # [B, K, 1, D]
+    embeds = lm.apply({"params": params}, token[..., None], method="embed")  # [B, C, 1, D]
     hidden, own = lm.apply({"params": params}, embeds, past, state.own, method="branch")
     past = past._replace(read=past.read + 1)
     return State(past, own, lm.apply({"params": params}, hidden[:, :, 0], method="logits"))
 
 
 def branch_scores(
-    lm: nn.Module, params: dict, past: Past, ids: jax.Array, targets: jax.Array, last: jax.Array | None = None
+    lm: LanguageModel, params: dict, past: Past, ids: jax.Array, targets: jax.Array, last: jax.Array | None = None
 ) -> jax.Array:
-    """Log-probability of what each branch says after the past: f32[B, K], summed over the targets.
+    """Log-probability of what each branch says after the past: f32[B, C], summed over the targets.
 
     Args:
       lm: the language model, unbound.
       params: its parameters.
-      past: from `read`.
-      ids: int32[B, K, W], padded on the right.
-      targets: bool[B, K, W], which of `ids` count.
+      past: what all branches continue, from `prefill`.
+      ids: int32[B, C, W], padded on the right.
+      targets: bool[B, C, W], which of `ids` count.
       last: f[B, D], hidden state at the end of the past, which predicts the first of `ids`; None: no first one counts.
     """
-    b, k, width = ids.shape
+    b, branches, width = ids.shape
     embeds = lm.apply(
         {"params": params}, ids[..., :-1], method="embed"
-    )  # [B, K, W - 1, D]: what is last predicts nothing
-    own = lm.apply({"params": params}, b, k, width - 1, method="open_branches")
+    )  # [B, C, W - 1, D]: what is last predicts nothing
+    own = lm.apply({"params": params}, b, branches, width - 1, method="open_branches")
     hidden, _ = lm.apply({"params": params}, embeds, past, own, method="branch")
 
     def one(branch: tuple[jax.Array, jax.Array]) -> jax.Array:  # a branch at a time: the vocabulary is wide
@@ -122,7 +128,7 @@ def branch_scores(
         picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(logits, axis=-1)  # [B, W - 1]
 
-    logs = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(ids[..., 1:], 1, 0)))  # [K, B, W - 1]
+    logs = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(ids[..., 1:], 1, 0)))  # [C, B, W - 1]
     total = jnp.sum(jnp.where(targets[..., 1:], jnp.moveaxis(logs, 0, 1), 0), axis=-1)
     if last is None:
         return total
@@ -161,21 +167,21 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
 
 
 def greedy(
-    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array, *, new_tokens: int, eos: int
-) -> Generated:  # fmt: skip
-    """Most probable token at each step, until every row has met `eos` or `new_tokens` are out. Arguments as for `start`."""
-    return _generate(
-        lm, params, start(lm, params, prefix, ids, lengths, new_tokens), new_tokens, eos, lambda step, x: jnp.argmax(x, -1)
-    )  # fmt: skip
+    lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, *, new_tokens: int, eos: int
+) -> Generated:
+    """Most probable token at each step, until every row has met `eos` or `new_tokens` are out. Prompt as for `start`."""
+    state = start(lm, params, embeds, mask, new_tokens)
+    return _generate(lm, params, state, new_tokens, eos, lambda step, logits: jnp.argmax(logits, -1))
 
 
 def sample(
-    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array, key: jax.Array, *,
+    lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, key: jax.Array, *,
     new_tokens: int, eos: int, top_k: int = 0, top_p: float = 0.0, temperature: float = 1.0,
 ) -> Generated:  # fmt: skip
     """Draws each token; `top_k` > 0 draws among the k most probable, else `top_p` > 0 among those that make up p (0: all).
 
-    `key` is one for all rows, or key[B]: with a key of its own a row's draws do not depend on its place in the batch.
+    Prompt as for `start`. `key` is one for all rows, or key[B]: with a key of its own a row's draws do not depend on its place in
+    the batch.
     """
 
     def pick(step: jax.Array, logits: jax.Array) -> jax.Array:
@@ -186,11 +192,11 @@ def sample(
             return jax.random.categorical(jax.random.fold_in(key, step), logits)
         return jax.vmap(lambda own, row: jax.random.categorical(jax.random.fold_in(own, step), row))(key, logits)
 
-    return _generate(lm, params, start(lm, params, prefix, ids, lengths, new_tokens), new_tokens, eos, pick)
+    return _generate(lm, params, start(lm, params, embeds, mask, new_tokens), new_tokens, eos, pick)
 
 
 def _generate(
-    lm: nn.Module,
+    lm: LanguageModel,
     params: dict,
     state: State,
     new_tokens: int,
@@ -230,44 +236,46 @@ class _Beams(NamedTuple):
 
     step: jax.Array  # int32 scalar: tokens chosen so far
     state: State
-    scores: jax.Array  # f32[B, K]: summed log-probabilities of the open beams
-    rows: jax.Array  # int32[B, K, new_tokens]
-    values: jax.Array  # f32[B, K]: of the finished ones, best first, -inf where there is none yet
-    finished: jax.Array  # int32[B, K, new_tokens]
+    scores: jax.Array  # f32[B, C]: summed log-probabilities of the open beams
+    rows: jax.Array  # int32[B, C, new_tokens]
+    values: jax.Array  # f32[B, C]: of the finished ones, best first, -inf where there is none yet
+    finished: jax.Array  # int32[B, C, new_tokens]
     done: jax.Array  # bool[B]
 
 
 def beam(
-    lm: nn.Module, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array, *,
-    new_tokens: int, eos: int, beams: int = 5, row_length: int = 0, length_power: float = 1.0,
+    lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, *, new_tokens: int, eos: int, beams: int = 5,
+    row_length: int = 0, visual: int = 0, length_power: float = 1.0,
 ) -> Generated:  # fmt: skip
     """Beam search, with the stop and ranking rule of the reference or with a length-normalised one.
 
-    Of the 2K best continuations, an end token among the first K finishes its beam; the first K others stay open.
+    Of the 2C best continuations, an end token among the first C finishes its beam; the first C others stay open.
 
     Args:
-      lm: the language model, unbound; params, prefix, ids and lengths as for `start`.
+      lm: the language model, unbound.
       params: its parameters.
-      prefix: f[B, Q, D] or None.
-      ids: int32[B, L].
-      lengths: int32[B].
+      embeds: f[B, S, D], the prompt, as for `start`.
+      mask: int or bool[B, S].
       new_tokens: at most so many tokens.
       eos: the end token.
-      beams: K; the vocabulary has at least 2K tokens.
+      beams: C; the vocabulary has at least 2C tokens.
       row_length: > 0: the reference's rule (spec section 9). Every hypothesis counts its log-probability divided by this
-        one number (prompt row and new tokens together), a row ends once K are finished and the worst of them is no worse
-        than the best continuation divided by its current length; a row has `row_length` - its prompt's length tokens.
+        one number (the prompt's row of text and new tokens together), a row ends once C are finished and the worst of them is
+        no worse than the best continuation divided by its current length; a row takes `row_length` tokens with its prompt's.
         0: log-probability divided by the number of tokens, end token included, to the power `length_power`, and a row
-        ends when no open beam can become better than the worst of its K finished ones.
+        ends when no open beam can become better than the worst of its C finished ones.
+      visual: vectors in each prompt that `row_length` does not count, since they are no text.
       length_power: of the second rule; 0 compares plain log-probabilities.
 
     Returns:
       The best hypothesis of each row.
     """
-    state = start(lm, params, prefix, ids, lengths, new_tokens, beams, row_length)
-    rows, b = jnp.full((ids.shape[0], beams, new_tokens), eos, jnp.int32), ids.shape[0]
+    state = start(lm, params, embeds, mask, new_tokens, beams, visual + row_length if row_length else 0)
+    rows, b = jnp.full((embeds.shape[0], beams, new_tokens), eos, jnp.int32), embeds.shape[0]
+    room = jnp.full(b, new_tokens)
+    if row_length:
+        room = jnp.minimum(row_length - (state.past.length - visual), new_tokens)
     state = state._replace(past=state.past._replace(origin=jnp.zeros_like(rows)))
-    room = jnp.minimum(row_length - lengths, new_tokens) if row_length else jnp.full(b, new_tokens)
 
     def value(scores: jax.Array, tokens: jax.Array) -> jax.Array:
         return scores / row_length if row_length else scores / tokens.astype(jnp.float32) ** length_power
@@ -277,19 +285,19 @@ def beam(
 
     def body(loop: _Beams) -> _Beams:
         vocab = loop.state.logits.shape[-1]
-        total = jax.nn.log_softmax(loop.state.logits) + loop.scores[..., None]  # [B, K, V]
-        scores, flat = top_k(total.reshape(b, -1), 2 * beams)  # [B, 2K]
+        total = jax.nn.log_softmax(loop.state.logits) + loop.scores[..., None]  # [B, C, V]
+        scores, flat = top_k(total.reshape(b, -1), 2 * beams)  # [B, 2C]
         parents, tokens = flat // vocab, (flat % vocab).astype(jnp.int32)
         stops = tokens == eos
         written = loop.step + 1
-        of = jnp.take_along_axis(loop.rows, parents[..., None], axis=1)  # [B, 2K, new_tokens]
+        of = jnp.take_along_axis(loop.rows, parents[..., None], axis=1)  # [B, 2C, new_tokens]
 
         ends = stops[:, :beams] & (scores[:, :beams] > LOWEST / 2)
-        ended = jnp.where(ends, value(scores[:, :beams], written), -jnp.inf)  # [B, K]
+        ended = jnp.where(ends, value(scores[:, :beams], written), -jnp.inf)  # [B, C]
         values, finished = _best(loop.values, loop.finished, ended, of[:, :beams], beams)
         stop = jnp.isfinite(values[:, -1]) & (values[:, -1] >= bound(scores[:, 0], written))
 
-        stay = jnp.argsort(stops, axis=1, stable=True)[:, :beams]  # the first K that go on
+        stay = jnp.argsort(stops, axis=1, stable=True)[:, :beams]  # the first C that go on
         parents, tokens, scores = (jnp.take_along_axis(x, stay, axis=1) for x in (parents, tokens, scores))
         rows = jnp.take_along_axis(of, stay[..., None], axis=1)
         rows = jax.lax.dynamic_update_slice(rows, tokens[..., None], (0, 0, loop.step))

@@ -71,34 +71,52 @@ class _Flat(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections around `attention.attend`: kernels q, k, v [D, N, H] and o [N, H, D]; biases start at zero."""
+    """The projections around `attention.attend`: kernels q [D, N, H], k and v [D, K, H], o [N, H, D]; biases start at zero.
+
+    With `qk_norm_eps`, queries and keys are normalised over H, each with one scale for all heads.
+    """
 
     width: int
-    heads: int
+    heads: int  # N
     kernel_init: Initializer
     out_init: Initializer
+    kv_heads: int | None = None  # K, divides N; None: N
+    head_dim: int | None = None  # H; None: D / N
+    qkv_bias: bool = True
     key_bias: bool = True  # a key bias shifts all logits of a query alike, so some models leave it out
-    flat: bool = False  # heads side by side in rows of D, as the kernel of `attention.attend_frames` reads them
+    out_bias: bool = True
+    qk_norm_eps: float | None = None  # None: no norm
+    flat: bool = False  # heads side by side in rows of D, as the kernel of `attend_frames` reads them
     dtype: str = "float32"
 
     def setup(self) -> None:
-        dtype, heads = jnp.dtype(self.dtype), (self.heads, self.width // self.heads)
+        dtype, size = jnp.dtype(self.dtype), self.head_dim or self.width // self.heads
 
-        def project(bias: bool) -> nn.Module:
+        def project(heads: int, bias: bool) -> nn.Module:
+            shape = (heads, size)
             if self.flat:
-                return _Flat((self.width, *heads), heads if bias else (), self.kernel_init, dtype)
-            return nn.DenseGeneral(heads, use_bias=bias, kernel_init=self.kernel_init, dtype=dtype)
+                return _Flat((self.width, *shape), shape if bias else (), self.kernel_init, dtype)
+            return nn.DenseGeneral(shape, use_bias=bias, kernel_init=self.kernel_init, dtype=dtype)
 
-        self.q, self.k, self.v = project(True), project(self.key_bias), project(True)
+        kv_heads = self.kv_heads or self.heads
+        self.q = project(self.heads, self.qkv_bias)
+        self.k = project(kv_heads, self.qkv_bias and self.key_bias)
+        self.v = project(kv_heads, self.qkv_bias)
         if self.flat:
-            self.o = _Flat((*heads, self.width), (self.width,), self.out_init, dtype)
+            self.o = _Flat((self.heads, size, self.width), (self.width,), self.out_init, dtype)
         else:
-            self.o = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=self.out_init, dtype=dtype)
+            self.o = nn.DenseGeneral(
+                self.width, axis=(-2, -1), use_bias=self.out_bias, kernel_init=self.out_init, dtype=dtype
+            )
+        if self.qk_norm_eps is not None:
+            self.q_norm, self.k_norm = (rms_norm(None, self.qk_norm_eps, self.dtype) for _ in "qk")
 
     def project(self, x: jax.Array, context: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """f[..., D] (and f[..., S, D] to attend to, by default the same) -> q, k, v f[..., N, H] (or f[..., D], see `flat`)."""
+        """f[..., D] (and f[..., S, D] to attend to, by default the same) -> q f[..., N, H], k and v f[..., K, H] (or f[..., D], see
+        `flat`)."""
         context = x if context is None else context
-        return kept(self.q(x)), kept(self.k(context)), kept(self.v(context))
+        q, k, v = kept(self.q(x)), kept(self.k(context)), kept(self.v(context))
+        return (q, k, v) if self.qk_norm_eps is None else (self.q_norm(q), self.k_norm(k), v)
 
     def output(self, y: jax.Array) -> jax.Array:
         """f[..., N, H] (or f[..., D], see `flat`) -> f[..., D]."""
@@ -153,6 +171,67 @@ class Mlp(nn.Module):
         return kept(down(x))  # [..., D]
 
 
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)) without biases: f[..., D] -> f[..., D]. SiLU is float32 (Shazeer, 2020, "GLU variants")."""
+
+    hidden: int  # M
+    kernel_init: Initializer
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, width = jnp.dtype(self.dtype), x.shape[-1]
+
+        def dense(name: str, features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, kernel_init=self.kernel_init, dtype=dtype, name=name)
+
+        gate, up = kept(dense("gate", self.hidden)(x)), kept(dense("up", self.hidden)(x))  # [..., M]
+        x = nn.silu(gate.astype(jnp.float32)).astype(dtype) * up
+        return kept(dense("down", width)(x))  # [..., D]
+
+
+def look_up(table: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
+    """Rows of a table of word embeddings, f[V, D]: int[..., L] -> f[..., L, D] in `dtype`."""
+    return jnp.take(table, ids, axis=0, mode="clip").astype(jnp.dtype(dtype))
+
+
+def tied_logits(table: jax.Array, hidden: jax.Array, dtype: str) -> jax.Array:
+    """Logits by the table of word embeddings, f[V, D], as the output layer: f[..., D] -> f32[..., V]."""
+    return jnp.einsum("...d,vd->...v", hidden, table.astype(jnp.dtype(dtype)), preferred_element_type=jnp.float32)
+
+
+class OutputLayer(nn.Module):
+    """An output layer of its own, kernel [D, V]: f[..., D] -> f32[..., V]."""
+
+    vocab: int
+    kernel_init: Initializer
+    dtype: str
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (hidden.shape[-1], self.vocab)).astype(jnp.dtype(self.dtype))
+        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def rotation_of(positions: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of rotary positions (Su et al., 2021): int[..., L] -> f32[..., L, H / 2] each, angle position / theta^(2i / H).
+
+    Args:
+      positions: of the tokens.
+      size: H, even.
+      theta: base of the wavelengths.
+    """
+    angles = positions[..., None].astype(jnp.float32) * theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (i, i + H / 2) of every head by the angles of `rotation_of`, in float32: f[..., L, N, H] -> the same."""
+    cos, sin = (part[..., None, :] for part in rotation)  # [..., L, 1, H / 2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
 def unit(x: jax.Array) -> jax.Array:
     """L2-normalise the last axis, in float32."""
     x = x.astype(jnp.float32)
@@ -163,6 +242,11 @@ def unit(x: jax.Array) -> jax.Array:
 def norm(name: str | None, eps: float, dtype: str) -> nn.LayerNorm:
     """LayerNorm in float32 with a two-pass (exact) variance, cast back to `dtype`."""
     return nn.LayerNorm(epsilon=eps, dtype=jnp.dtype(dtype), use_fast_variance=False, name=name)
+
+
+def rms_norm(name: str | None, eps: float, dtype: str) -> nn.RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich, 2019), in float32, cast back to `dtype`."""
+    return nn.RMSNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
 
 
 def stack(

@@ -1,4 +1,4 @@
-"""mPLUG-video with the GPT-3 decoder: TimeSformer, visual abstractor, connector and a frozen language model.
+"""mPLUG-video: TimeSformer, visual abstractor, connector and a frozen language model.
 
 Xu et al., "Youku-mPLUG: A 10 million large-scale Chinese video-language dataset for pre-training and benchmarks", 2023. The
 visual tokens stand in front of the text; there is no separator and no type embedding.
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ymplug_jax.core.sharding import constrain
-from ymplug_jax.models import abstractor, gpt3, layers, timesformer
+from ymplug_jax.core.sharding import AxisRules, constrain
+from ymplug_jax.models import abstractor, language_models, layers, timesformer
 from ymplug_jax.models.abstractor import Abstractor
-from ymplug_jax.models.gpt3 import GPT3
+from ymplug_jax.models.language_model import LanguageModel, last_state
 from ymplug_jax.models.timesformer import TimeSformer
 
 FROZEN = ("llm/.*",)  # path regexes, full match
@@ -24,16 +24,15 @@ RESIZE = {
 }
 
 
-def _under(prefix: str, axes: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+def _under(prefix: str, axes: AxisRules) -> tuple[tuple[str, str], ...]:
     return tuple((prefix + path, words) for path, words in axes)
 
 
-AXES = (
+_OWN_AXES = (
     *_under("vision/", timesformer.AXES),
     *_under("abstractor/", abstractor.AXES),
     ("connector/proj/kernel", "embed embed"),
     ("connector/(proj/bias|norm/scale|norm/bias)", "embed"),
-    *_under("llm/", gpt3.AXES),
     ("(vision_proj|text_proj)/kernel", "embed proj"),
     ("(vision_proj|text_proj)/bias", "proj"),
     ("temperature", ""),
@@ -42,6 +41,11 @@ AXES = (
     ("head/out/kernel", "embed classes"),
     ("head/out/bias", "classes"),
 )
+
+
+def axes_of(model: "MPLUGVideo") -> AxisRules:
+    """Axis words of the model's parameters by path; those of its language model depend on the kind."""
+    return (*_OWN_AXES, *_under("llm/", language_models.axes_of(model.llm)))
 
 
 class Connector(nn.Module):
@@ -86,7 +90,7 @@ class MPLUGVideo(nn.Module):
 
     vision: TimeSformer = TimeSformer()
     abstractor: Abstractor = Abstractor()
-    llm: GPT3 = GPT3()
+    llm: LanguageModel = language_models.SIZES["1.3b"]
     contrastive_width: int = 0  # E; 0: no contrastive heads
     connector_norm: bool = False  # a norm after the connector
     classes: int = 0  # C; 0: no classifier head
@@ -181,12 +185,6 @@ class MPLUGVideo(nn.Module):
         return out
 
 
-def last_state(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """State at the last token of each text: f[B, L, H], int or bool[B, L] -> f[B, H]."""
-    last = jnp.maximum(mask.astype(jnp.int32).sum(axis=1) - 1, 0)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-
-
 def init(model: MPLUGVideo, key: jax.Array) -> dict:
     """Fresh float32 parameters, as the reference starts them. Run it under `jax.jit` or `jax.eval_shape`: no forward pass remains."""
     vision = model.vision
@@ -195,11 +193,6 @@ def init(model: MPLUGVideo, key: jax.Array) -> dict:
     return model.init(key, video, ids, jnp.ones_like(ids))["params"]
 
 
-LLMS = {
-    "1.3b": GPT3(width=2048, depth=24, heads=32),
-    "2.7b": GPT3(width=2560, depth=32, heads=32),
-    "tiny": GPT3(vocab=512, width=96, depth=3, heads=4, max_positions=128),
-}
 VISIONS = {
     "b16": TimeSformer(patch_size=16, depth=12, width=768, heads=8),
     "l14": TimeSformer(patch_size=14, depth=24, width=1024, heads=16),
@@ -216,20 +209,21 @@ def sized(
     contrastive_width: int = 0,
     classes: int = 0,
 ) -> MPLUGVideo:
-    """A model of named sizes: llm one of `LLMS`, vision one of `VISIONS`. Change further fields with `.clone(...)`.
+    """A model of named sizes: llm one of `language_models.SIZES`, vision one of `VISIONS`. Change further fields with `.clone(...)`.
 
     Raises:
       ValueError: an unknown size.
     """
-    if llm not in LLMS or vision not in VISIONS:
+    llms = language_models.SIZES
+    if llm not in llms or vision not in VISIONS:
         raise ValueError(
-            f"size {llm!r} x {vision!r} is unknown; language models: {', '.join(LLMS)}; vision: {', '.join(VISIONS)}"
+            f"size {llm!r} x {vision!r} is unknown; language models: {', '.join(llms)}; vision: {', '.join(VISIONS)}"
         )
     pool = Abstractor(queries=queries, heads=VISIONS[vision].heads, mlp_ratio=VISIONS[vision].mlp_ratio)
     return MPLUGVideo(
         vision=VISIONS[vision].clone(frames=frames),
         abstractor=pool,
-        llm=LLMS[llm],
+        llm=llms[llm],
         contrastive_width=contrastive_width,
         classes=classes,
     )

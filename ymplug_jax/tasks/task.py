@@ -16,6 +16,8 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.sharding import AxisRules
 from ymplug_jax.core.state import Params
+from ymplug_jax.models import language_models
+from ymplug_jax.models.language_model import LanguageModel
 
 Batch = dict[str, jax.Array]  # fixed shapes, leading axis B, always has valid: bool[B]
 Example = dict[str, np.ndarray]
@@ -122,6 +124,8 @@ def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> A
 
     def value(key: str) -> Any:
         kind = hints[key]
+        if kind is LanguageModel:
+            return _decoder(settings[key], f"{where}.{key}")
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             return build(kind, settings[key], f"{where}.{key}")
         return config.checked(settings[key], kind, f"{where}.{key}")
@@ -129,6 +133,21 @@ def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> A
     made = cls(**{key: value(key) for key in settings})
     _check_sizes(made, where)
     return made
+
+
+def _decoder(settings: Any, where: str) -> LanguageModel:
+    """A language model from its settings and the name of its kind; without one it is a GPT-3.
+
+    Raises:
+      Mistake: an unknown kind, or what `build` raises.
+    """
+    if isinstance(settings, LanguageModel):
+        return settings
+    kinds, fields = language_models.KINDS, dict(settings) if isinstance(settings, Mapping) else settings
+    kind = fields.pop("kind", "gpt3") if isinstance(fields, dict) else "gpt3"
+    if kind not in kinds:
+        raise Mistake(f"{where}.kind is {kind!r}; there are {', '.join(kinds)}")
+    return build(kinds[kind], fields, where)
 
 
 def _check_sizes(module: nn.Module, where: str) -> None:

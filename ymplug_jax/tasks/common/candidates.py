@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from ymplug_jax.data import text
 from ymplug_jax.data.text import Tokenizer
-from ymplug_jax.models import decode
+from ymplug_jax.models import decode, language_model
+from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.tasks.task import Example
 
 
@@ -47,7 +46,7 @@ def split(rows: np.ndarray, masks: np.ndarray, prompt_lengths: np.ndarray, width
     return {"prompt": rows[0].astype(np.int32), "shared": np.int32(shared), "branches": branches, "targets": targets}
 
 
-def scores(lm: nn.Module, params: dict, prefix: jax.Array | None, batch: dict[str, jax.Array]) -> jax.Array:
+def scores(lm: LanguageModel, params: dict, prefix: jax.Array | None, batch: dict[str, jax.Array]) -> jax.Array:
     """Summed log-probability of each answer with its end token.
 
     Args:
@@ -59,18 +58,12 @@ def scores(lm: nn.Module, params: dict, prefix: jax.Array | None, batch: dict[st
     Returns:
       f32[B, K].
     """
-    hidden, past = decode.read(lm, params, prefix, batch["prompt"], batch["shared"])
-    last = jnp.take_along_axis(hidden, past.length[:, None, None] - 1, axis=1)[:, 0]  # [B, D]
+    embeds, mask = decode.prompt_of(lm, params, prefix, batch["prompt"], batch["shared"])
+    hidden, past = lm.apply({"params": params}, embeds, mask, method="prefill")
+    last = language_model.last_state(hidden, mask)  # [B, D]
     return decode.branch_scores(lm, params, past, batch["branches"], batch["targets"], last)
 
 
 def probabilities(log_likelihood: jax.Array) -> jax.Array:
     """Softmax over the candidates: f32[..., K] -> f32[..., K]."""
     return jax.nn.softmax(log_likelihood, axis=-1)
-
-
-def prefix_past(lm: nn.Module, params: dict, prefix: jax.Array) -> decode.Past:
-    """The past of branches that begin with the start token: f[B, Q, H] alone."""
-    _, cache = lm.apply({"params": params}, prefix, method="prefill")
-    length = jnp.full(prefix.shape[0], prefix.shape[1], jnp.int32)
-    return decode.Past(cache, length, jnp.int32(0))

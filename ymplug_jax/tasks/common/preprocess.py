@@ -42,10 +42,11 @@ def check(data: Data, model: MPLUGVideo, text: int) -> None:
     """
     check_video(data, model.vision)
     queries = model.abstractor.queries
-    if queries + text > model.llm.max_positions:
+    limit = model.llm.max_positions
+    if limit is not None and queries + text > limit:
         raise ValueError(
             f"{queries} queries + {text} tokens (config.data.max_tokens or config.options) exceed "
-            f"config.model.llm.max_positions {model.llm.max_positions}"
+            f"config.model.llm.max_positions {limit}"
         )
 
 

@@ -72,7 +72,7 @@ def make(experiment: Experiment) -> Task:
     spec |= {"prompt_length": jax.ShapeDtypeStruct((), jnp.int32), "labelled": jax.ShapeDtypeStruct((), jnp.bool_)}
     return Task(
         kinds=CAPTIONED,
-        axes=mplug_video.AXES,
+        axes=mplug_video.axes_of(model),
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),
         example=example,
@@ -138,16 +138,17 @@ def generate(
 ) -> jax.Array:  # fmt: skip
     """What the search of the settings says after the prompt: f[B, Q, H], int32[B, P], int32[B], key[B] -> int32[B, tokens]."""
     width = ids.shape[1] + options.new_tokens
+    prompt = decode.prompt_of(model.llm, lm, prefix, ids, lengths)
     if options.search in ("beam", "beam_by_length"):
         reference = options.search == "beam"
         # The row of the reference begins with the padded prompt and is written over from the prompt's end on.
         return decode.beam(
-            model.llm, lm, prefix, ids, lengths, beams=options.beams, eos=eos,
+            model.llm, lm, *prompt, beams=options.beams, eos=eos, visual=prefix.shape[1],
             new_tokens=width - 1 if reference else options.new_tokens, row_length=width if reference else 0,
         ).ids  # fmt: skip
     if options.search == "greedy":
-        return decode.greedy(model.llm, lm, prefix, ids, lengths, new_tokens=options.new_tokens, eos=eos).ids
+        return decode.greedy(model.llm, lm, *prompt, new_tokens=options.new_tokens, eos=eos).ids
     return decode.sample(
-        model.llm, lm, prefix, ids, lengths, keys, new_tokens=options.new_tokens, eos=eos,
+        model.llm, lm, *prompt, keys, new_tokens=options.new_tokens, eos=eos,
         top_k=options.top_k, top_p=options.top_p, temperature=options.temperature,
     ).ids  # fmt: skip

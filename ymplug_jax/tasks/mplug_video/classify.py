@@ -95,7 +95,7 @@ def make(experiment: Experiment) -> Task:
     spec = {"video": preprocess.video_spec(data), "ids": row, "mask": row, "prompt_length": scalar, "label": scalar}
     return Task(
         kinds=("classification",),
-        axes=mplug_video.AXES,
+        axes=mplug_video.axes_of(model),
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),
         example=example,

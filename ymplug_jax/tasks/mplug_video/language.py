@@ -14,16 +14,15 @@ from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
-from ymplug_jax.models import gpt3
-from ymplug_jax.models.gpt3 import GPT3
+from ymplug_jax.models import language_model, language_models
 from ymplug_jax.tasks.common import losses, preprocess
 from ymplug_jax.tasks.task import TITLED, Batch, Example, Task, build
 
 
 class LanguageModel(nn.Module):
-    """A GPT-3 whose parameters stand under "llm", as in mPLUG-video."""
+    """A decoder whose parameters stand under "llm", as in mPLUG-video."""
 
-    llm: GPT3 = GPT3()
+    llm: language_model.LanguageModel = language_models.SIZES["1.3b"]
 
     def __call__(self, ids: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """int[B, L] -> logits f32[B, L - 1, V], position j for token j + 1."""
@@ -31,7 +30,7 @@ class LanguageModel(nn.Module):
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = {"llm": fields of GPT3}."""
+    """The task for `experiment.model` = {"llm": fields of a decoder}."""
     data = experiment.data
     model: LanguageModel = build(LanguageModel, experiment.model)
     length = data.max_tokens
@@ -53,7 +52,7 @@ def make(experiment: Experiment) -> Task:
 
     return Task(
         kinds=(*TITLED, "text"),
-        axes=tuple((f"llm/{path}", words) for path, words in gpt3.AXES),
+        axes=tuple((f"llm/{path}", words) for path, words in language_models.axes_of(model.llm)),
         frozen=(),
         init=lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"],
         example=example,

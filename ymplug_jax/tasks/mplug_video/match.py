@@ -20,7 +20,7 @@ from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
-from ymplug_jax.tasks.common import candidates, losses, pair_losses, pair_scoring, preprocess, task_metrics
+from ymplug_jax.tasks.common import losses, pair_losses, pair_scoring, preprocess, task_metrics
 from ymplug_jax.tasks.mplug_video.retrieve import clips_of, gallery_of, text_of
 from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Report, Row, Task, build
 
@@ -71,7 +71,7 @@ def pair_scores(
       generation: f32[B, K], log-probability of 是 and the end token; head: f32[B, K], probability of a match.
     """
     lm = params["llm"]
-    past = candidates.prefix_past(model.llm, lm, prefix)
+    _, past = model.llm.apply({"params": lm}, prefix, method="prefill")
     length = texts["ids"].shape[-1]
     after = jnp.arange(length) > texts["prompt_length"][..., None]  # [B, K, L]
     generation = decode.branch_scores(model.llm, lm, past, texts["ids"], texts["mask"].astype(bool) & after)
@@ -140,7 +140,7 @@ def make(experiment: Experiment) -> Task:
     spec = {"video": preprocess.video_spec(data), "ids": pair, "mask": pair, "prompt_length": preprocess.row_spec(2)}
     return Task(
         kinds=(*CAPTIONED, *TITLED),
-        axes=mplug_video.AXES,
+        axes=mplug_video.axes_of(model),
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),
         example=example,

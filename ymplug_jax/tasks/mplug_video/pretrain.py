@@ -65,7 +65,8 @@ def make(experiment: Experiment) -> Task:
         begin = batch["ids"][:, :1]  # [B, 1]: the start token
         ones = jnp.ones(begin.shape[0], jnp.int32)
         eos = preprocess.given(tokenizer).eos
-        out = decode.greedy(model.llm, params["llm"], prefix, begin, ones, new_tokens=length - 1, eos=eos)
+        prompt = decode.prompt_of(model.llm, params["llm"], prefix, begin, ones)
+        out = decode.greedy(model.llm, params["llm"], *prompt, new_tokens=length - 1, eos=eos)
         return {"generated": out.ids, "ids": batch["ids"], "valid": batch["valid"]}
 
     def score(rows: list[Row], records: Sequence[Record]) -> Report:
@@ -78,7 +79,7 @@ def make(experiment: Experiment) -> Task:
     }
     return Task(
         kinds=TITLED,
-        axes=mplug_video.AXES,
+        axes=mplug_video.axes_of(model),
         frozen=mplug_video.FROZEN,
         init=lambda key: mplug_video.init(model, key),
         example=example,

@@ -62,7 +62,7 @@ def make(experiment: Experiment) -> Task:
     row = preprocess.row_spec(length)
     return Task(
         kinds=(*CAPTIONED, *TITLED),
-        axes=mplug_video.AXES,
+        axes=mplug_video.axes_of(model),
         frozen=FROZEN,
         init=lambda key: mplug_video.init(model, key),
         example=example,

@@ -1,0 +1,37 @@
+"""Low-rank adapters: small trained changes of a frozen decoder's projections.
+
+Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ymplug_jax.models import layers
+
+AXES = (
+    ("blocks/lora/a", "layers embed rank"),
+    ("blocks/lora/[qkv]", "layers rank heads head_dim"),
+)
+
+
+class Lora(nn.Module):
+    """Low-rank change of the q, k and v projections, which share their first factor; it starts at zero."""
+
+    rank: int  # R
+    scale: float
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """f[..., D] -> what to add to q, k, v: f[..., N, H] each."""
+        d, dtype = x.shape[-1], jnp.dtype(self.dtype)
+        a = self.param("a", layers.torch_linear(d), (d, self.rank)).astype(dtype)
+        low = (x @ a) * self.scale  # [..., R]
+
+        def out(name: str) -> jax.Array:
+            b = self.param(name, nn.initializers.zeros, (self.rank, self.heads, d // self.heads)).astype(dtype)
+            return jnp.einsum("...r,rnh->...nh", low, b)
+
+        return out("q"), out("k"), out("v")

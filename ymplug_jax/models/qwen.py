@@ -1,0 +1,150 @@
+"""Qwen's dense decoders: Qwen2 and Qwen2.5 (biases on q, k and v), Qwen3 (norms on q and k instead).
+
+Yang et al., "Qwen2 technical report", 2024; Qwen team, "Qwen2.5 technical report", 2024, and "Qwen3 technical report", 2025.
+Pre-norm blocks with RMSNorm, rotary positions, grouped-query attention and a gated MLP.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ymplug_jax.models import language_model, layers
+from ymplug_jax.models.language_model import Cache, Context, Past
+
+STD = 0.02
+
+AXES = (
+    ("token_embed", "vocab embed"),
+    ("norm/scale", "embed"),
+    ("head/kernel", "embed vocab"),
+    ("blocks/(attn_norm|mlp_norm)/scale", "layers embed"),
+    ("blocks/attn/q/kernel", "layers embed heads head_dim"),
+    ("blocks/attn/q/bias", "layers heads head_dim"),
+    ("blocks/attn/[kv]/kernel", "layers embed kv_heads head_dim"),
+    ("blocks/attn/[kv]/bias", "layers kv_heads head_dim"),
+    ("blocks/attn/[qk]_norm/scale", "layers head_dim"),
+    ("blocks/attn/o/kernel", "layers heads head_dim embed"),
+    ("blocks/mlp/(gate|up)/kernel", "layers embed mlp"),
+    ("blocks/mlp/down/kernel", "layers mlp embed"),
+)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated MLP: f[..., L, D] -> f[..., L, D], writing the cache where one is given."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, Cache | None],
+        layer: jax.Array,
+        context: Context,
+        rotation: tuple[jax.Array, jax.Array],
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        x, cache = carry
+        normal = nn.initializers.normal(STD)
+        attn = layers.Attention(
+            x.shape[-1], self.heads, normal, normal, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            qkv_bias=self.qkv_bias, out_bias=False, qk_norm_eps=self.norm_eps if self.qk_norm else None,
+            dtype=self.dtype, name="attn",
+        )  # fmt: skip
+        q, k, v = attn.project(layers.rms_norm("attn_norm", self.norm_eps, self.dtype)(x))
+        q, k = layers.rotate(q, rotation), layers.rotate(k, rotation)
+        y, cache = language_model.attend(q, k, v, cache, layer, context)  # [..., L, N, H]
+        x = x + attn.output(y)
+        mlp = layers.GatedMlp(self.mlp, normal, dtype=self.dtype, name="mlp")
+        return (x + mlp(layers.rms_norm("mlp_norm", self.norm_eps, self.dtype)(x)), cache), None
+
+
+class Qwen(nn.Module):
+    """The language model (`language_model.LanguageModel`). The fields are its settings."""
+
+    vocab: int = 151936  # V
+    width: int = 1536  # D
+    depth: int = 28
+    heads: int = 12  # N
+    kv_heads: int = 2  # K, divides N
+    head_dim: int = 128  # H, even; N * H need not be D
+    mlp: int = 8960  # M
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True  # Qwen2, Qwen2.5
+    qk_norm: bool = False  # Qwen3
+    tied: bool = True  # the output layer is the word embedding
+    max_positions: int | None = 131072  # that it was trained for; nothing is stored for them. None: no limit
+    remat: str = "none"  # "none", "full" or "dots"
+    dtype: str = "float32"  # of the computation
+
+    def setup(self) -> None:
+        normal = nn.initializers.normal(STD)
+        self.token_embed = self.param("token_embed", normal, (self.vocab, self.width))
+        blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast, nn.broadcast))
+        self.blocks = blocks(
+            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, mlp=self.mlp, norm_eps=self.norm_eps,
+            qkv_bias=self.qkv_bias, qk_norm=self.qk_norm, dtype=self.dtype,
+        )  # fmt: skip
+        self.norm = layers.rms_norm(None, self.norm_eps, self.dtype)
+        if not self.tied:
+            self.head = layers.OutputLayer(self.vocab, normal, self.dtype)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """See `LanguageModel.embed`."""
+        return layers.look_up(self.token_embed, ids, self.dtype)
+
+    def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+        """See `LanguageModel`; there is no dropout."""
+        return self._run(embeds, mask, None, None)[0]
+
+    def prefill(self, embeds: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, Past]:
+        """See `LanguageModel.prefill`."""
+        hidden, cache = self._run(embeds, mask, self._empty(embeds.shape[:1], embeds.shape[1]), None)
+        return hidden, language_model.past_of(cache, mask)
+
+    def open_branches(self, rows: int, branches: int, length: int) -> Cache:
+        """See `LanguageModel.open_branches`."""
+        return self._empty((rows, branches), length)
+
+    def branch(self, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax.Array, Cache]:
+        """See `LanguageModel.branch`."""
+        return self._run(embeds, None, own, past)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """See `LanguageModel.logits`."""
+        return layers.tied_logits(self.token_embed, hidden, self.dtype) if self.tied else self.head(hidden)
+
+    def _empty(self, before: tuple[int, ...], length: int) -> Cache:
+        return language_model.empty_cache(before, self.depth, self.kv_heads, length, self.head_dim, self.dtype)
+
+    def _run(
+        self, embeds: jax.Array, mask: jax.Array | None, cache: Cache | None, past: Past | None
+    ) -> tuple[jax.Array, Cache]:
+        length = embeds.shape[-2]
+        language_model.check_positions(length, self.max_positions)
+        context = language_model.context_of(length, mask, past)
+        rotation = layers.rotation_of(context.positions, self.head_dim, self.rope_theta)  # [B or 1, L, H / 2] each
+        if past is not None:
+            rotation = rotation[0][:, None], rotation[1][:, None]  # the same in all branches
+        carry = embeds.astype(jnp.dtype(self.dtype)), cache
+        (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context, rotation)
+        return self.norm(x), filled
+
+
+def _qwen3(**sizes: int | bool) -> Qwen:
+    return Qwen(**{"max_positions": 40960, "qkv_bias": False, "qk_norm": True, **sizes})
+
+
+SIZES = {
+    "qwen2.5-1.5b": Qwen(),
+    "qwen2.5-7b": Qwen(vocab=152064, width=3584, heads=28, kv_heads=4, mlp=18944, tied=False),
+    "qwen3-1.7b": _qwen3(width=2048, heads=16, kv_heads=8, mlp=6144),
+    "qwen3-8b": _qwen3(width=4096, depth=36, heads=32, kv_heads=8, mlp=12288, tied=False),
+    "qwen-tiny": _qwen3(vocab=512, width=96, depth=3, heads=4, kv_heads=2, head_dim=32, mlp=256, max_positions=128),
+}
