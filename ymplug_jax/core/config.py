@@ -64,6 +64,7 @@ class Mesh:
         ("embed", "fsdp"),
         ("mlp", "tensor"),
         ("heads", "tensor"),
+        ("kv_heads", "tensor"),
         ("vocab", "tensor"),
     )
 
@@ -90,6 +91,8 @@ class Train:
     )
     # In which frozen parameters are kept; "int8": stacked matrices in eight bits while a run computes, bfloat16 in checkpoints.
     frozen_dtype: str = "bfloat16"
+
+    fused_kernels: bool = True  # attention in single kernels on TPU and NVIDIA; False: all of it by plain XLA
 
     def __post_init__(self):
         every = self.log_every  # was a number of steps once: configs, command lines and runs of that time still hold it

@@ -98,6 +98,31 @@ def param_shardings(params: Mapping, axes: AxisRules, rules: Mapping[str, str], 
     )
 
 
+def uncut(params: Mapping, axes: AxisRules, rules: Mapping[str, str], mesh: jax.sharding.Mesh) -> list[str]:
+    """What stays whole although the rules name a mesh axis for it, one line for each dimension, size and axis.
+
+    Args:
+      params: (nested, possibly abstract) parameter tree.
+      axes: the model's table.
+      rules: axis word -> mesh axis.
+      mesh: of the run.
+    """
+    found: dict[tuple[str, int, str], list[str]] = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        for word, size in zip(axis_words(path, axes), leaf.shape, strict=True):
+            axis = rules.get(word)
+            if axis is not None and size % mesh.shape[axis]:
+                found.setdefault((word, size, axis), []).append(path)
+    lines = []
+    for (word, size, axis), paths in found.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        lines.append(
+            f"{paths[0]}{more}: dimension {word} of {size} is no multiple of mesh axis {axis}={mesh.shape[axis]}; it stays "
+            "whole on every device of the axis"
+        )
+    return lines
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -173,6 +198,11 @@ def computes_on(maker: str) -> bool:
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         return False
     return maker in device_kind().lower()
+
+
+def computes_on_first(maker: str) -> bool:
+    """Whether this process's first device is of that kind, whatever the mesh."""
+    return maker in jax.local_devices()[0].device_kind.lower()
 
 
 def by_device(run: Callable[..., jax.Array], *arrays: jax.Array, axes: Sequence[tuple[str | None, ...]]) -> jax.Array:

@@ -63,10 +63,24 @@ def attend(
         raise ValueError("attend: slopes and key_positions come together")
     slopes = None if slopes is None else jax.lax.stop_gradient(slopes.astype(jnp.float32))
     if mask is None and bias is None and (key is None or dropout == 0) and v.dtype in HALF:
+        use = kernels.Use(
+            "",
+            q.shape[1],
+            k.shape[1],
+            heads,
+            groups,
+            q.shape[3],
+            str(v.dtype),
+            causal,
+            key_mask is not None,
+            slopes is not None,
+        )
         if kernels.uses("tpu_rows") and kernels.block_of(heads, groups, q.shape[1], k.shape[1], q.shape[3]):
+            kernels.note(use._replace(kernel="tpu_rows"))
             return _on_tpu(q, k, v, causal, key_mask, slopes, key_positions)
         extra = 0 if key_mask is None and slopes is None else 8
         if kernels.uses("cudnn") and q.shape[-1] % 8 == 0 and q.shape[-1] + extra <= _widest():
+            kernels.note(use._replace(kernel="cudnn"))
             return with_columns(q, k, v, causal, key_mask, slopes, key_positions, implementation="cudnn")
     return _plain(
         q, k, v, causal, mask, key_mask, slopes, key_positions, bias, dropout if key is not None else 0.0, key
@@ -118,10 +132,7 @@ def _on_tpu(
         k, v = (jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2) for x in (k, v))
     arrays, axes = [q, k, v], [("batch", None, "heads", None)] * 3
     if key_mask is not None or key_positions is not None:
-        zeros = jnp.zeros((q.shape[0], k.shape[1]), jnp.float32)
-        positions = zeros if key_positions is None else key_positions.astype(jnp.float32)
-        added = zeros if key_mask is None else jnp.where(key_mask.astype(bool), zeros, kernels.LOWEST)
-        arrays.append(jnp.stack([positions, added], axis=1))  # [B, 2, S]
+        arrays.append(per_key(q.shape[0], k.shape[1], key_mask, key_positions))
         axes.append(("batch", None, None))
     if slopes is not None:
         arrays.append(slopes)
@@ -131,6 +142,14 @@ def _on_tpu(
         return kernels.attention(*parts, *(None,) * (5 - len(parts)), causal)
 
     return sharding.by_device(run, *arrays, axes=axes)
+
+
+def per_key(rows: int, keys: int, key_mask: jax.Array | None, key_positions: jax.Array | None) -> jax.Array:
+    """What `kernels.attention` takes of bool[B, S] and int[B, S], either of which may be missing: f32[B, 2, S]."""
+    zeros = jnp.zeros((rows, keys), jnp.float32)
+    positions = zeros if key_positions is None else key_positions.astype(jnp.float32)
+    added = zeros if key_mask is None else jnp.where(key_mask.astype(bool), zeros, kernels.LOWEST)
+    return jnp.stack([positions, added], axis=1)
 
 
 def with_columns(
@@ -198,6 +217,7 @@ def attend_frames(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.A
     """
     d = q.shape[-1]
     if v.dtype in HALF and kernels.uses("tpu_frames"):
+        kernels.note(kernels.Use("tpu_frames", q.shape[1], q.shape[2], heads, heads, d // heads, str(v.dtype)))
 
         def run(*parts: jax.Array) -> jax.Array:
             return kernels.over_frames(*parts, heads * parts[0].shape[-1] // d)

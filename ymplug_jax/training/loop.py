@@ -57,6 +57,7 @@ def _train(run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: Stop) 
     state, frozen, seen, origin = setup.initialise(run, checkpoints)
     start = int(state.step)
     logging.info("\n%s", parameter_table.table(run, origin))
+    run = step_lib.with_checked_kernels(run)
     compiled = step_lib.compile_step(run)
     logging.info("\n%s", parameter_table.render_estimate(parameter_table.estimate(run, compiled)))
     if start >= run.total_steps:
