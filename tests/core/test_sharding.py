@@ -52,3 +52,38 @@ def test_put_batch_is_the_numpy_batch(shape: tuple[int, int, int]):
 def test_batch_must_divide():
     with pytest.raises(ValueError, match="batch size 12 cannot be cut into 8"):
         sharding.local_rows(12, sharding.make_mesh())
+
+
+def test_what_cannot_be_cut_is_named_once():
+    params = {
+        "a": {"kernel": np.zeros((4, 3, 2)), "bias": np.zeros(4)},
+        "b": {"up": np.zeros((7, 3, 6)), "down": np.zeros((7, 3, 6))},
+    }
+    mesh = sharding.make_mesh(2, 2, 2)
+    assert sharding.uncut(params, AXES, RULES, mesh) == [
+        "a/kernel: dimension heads of 3 is no multiple of mesh axis tensor=2; it stays whole on every device of the axis",
+        "b/up and 1 more: dimension embed of 3 is no multiple of mesh axis fsdp=2; it stays whole on every device of the axis",
+    ]
+    assert sharding.uncut(params, AXES, RULES, sharding.make_mesh(8, 1, 1)) == []
+
+
+def test_axis_words_follow_the_rules_of_the_run():
+    assert sharding.axis_of("heads") is None and sharding.parts("heads") == 1
+    with sharding.computing(sharding.make_mesh(1, 4, 2), (("heads", "fsdp"),)):
+        assert sharding.axis_of("heads") == "fsdp" and sharding.axis_of("mlp") is None
+        assert (sharding.parts("heads"), sharding.parts("mlp"), sharding.parts("batch")) == (4, 1, 4)
+
+
+def test_kernels_are_cut_where_every_dimension_of_a_word_can_be():
+    def run(x: jax.Array, y: jax.Array) -> jax.Array:
+        shapes.append((x.shape, y.shape))
+        return x
+
+    for heads, local in ((4, 2), (3, 3)):
+        shapes: list = []
+        with sharding.computing(sharding.make_mesh(2, 2, 2), (("heads", "tensor"),)):
+            axes = [("batch", "heads"), ("heads",)]
+            out = jax.jit(lambda x, y, axes=axes: sharding.by_device(run, x, y, axes=axes))(
+                np.ones((8, 4)), np.ones(heads)
+            )
+        assert shapes == [((2, local if heads == 4 else 4), (local,))] and out.shape == (8, 4)

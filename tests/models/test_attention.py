@@ -1,8 +1,11 @@
 """Attention against independent computations."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ymplug_jax.models import attention
 
@@ -40,3 +43,77 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean() -> None:
     np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
     assert abs(kept.mean() / 8 - 0.75) < 0.02
     np.testing.assert_allclose(attention.attend(q, k, v, dropout=0.25), v, rtol=1e-6)  # no key: no dropout
+
+
+def by_hand(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, seen: np.ndarray, slopes: np.ndarray, at: np.ndarray
+) -> np.ndarray:
+    """Attention in float64, one query of one head at a time. A query that sees nothing gets the mean of all values."""
+    out = np.zeros(q.shape)
+    for b, i, n in np.ndindex(q.shape[:3]):
+        group = n // (q.shape[2] // k.shape[2])
+        keys = [s for s in range(k.shape[1]) if seen[b, s] and (s <= i or not causal)]
+        if not keys:
+            out[b, i, n] = v[b, :, group].mean(axis=0, dtype=np.float64)
+            continue
+        logits = k[b, keys, group].astype(np.float64) @ q[b, i, n] / math.sqrt(q.shape[3])
+        logits += float(slopes[n]) * at[b, keys]
+        weights = np.exp(logits - logits.max())
+        out[b, i, n] = weights @ v[b, keys, group] / weights.sum()
+    return out
+
+
+def padded(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(seen bool[B, L], positions int[B, L]): padding on the left, on the right, in between, and a row of nothing else."""
+    seen = np.ones((batch, length), bool)
+    seen[0, :3], seen[1, -2:], seen[2, 2:4], seen[3] = False, False, False, False
+    return seen, np.where(seen, seen.cumsum(axis=1) - 1, 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_groups_padding_and_alibi_are_those_by_hand(causal: bool, groups: int) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(4, 9, n, 8)).astype(np.float32) for n in (4, groups, groups))
+    seen, at = padded(4, 9)
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+    expected = by_hand(q, k, v, causal, seen, slopes, at)
+    given = {"key_mask": jnp.asarray(seen), "slopes": jnp.asarray(slopes), "key_positions": jnp.asarray(at)}
+    np.testing.assert_allclose(
+        attention.attend(*map(jnp.asarray, (q, k, v)), causal=causal, **given), expected, atol=1e-5
+    )
+    columns = attention.with_columns(*map(jnp.asarray, (q, k, v)), causal, *given.values(), implementation="xla")
+    np.testing.assert_allclose(columns, expected, atol=1e-4)
+    alone = attention.attend(*map(jnp.asarray, (q, k, v)), causal=causal)
+    np.testing.assert_allclose(alone, by_hand(q, k, v, causal, seen | True, 0 * slopes, at), atol=1e-5)
+
+
+def test_columns_have_the_gradients_of_plain_attention() -> None:
+    q, k, v = (x.astype(np.float32) for x in qkv(2, 4, 9, 9, 4, 8))
+    seen, at = map(jnp.asarray, padded(4, 9))
+    slopes = jnp.asarray([0.5, 0.25, 0.125, 0.0625])
+    plain = lambda *x: attention.attend(*x, causal=True, key_mask=seen, slopes=slopes, key_positions=at)  # noqa: E731
+    columns = lambda *x: attention.with_columns(*x, True, seen, slopes, at, "xla")  # noqa: E731
+    grad = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
+    for made, right in zip(jax.vjp(columns, q, k, v)[1](grad), jax.vjp(plain, q, k, v)[1](grad), strict=True):
+        np.testing.assert_allclose(made, right, atol=1e-4)
+
+
+def test_columns_hold_far_positions_in_half_precision() -> None:
+    """Slope and position are exact to float32 where both operands are bfloat16: rounded ones would shift logits by units."""
+    positions = jnp.asarray([[*range(2040, 2047), 65535]])
+    q, k = jnp.zeros((1, 8, 1, 8), jnp.bfloat16), jnp.zeros((1, 8, 1, 8), jnp.bfloat16)
+    v = jnp.eye(8, dtype=jnp.bfloat16)[None, :, None]
+    seen = jnp.asarray([[True] * 7 + [False]])
+    slope = 0.8408964
+    made = attention.with_columns(q, k, v, False, seen, jnp.asarray([slope]), positions, "xla")[0, 0, 0]
+    weights = np.exp(slope * np.arange(7))
+    np.testing.assert_allclose(made.astype(jnp.float32), [*(weights / weights.sum()), 0], atol=0.004)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    q = jnp.zeros((1, 4, 3, 8))
+    with pytest.raises(ValueError, match="3 query heads are no multiple of 2"):
+        attention.attend(q, q[:, :, :2], q[:, :, :2])
+    with pytest.raises(ValueError, match="come together"):
+        attention.attend(q, q, q, slopes=jnp.ones(3))

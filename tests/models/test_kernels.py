@@ -1,5 +1,8 @@
 """Attention as one kernel against plain attention: values and gradients, alone and cut over devices, and what chooses it."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +35,38 @@ def test_rows(b: int, length: int, keys: int, n: int, h: int, causal: bool) -> N
     q, grad = normal(b, length, n, h, count=2)
     k, v = normal(b, keys, n, h, count=2)
     agree(
-        lambda *x: kernels.attention(*x, causal, True),
+        lambda *x: kernels.attention(*x, causal=causal, interpret=True),
         lambda *x: attention.attend(*x, causal=causal),
+        (q, k, v),
+        grad,
+    )
+
+
+# (L, N, K, H, causal, ALiBi, block); blocks of 128 queries end beyond the row
+DECODERS = [
+    (40, 4, 2, 16, True, True, None),
+    (150, 4, 2, 16, True, True, kernels.Block(1, 128)),
+    (150, 2, 2, 96, True, True, kernels.Block(2, 128)),
+    (150, 4, 1, 96, False, False, kernels.Block(1, 128)),
+]
+
+
+@pytest.mark.parametrize(("length", "n", "groups", "h", "causal", "alibi", "block"), DECODERS)
+def test_decoder_rows(
+    length: int, n: int, groups: int, h: int, causal: bool, alibi: bool, block: kernels.Block
+) -> None:
+    """Grouped queries, padding on either side and a row of nothing but padding, ALiBi, and queries in blocks."""
+    q, grad = normal(3, length, n, h, count=2)
+    k, v = normal(3, length, groups, h, count=2)
+    seen = np.ones((3, length), bool)
+    seen[0, :5], seen[1, -4:], seen[2] = False, False, False
+    at = jnp.asarray(np.where(seen, seen.cumsum(axis=1) - 1, 0))
+    per_key = jnp.stack([at.astype(jnp.float32), jnp.where(seen, 0, kernels.LOWEST)], axis=1)
+    slopes = 0.5 ** jnp.arange(1.0, n + 1) if alibi else None
+    given = {"slopes": slopes, "key_positions": at} if alibi else {}
+    agree(
+        lambda *x: kernels.attention(*x, per_key, slopes, causal, True, block),
+        lambda *x: attention.attend(*x, causal=causal, key_mask=jnp.asarray(seen), **given),
         (q, k, v),
         grad,
     )
@@ -63,7 +96,7 @@ def test_frames_cut_over_devices(monkeypatch: pytest.MonkeyPatch, heads: int) ->
     original = kernels.over_frames
     monkeypatch.setattr(sharding, "computes_on", lambda name: name == "tpu")
     monkeypatch.setattr(kernels, "over_frames", lambda *given: original(*given, True))
-    with jax.set_mesh(sharding.make_mesh(4, 1, 2)):
+    with sharding.computing(sharding.make_mesh(4, 1, 2), RULES):
         made = jax.jit(lambda *x: attention.attend_frames(*x, heads))(q, k, v)
     np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.03)
 
@@ -71,14 +104,74 @@ def test_frames_cut_over_devices(monkeypatch: pytest.MonkeyPatch, heads: int) ->
 def test_half_precision_rounds_only_what_products_take() -> None:
     q, k, v = (x.astype(jnp.bfloat16) for x in normal(2, 33, 4, 16, count=3))
     wanted = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)))
-    made = kernels.attention(q, k, v, False, True)
+    made = kernels.attention(q, k, v, interpret=True)
     assert made.dtype == jnp.bfloat16
     np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.02)
 
 
 def test_a_row_too_long_for_the_chip_is_refused() -> None:
-    assert kernels.heads_a_block(8, 197, 197, 96) == 8
-    assert kernels.heads_a_block(6, 4096, 4096, 64) == 0
+    assert kernels.block_of(8, 8, 197, 197, 96) == (8, 197)
+    assert kernels.block_of(16, 16, 2048, 2048, 128).queries < 2048
+    assert kernels.block_of(6, 6, 20000, 20000, 64) is None
+
+
+@pytest.mark.parametrize("groups", [4, 1])
+def test_decoder_cut_over_devices(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    """Slopes follow their heads; fewer key/value heads than devices are repeated, so that query heads can still be cut."""
+    original, local = kernels.attention, []
+
+    def run(*given) -> jax.Array:
+        local.append([x.shape[2] for x in given[:3]])
+        return original(*given, True)
+
+    monkeypatch.setattr(sharding, "computes_on", lambda name: name == "tpu")
+    monkeypatch.setattr(kernels, "attention", run)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (*normal(4, 12, 8, 8, count=1), *normal(4, 12, groups, 8, count=2)))
+    seen = jnp.arange(12) >= jnp.asarray([0, 2, 5, 0])[:, None]
+    given = {"key_mask": seen, "slopes": 0.5 ** jnp.arange(1.0, 9), "key_positions": jnp.cumsum(seen, axis=1)}
+    with sharding.computing(sharding.make_mesh(2, 1, 4), RULES):
+        made = jax.jit(lambda *x: attention.attend(*x, causal=True, **given))(q, k, v)
+    assert local == [[2, 1, 1]]
+    monkeypatch.undo()
+    wanted = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True, **given)
+    np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.03)
+
+
+def test_no_float32_logits_of_long_rows_on_tpu() -> None:
+    """GPT-3, BLOOM (ALiBi and padding) and a decoder of grouped queries, forward and backward, compiled for a TPU."""
+    script = """
+import os, re
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ymplug_jax.analysis import aot
+from ymplug_jax.core import sharding
+from ymplug_jax.models import attention, kernels
+mesh = sharding.make_mesh(4, 1, 1, aot.devices_of("v5e:2x2"))
+place = NamedSharding(mesh, PartitionSpec("data"))
+length = 2048
+def facts(n, groups, h, padding, alibi, off=()):
+    slopes = 0.5 ** jnp.arange(1.0, n + 1)
+    def run(q, k, v, seen, at, grad):
+        given = {"key_mask": seen} if padding else {}
+        given |= {"slopes": slopes, "key_positions": at} if alibi else {}
+        y, back = jax.vjp(lambda *x: attention.attend(*x, causal=True, **given), q, k, v)
+        return y, back(grad)
+    shapes = [(n, h), (groups, h), (groups, h), (), (), (n, h)]
+    types = ["bfloat16"] * 3 + ["bool", "int32", "bfloat16"]
+    given = [jax.ShapeDtypeStruct((4, length, *s), t, sharding=place) for s, t in zip(shapes, types)]
+    with sharding.computing(mesh, ()), kernels.without(off):
+        made = jax.jit(run).lower(*given).compile()
+    square = re.findall(r"\\w+\\[[\\d,]*2048,2048\\]", made.as_text())
+    return made.memory_analysis().temp_size_in_bytes, "tpu_custom_call" in made.as_text(), square
+for shape in ((2, 2, 64, False, False), (2, 2, 128, True, True), (4, 2, 128, True, False)):
+    size, fused, square = facts(*shape)
+    assert fused and not square and size < 4 * 2**20, (shape, size, square)
+size, fused, square = facts(8, 8, 128, True, True, ["tpu_rows"])  # more than fits the chip itself
+assert not fused and square and size > 8 * length * length * 4, (size, len(square))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -89,14 +182,17 @@ def test_cut_over_devices(tensor: int) -> None:
         q, k, v = normal(rows, 12, 4, 8, count=3)
 
         def run(*x: jax.Array) -> jax.Array:
-            return sharding.by_device(lambda *a: kernels.attention(*a, True, True), *x, axes=AXES)
+            return sharding.by_device(
+                lambda *a: kernels.attention(*a, causal=True, interpret=True), *x, axes=[AXES] * 3
+            )
 
-        with jax.set_mesh(mesh):
+        with sharding.computing(mesh, RULES):
             out = jax.jit(run)(q, k, v)
         np.testing.assert_allclose(out, attention.attend(q, k, v, causal=True), atol=1e-5)
 
 
-AXES = ("batch", None, "tensor", None)
+AXES = ("batch", None, "heads", None)
+RULES = (("heads", "tensor"),)
 
 
 def test_flops_of_kernels_and_of_their_parts_on_devices() -> None:
@@ -104,9 +200,9 @@ def test_flops_of_kernels_and_of_their_parts_on_devices() -> None:
     product = 2 * 8 * 4 * 16 * 16 * 8
 
     def run(x: jax.Array) -> jax.Array:
-        return sharding.by_device(lambda a: kernels.attention(a, a, a, True, True), x, axes=AXES)
+        return sharding.by_device(lambda a: kernels.attention(a, a, a, causal=True, interpret=True), x, axes=[AXES])
 
-    with jax.set_mesh(sharding.make_mesh(4, 1, 2)):
+    with sharding.computing(sharding.make_mesh(4, 1, 2), RULES):
         assert flops.count(run, q) == 2 * product
         assert flops.count(jax.grad(lambda x: run(x).sum()), q) == 7 * product  # logits twice: nothing of them is kept
 

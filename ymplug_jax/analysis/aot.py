@@ -152,7 +152,7 @@ def program_flops(run: Run) -> int:
     """FLOPs of the matrix products of one step on all devices, what is computed again in the backward pass included."""
     step = step_lib.make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
     key = jax.random.key(0)
-    with jax.set_mesh(run.mesh):
+    with run.tracing():
         return flops.count(step, run.state, run.held, setup.abstract_batch(run), key)
 
 

@@ -73,6 +73,7 @@ class Mesh:
         ("embed", "fsdp"),
         ("mlp", "tensor"),
         ("heads", "tensor"),
+        ("kv_heads", "tensor"),
         ("vocab", "tensor"),
     )
 
@@ -101,6 +102,8 @@ class Train:
     )
     # In which frozen parameters are kept; "int8": stacked matrices in eight bits while a run computes, bfloat16 in checkpoints.
     frozen_dtype: str = "bfloat16"
+
+    fused_kernels: bool = True  # attention in single kernels on TPU and NVIDIA; False: all of it by plain XLA
 
     def __post_init__(self) -> None:
         every = str(self.log_every).strip()  # a number of steps in configs, command lines and runs of older versions

@@ -5,13 +5,15 @@ axis. Models therefore know no mesh, and the mesh changes in one place. Mesh axe
 `fsdp` (batch and parameters), `tensor` (heads, mlp width, vocabulary).
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -97,6 +99,31 @@ def param_shardings(params: Mapping, axes: AxisRules, rules: Mapping[str, str], 
     )
 
 
+def uncut(params: Mapping, axes: AxisRules, rules: Mapping[str, str], mesh: jax.sharding.Mesh) -> list[str]:
+    """What stays whole although the rules name a mesh axis for it, one line for each dimension, size and axis.
+
+    Args:
+      params: (nested, possibly abstract) parameter tree.
+      axes: the model's table.
+      rules: axis word -> mesh axis.
+      mesh: of the run.
+    """
+    found: dict[tuple[str, int, str], list[str]] = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        for word, size in zip(axis_words(path, axes), leaf.shape, strict=True):
+            axis = rules.get(word)
+            if axis is not None and size % mesh.shape[axis]:
+                found.setdefault((word, size, axis), []).append(path)
+    lines = []
+    for (word, size, axis), paths in found.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        lines.append(
+            f"{paths[0]}{more}: dimension {word} of {size} is no multiple of mesh axis {axis}={mesh.shape[axis]}; it stays "
+            "whole on every device of the axis"
+        )
+    return lines
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -144,43 +171,76 @@ def put_batch(
     return {key: put(value) for key, value in batch.items()}
 
 
+@contextlib.contextmanager
+def computing(mesh: jax.sharding.Mesh, rules: Iterable[tuple[str, str]]) -> Iterator[None]:
+    """Inside, programs are traced for `mesh`, and `axis_of` and `by_device` follow the run's mesh rules."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(rules)):
+        yield
+
+
+def axis_of(word: str) -> str | None:
+    """Mesh axis of an axis word by the rules of `computing`; None outside of it, or where the rules do not name the word."""
+    return dict(nn.get_logical_axis_rules()).get(word)
+
+
+def device_kind() -> str:
+    """Kind of the devices of the current mesh ("TPU v5e"); without a mesh, of JAX's first device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.devices()[0].device_kind
+    return mesh.abstract_device.device_kind if mesh.abstract_device is not None else ""
+
+
 def computes_on(maker: str) -> bool:
     """Whether the devices of the current mesh are of that kind ("tpu", "nvidia"); with no mesh, whether JAX's only device is.
 
-    A program for several devices without a mesh gets False: what is not XLA's own must be told how it is cut.
+    A program for several devices without a mesh gets False: custom kernels need explicit shardings.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1 and maker in jax.devices()[0].device_kind.lower()
-    return mesh.abstract_device is not None and maker in mesh.abstract_device.device_kind.lower()
+    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return False
+    return maker in device_kind().lower()
 
 
-def by_device(
-    run: Callable[..., jax.Array], *arrays: jax.Array, axes: tuple[str | tuple[str, ...] | None, ...]
-) -> jax.Array:
-    """`run` on every device's part of `arrays`, which are all cut alike, as is the result: for kernels, which XLA cannot cut.
+def computes_on_first(maker: str) -> bool:
+    """Whether this process's first device is of that kind, whatever the mesh."""
+    return maker in jax.local_devices()[0].device_kind.lower()
+
+
+def by_device(run: Callable[..., jax.Array], *arrays: jax.Array, axes: Sequence[tuple[str | None, ...]]) -> jax.Array:
+    """`run` on every device's part of `arrays`: for kernels, which XLA cannot cut.
 
     Args:
       run: arrays -> an array of the first one's shape, the same for any part.
-      arrays: of one rank.
-      axes: mesh axis of each dimension, as for `constrain`; what a mesh axis does not divide stays whole.
+      axes: for each array the axis word of each dimension, "batch" for (data, fsdp), None for a whole one. A word stays whole
+        where one of the dimensions that bear it is not a multiple of its mesh axis.
+
+    Returns:
+      The result, cut as the first array is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run(*arrays)
-    spec: list[Any] = []
-    for dimension, axis in enumerate(axes):
-        names = BATCH_AXES if axis == "batch" else (axis,) if isinstance(axis, str) else axis or ()
-        parts = math.prod(mesh.shape[name] for name in names)
-        spec.append(names if names and all(x.shape[dimension] % parts == 0 for x in arrays) else None)
-    place = PartitionSpec(*spec)
-    return jax.shard_map(run, in_specs=(place,) * len(arrays), out_specs=place, check_vma=False)(*arrays)
+    sizes: dict[str, list[int]] = {}
+    for x, words in zip(arrays, axes, strict=True):
+        for size, word in zip(x.shape, words, strict=True):
+            if word is not None:
+                sizes.setdefault(word, []).append(size)
+    cut = {word: _axes_of(word) for word, found in sizes.items() if all(size % parts(word) == 0 for size in found)}
+    specs = tuple(PartitionSpec(*(cut.get(word) or None if word else None for word in words)) for words in axes)
+    return jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
-def parts(axis: str) -> int:
-    """How many devices the mesh has along an axis; without a mesh, 1."""
+def _axes_of(word: str) -> tuple[str, ...]:
+    if word == "batch":
+        return BATCH_AXES
+    axis = axis_of(word)
+    return () if axis is None else (axis,)
+
+
+def parts(word: str) -> int:
+    """Into how many parts the mesh cuts dimensions of an axis word ("heads"), or "batch"; without a mesh, 1."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[axis]
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _axes_of(word))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:

@@ -3,7 +3,8 @@
 Logits and softmax are float32 everywhere; in half precision a single kernel computes them where there is one for the device.
 """
 
-from functools import partial
+import math
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from ymplug_jax.core import sharding
 from ymplug_jax.models import kernels
 
 HALF = ("bfloat16", "float16")
+HIDDEN = 3e4  # what a masked key's logit loses in front of the scale, where float16 holds it too
+CUDNN_WIDTH, HOPPER_WIDTH = 128, 256  # largest head size that cuDNN takes; since compute capability 9.0
 
 
 def attend(
@@ -30,50 +33,180 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention; every attention but that of branches and of frames goes through here.
 
-    In half precision, without mask, bias and dropout, it is one kernel: ours on TPU, cuDNN's on NVIDIA (through JAX). Logits and
-    softmax are float32 everywhere.
+    In half precision, without `mask`, `bias` and dropout, it is one kernel where the row fits: ours on TPU, cuDNN's on NVIDIA
+    (through JAX). Logits and softmax are float32 everywhere. A query that sees no key sees all S alike, so its result is the mean
+    of `v`.
 
     Args:
       q: f[B, L, N, H].
-      k: f[B, S, K, H]; K divides N, and head n reads key/value head n // (N / K).
+      k: f[B, S, K, H]; K divides N, and head n reads key/value head n // (N // K).
       v: f[B, S, K, H].
       causal: query i sees keys 0..i (needs L == S).
-      mask: bool, broadcastable to [B, N, L, S]; True where a query sees a key. A query that sees none sees all alike.
-      key_mask: bool[B, S], False at padding, which no query sees.
-      slopes: f32[N]; slopes[n] * position of the key is added to the logits (ALiBi). None: no such bias.
-      key_positions: int32[B, S], with `slopes`.
+      mask: bool, broadcastable to [B, N, L, S]; True where a query sees a key.
+      key_mask: bool[B, S], False at padding, on either side or in between.
+      slopes: f32[N]; adds slopes[n] * key_positions[b, s] to the logits (ALiBi, Press et al., 2022: softmax makes it relative).
+      key_positions: int[B, S], of `slopes`; 0 to 65535.
       bias: f32, broadcastable to [B, N, L, S]; added to the logits.
       dropout: rate on the probabilities; applied only if `key` is given.
       key: randomness of the dropout.
 
     Returns:
-      f[B, L, N, H] in the type of `v`.
+      f[B, L, N, H] in the type of `v`. There are no gradients to `slopes` and the masks.
+
+    Raises:
+      ValueError: K does not divide N, or one of `slopes` and `key_positions` is given without the other.
     """
-    if k.shape[2] != q.shape[2]:
-        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    if key_mask is not None:
-        mask = key_mask[:, None, None] if mask is None else mask & key_mask[:, None, None]
+    heads, groups = q.shape[2], k.shape[2]
+    if heads % groups:
+        raise ValueError(f"attend: {heads} query heads are no multiple of {groups} key/value heads")
+    if (slopes is None) != (key_positions is None):
+        raise ValueError("attend: slopes and key_positions come together")
+    slopes = None if slopes is None else jax.lax.stop_gradient(slopes.astype(jnp.float32))
+    if mask is None and bias is None and (key is None or dropout == 0) and v.dtype in HALF:
+        use = kernels.Use(
+            "",
+            q.shape[1],
+            k.shape[1],
+            heads,
+            groups,
+            q.shape[3],
+            str(v.dtype),
+            causal,
+            key_mask is not None,
+            slopes is not None,
+        )
+        if kernels.uses("tpu_rows") and kernels.block_of(heads, groups, q.shape[1], k.shape[1], q.shape[3]):
+            kernels.note(use._replace(kernel="tpu_rows"))
+            return _on_tpu(q, k, v, causal, key_mask, slopes, key_positions)
+        extra = 0 if key_mask is None and slopes is None else 8
+        if kernels.uses("cudnn") and q.shape[-1] % 8 == 0 and q.shape[-1] + extra <= _widest():
+            kernels.note(use._replace(kernel="cudnn"))
+            return with_columns(q, k, v, causal, key_mask, slopes, key_positions, implementation="cudnn")
+    return _plain(
+        q, k, v, causal, mask, key_mask, slopes, key_positions, bias, dropout if key is not None else 0.0, key
+    )
+
+
+def _plain(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, mask: jax.Array | None, key_mask: jax.Array | None,
+    slopes: jax.Array | None, key_positions: jax.Array | None, bias: jax.Array | None, dropout: float, key: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    b, length, heads, width = q.shape
+    keys, groups = k.shape[1:3]
+    if groups == heads:
+        logits = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32)
+    else:
+        split = q.reshape(b, length, groups, heads // groups, width)  # [B, L, K, N / K, H]
+        logits = jnp.einsum("blkgh,bskh->bkgls", split, k, preferred_element_type=jnp.float32)
+        logits = logits.reshape(b, heads, length, keys)
+    logits = logits * width**-0.5
     if slopes is not None and key_positions is not None:
-        alibi = slopes[:, None, None] * key_positions[:, None, None]  # [B, N, 1, S]
-        bias = alibi if bias is None else bias + alibi
-    if bias is None and mask is None and (key is None or dropout == 0) and v.dtype in HALF:
-        if sharding.computes_on("tpu") and kernels.heads_a_block(q.shape[2], q.shape[1], k.shape[1], q.shape[3]):
-            run = partial(kernels.attention, causal=causal)
-            return sharding.by_device(run, q, k, v, axes=("batch", None, "tensor", None))
-        if sharding.computes_on("nvidia") and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
-            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    logits = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        logits = logits + (slopes[:, None] * key_positions[:, None].astype(jnp.float32))[:, :, None]
     if bias is not None:
         logits = logits + bias
+    seen = [] if mask is None else [mask]
     if causal:
-        past = jnp.tri(q.shape[1], k.shape[1], dtype=bool)
-        mask = past if mask is None else mask & past
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        seen.append(jnp.tri(length, keys, dtype=bool))
+    if key_mask is not None:
+        seen.append(key_mask.astype(bool)[:, None, None])
+    if seen:
+        logits = jnp.where(reduce(jnp.logical_and, seen), logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
-    if key is not None and dropout > 0:
+    if dropout > 0:
         weights = jnp.where(jax.random.bernoulli(key, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
-    return jnp.einsum("bnls,bsnh->blnh", weights.astype(v.dtype), v)
+    weights = weights.astype(v.dtype)
+    if groups == heads:
+        return jnp.einsum("bnls,bsnh->blnh", weights, v)
+    weights = weights.reshape(b, groups, heads // groups, length, keys)
+    return jnp.einsum("bkgls,bskh->blkgh", weights, v).reshape(q.shape)
+
+
+def _on_tpu(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
+    key_positions: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """`kernels.attention` on every device's rows and heads."""
+    heads, groups, parts = q.shape[2], k.shape[2], sharding.parts("heads")
+    if heads % parts == 0 and groups % parts and heads % math.lcm(groups, parts) == 0:
+        # Fewer key/value heads than devices: they are repeated, so that the query heads can be cut.
+        k, v = (jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2) for x in (k, v))
+    arrays, axes = [q, k, v], [("batch", None, "heads", None)] * 3
+    if key_mask is not None or key_positions is not None:
+        arrays.append(per_key(q.shape[0], k.shape[1], key_mask, key_positions))
+        axes.append(("batch", None, None))
+    if slopes is not None:
+        arrays.append(slopes)
+        axes.append(("heads",))
+
+    def run(*parts: jax.Array) -> jax.Array:
+        return kernels.attention(*parts, *(None,) * (5 - len(parts)), causal)
+
+    return sharding.by_device(run, *arrays, axes=axes)
+
+
+def per_key(rows: int, keys: int, key_mask: jax.Array | None, key_positions: jax.Array | None) -> jax.Array:
+    """What `kernels.attention` takes of bool[B, S] and int[B, S], either of which may be missing: f32[B, 2, S]."""
+    zeros = jnp.zeros((rows, keys), jnp.float32)
+    positions = zeros if key_positions is None else key_positions.astype(jnp.float32)
+    added = zeros if key_mask is None else jnp.where(key_mask.astype(bool), zeros, kernels.LOWEST)
+    return jnp.stack([positions, added], axis=1)
+
+
+def with_columns(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
+    key_positions: jax.Array | None, implementation: str,
+) -> jax.Array:  # fmt: skip
+    """`attend` by `jax.nn.dot_product_attention`, which takes a bias or a mask as an array [B, N, L, S] only.
+
+    Both are products of what a query head has and what a key has, so they are eight more columns of q and k instead: a position
+    is a multiple of 256 and a rest, a slope the sum of three numbers, and half precision holds each of these exactly.
+    """
+    if key_mask is None and slopes is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+    heads, width = q.shape[2:]
+    of_query, of_key = [], []  # [N] each; [B, S] each
+    seen = None if key_mask is None else key_mask.astype(bool)
+    if seen is not None:
+        of_query.append(jnp.ones(heads))
+        of_key.append(jnp.where(seen, 0, -HIDDEN))
+    if slopes is not None and key_positions is not None:
+        positions = key_positions if seen is None else jnp.where(seen, key_positions, 0)
+        rest = slopes * width**0.5  # the scale is applied to all columns
+        for _ in range(3):
+            # What is left must not be computed from the unrounded number, as XLA would otherwise be free to do.
+            part = (
+                jax.lax.reduce_precision(rest, 8, 7)
+                if q.dtype == jnp.bfloat16
+                else jax.lax.reduce_precision(rest, 5, 10)
+            )
+            of_query += [part, part]
+            of_key += [positions // 256 * 256, positions % 256]
+            rest = rest - part
+    of_query += [jnp.zeros(heads)] * (8 - len(of_query))
+    of_key += [jnp.zeros(k.shape[:2])] * (8 - len(of_key))
+    more_q = jnp.broadcast_to(jnp.stack(of_query, -1).astype(q.dtype), (*q.shape[:3], 8))
+    more_k = jnp.broadcast_to(jnp.stack(of_key, -1).astype(k.dtype)[:, :, None], (*k.shape[:3], 8))
+    out = jax.nn.dot_product_attention(
+        jnp.concatenate([q, more_q], -1),
+        jnp.concatenate([k, more_k], -1),
+        jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 8))),
+        is_causal=causal,
+        scale=width**-0.5,
+        implementation=implementation,
+    )[..., :width]
+    if seen is None:
+        return out
+    some = jnp.cumsum(seen, axis=1) > 0 if causal else jnp.any(seen, axis=1, keepdims=True)  # [B, L] or [B, 1]
+    mean = jnp.repeat(
+        jnp.mean(v, axis=1, keepdims=True, dtype=jnp.float32).astype(v.dtype), heads // v.shape[2], axis=2
+    )
+    return jnp.where(some[..., None, None], out, mean)
+
+
+def _widest() -> int:
+    """Largest head size that cuDNN's fused attention takes on this device."""
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return HOPPER_WIDTH if float(capability) >= 9 else CUDNN_WIDTH
 
 
 def attend_frames(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
@@ -83,13 +216,14 @@ def attend_frames(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.A
     that bring the frames together. Logits and softmax are float32.
     """
     d = q.shape[-1]
-    if v.dtype in HALF and sharding.computes_on("tpu"):
+    if v.dtype in HALF and kernels.uses("tpu_frames"):
+        kernels.note(kernels.Use("tpu_frames", q.shape[1], q.shape[2], heads, heads, d // heads, str(v.dtype)))
 
         def run(*parts: jax.Array) -> jax.Array:
             return kernels.over_frames(*parts, heads * parts[0].shape[-1] // d)
 
-        cut = "tensor" if heads % sharding.parts("tensor") == 0 else None
-        return sharding.by_device(run, q, k, v, axes=("batch", None, None, cut))
+        cut = "heads" if heads % sharding.parts("heads") == 0 else None
+        return sharding.by_device(run, q, k, v, axes=[("batch", None, None, cut)] * 3)
     q, k, v = (x.reshape(*x.shape[:-1], heads, d // heads) for x in (q, k, v))  # [B, T, P, N, H]
     logits = jnp.einsum("btpnh,bspnh->btsnp", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(logits, axis=2).astype(v.dtype)  # [B, T, S, N, P], S the frame that is seen

@@ -24,6 +24,7 @@ from ymplug_jax.tasks.common import task_metrics as metrics_lib
 from ymplug_jax.tasks.kept_rows import KeptRows, first_not_finite
 from ymplug_jax.tasks.task import Batch, Report, Row
 from ymplug_jax.training import setup
+from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
 LossStep = Callable[[Params, Params, Batch], Metrics]
@@ -94,7 +95,7 @@ class Scorer:
             raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record to score; build it again")
         report = Report({}, [])
         if run.task.rescore:
-            with jax.set_mesh(run.mesh):
+            with run.tracing():
                 rows = run.task.rescore(state_lib.merge(trainable, frozen), rows, kept)
         if run.task.score:
             report = run.task.score(rows, records)
@@ -166,7 +167,7 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
     """
     if examples < 0:
         raise Mistake(f"--examples {examples}: give 1 or more, or 0 for the whole split")
-    run = setup.prepare(experiment, training=False)
+    run = step_lib.with_checked_kernels(setup.prepare(experiment, training=False))
     trainable, frozen = state_lib.split(load(run, workdir), run.frozen_patterns)
     frozen = setup.hold(run, frozen)
     split = experiment.data.eval_split
@@ -289,7 +290,7 @@ def _batches(run: Run, records: Split, examples: int, title: str) -> Iterator[tu
     )  # fmt: skip
     steps = -(-_size(records, examples) // size)
     hidden = jax.process_index() != 0
-    with jax.set_mesh(run.mesh):
+    with run.tracing():
         bar = progress.bar(stream, total=steps, desc=title, unit="batch", hidden=hidden)
         for number, local in enumerate(bar):
             yield sharding.put_batch(local, rows, size, run.mesh), number * size

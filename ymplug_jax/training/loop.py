@@ -72,6 +72,7 @@ class _Training:
         self._state, frozen, self._seen, origin = setup.initialise(run, checkpoints)
         self._start = int(self._state.step)
         logging.info("\n%s", parameter_table.table(run, origin))
+        self._run = run = step_lib.with_checked_kernels(run)
         self._compiled = step_lib.compile_step(run)
         if describe is not None:
             logging.info("\n%s", describe(run, self._compiled))

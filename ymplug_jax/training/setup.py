@@ -1,7 +1,9 @@
 """A run made ready: task, mesh, optimizer, and where every parameter will live and come from. Shared by all programs."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -15,6 +17,7 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.state import Params, TrainState
 from ymplug_jax.data.source import open_split
+from ymplug_jax.models import kernels
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
 
@@ -40,6 +43,13 @@ class Run:
     state: TrainState  # abstract
     frozen: Params  # abstract, as checkpoints keep it
     held: Params  # abstract, as the devices hold it: with int8 not the same
+    kernels_off: frozenset[str] = frozenset()  # plain XLA computes what these would
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Programs of the run are traced inside: for its mesh, by its mesh rules, with the kernels that are on."""
+        with sharding.computing(self.mesh, self.experiment.mesh.rules), kernels.without(self.kernels_off):
+            yield
 
 
 def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple[Experiment, epath.Path]]:
@@ -92,6 +102,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None,
     # The key is made under eval_shape too: nothing is compiled here.
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     params = state_lib.cast_frozen(params, patterns, _stored(train))
+    for line in sharding.uncut(params, task.axes, dict(axes.rules), mesh) if jax.process_index() == 0 else ():
+        logging.warning("%s", line)
     params = _placed(params, sharding.param_shardings(params, task.axes, dict(axes.rules), mesh))
     trainable, frozen = state_lib.split(params, patterns)
     tx = optim.make(experiment.optim, trainable)
@@ -106,7 +118,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None,
     state = TrainState(state_lib.stand_in((), "int32", whole), trainable, opt_state)
     rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
     held = quantize.abstract(frozen, task.axes) if train.frozen_dtype == "int8" else frozen
-    return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held)
+    off = frozenset() if train.fused_kernels else frozenset(kernels.KERNELS)
+    return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held, off)
 
 
 def _check_rules(rules: Mapping[str, str], task: Task) -> None:

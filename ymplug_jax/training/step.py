@@ -3,17 +3,21 @@
 Needs nothing that reads data or checkpoints, so that it runs wherever JAX, Flax and Optax are.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from ymplug_jax.core import sharding
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params, TrainState
+from ymplug_jax.models import kernel_check, kernels
 from ymplug_jax.tasks.task import Batch, Task
 from ymplug_jax.training import setup
 from ymplug_jax.training.setup import Run
@@ -101,8 +105,26 @@ def trace_step(run: Run) -> jax.stages.Traced:
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(run.mesh))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(run.mesh)))
-    with jax.set_mesh(run.mesh):
+    with run.tracing():
         return jitted.trace(run.state, run.held, setup.abstract_batch(run), key)
+
+
+def with_checked_kernels(run: Run) -> Run:
+    """The run without the kernels that do not compute on its devices what plain XLA computes; one line of log for each use.
+
+    All processes turn off the same ones. Nothing happens where no kernel is used, as on CPU.
+    """
+    with run.tracing():
+        if not any(kernels.uses(name) for name in kernels.KERNELS):
+            return run
+    with kernels.recording() as uses:
+        trace_step(run)
+    off = kernel_check.differing(uses)
+    if uses and jax.process_count() > 1:
+        names = sorted(kernels.KERNELS)
+        told = multihost_utils.process_allgather(np.array([name in off for name in names]))
+        off = frozenset(name for name, somewhere in zip(names, told.any(axis=0), strict=True) if somewhere)
+    return dataclasses.replace(run, kernels_off=run.kernels_off | off)
 
 
 def compile_step(run: Run) -> jax.stages.Compiled:

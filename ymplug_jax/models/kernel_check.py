@@ -1,0 +1,140 @@
+"""Whether the kernels that a program uses compute on this device what plain XLA computes.
+
+The kernels are compiled by another compiler than everything else, and a fault of theirs need not be an error: it may be numbers
+that are off. So each one is compared before a run depends on it.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ymplug_jax.core import sharding
+from ymplug_jax.models import attention, kernels
+from ymplug_jax.models.kernels import Use
+
+# Relative error (2-norm) against float32. Half precision has 0.003 to 0.01 on either path; a key too many has more than 0.1.
+BOUND = 0.03
+LOGITS = 2**26  # numbers of a comparison's float32 logits: rows of the batch and groups of heads are left out above it
+
+
+class Difference(NamedTuple):
+    """Relative errors against float32; infinite where the kernel does not compile or gives no number."""
+
+    output: float
+    gradient: float  # the largest one of q, k and v
+
+
+def differing(uses: Iterable[Use]) -> frozenset[str]:
+    """Names of the kernels that differ from plain XLA on the first device of this process; every comparison is logged.
+
+    Args:
+      uses: what a program asks of the kernels, see `kernels.recording`.
+    """
+    off = set()
+    for use in sorted(set(uses)):
+        found = difference(use)
+        fits = found.output <= BOUND and found.gradient <= BOUND
+        told = (use.kernel, use.text(), 100 * found.output, 100 * found.gradient, 100 * BOUND)
+        if fits:
+            logging.info("kernel %s, %s: %.2f %% off float32, gradients %.2f %% (bound %.0f %%)", *told)
+        else:
+            off.add(use.kernel)
+            logging.warning(
+                "kernel %s, %s: %.2f %% off float32, gradients %.2f %% (bound %.0f %%); plain XLA computes it in this run, with "
+                "more memory and time. Please report the device, the driver and the version of JAX",
+                *told,
+            )
+    return frozenset(off)
+
+
+def difference(use: Use) -> Difference:
+    """Compare one use of a kernel, forward and backward, with plain XLA in float32 on a small random input."""
+    arrays, seen, at = _inputs(use)
+    plain, fused = _plain(use, seen, at), _fused(use, seen, at)
+    exact = _values(plain, [x.astype(jnp.float32) for x in arrays])
+    try:
+        made = _values(fused, arrays)
+    except jax.errors.JaxRuntimeError as error:  # the kernel's compiler refuses it
+        logging.warning("kernel %s, %s: %s", use.kernel, use.text(), str(error).splitlines()[0])
+        return Difference(float("inf"), float("inf"))
+    errors = [_error(x, y) for x, y in zip(made, exact, strict=True)]
+    return Difference(errors[0], max(errors[1:]))
+
+
+def _inputs(use: Use) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """(q, k, v and the gradient of the output, bool[B, S] with padding on either side, int[B, S] positions)."""
+    heads, groups = use.heads, use.groups
+    if use.kernel != "tpu_frames":
+        ratio = heads // groups
+        groups = next(
+            n
+            for n in range(groups, 0, -1)
+            if groups % n == 0 and (n == 1 or n * ratio * use.length * use.keys <= LOGITS)
+        )
+        heads = groups * ratio
+    rows = 2 if 2 * heads * use.length * use.keys <= LOGITS else 1
+    if use.kernel == "tpu_frames":
+        shapes = [(rows, use.length, use.keys, heads * use.width)] * 4
+    else:
+        shapes = [
+            (rows, n, count, use.width) for n, count in ((use.length, heads), (use.keys, groups), (use.keys, groups))
+        ]
+        shapes.append(shapes[0])
+    with jax.default_device(jax.local_devices()[0]):
+        keys = jax.random.split(jax.random.key(0), 4)
+        arrays = [jax.random.normal(key, shape).astype(use.dtype) for key, shape in zip(keys, shapes, strict=True)]
+        place = jnp.arange(use.keys)
+        seen = jnp.stack([place >= use.keys // 4, place < use.keys - use.keys // 4][:rows])
+        return arrays, seen, jnp.cumsum(seen, axis=1) * seen
+
+
+def _slopes(heads: int) -> jax.Array:
+    return 2.0 ** (-8 * jnp.arange(1, heads + 1) / heads)
+
+
+def _plain(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        with kernels.without(kernels.KERNELS):
+            if use.kernel == "tpu_frames":
+                return attention.attend_frames(q, k, v, use.heads)
+            alibi = {"slopes": _slopes(q.shape[2]), "key_positions": at} if use.alibi else {}
+            return attention.attend(q, k, v, causal=use.causal, key_mask=seen if use.masked else None, **alibi)
+
+    return run
+
+
+def _fused(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]:
+    there = sharding.computes_on_first(kernels.KERNELS[use.kernel])  # elsewhere a kernel is interpreted step by step
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if use.kernel == "tpu_frames":
+            return kernels.over_frames(q, k, v, use.heads, not there)
+        mask = seen if use.masked else None
+        slopes, positions = (_slopes(q.shape[2]), at) if use.alibi else (None, None)
+        if use.kernel == "cudnn":
+            name = "cudnn" if there else "xla"
+            return attention.with_columns(q, k, v, use.causal, mask, slopes, positions, implementation=name)
+        per_key = attention.per_key(q.shape[0], k.shape[1], mask, positions)
+        return kernels.attention(q, k, v, per_key, slopes, use.causal, not there)
+
+    return run
+
+
+def _values(run: Callable[..., jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
+    """Output and gradients of q, k and v."""
+    *inputs, grad = arrays
+
+    @jax.jit
+    def both(*given: jax.Array) -> list[jax.Array]:
+        out, back = jax.vjp(run, *given[:3])
+        return [out, *back(given[3])]
+
+    return both(*inputs, grad)
+
+
+def _error(made: jax.Array, exact: jax.Array) -> float:
+    error = jnp.linalg.norm((made.astype(jnp.float32) - exact).ravel()) / jnp.linalg.norm(exact.ravel())
+    return float(jnp.where(jnp.isfinite(error), error, jnp.inf))
