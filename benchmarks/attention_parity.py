@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax.models import layers
+from ymplug_jax.models import attention
 from ymplug_jax.models.mplug_video import MPLUGVideo
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -51,35 +51,67 @@ def cases(model: MPLUGVideo, batch: int, length: int) -> dict[str, Case]:
     row = (batch, count + length, llm.heads, llm.width // llm.heads)
 
     def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return layers.attention(q, k, v, causal=True)
+        return attention.attend(q, k, v, causal=True)
 
     def in_time(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return layers.frame_attention(q, k, v, vision.heads)
+        return attention.attend_frames(q, k, v, vision.heads)
 
     def plain_in_time(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         b, t, p, d = q.shape
         parts = (x.reshape(b, t, p, vision.heads, head).swapaxes(1, 2).reshape(b * p, t, -1, head) for x in (q, k, v))
         return plain(*parts).reshape(b, p, t, d).swapaxes(1, 2)
 
+    seen = jnp.arange(row[1]) >= jnp.arange(batch)[:, None] % 8  # bool[B, S]: up to 7 padded on the left
+    places = jnp.maximum(jnp.cumsum(seen, axis=1) - 1, 0)
+    slopes = 2.0 ** -(8 * jnp.arange(1, llm.heads + 1) / llm.heads)
+    # A row whose padding sees no key at all has no defined result in plain XLA: those queries are left out.
+    rows = seen[:, :, None, None]
+
+    def padded(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.where(rows, attention.attend(q, k, v, causal=True, key_mask=seen), 0)
+
+    def plain_padded(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return plain_causal(q, k, v, seen)
+
+    def alibi(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        y = attention.attend(q, k, v, causal=True, key_mask=seen, slopes=slopes, key_positions=places)
+        return jnp.where(rows, y, 0)
+
+    def plain_alibi(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return plain_causal(q, k, v, seen, slopes[:, None, None] * places[:, None, None])
+
+    grouped = (*row[:2], max(llm.heads // 4, 1), row[3])
     return {
-        "video encoder, space": Case(layers.attention, plain, space, space),
+        "decoder, padded left": Case(padded, plain_padded, row, row),
+        "decoder, ALiBi": Case(alibi, plain_alibi, row, row),
+        "decoder, grouped": Case(causal, plain_causal, row, grouped),
+        "video encoder, space": Case(attention.attend, plain, space, space),
         "video encoder, time": Case(in_time, plain_in_time, frames, frames),
-        "abstractor": Case(layers.attention, plain, queries, keys),
+        "abstractor": Case(attention.attend, plain, queries, keys),
         "decoder, causal": Case(causal, plain_causal, row, row),
     }
 
 
-def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention, f[B, L, N, H] and f[B, S, N, H] twice -> f[B, L, N, H]; mask bool[L, S]."""
+def plain(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, bias: jax.Array | None = None
+) -> jax.Array:
+    """Softmax attention, f[B, L, N, H] and f[B, S, K, H] twice -> f[B, L, N, H]; mask and bias broadcast to [B, N, L, S]."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     logits = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    logits = logits if bias is None else logits + bias
     if mask is not None:
-        logits = jnp.where(mask, logits, -jnp.inf)
+        logits = jnp.where(mask, logits, -1e30)
     return jnp.einsum("bnls,bsnh->blnh", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
-def plain_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`plain`, where query i sees keys 0..i."""
-    return plain(q, k, v, jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])
+def plain_causal(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None = None, bias: jax.Array | None = None
+) -> jax.Array:
+    """`plain`, where query i sees keys 0..i; with `seen`, bool[B, S], no other key, and the other queries give zeros."""
+    mask = jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None]
+    if seen is None:
+        return plain(q, k, v, mask, bias)
+    return jnp.where(seen[:, :, None, None], plain(q, k, v, mask & seen[:, None, None], bias), 0)
 
 
 def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_every_step_has_a_result_without_libraries_that_read_data(tmp_path: Path
     assert result["steps"].keys() == device.BUDGETS.keys() - {"compiled"} and not result["failed"]
     found = {step: part["results"] for step, part in result["steps"].items()}
     assert not [name for part in found.values() for name, value in part.items() if "error" in value], done.stdout
-    assert len(found["attention"]) == 4 and all(case["agrees"] for case in found["attention"].values())
+    assert len(found["attention"]) == 7 and all(case["agrees"] for case in found["attention"].values())
 
     sides = {"ours", "PyTorch eager, classes", "PyTorch eager"}
     assert found["train"].keys() == found["mfu"].keys() == found["memory"].keys() == sides
@@ -71,7 +71,7 @@ def test_every_step_has_a_result_without_libraries_that_read_data(tmp_path: Path
     profile = found["profile"]["step"]
     assert sum(profile["kinds"].values()) == pytest.approx(1) and profile["kinds"]["products"] > 0
     assert any("mlp" in one["place"] for one in profile["top"])
-    assert sum(line.startswith("[") for line in done.stdout.splitlines()) == 4 + 2 + 2 * 3 + 3 + 2 + 3 + 1
+    assert sum(line.startswith("[") for line in done.stdout.splitlines()) == 7 + 2 + 2 * 3 + 3 + 2 + 3 + 1
 
 
 def test_a_failing_step_is_one_line_and_the_next_one_follows(
