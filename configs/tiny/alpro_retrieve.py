@@ -3,21 +3,24 @@
 from ml_collections import ConfigDict
 
 from configs.alpro.recipe import NO_DECAY
-from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
+from configs.tiny.recipe import settings
 from ymplug_jax.models import alpro
 from ymplug_jax.tasks.alpro.retrieve import Options
 
 
 def get_config() -> ConfigDict:
     """Give --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (configs/tiny/alpro_pretrain.py)."""
-    experiment = Experiment(
-        task="alpro_retrieve",
-        model=alpro.sized("tiny", "tiny", contrastive_width=64, masked=False),
-        data=Data(frames=4, image_size=64, max_tokens=24, threads=2),
-        optim=Optim(lr=3e-4, min_lr=1e-5, warmup="30 steps", clip=1.0, no_decay=NO_DECAY),
-        train=Train(
-            batch_size=32, duration="300 steps", log_every="20 steps", save_every="300 steps", eval_every="300 steps"
-        ),
-        options=Options(group=16),
+    short = {
+        "max_tokens": 24,
+        "batch_size": 32,
+        "duration": "300 steps",
+        "every": "300 steps",
+        "frozen_dtype": "bfloat16",
+    }
+    return settings(
+        "alpro_retrieve",
+        alpro.sized("tiny", "tiny", contrastive_width=64, masked=False),
+        Options(group=16),
+        no_decay=NO_DECAY,
+        **short,
     )
-    return to_config_dict(experiment)

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs.mplug_video import recipe
-from ymplug_jax.core.config import Data, Experiment, Optim, Train, to_config_dict
+from configs.tiny.recipe import settings
 from ymplug_jax.models import mplug_video
 
 
@@ -16,18 +16,6 @@ def get_config(llm: str = "gpt3") -> ConfigDict:
     # The tower begins from nothing at a width of 64. With the reference's start values, made for 768 and a tower that knows
     # images, the direction in time stays unlearned for a number of steps that rounding decides, often all of them.
     model = model.clone(vision=model.vision.clone(std=0.1, table_std=0.3))
-    experiment = Experiment(
-        task="pretrain",
-        model=model,
-        data=Data(frames=4, image_size=64, max_tokens=32, threads=2),
-        optim=Optim(lr=1e-3, min_lr=1e-5, warmup="50 steps", clip=1.0, no_decay=recipe.NO_DECAY),
-        train=Train(
-            batch_size=16,
-            duration="2400 steps",
-            log_every="20 steps",
-            save_every="1200 steps",
-            eval_every="1200 steps",
-            frozen_dtype="float32",
-        ),
+    return settings(
+        "pretrain", model, max_tokens=32, lr=1e-3, warmup="50 steps", duration="2400 steps", every="1200 steps"
     )
-    return to_config_dict(experiment)

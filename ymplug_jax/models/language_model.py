@@ -124,6 +124,34 @@ class LanguageModel(Protocol):
         """The same decoder with other settings."""
 
 
+class Cached(Protocol):
+    """What `prefill`, `open_branches` and `branch` below need of a decoder, which takes them as its methods."""
+
+    def empty(self, before: tuple[int, ...], length: int) -> Cache:
+        """Cache f[*before, layers, K, length, H] of zeros."""
+
+    def read(
+        self, embeds: jax.Array, mask: jax.Array | None, cache: Cache | None, past: Past | None
+    ) -> tuple[jax.Array, Cache]:
+        """One pass: f[..., L, D] -> hidden states after the final norm f[..., L, D], and the cache where one is given."""
+
+
+def prefill(self: Cached, embeds: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, Past]:
+    """See `LanguageModel.prefill`."""
+    hidden, cache = self.read(embeds, mask, self.empty(embeds.shape[:1], embeds.shape[1]), None)
+    return hidden, past_of(cache, mask)
+
+
+def open_branches(self: Cached, rows: int, branches: int, length: int) -> Cache:
+    """See `LanguageModel.open_branches`."""
+    return self.empty((rows, branches), length)
+
+
+def branch(self: Cached, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax.Array, Cache]:
+    """See `LanguageModel.branch`."""
+    return self.read(embeds, None, own, past)
+
+
 def init(lm: LanguageModel, key: jax.Array) -> dict:
     """Fresh float32 parameters. Run it under `jax.jit` or `jax.eval_shape`: no forward pass remains."""
     ids = jnp.zeros((1, 1), jnp.int32)

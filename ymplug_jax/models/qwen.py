@@ -86,6 +86,10 @@ class Qwen(nn.Module):
     remat: str = "none"  # "none", "full" or "dots"
     dtype: str = "float32"  # of the computation
 
+    prefill = language_model.prefill
+    open_branches = language_model.open_branches
+    branch = language_model.branch
+
     def setup(self) -> None:
         normal = nn.initializers.normal(STD)
         self.token_embed = self.param("token_embed", normal, (self.vocab, self.width))
@@ -104,31 +108,20 @@ class Qwen(nn.Module):
 
     def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
         """See `LanguageModel`; there is no dropout."""
-        return self._run(embeds, mask, None, None)[0]
-
-    def prefill(self, embeds: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, Past]:
-        """See `LanguageModel.prefill`."""
-        hidden, cache = self._run(embeds, mask, self._empty(embeds.shape[:1], embeds.shape[1]), None)
-        return hidden, language_model.past_of(cache, mask)
-
-    def open_branches(self, rows: int, branches: int, length: int) -> Cache:
-        """See `LanguageModel.open_branches`."""
-        return self._empty((rows, branches), length)
-
-    def branch(self, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax.Array, Cache]:
-        """See `LanguageModel.branch`."""
-        return self._run(embeds, None, own, past)
+        return self.read(embeds, mask, None, None)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """See `LanguageModel.logits`."""
         return layers.tied_logits(self.token_embed, hidden, self.dtype) if self.tied else self.head(hidden)
 
-    def _empty(self, before: tuple[int, ...], length: int) -> Cache:
+    def empty(self, before: tuple[int, ...], length: int) -> Cache:
+        """See `language_model.Cached.empty`."""
         return language_model.empty_cache(before, self.depth, self.kv_heads, length, self.head_dim, self.dtype)
 
-    def _run(
+    def read(
         self, embeds: jax.Array, mask: jax.Array | None, cache: Cache | None, past: Past | None
     ) -> tuple[jax.Array, Cache]:
+        """See `language_model.Cached.read`."""
         length = embeds.shape[-2]
         language_model.check_positions(length, self.max_positions)
         context = language_model.context_of(length, mask, past)
