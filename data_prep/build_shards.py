@@ -65,17 +65,8 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
     manifest = _old_manifest(args.out)
     _check_fits(manifest, args, classes)
     if split in manifest.get("splits", {}) and not args.overwrite:
-        old = manifest["splits"][split]
-        if all(old[key] == value for key, value in facts.items()):
-            again = f" ({old['rejected']:,} rows were rejected; --overwrite builds it again)" if old["rejected"] else ""
-            print(
-                f"{args.out}: split {split!r} is built already ({old['written']:,} records); nothing to do{again}",
-                file=sys.stderr,
-            )
-            return manifest
-        raise BuildError(
-            f"{args.out}: split {split!r} was built from another CSV or with other settings; use --overwrite or another --out"
-        )
+        _check_built(args.out, split, manifest["splits"][split], facts)
+        return manifest
     if args.config == "classification":
         facts["classes"] = list(classes)
     work = args.out / BUILDING / split
@@ -105,6 +96,18 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
     except OSError as error:
         place = error.filename or args.out
         raise PlaceError(f"{place}: {error.strerror}; give the same command again once it can be written") from None
+
+
+def _check_built(out: Path, split: str, old: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Says that there is nothing to do. Raises BuildError where the split was built otherwise."""
+    if any(old[key] != value for key, value in facts.items()):
+        raise BuildError(
+            f"{out}: split {split!r} was built from another CSV or with other settings; use --overwrite or another --out"
+        )
+    again = f" ({old['rejected']:,} rows were rejected; --overwrite builds it again)" if old["rejected"] else ""
+    print(
+        f"{out}: split {split!r} is built already ({old['written']:,} records); nothing to do{again}", file=sys.stderr
+    )
 
 
 def _text(path: Path) -> str:

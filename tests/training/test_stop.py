@@ -10,6 +10,7 @@ import pytest
 
 from ymplug_jax.core import checkpoint_files
 from ymplug_jax.core.exits import PlaceFailed
+from ymplug_jax.data.records import CorruptRecord
 from ymplug_jax.training import stop
 from ymplug_jax.training.step import TrainingStopped
 
@@ -59,6 +60,10 @@ def test_data_that_cannot_be_read_any_more():
         stop.reading("/data"),
     ):  # as a worker process tells it
         raise RuntimeError("Grain worker failed:\n  File x\nOSError: [Errno 5] Input/output error\n")
+    with pytest.raises(CorruptRecord, match=r"^/data/x: record 3 at byte 9: cut$"), stop.reading("/data"):
+        raise RuntimeError(
+            "Grain worker failed:\n  File x\nymplug_jax.data.records.CorruptRecord: /data/x: record 3 at byte 9: cut\n"
+        )
     with pytest.raises(RuntimeError, match="a bug"), stop.reading("/data"):
         raise RuntimeError("a bug")
 

@@ -131,9 +131,7 @@ def _check_rules(rules: Mapping[str, str], task: Task) -> None:
                 f"config.mesh.rules: no parameter of this model has an axis {word!r}; there are {', '.join(sorted(words))}"
             )
         if axis not in sharding.MESH_AXES:
-            raise Mistake(
-                f"config.mesh.rules: {word!r} goes to the mesh axis {axis!r}; there are {', '.join(sharding.MESH_AXES)}"
-            )
+            raise Mistake(f"config.mesh.rules: no mesh axis {axis!r}; there are {', '.join(sharding.MESH_AXES)}")
 
 
 def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
