@@ -78,5 +78,5 @@ def test_a_tiny_qwen_is_trained_frozen_and_pretrained_through(home: Path, capsys
     assert {json.loads(row)["title"] for row in rows} == {shards.title(i) for i in range(50, 59)}
 
     settings = [f"--config={runs.ROOT}/configs/tiny/pretrain.py:bloom", f"--workdir={home / 'pretrain'}"]
-    assert main.main(["main", *settings, f"--config.data.path={home / 'data'}"]) == 2
+    assert main.main(["main", *settings, f"--config.data.path={home / 'data'}", *SMALL, *LLM]) == 2
     assert "holds a run of another model: config.model.llm.kind 'qwen' -> 'bloom'" in capsys.readouterr().err
