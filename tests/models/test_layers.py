@@ -145,7 +145,8 @@ def test_attention_with_fewer_key_heads_norms_and_no_biases() -> None:
         10, 4, normal, normal, kv_heads=2, head_dim=3, qkv_bias=False, out_bias=False, qk_norm_eps=1e-6
     )
     x = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
-    (q, k, v), params = attn.init_with_output(jax.random.key(0), x, method="project")
+    start = jax.jit(attn.init_with_output, static_argnames="method")
+    (q, k, v), params = start(jax.random.key(0), x, method="project")
     shapes = {"/".join(p.key for p in path[1:]): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
     assert shapes == {
         "q/kernel": (10, 4, 3), "k/kernel": (10, 2, 3), "v/kernel": (10, 2, 3), "q_norm/scale": (3,), "k_norm/scale": (3,)
@@ -154,5 +155,5 @@ def test_attention_with_fewer_key_heads_norms_and_no_biases() -> None:
     np.testing.assert_allclose((q**2).mean(axis=-1), 1, rtol=1e-4)
     np.testing.assert_allclose((k**2).mean(axis=-1), 1, rtol=1e-4)
     np.testing.assert_allclose(v, np.einsum("bld,dkh->blkh", x, params["params"]["v"]["kernel"]), rtol=1e-5, atol=1e-5)
-    out, params = attn.init_with_output(jax.random.key(0), q, method="output")
+    out, params = start(jax.random.key(0), q, method="output")
     assert out.shape == x.shape and set(params["params"]["o"]) == {"kernel"}

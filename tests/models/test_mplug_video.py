@@ -88,6 +88,14 @@ def batch(model: MPLUGVideo, rows: int = 2) -> tuple[np.ndarray, np.ndarray, np.
     return video, ids, mask
 
 
+def test_adapters_of_the_language_model_are_trained() -> None:
+    model = sized("bloom-tiny", "tiny")
+    leaves = shapes(model.clone(llm=model.llm.clone(lora_rank=2)))
+    trained = {path for path in leaves if not any(re.fullmatch(pattern, path) for pattern in mplug_video.FROZEN)}
+    of_llm = {path for path in trained if path.startswith("llm/")}
+    assert of_llm == {f"llm/blocks/lora/{name}" for name in "aqkv"}
+
+
 @pytest.mark.parametrize(("llm", "vision", "fields", "counts"), COUNTS)
 def test_parameter_counts(llm: str, vision: str, fields: dict, counts: tuple[int, int]) -> None:
     leaves = shapes(sized(llm, vision, **fields))

@@ -49,6 +49,7 @@ class Context(NamedTuple):
     positions: jax.Array  # int32[B or 1, L] of the tokens that are fed; the same in all branches
     mask: jax.Array | None  # bool[B, L], False at padding; None: no padding, or branches of a past
     past: Past | None
+    past_positions: jax.Array | None  # int32[B, S] of what the past holds
 
 
 @runtime_checkable
@@ -170,10 +171,11 @@ def with_media(embeds: jax.Array, places: jax.Array, media: jax.Array) -> jax.Ar
 def context_of(length: int, mask: jax.Array | None, past: Past | None) -> Context:
     """Context of a pass over L tokens: the first ones of a row, bool[B, L], or those after a past."""
     if past is not None:
-        return Context(past.length[:, None] + past.read + jnp.arange(length), None, past)
+        here = past.length[:, None] + past.read + jnp.arange(length)
+        return Context(here, None, past, positions(past.mask))
     if mask is None:
-        return Context(jnp.arange(length)[None], None, None)
-    return Context(positions(mask), mask.astype(bool), None)
+        return Context(jnp.arange(length)[None], None, None, None)
+    return Context(positions(mask), mask.astype(bool), None, None)
 
 
 def past_of(cache: Cache, mask: jax.Array | None) -> Past:
@@ -232,8 +234,8 @@ def attend(
         jnp.arange(width) <= past.read + jnp.arange(q.shape[2])[:, None],  # [L, W]
         origin=past.origin,
         slopes=slopes,
-        past_positions=positions(past.mask),
-        own_positions=past.length[:, None] + jnp.arange(width),  # [B, W]
+        past_positions=context.past_positions,
+        own_positions=context.positions[:, :1] - past.read + jnp.arange(width),  # [B, W]
     )
     return y, cache
 
@@ -241,7 +243,7 @@ def attend(
 def _layer(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of one layer with positions before heads: f[..., S, K, H]."""
     axis = cache.k.ndim - 4
-    k, v = (jnp.take(x, layer, axis=axis, mode="clip").swapaxes(-3, -2) for x in cache)
+    k, v = (jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False).swapaxes(-3, -2) for x in cache)
     return k, v
 
 

@@ -14,7 +14,7 @@ from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.language_model import LanguageModel, last_state
 from ymplug_jax.models.timesformer import TimeSformer
 
-FROZEN = ("llm/.*",)  # path regexes, full match
+FROZEN = (r"llm/(?!blocks/lora/).*",)  # path regexes, full match; adapters of the language model are trained
 # What an image tower lacks: a pre-training that starts from one leaves it at its start values.
 TEMPORAL = ("vision/temporal_embed", "vision/blocks/temporal_.*")
 # Tables that may have another size in a checkpoint: other resolution, other number of frames.
