@@ -29,6 +29,10 @@ class Layout(NamedTuple):
     whole: tuple[str, ...] = ()  # "task size": rows so many or so long that all of the decoder is recomputed
     most: dict[str, int] = {}  # "task size" -> examples a chip of fine-tuning where the recipe's do not fit
 
+    def sizes(self, task: str) -> list[str]:
+        """Sizes that a task has been laid out for: of fine-tuning those of the published runs."""
+        return [size for size in self.batch if task == "pretrain" or size in ("1.3b", "2.7b")]
+
 
 SLICES = {
     "v5e-16": Layout(
@@ -56,10 +60,11 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
     if name not in SLICES:
         raise ValueError(f"slice {name!r} is unknown; there are {', '.join(SLICES)}")
     layout, model, run = SLICES[name], experiment.model, f"{experiment.task} {size}"
-    if size not in layout.batch:
+    there = layout.sizes(experiment.task)
+    if size not in there:
         raise ValueError(
-            f"slice {name!r} has no layout for {size}; there are {', '.join(layout.batch)}. Start from :{size} and cut the model "
-            f"with --config.mesh.fsdp, as --mode compile --topology {layout.topology} shows"
+            f"slice {name!r} has no layout for {experiment.task} with {size}; there are {', '.join(there)}. Take :{size} without a "
+            f"slice, and choose config.train.batch_size and config.mesh.fsdp by --mode compile --topology {layout.topology}"
         )
     each = layout.batch[size]
     if experiment.task != "pretrain":

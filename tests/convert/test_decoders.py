@@ -151,6 +151,15 @@ def test_a_tied_head_that_is_there_must_be_the_embedding(
     assert "lm_head.weight should be the same tensor as model.embed_tokens.weight" in capsys.readouterr().err
 
 
+def test_an_untied_qwen_without_its_head_is_not_taken_for_a_tied_one(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As files of the bare model are, which embeds texts."""
+    source = changed(made, "qwen2", tmp_path / "source", tie_word_embeddings=False)
+    run("--model", "qwen", "--source", source, "--out", tmp_path / "out", code=2)
+    assert "missing: lm_head.weight" in capsys.readouterr().err
+
+
 def test_a_run_goes_back_to_hugging_face(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The folder of a run has settings instead of a conversion's record; config.json is made of them."""
     run("--model", "qwen", "--source", made / "qwen3", "--out", tmp_path / "run")

@@ -10,6 +10,7 @@
     --model bert          BERT in the Hugging Face layout: text and fusion encoder of the baselines
 
 A source is one or more files, an index of shards, or a folder that holds one model.
+With --to torch a decoder's config.json is written beside the weights; its tokenizer is copied by hand.
 What comes out is read by `--config.train.init_from=DIR`, whole or by subtree (`llm=DIR,vision=DIR`).
 """
 

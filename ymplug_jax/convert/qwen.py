@@ -45,7 +45,7 @@ def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], con
             "weights come from"
         )
     attn = "model.layers.0.self_attn"
-    qk_norm, tied = f"{attn}.q_norm.weight" in shapes, "lm_head.weight" not in shapes
+    qk_norm = f"{attn}.q_norm.weight" in shapes
     _refuse(config, qk_norm)
     count, rows = config.size("num_attention_heads"), need(shapes, f"{attn}.q_proj.weight")[0]
     if heads.get("llm", count) != count:
@@ -54,6 +54,7 @@ def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], con
         raise UnknownModel(
             f"{config.file}: num_attention_heads is {count}, but q_proj has {rows} rows; fetch both again"
         )
+    limit = "max_position_embeddings"
     head_dim, mlp = rows // count, need(shapes, "model.layers.0.mlp.gate_proj.weight")[0]
     model = Qwen(
         vocab=vocab,
@@ -67,8 +68,8 @@ def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], con
         norm_eps=config.number("rms_norm_eps", 1e-6),
         qkv_bias=f"{attn}.q_proj.bias" in shapes,
         qk_norm=qk_norm,
-        tied=tied or bool(config.values.get("tie_word_embeddings", False)),
-        max_positions=config.values.get("max_position_embeddings"),
+        tied=bool(config.values.get("tie_word_embeddings", "lm_head.weight" not in shapes)),
+        max_positions=config.size(limit) if config.values.get(limit) is not None else None,
     )
     config.agree(
         {
