@@ -1,7 +1,7 @@
 """Frozen matrices in eight bits: a scale for each output channel of each layer, made when a run starts.
 
-Checkpoints keep what was quantised. The layer scan hands a block its own slice, and only there does it become a matrix of the
-computation's type again: one layer at a time, gone when the layer is.
+Checkpoints keep what was quantised. The layer scan hands a block its own slice, and only where a layer reads it (`matrix`,
+`promote`) does it become a matrix of the computation's type again: one layer at a time, gone when the layer is.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.linen.dtypes import promote_dtype
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ymplug_jax.core import sharding
@@ -22,13 +23,10 @@ STORED = "bfloat16"  # in checkpoints, and what is not a stacked matrix
 
 @struct.dataclass
 class Quantized:
-    """values * scale stands where a parameter stood; whatever asks for an array gets the product."""
+    """values * scale stands where a parameter stood. It is no array: layers read it through `matrix` or `promote`."""
 
     values: jax.Array  # int8, the parameter's shape
     scale: jax.Array  # bfloat16, 1 along the axes that a product sums over
-
-    def __jax_array__(self) -> jax.Array:
-        return self.values.astype(self.scale.dtype) * self.scale
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,6 +39,16 @@ class Quantized:
     @property
     def sharding(self) -> Any:
         return self.values.sharding
+
+
+def matrix(x: jax.Array | Quantized) -> jax.Array:
+    """A parameter as an array, in bfloat16 if it is held in eight bits."""
+    return x.values.astype(x.scale.dtype) * x.scale if isinstance(x, Quantized) else x
+
+
+def promote(*arrays: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
+    """`flax.linen.dtypes.promote_dtype` of arrays of which some may be held in eight bits: for the field of flax's layers."""
+    return promote_dtype(*map(matrix, arrays), dtype=dtype, inexact=inexact)
 
 
 def abstract(frozen: Params, axes: AxisRules) -> Params:
@@ -81,6 +89,6 @@ def _map(one: Any, frozen: Mapping, axes: AxisRules) -> Params:
 def _summed(words: tuple[str, ...]) -> tuple[int, ...]:
     """Axes that the product of a stacked matrix sums over: embed where it comes in first, else all that come before it. Empty:
     no stacked matrix."""
-    if words[0] != "layers" or len(words) < 3 or "embed" not in words:
+    if words[:1] != ("layers",) or len(words) < 3 or "embed" not in words:
         return ()
     return (1,) if words[1] == "embed" else tuple(range(1, len(words) - 1))

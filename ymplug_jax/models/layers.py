@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from ymplug_jax.core import quantize
+
 Initializer = Callable[..., jax.Array]
+# Layers whose kernel may be held in eight bits.
+Dense = partial(nn.Dense, promote_dtype=quantize.promote)
+DenseGeneral = partial(nn.DenseGeneral, promote_dtype=quantize.promote)
 
 # What the backward pass may keep of a block instead of computing it again: nothing, or the results of products with weights.
 # With their biases: a result that is kept without would be written twice, once more for what reads it.
@@ -63,7 +68,7 @@ class _Flat(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.kernel_init, self.kernel).reshape(x.shape[-1], -1)  # [C, D]
+        kernel = quantize.matrix(self.param("kernel", self.kernel_init, self.kernel)).reshape(x.shape[-1], -1)  # [C, D]
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.bias).reshape(-1).astype(self.dtype)
@@ -96,7 +101,7 @@ class Attention(nn.Module):
             shape = (heads, size)
             if self.flat:
                 return _Flat((self.width, *shape), shape if bias else (), self.kernel_init, dtype)
-            return nn.DenseGeneral(shape, use_bias=bias, kernel_init=self.kernel_init, dtype=dtype)
+            return DenseGeneral(shape, use_bias=bias, kernel_init=self.kernel_init, dtype=dtype)
 
         kv_heads = self.kv_heads or self.heads
         self.q = project(self.heads, self.qkv_bias)
@@ -105,7 +110,7 @@ class Attention(nn.Module):
         if self.flat:
             self.o = _Flat((self.heads, size, self.width), (self.width,), self.out_init, dtype)
         else:
-            self.o = nn.DenseGeneral(
+            self.o = DenseGeneral(
                 self.width, axis=(-2, -1), use_bias=self.out_bias, kernel_init=self.out_init, dtype=dtype
             )
         if self.qk_norm_eps is not None:
@@ -164,10 +169,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype, width = jnp.dtype(self.dtype), x.shape[-1]
-        up = nn.Dense(self.hidden, kernel_init=self.up_init, bias_init=self.up_bias_init, dtype=dtype, name="up")
+        up = Dense(self.hidden, kernel_init=self.up_init, bias_init=self.up_bias_init, dtype=dtype, name="up")
         x = kept(up(x))  # [..., M]
         x = gelu(x, self.tanh)
-        down = nn.Dense(width, kernel_init=self.down_init, bias_init=self.down_bias_init, dtype=dtype, name="down")
+        down = Dense(width, kernel_init=self.down_init, bias_init=self.down_bias_init, dtype=dtype, name="down")
         return kept(down(x))  # [..., D]
 
 
@@ -183,7 +188,7 @@ class GatedMlp(nn.Module):
         dtype, width = jnp.dtype(self.dtype), x.shape[-1]
 
         def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=False, kernel_init=self.kernel_init, dtype=dtype, name=name)
+            return Dense(features, use_bias=False, kernel_init=self.kernel_init, dtype=dtype, name=name)
 
         gate, up = kept(dense("gate", self.hidden)(x)), kept(dense("up", self.hidden)(x))  # [..., M]
         x = nn.silu(gate.astype(jnp.float32)).astype(dtype) * up

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ymplug_jax.core import quantize
 from ymplug_jax.models import layers
 
 AXES = (
@@ -27,7 +28,7 @@ class Lora(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """f[..., D] -> what to add to q, k, v: f[..., N, H] each."""
         d, dtype = x.shape[-1], jnp.dtype(self.dtype)
-        a = self.param("a", layers.torch_linear(d), (d, self.rank)).astype(dtype)
+        a = quantize.matrix(self.param("a", layers.torch_linear(d), (d, self.rank))).astype(dtype)
         low = (x @ a) * self.scale  # [..., R]
 
         def out(name: str) -> jax.Array:

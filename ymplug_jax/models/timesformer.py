@@ -94,7 +94,7 @@ class Block(nn.Module):
         q, k, v = temporal.project(layers.norm("temporal_norm", EPS, self.dtype)(x))  # [B, T, P, D] each
         y = temporal.output(attention.attend_frames(q, k, v, self.heads))
         zeros = nn.initializers.zeros
-        fc = nn.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")
+        fc = layers.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=jnp.dtype(self.dtype), name="temporal_fc")
         x = x + layers.kept(fc(staying(y, (b, 1, p, 1))))
 
         frame = jnp.concatenate([jnp.broadcast_to(cls[:, None, None], (b, t, 1, d)), x], axis=2)  # [B, T, 1 + P, D]
