@@ -93,7 +93,7 @@ class Train:
     # In which frozen parameters are kept; "int8": stacked matrices in eight bits while a run computes, bfloat16 in checkpoints.
     frozen_dtype: str = "bfloat16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         every = self.log_every  # was a number of steps once: configs, command lines and runs of that time still hold it
         if (
             isinstance(every, int)
@@ -128,7 +128,7 @@ def settings_of(value: Any) -> Any:
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of types, for messages
 # The least value of settings that have one. A value below it fails late or trains nothing.
-LEAST = {
+LEAST: Mapping[str, Mapping[str, float]] = {
     "config.data": {"examples": 0, "frames": 1, "image_size": 1, "max_tokens": 2, "max_words": 1, "threads": 1, "workers": 0},
     "config.optim": {"lr": 0, "min_lr": 0, "weight_decay": 0, "eps": 1e-30, "clip": 1e-30},
     "config.mesh": {"data": -1, "fsdp": 1, "tensor": 1},
@@ -137,7 +137,7 @@ LEAST = {
     },
 }  # fmt: skip
 # The settings that have a limit above; betas are below it.
-MOST = {
+MOST: Mapping[str, Mapping[str, float]] = {
     "config.optim": {"b1": 1, "b2": 1},
     "config.train": {"seed": 2**32 - 1},
 }
@@ -184,29 +184,29 @@ def build(
     Raises:
       Mistake: no dict, an unknown or missing name, a value of another type or out of range; the message names the setting.
     """
-    least = LEAST.get(where, {}) if least is None else least
-    most = MOST.get(where, {}) if most is None else most
+    lows: Mapping[str, float] = LEAST.get(where, {}) if least is None else least
+    highs: Mapping[str, float] = MOST.get(where, {}) if most is None else most
     if not isinstance(values, Mapping):
         raise Mistake(f"{where}: {values!r} is no group of settings; set them one by one, as {where}.NAME")
     hints = get_type_hints(cls)
     for name in values:
         if name not in hints:
             raise Mistake(unknown(name, hints, where))
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and field.name not in values:
             raise Mistake(f"{where}.{field.name} is missing")
     hints |= {"log_every": int | str} if cls is Train else {}  # it was a number of steps once
     made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
-    for name, low in least.items():
+    for name, low in lows.items():
         if made.get(name, low) < low:
             below = "it must be above 0" if 0 < low < 1 else f"give {low} or more"
             raise Mistake(f"{where}.{name}: {made[name]!r} is too small; {below}")
-    for name, high in most.items():
-        below = name in ("b1", "b2")
-        if name in made and (made[name] > high or (below and not 0 <= made[name] < high)):
+    for name, high in highs.items():
+        beta = name in ("b1", "b2")
+        if name in made and (made[name] > high or (beta and not 0 <= made[name] < high)):
             raise Mistake(
-                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if below else 'at most'} {high}"
+                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if beta else 'at most'} {high}"
             )
     return cls(**made)
 

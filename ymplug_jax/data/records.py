@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,18 @@ class Record(NamedTuple):
     captions: list[str]
     label_text: str
     label_index: int  # -1: unknown or withheld
+
+
+class Split(Protocol):
+    """The records of one split, wherever they come from; threads and worker processes share it, so it can be pickled."""
+
+    path: str
+    split: str
+    kind: str  # of the CSV that it was built from, see schema.COLUMNS; "text" for a text file; "": nobody knows
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Record: ...
 
 
 class CorruptRecord(ValueError):

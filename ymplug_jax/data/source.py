@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ymplug_jax.core import text_files
-from ymplug_jax.data.records import Record, Records
+from ymplug_jax.data.records import Record, Records, Split
 
 
 class Texts:
@@ -35,6 +35,6 @@ class Texts:
         return Record(f"{self.path}:{i + 1}", [], np.zeros(0, np.int64), self._lines[i], [], "", -1)
 
 
-def open_split(path: str, split: str) -> Records | Texts:
+def open_split(path: str, split: str) -> Split:
     """The records of a split of a data set; a path that ends in .txt is one text file, whatever the split."""
     return Texts(path) if path.endswith(".txt") else Records(path, split)

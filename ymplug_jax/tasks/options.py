@@ -116,10 +116,10 @@ def complete(settings: ConfigDict) -> ConfigDict:
 
 def files(experiment: Experiment) -> list[File]:
     """The options that name files, those that are empty left out."""
-    options = build(class_of(experiment.task), experiment.options)
+    options: object = build(class_of(experiment.task), experiment.options)
     found = [
         File(field.name, str(getattr(options, field.name)), tuple(field.metadata["arrays"]))
-        for field in dataclasses.fields(options)  # type: ignore[arg-type]
+        for field in dataclasses.fields(class_of(experiment.task))
         if field.metadata.get("file")
     ]
     return [file for file in found if file.value]
@@ -127,7 +127,7 @@ def files(experiment: Experiment) -> list[File]:
 
 def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
     """The experiment with some of its options replaced."""
-    options = build(class_of(experiment.task), experiment.options)
+    options: object = build(class_of(experiment.task), experiment.options)
     return dataclasses.replace(experiment, options=config.settings_of(options) | dict(values))
 
 

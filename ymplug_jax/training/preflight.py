@@ -10,8 +10,8 @@ from ymplug_jax.core import checkpoint_files
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import schema
-from ymplug_jax.data.records import Records
-from ymplug_jax.data.source import Texts, open_split
+from ymplug_jax.data.records import Split
+from ymplug_jax.data.source import open_split
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.training import run_folder, setup
@@ -68,7 +68,7 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         setup.init_from(run, values=False)
 
 
-def _check_split(experiment: Experiment, split: str, records: Records | Texts, kinds: tuple[str, ...]) -> None:
+def _check_split(experiment: Experiment, split: str, records: Split, kinds: tuple[str, ...]) -> None:
     """Whether a split has what the task reads."""
     path = experiment.data.path
     if not len(records):

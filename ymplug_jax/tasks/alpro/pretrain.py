@@ -153,7 +153,7 @@ def total(
     )  # each row has its own text alone
 
     def words_at(states: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, states, method="words")
+        return within(model, params, lambda run: run.words(states))
 
     words, count, right = losses.words_of(
         words_at, out["fused"][:, 3, :length], batch["ids"], told & valid[:, None], keep_logits=keep_logits

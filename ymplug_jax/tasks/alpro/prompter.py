@@ -6,7 +6,6 @@ pre-training with entities reads (`config.options.entities`).
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Record, Split
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
@@ -69,14 +68,13 @@ def make(experiment: Experiment) -> Task:
         ]
         ids, mask = (np.stack([row[key] for row in made]) for key in ("ids", "mask"))
         table = entity_features(model, params, ids, mask, len(names))
-        return [rows[0] | {"entities": (np.array(names), table)}, *rows[1:]]
+        return [rows[0] | {"entity": np.array(names), "entity_features": table}, *rows[1:]]
 
-    def score(rows: list[Row], records: Sequence[Record]) -> Report:
+    def score(rows: list[Row], records: Split) -> Report:
         report = gallery.rank_all(rows, records)
-        if "entities" in rows[0]:
-            names, table = rows[0]["entities"]
-            report.arrays.update(entity=names, entity_features=table)
-            report.scores["entities"] = len(names)
+        if "entity" in rows[0]:
+            report.arrays.update({name: rows[0][name] for name in ("entity", "entity_features")})
+            report.scores["entities"] = len(rows[0]["entity"])
         return report
 
     row = preprocess.row_spec(length)
