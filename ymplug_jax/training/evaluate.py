@@ -68,7 +68,7 @@ class Scorer:
         Args:
           records: the evaluation split.
           trainable: half of the parameters.
-          frozen: the other half, see `run.hold`.
+          frozen: the other half, see `setup.hold`.
           examples: this many at most; 0: the whole split.
           step: of the checkpoint, for the scores.
 

@@ -139,7 +139,8 @@ def total(
     """The sum of the losses and each by itself.
 
     Args:
-      model: unbound; params: its parameters.
+      model: of the parameters.
+      params: all of them.
       batch: ids int32[B, L], mask, valid; with entities box int32[B, 4].
       out: of `encode_pairs.forward` with four pairs.
       told: bool[B, L], the words to tell.

@@ -55,7 +55,8 @@ def make(experiment: Experiment) -> Task:
         return {"video": preprocess.video_of(record, data, rng), **encode_pairs.encode(tokenizer, title, length, model)}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        total, out = contrastive(model, params, batch, key)
+        video = preprocess.normalize(batch["video"], model.vision.dtype)
+        total, out = contrastive(model, params, video, batch, key)
         return encode_pairs.with_loss(total, {"contrastive_loss": out["loss"]}, batch["valid"])
 
     def rescore(params: Params, rows: list[Row], kept: KeptRows) -> list[Row]:
@@ -95,13 +96,18 @@ def make(experiment: Experiment) -> Task:
     )
 
 
-def contrastive(model: ALPRO, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
-    """(loss, unit vectors and the loss as a mean): video uint8[B, T, S, S, 3]; ids, mask int32[B, L], valid bool[B]."""
+def contrastive(
+    model: ALPRO, params: Params, video: jax.Array, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, Any]]:
+    """(loss, unit vectors and the loss as a mean): normalised video f[B, T, S, S, 3]; ids, mask int32[B, L], valid bool[B]."""
 
     def read(run: ALPRO) -> dict[str, jax.Array]:
-        return encode_pairs.contrast(run, *encode_pairs.seen(run, batch, deterministic=key is None))
+        tokens = run.encode_video(video, deterministic=key is None)
+        return encode_pairs.contrast(
+            run, tokens, run.encode_text(batch["ids"], batch["mask"], deterministic=key is None)
+        )
 
-    out, own = within(model, params, read, key), jnp.arange(len(batch["valid"]))[:, None]
+    out, own = within(model, params, read, key), jnp.arange(len(video))[:, None]
     mean = Mean(*losses.retrieval(out["video"], out["text"], out["temperature"], own, valid=batch["valid"]))
     return losses.ratio(mean), out | {"loss": mean}
 

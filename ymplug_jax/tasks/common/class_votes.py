@@ -13,7 +13,7 @@ MODALITIES = ("both", "video", "title")  # what the model is shown
 
 
 def report(rows: list[Row], records: Split, names: Sequence[str], by: Sequence[str]) -> Report:
-    """Top-1 and top-5 of every kind of vote and every modality. Ties count against the model (`metrics.top_k`), in the scores
+    """Top-1 and top-5 of every kind of vote and every modality. Ties count against the model (`task_metrics.top_k`), in the scores
     and in what is "predicted" alike; a true name that is not in the list counts as missed.
 
     Args:

@@ -201,7 +201,7 @@ def ratio(mean: Mean) -> jax.Array:
 
 def chosen(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Whether the label has the highest logit: f[..., C], int[...] -> bool[...]. Ties count against the label, as in
-    `metrics.top_k`, and so do logits that are not numbers."""
+    `task_metrics.top_k`, and so do logits that are not numbers."""
     own = jnp.arange(logits.shape[-1]) == labels[..., None]
     label = jnp.max(logits, axis=-1, where=own, initial=-jnp.inf)  # -inf: no such class
     return jnp.all(own | (logits < label[..., None]), axis=-1)

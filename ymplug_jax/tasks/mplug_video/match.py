@@ -92,7 +92,7 @@ def pair_scores(
     """Both scores of every video with every text that it comes with; a video's visual tokens are read once.
 
     Args:
-      model: unbound, with a head of two classes.
+      model: with a head of two classes.
       params: its parameters.
       prefix: f[B, Q, H].
       texts: of each video K texts: ids and mask int32[B, K, L] of question and 是, prompt_length int32[B, K], and plain,
