@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from etils import epath
 
@@ -65,7 +65,7 @@ class Group(NamedTuple):
 class Quiet(argparse.ArgumentParser):
     """Says a mistake in one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise Mistake(f"{self.prog}: {message}; --help lists the flags")
 
 
@@ -283,11 +283,11 @@ def text(runs: Sequence[Run], found: Sequence[Group]) -> str:
             rows.append([f"{line.group}: {line.name}" if line.group else line.name, *cells])
         parts.append(_columns([head, *rows]) + (f"\n{group.note}" if group.note else ""))
     for one in over_seeds(runs):
-        lines = [
+        means = [
             [f"{row['group']}: {row['name']}" if row["group"] else row["name"], row["text"]] for row in one["rows"]
         ]
-        head = f"{one['task']} on {one['split']}, seeds {', '.join(map(str, one['seeds']))}"
-        parts.append(_columns([[head, "mean and deviation"], *lines]))
+        name = f"{one['task']} on {one['split']}, seeds {', '.join(map(str, one['seeds']))}"
+        parts.append(_columns([[name, "mean and deviation"], *means]))
     parts += [f"{run.name}: no evaluation yet (--mode eval writes one)" for run in runs if not run.scores]
     if len(runs) > 1:
         rows = [[f"config.{path}", *map(_brief, texts)] for path, texts in differing(runs).items()]

@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ymplug_jax.core import exits
 from ymplug_jax.core.exits import Mistake, PlaceFailed
@@ -63,7 +63,7 @@ class _Closed(Exception):
 class _Parser(argparse.ArgumentParser):
     """Mistakes in one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise Mistake(f"{message}; see --help")
 
 

@@ -17,7 +17,7 @@ from ymplug_jax.convert import mplug_video as vision_tables
 from ymplug_jax.convert import plan as plans
 from ymplug_jax.convert import rules
 from ymplug_jax.core import optim, state
-from ymplug_jax.core.config import Data, Experiment, Optim, Train
+from ymplug_jax.core.config import Optim
 from ymplug_jax.data import frames, text
 from ymplug_jax.models import alpro, attention, bert, layers
 from ymplug_jax.models.alpro import ALPRO
@@ -304,12 +304,6 @@ def check_masking(file, never: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     return shown, told
 
 
-def experiment_of(model: ALPRO, file, task: str, **options) -> Experiment:
-    size, length = file["in/input_ids"].shape
-    data = Data(frames=model.vision.frames, image_size=model.vision.image_size, max_tokens=length, examples=64)
-    return Experiment(task, model, data, train=Train(batch_size=size), options=options)
-
-
 def pass_of(file, model: ALPRO, params: dict, video: np.ndarray, told_shown: tuple | None = None) -> dict:
     run, batch = model.bind({"params": params}), batch_of(file)
     shown = None if told_shown is None else told_shown[0]
@@ -323,11 +317,12 @@ def test_pretrain(read) -> None:
     model, params, table = loaded(file)
     video, special = channels_last(file["in/video"]), file.config["special_ids"]
     told_shown = check_masking(file, (special["pad"], special["cls"]))
-    experiment = experiment_of(model, file, "alpro_pretrain")
 
     def loss(params: dict) -> tuple[jax.Array, tuple]:
         out = pass_of(file, model, params, video, told_shown)
-        total, found = pretrain.total(model, params, batch_of(file), out, told_shown[1], None, experiment)
+        total, found = pretrain.total(
+            model, params, batch_of(file), out, told_shown[1], None, keep_logits=False, reference_entities=False
+        )
         return total, (out, found)
 
     (total, (out, found)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -376,13 +371,14 @@ def test_pretrain_sf(read) -> None:
     told_shown = check_masking(file, special)
     select = np.where(np.isin(file["in/input_ids"], special), 0, config["mlm_probability"])
     file.check("out/mlm_probability_matrix", select, OUTPUT)
-    experiment = experiment_of(model, file, "alpro_pretrain", reference_entities=True)
     student = {name: part for name, part in params.items() if name != "prompter"}
 
     def loss(student: dict) -> tuple[jax.Array, tuple]:
         whole, batch = student | {"prompter": of_teacher}, batch_of(file) | {"box": box}
         out = pass_of(file, model, whole, video, told_shown)
-        total, found = pretrain.total(model, whole, batch, out, told_shown[1], targets, experiment)
+        total, found = pretrain.total(
+            model, whole, batch, out, told_shown[1], targets, keep_logits=False, reference_entities=True
+        )
         return total, (out, found)
 
     (total, (out, found)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(student)

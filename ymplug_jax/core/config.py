@@ -206,29 +206,29 @@ def build(
     Raises:
       Mistake: no dict, an unknown or missing name, a value of another type or out of range; the message names the setting.
     """
-    least = LEAST.get(where, {}) if least is None else least
-    most = MOST.get(where, {}) if most is None else most
+    lows: Mapping[str, float] = LEAST.get(where, {}) if least is None else least
+    highs: Mapping[str, float] = MOST.get(where, {}) if most is None else most
     if not isinstance(values, Mapping):
         raise Mistake(f"{where}: {values!r} is no group of settings; set them one by one, as {where}.NAME")
     hints = get_type_hints(cls)
     for name in values:
         if name not in hints:
             raise Mistake(unknown(name, hints, where))
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and field.name not in values:
             raise Mistake(f"{where}.{field.name} is missing")
     hints |= {"log_every": int | str} if cls is Train else {}  # it was a number of steps once
     made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
-    for name, low in least.items():
+    for name, low in lows.items():
         if made.get(name, low) < low:
             below = "it must be above 0" if 0 < low < 1 else f"give {low} or more"
             raise Mistake(f"{where}.{name}: {made[name]!r} is too small; {below}")
-    for name, high in most.items():
-        below = name in ("b1", "b2")
-        if name in made and (made[name] > high or (below and not 0 <= made[name] < high)):
+    for name, high in highs.items():
+        beta = name in ("b1", "b2")
+        if name in made and (made[name] > high or (beta and not 0 <= made[name] < high)):
             raise Mistake(
-                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if below else 'at most'} {high}"
+                f"{where}.{name}: {made[name]!r} is out of range; give {'less than' if beta else 'at most'} {high}"
             )
     return cls(**made)
 

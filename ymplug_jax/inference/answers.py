@@ -58,12 +58,12 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
     """
     origin = index_file.origin(predictor.experiment, str(predictor.folder))
     if args.index:
-        names, vectors = _from_index(args, predictor, origin)
-        yield from _rank(args, _texts(args, predictor), vectors, names)
+        names, indexed = _from_index(args, predictor, origin)
+        yield from _rank(args, _texts(args, predictor), indexed, names)
         return
     export = Export(args.export, origin) if args.export else None
     try:
-        vectors = export.vectors if export else {}
+        vectors: dict[str, np.ndarray] = export.vectors if export else {}
         if export:
             export.drop([file.name for file in reading.files if not export.has(file.name)])
         # The sheet needs frames, which an earlier start did not keep.
@@ -144,7 +144,9 @@ def _rank(args: argparse.Namespace, texts: np.ndarray, vectors: np.ndarray, name
         yield Answer({key: question, "ranking": ranking}, (question, *places))
 
 
-def _to_draw(args: argparse.Namespace, predictor: Predictor, vectors: dict, names: list[str]) -> list[str]:
+def _to_draw(
+    args: argparse.Namespace, predictor: Predictor, vectors: dict[str, np.ndarray], names: list[str]
+) -> list[str]:
     """Those of `names` whose frames the sheet may need, given what was seen so far."""
     if not args.text or args.rank == "texts":
         return names[:SHEET]

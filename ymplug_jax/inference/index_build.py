@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -123,7 +124,7 @@ class Export:
                 vector = _vector(line.get("vector"))
                 if not text.endswith(b"\n") or vector is None or not isinstance(line.get("video"), str):
                     break
-                self.vectors[line["video"]], self._stamps[line["video"]] = vector, line.get("stamp")
+                self.vectors[line["video"]], self._stamps[line["video"]] = vector, line.get("stamp") or []
                 whole += len(text)
             self._file.truncate(whole)
         else:  # new, or killed before the first line was whole
@@ -142,7 +143,7 @@ def _stamp(name: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _line(text: bytes) -> dict:
+def _line(text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError:
@@ -151,6 +152,8 @@ def _line(text: bytes) -> dict:
 
 
 def _vector(text: object) -> np.ndarray | None:
+    if not isinstance(text, str):
+        return None
     try:
         return np.frombuffer(base64.b64decode(text, validate=True), "<f4")
     except (ValueError, TypeError):

@@ -96,8 +96,8 @@ class Predictor:
     def _batch(self, records: Sequence[Record]) -> Example:
         # Names tell records of one clip apart in training alone, and those of files may hold bytes that are no text.
         records = [record._replace(media_id="") for record in records]
-        examples = [self.task.example(record, None) | {"valid": np.bool_(True)} for record in records]
-        examples += [examples[0] | {"valid": np.bool_(False)}] * (BATCH - len(records))
+        examples = [self.task.example(record, None) | {"valid": np.array(True)} for record in records]
+        examples += [examples[0] | {"valid": np.array(False)}] * (BATCH - len(records))
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
     def _tokenizer(self, experiment: Experiment) -> str:

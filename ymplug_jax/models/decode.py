@@ -259,7 +259,7 @@ def beam(
       new_tokens: at most so many tokens.
       eos: the end token.
       beams: C; the vocabulary has at least 2C tokens.
-      row_length: > 0: the reference's rule (spec section 9). Every hypothesis counts its log-probability divided by this
+      row_length: > 0: the reference's rule. Every hypothesis counts its log-probability divided by this
         one number (the prompt's row of text and new tokens together), a row ends once C are finished and the worst of them is
         no worse than the best continuation divided by its current length; a row takes `row_length` tokens with its prompt's.
         0: log-probability divided by the number of tokens, end token included, to the power `length_power`, and a row

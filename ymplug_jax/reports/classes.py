@@ -1,5 +1,6 @@
 """Classification by class: confusion matrices, precision and recall."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,14 +14,15 @@ class Matrix(NamedTuple):
 
     title: str
     names: list[str]
-    answers: list[str]
+    answers: list[str | None]
     cells: list[tuple[str, list[tuple[int, float]]]]  # true class, then of each answer its count and share of the row
     right: int
     labelled: int
     left_out: int  # true and answered classes that the picture has no room for
 
 
-class Line(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Line:
     """One class. Shares are fractions; None where there is nothing to divide by."""
 
     name: str
@@ -41,14 +43,14 @@ def matrix(rows: Sequence[Mapping[str, Any]], key: str, title: str) -> Matrix | 
     if not pairs:
         return None
     truths: Counter[str] = Counter()
-    answered: Counter[str] = Counter()
+    answered: Counter[str | None] = Counter()
     for (label, answer), count in pairs.items():
         truths[label] += count
         answered[answer] += count
     every = [name for name, _ in truths.most_common()]
     names = every[:MATRIX]
     others = [name for name, _ in answered.most_common() if name not in truths]
-    answers = names + others[:MATRIX]
+    answers = [*names, *others[:MATRIX]]
     cells = [
         (name, [(pairs[name, answer], pairs[name, answer] / truths[name]) for answer in answers]) for name in names
     ]

@@ -108,7 +108,9 @@ def _compose(width: int, height: int, pictures: list[tuple], words: list[tuple],
             parse_math=False,  # a title may hold dollar signs
         )  # fmt: skip
     buffer = io.BytesIO()
-    packing = {"pil_kwargs": {"compress_level": 2}} if form == "png" else {}  # most of the time goes into packing
+    packing: dict[str, Any] = (
+        {"pil_kwargs": {"compress_level": 2}} if form == "png" else {}
+    )  # most of the time goes into packing
     figure.savefig(buffer, format=form, dpi=DPI, **packing)
     return buffer.getvalue()
 

@@ -73,6 +73,7 @@ def figure(curves: Mapping[str, Curve], *, title: str = "", width: float = 8.0) 
       width: inches.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     shown = {name: curve for name, curve in curves.items() if not curve.empty}
     alone = len(shown) == 1
@@ -97,7 +98,7 @@ def figure(curves: Mapping[str, Curve], *, title: str = "", width: float = 8.0) 
         panels[1].set_ylim(bottom=0)
         panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     panels[-1].set_xlabel("step")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    panels[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     first, last = axes.dataLim.intervalx
     if first == last:  # a single step: whole numbers around it
         axes.set_xlim(first - 1, last + 1)

@@ -12,7 +12,7 @@ from etils import epath
 
 from ymplug_jax.core import config
 from ymplug_jax.core.config import Experiment
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Split
 from ymplug_jax.reports import classes, curves, examples, score_table
 from ymplug_jax.reports.pictures import Pictures, data_uri
 from ymplug_jax.tasks.presentation import Page, ReadableRow, Score
@@ -26,7 +26,7 @@ def write(
     path: epath.Path,
     scores: Mapping[str, Any],
     rows: Sequence[ReadableRow],
-    records: Sequence[Record] | None,
+    records: Split | None,
     *,
     known: Sequence[Score],
     page: Page,

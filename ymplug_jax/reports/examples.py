@@ -1,14 +1,16 @@
 """Which examples stand on the page of an evaluation, and as what: cards with pictures, and one table of all."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ymplug_jax.tasks.presentation import Cell, Frames, Page, ReadableRow
 
 LISTED = 1000  # rows of the table
 
 
-class Section(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Section:
     """Some examples under a heading."""
 
     title: str
@@ -22,7 +24,8 @@ class Section(NamedTuple):
         return f"{len(self.cards)} of {self.count} shown"
 
 
-class Table(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Table:
     """All examples, or the first of them."""
 
     columns: list[str]

@@ -1,12 +1,12 @@
 """Frames of records as small pictures inside a page."""
 
 import base64
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
+
+from ymplug_jax.data.records import Split
 
 FRAMES = 4  # of a clip
 HEIGHT = 96  # pixels of a frame on the page
@@ -16,7 +16,7 @@ WIDEST = 4  # times the height; what is wider is squeezed
 class Pictures:
     """Thumbnails as data URIs."""
 
-    def __init__(self, records: Sequence[Any] | None):
+    def __init__(self, records: Split | None):
         self._records = records
         self._of = lru_cache(maxsize=512)(self._draw)
 
@@ -27,11 +27,12 @@ class Pictures:
         return self._of(index, count)
 
     def _draw(self, index: int, count: int) -> list[str]:
+        assert self._records is not None
         stored = self._records[index].frames
         if not len(stored):
             return []
-        places = np.linspace(0, len(stored) - 1, 2 * count + 1).round().astype(int)[1::2]  # the middles
-        places = sorted(set(places.tolist())) if len(stored) < count else places
+        middles = np.linspace(0, len(stored) - 1, 2 * count + 1).round().astype(int)[1::2].tolist()
+        places = sorted(set(middles)) if len(stored) < count else middles
         return [picture for place in places if (picture := _small(stored[place]))]
 
 

@@ -23,8 +23,25 @@ T = TypeVar("T")
 WHERE = "config.options"
 # Every task had these in its settings before each had its own. A config.json of that time is read without those that are not its task's.
 ONCE_SHARED = frozenset(
-    "prompt search beams prompt_tokens new_tokens top_k top_p temperature reference_negatives candidates best group masked_share "
-    "entities reference_entities prompts answers".split()
+    [
+        "prompt",
+        "search",
+        "beams",
+        "prompt_tokens",
+        "new_tokens",
+        "top_k",
+        "top_p",
+        "temperature",
+        "reference_negatives",
+        "candidates",
+        "best",
+        "group",
+        "masked_share",
+        "entities",
+        "reference_entities",
+        "prompts",
+        "answers",
+    ]
 )
 
 
@@ -116,10 +133,10 @@ def complete(settings: ConfigDict) -> ConfigDict:
 
 def files(experiment: Experiment) -> list[File]:
     """The options that name files, those that are empty left out."""
-    options = build(class_of(experiment.task), experiment.options)
+    options: object = build(class_of(experiment.task), experiment.options)
     found = [
         File(field.name, str(getattr(options, field.name)), tuple(field.metadata["arrays"]))
-        for field in dataclasses.fields(options)  # type: ignore[arg-type]
+        for field in dataclasses.fields(class_of(experiment.task))
         if field.metadata.get("file")
     ]
     return [file for file in found if file.value]
@@ -127,7 +144,7 @@ def files(experiment: Experiment) -> list[File]:
 
 def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
     """The experiment with some of its options replaced."""
-    options = build(class_of(experiment.task), experiment.options)
+    options: object = build(class_of(experiment.task), experiment.options)
     return dataclasses.replace(experiment, options=config.settings_of(options) | dict(values))
 
 

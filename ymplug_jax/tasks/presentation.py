@@ -40,7 +40,8 @@ class Chance(NamedTuple):
     notes: list[str]  # how they were found, one sentence each
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """Some examples under a heading of the page."""
 
     title: str

@@ -6,7 +6,7 @@ that its evaluations may have, see presentation.py) and `ANSWERS` (the commands 
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.sharding import AxisRules
 from ymplug_jax.core.state import Params
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Record, Split
 from ymplug_jax.models import language_models
 from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.tasks import names
@@ -64,7 +64,7 @@ class Task:
     # Where scoring needs the model once more (all pairs): (params, rows, kept predictions) -> rows, on every host alike.
     rescore: Callable[[Params, list[Row], KeptRows], list[Row]] | None = None
     kept: tuple[str, ...] = ()  # predictions too large for every host: they stay on the devices, for `rescore` alone
-    score: Callable[[list[Row], Sequence[Record]], Report] | None = None  # (rows, records of the split)
+    score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split)
     scores: tuple[Score, ...] = ()  # that an evaluation may have, in the order in which they are shown
     page: Page = Page()  # how the report shows the readable rows
     describe: Mapping[str, Describe] = dataclasses.field(default_factory=dict)  # command of `predict` -> its answer

@@ -16,8 +16,8 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data import loader
-from ymplug_jax.data.records import Records
-from ymplug_jax.data.source import Texts, open_split
+from ymplug_jax.data.records import Split
+from ymplug_jax.data.source import open_split
 from ymplug_jax.reports import evaluation_report
 from ymplug_jax.tasks import names
 from ymplug_jax.tasks.common import task_metrics as metrics_lib
@@ -29,7 +29,6 @@ from ymplug_jax.training.setup import Run
 
 LossStep = Callable[[Params, Params, Batch], Metrics]
 Arrays = dict[str, jax.Array]
-Split = Records | Texts
 
 
 def make_loss_step(run: Run) -> LossStep:
@@ -70,7 +69,7 @@ class Scorer:
         Args:
           records: the evaluation split.
           trainable: half of the parameters.
-          frozen: the other half, see `run.hold`.
+          frozen: the other half, see `setup.hold`.
           examples: this many at most; 0: the whole split.
           step: of the checkpoint, for the scores.
 
@@ -176,13 +175,16 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
     scores, report = scorer.score(records, trainable, frozen, examples, checkpoint_files.latest_step(str(workdir)) or 0)
     if jax.process_index() == 0:
         if report.arrays:  # vectors of two runs are not comparable
-            report.arrays.update(index_file.origin(experiment, str(workdir)), split=split)
+            facts = index_file.origin(experiment, str(workdir)) | {"split": split}
+            report.arrays.update({name: np.asarray(value) for name, value in facts.items()})
         folder = workdir / "eval" / split
         _write(folder, scores, report)
         html = folder / "report.html"
-        shown = {"known": run.task.scores, "page": run.task.page}
-        evaluation_report.write(html, scores, report.rows, records, experiment=experiment, workdir=workdir, **shown)
-        logging.info("\n%s\n\nreport: %s", evaluation_report.summary(scores, report.rows, **shown), html)
+        known, page = run.task.scores, run.task.page
+        evaluation_report.write(
+            html, scores, report.rows, records, known=known, page=page, experiment=experiment, workdir=workdir
+        )
+        logging.info("\n%s\n\nreport: %s", evaluation_report.summary(scores, report.rows, known=known, page=page), html)
     return scores
 
 

@@ -71,7 +71,7 @@ def make(experiment: Experiment) -> Task:
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         row = encode_pairs.encode(tokenizer, clean_text(record.title, data.max_words), length, model)
         label = numbers.get(record.label_text, -1) if answers else preprocess.label_of(record, names)
-        return {"video": preprocess.video_of(record, data, rng), **row, "label": np.int32(label)}
+        return {"video": preprocess.video_of(record, data, rng), **row, "label": np.array(label, np.int32)}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         def read(run: ALPRO) -> jax.Array:

@@ -79,7 +79,7 @@ def vectors(model: ALPRO, params: Params, batch: Batch) -> dict[str, jax.Array]:
 
 def task_of(model: ALPRO, **own: Any) -> Task:
     """The record of a task on this model; `own` are its other fields."""
-    fields = {"frozen": (), "init": lambda key: alpro.init(model, key), "resize": alpro.RESIZE} | own
+    fields: dict[str, Any] = {"frozen": (), "init": lambda key: alpro.init(model, key), "resize": alpro.RESIZE, **own}
     return Task(axes=alpro.AXES, **fields)
 
 
@@ -118,6 +118,7 @@ def forward(
     out = contrast(run, tokens, states)
     free = pair_losses.allowed(valid, clip, group)
     if negatives is None:
+        assert key is not None
         negatives = pair_losses.choose_negatives(key, out["video"], out["text"], out["temperature"], free)
     texts, masks, videos = pair_losses.pairs(states, mask, tokens, negatives, group)  # [B, 3, ...] each
     if shown is not None:
@@ -126,8 +127,8 @@ def forward(
             jnp.concatenate([three, one[:, None]], axis=1)
             for three, one in ((texts, told), (masks, mask), (videos, tokens))
         )
-    flat = (x.reshape(-1, *x.shape[2:]) for x in (texts, masks, videos))  # row by row, so that each stays on its device
-    fused = run.fuse(*flat, **quiet)
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (texts, masks, videos)]  # row by row, so that each stays on its device
+    fused = run.fuse(*flat, deterministic=deterministic)
     fused = fused.reshape(*texts.shape[:2], *fused.shape[1:])  # [B, 3 or 4, L + 1 + P, C]
     return out | {"negatives": negatives, "fused": fused, "match": run.match_logits(fused[:, :3])}
 

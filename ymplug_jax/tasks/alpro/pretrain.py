@@ -139,7 +139,8 @@ def total(
     """The sum of the losses and each by itself.
 
     Args:
-      model: unbound; params: its parameters.
+      model: of the parameters.
+      params: all of them.
       batch: ids int32[B, L], mask, valid; with entities box int32[B, 4].
       out: of `encode_pairs.forward` with four pairs.
       told: bool[B, L], the words to tell.
@@ -153,7 +154,7 @@ def total(
     )  # each row has its own text alone
 
     def words_at(states: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, states, method="words")
+        return within(model, params, lambda run: run.words(states))
 
     words, count, right = losses.words_of(
         words_at, out["fused"][:, 3, :length], batch["ids"], told & valid[:, None], keep_logits=keep_logits

@@ -6,7 +6,6 @@ pre-training with entities reads (`config.options.entities`).
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Record, Split
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
@@ -56,7 +55,8 @@ def make(experiment: Experiment) -> Task:
         return {"video": preprocess.video_of(record, data, rng), **encode_pairs.encode(tokenizer, title, length, model)}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        total, out = contrastive(model, params, batch, key)
+        video = preprocess.normalize(batch["video"], model.vision.dtype)
+        total, out = contrastive(model, params, video, batch, key)
         return encode_pairs.with_loss(total, {"contrastive_loss": out["loss"]}, batch["valid"])
 
     def rescore(params: Params, rows: list[Row], kept: KeptRows) -> list[Row]:
@@ -69,14 +69,13 @@ def make(experiment: Experiment) -> Task:
         ]
         ids, mask = (np.stack([row[key] for row in made]) for key in ("ids", "mask"))
         table = entity_features(model, params, ids, mask, len(names))
-        return [rows[0] | {"entities": (np.array(names), table)}, *rows[1:]]
+        return [rows[0] | {"entity": np.array(names), "entity_features": table}, *rows[1:]]
 
-    def score(rows: list[Row], records: Sequence[Record]) -> Report:
+    def score(rows: list[Row], records: Split) -> Report:
         report = gallery.rank_all(rows, records)
-        if "entities" in rows[0]:
-            names, table = rows[0]["entities"]
-            report.arrays.update(entity=names, entity_features=table)
-            report.scores["entities"] = len(names)
+        if "entity" in rows[0]:
+            report.arrays.update({name: rows[0][name] for name in ("entity", "entity_features")})
+            report.scores["entities"] = len(rows[0]["entity"])
         return report
 
     row = preprocess.row_spec(length)
@@ -97,13 +96,18 @@ def make(experiment: Experiment) -> Task:
     )
 
 
-def contrastive(model: ALPRO, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
-    """(loss, unit vectors and the loss as a mean): video uint8[B, T, S, S, 3]; ids, mask int32[B, L], valid bool[B]."""
+def contrastive(
+    model: ALPRO, params: Params, video: jax.Array, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, Any]]:
+    """(loss, unit vectors and the loss as a mean): normalised video f[B, T, S, S, 3]; ids, mask int32[B, L], valid bool[B]."""
 
     def read(run: ALPRO) -> dict[str, jax.Array]:
-        return encode_pairs.contrast(run, *encode_pairs.seen(run, batch, deterministic=key is None))
+        tokens = run.encode_video(video, deterministic=key is None)
+        return encode_pairs.contrast(
+            run, tokens, run.encode_text(batch["ids"], batch["mask"], deterministic=key is None)
+        )
 
-    out, own = within(model, params, read, key), jnp.arange(len(batch["valid"]))[:, None]
+    out, own = within(model, params, read, key), jnp.arange(len(video))[:, None]
     mean = Mean(*losses.retrieval(out["video"], out["text"], out["temperature"], own, valid=batch["valid"]))
     return losses.ratio(mean), out | {"loss": mean}
 

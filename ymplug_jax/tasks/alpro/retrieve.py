@@ -4,7 +4,6 @@ Texts of one clip are all right for it, and are no negatives of it (`config.opti
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.state import Params
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Record, Split
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
@@ -147,7 +146,7 @@ def score_pairs(model: ALPRO, params: Params, rows: list[Row], kept: KeptRows, b
     ]
 
 
-def score(rows: list[Row], records: Sequence[Record]) -> Report:
+def score(rows: list[Row], records: Split) -> Report:
     """Recalls of both stages: by similarity as in task "retrieve", and by the match head under "match/".
 
     Ranks and retrieved entries of the readable rows are those of the match head; "similarity" is of the retrieved videos.

@@ -43,7 +43,12 @@ def split(rows: np.ndarray, masks: np.ndarray, prompt_lengths: np.ndarray, width
         part = row[shared:end]
         branches[k, : len(part)] = part
         targets[k, own + 1 - shared : len(part)] = True
-    return {"prompt": rows[0].astype(np.int32), "shared": np.int32(shared), "branches": branches, "targets": targets}
+    return {
+        "prompt": rows[0].astype(np.int32),
+        "shared": np.array(shared, np.int32),
+        "branches": branches,
+        "targets": targets,
+    }
 
 
 def scores(lm: LanguageModel, params: dict, prefix: jax.Array | None, batch: dict[str, jax.Array]) -> jax.Array:

@@ -1,6 +1,6 @@
 """BLEU, METEOR, ROUGE-L and CIDEr on single Chinese characters, equal to the COCO caption toolkit's, without its Java.
 
-Every prediction is one string, every item has one or more references. Texts are normalised first (spec section 10), so
+Every prediction is one string, every item has one or more references. Texts are normalised first, so
 that a token is a character. BLEU comes from sacrebleu; no kept library computes the other three in COCO's form without a
 Java runtime, so they stand here; stored outputs of the toolkit itself check all of them.
 """
@@ -73,7 +73,8 @@ def bleu(predictions: list[Tokens], references: list[list[Tokens]], order: int) 
     most = max(len(texts) for texts in references)
     columns = [[" ".join(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
     metric = BLEU(tokenize="none", smooth_method="none", max_ngram_order=order, force=True)
-    return metric.corpus_score([" ".join(tokens) for tokens in predictions], columns).score / 100
+    said = [" ".join(tokens) for tokens in predictions]
+    return metric.corpus_score(said, columns).score / 100  # type: ignore[arg-type]  # it takes None for no reference
 
 
 def rouge_l(tokens: Tokens, references: list[Tokens]) -> float:

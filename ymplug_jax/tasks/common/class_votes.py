@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Record, Split
 from ymplug_jax.tasks.common import candidates, task_metrics
 from ymplug_jax.tasks.presentation import Answer
 from ymplug_jax.tasks.task import Report, Row
@@ -12,8 +12,8 @@ from ymplug_jax.tasks.task import Report, Row
 MODALITIES = ("both", "video", "title")  # what the model is shown
 
 
-def report(rows: list[Row], records: Sequence[Record], names: Sequence[str], by: Sequence[str]) -> Report:
-    """Top-1 and top-5 of every kind of vote and every modality. Ties count against the model (`metrics.top_k`), in the scores
+def report(rows: list[Row], records: Split, names: Sequence[str], by: Sequence[str]) -> Report:
+    """Top-1 and top-5 of every kind of vote and every modality. Ties count against the model (`task_metrics.top_k`), in the scores
     and in what is "predicted" alike; a true name that is not in the list counts as missed.
 
     Args:
@@ -46,7 +46,7 @@ def report(rows: list[Row], records: Sequence[Record], names: Sequence[str], by:
     return Report(scores, [readable(row, records, names, by) for row in rows])
 
 
-def readable(row: Row, records: Sequence[Record], names: Sequence[str], by: Sequence[str]) -> dict:
+def readable(row: Row, records: Split, names: Sequence[str], by: Sequence[str]) -> dict:
     """One example's answers by name."""
     record = records[int(row["index"])]
     answer = {"index": int(row["index"]), "id": record.media_id, "title": record.title}

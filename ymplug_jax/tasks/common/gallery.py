@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Record, Split
 from ymplug_jax.tasks.common import ranking, task_metrics
 from ymplug_jax.tasks.task import Report, Row
 
@@ -38,7 +38,7 @@ def gallery_of(records: Sequence[Record], videos: int) -> dict[str, object]:
     return scores
 
 
-def rank_all(rows: list[Row], records: Sequence[Record]) -> Report:
+def rank_all(rows: list[Row], records: Split) -> Report:
     """Every text against every clip and back; a clip that has several rows stands in the gallery once.
 
     For a clip the texts of all its rows are right. A text is a query of its own, and only its own clip is right for it: a

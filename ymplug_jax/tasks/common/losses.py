@@ -157,7 +157,7 @@ def contrastive(
 def retrieval(
     video: jax.Array, text: jax.Array, temperature: jax.Array, ids: jax.Array, *, valid: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Video-text contrastive loss with several positives, both directions, over the global batch (spec 8.4).
+    """Video-text contrastive loss with several positives, both directions, over the global batch.
 
     Args:
       video: f32[B, E], unit vectors.
@@ -201,7 +201,7 @@ def ratio(mean: Mean) -> jax.Array:
 
 def chosen(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Whether the label has the highest logit: f[..., C], int[...] -> bool[...]. Ties count against the label, as in
-    `metrics.top_k`, and so do logits that are not numbers."""
+    `task_metrics.top_k`, and so do logits that are not numbers."""
     own = jnp.arange(logits.shape[-1]) == labels[..., None]
     label = jnp.max(logits, axis=-1, where=own, initial=-jnp.inf)  # -inf: no such class
     return jnp.all(own | (logits < label[..., None]), axis=-1)
@@ -210,7 +210,7 @@ def chosen(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def words_and_head(
     words: tuple[jax.Array, jax.Array], votes: jax.Array, labels: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """What the decoder says plus what a head votes, each a mean of its own, weight 1 each (spec 8.2, 8.5).
+    """What the decoder says plus what a head votes, each a mean of its own, weight 1 each.
 
     Args:
       words: of `next_token`.

@@ -83,7 +83,7 @@ def negative_logits(
     groups, size, _ = free.shape
     video, text = (jax.lax.stop_gradient(x).reshape(groups, size, -1) for x in (video, text))
     scores = jnp.einsum("gte,gve->gtv", text, video, precision="highest") / jax.lax.stop_gradient(temperature)
-    return tuple(jnp.where(free, x, -jnp.inf) for x in (scores, scores.swapaxes(1, 2)))
+    return jnp.where(free, scores, -jnp.inf), jnp.where(free, scores.swapaxes(1, 2), -jnp.inf)
 
 
 def take(x: jax.Array, index: jax.Array, group: int) -> jax.Array:
@@ -119,7 +119,7 @@ def matching(logits: jax.Array, valid: jax.Array, found: jax.Array) -> tuple[jax
     return jnp.sum(jnp.where(counts, each, 0)), jnp.sum(counts, dtype=jnp.float32), right
 
 
-def draw_masking(key: jax.Array, shape: tuple[int, int], vocab: int, probability: float) -> Masking:
+def draw_masking(key: jax.Array, shape: tuple[int, ...], vocab: int, probability: float) -> Masking:
     """Independent draws for each token: told with `probability`, of these 80 % masked, 10 % any word, 10 % left as they are."""
     select, replace, random, words = jax.random.split(key, 4)
     return Masking(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Split
 from ymplug_jax.tasks.common import gallery, task_metrics
 from ymplug_jax.tasks.task import Report, Row
 
 
-def score(rows: list[Row], records: Sequence[Record], names: Sequence[str]) -> Report:
+def score(rows: list[Row], records: Split, names: Sequence[str]) -> Report:
     """Recalls of scores of pairs, each in both directions. The last name decides the ranks of the readable rows.
 
     Args:
@@ -67,7 +67,7 @@ def in_one_order(scores: np.ndarray, scored: np.ndarray, fallback: np.ndarray) -
     return np.where(scored, scores.astype(np.float64), others)
 
 
-def _check(values: np.ndarray, name: str, videos: list[Row], texts: list[Row], records: Sequence[Record]) -> None:
+def _check(values: np.ndarray, name: str, videos: list[Row], texts: list[Row], records: Split) -> None:
     """f32[V, G] are finite, or a Mistake names the first pair."""
 
     def pair(v: int) -> str:

@@ -1,7 +1,7 @@
 """A model's pass inside a task's function."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -21,5 +21,5 @@ def within(model: M, params: Params, run: Callable[[M], T], key: jax.Array | Non
       run: takes the model with its parameters in place.
       key: randomness "dropout"; each call inside draws anew. None: no call needs any.
     """
-    found: T = model.apply({"params": params}, method=run, rngs={} if key is None else {"dropout": key})
-    return found
+    found: Any = model.apply({"params": params}, method=run, rngs={} if key is None else {"dropout": key})
+    return cast(T, found)  # flax: Any, or with other arguments a tuple

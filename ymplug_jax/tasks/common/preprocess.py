@@ -92,7 +92,7 @@ def encode_pair(tokenizer: text.Tokenizer, prompt: str, target: str, length: int
         eos=tokenizer.eos,
         pad=tokenizer.pad,
     )
-    return {"ids": ids, "mask": mask, "prompt_length": np.int32(prompt_length)}
+    return {"ids": ids, "mask": mask, "prompt_length": np.array(prompt_length, np.int32)}
 
 
 def clip_id(record: Record) -> np.ndarray:

@@ -89,7 +89,16 @@ def _program(devices: tuple, best: int, keep: int) -> tuple[Mesh, Callable]:
     )
 
 
-def _rank_chunk(queries, query_ids, gallery, gallery_ids, there, *, best: int, keep: int):
+def _rank_chunk(
+    queries: jax.Array,
+    query_ids: jax.Array,
+    gallery: jax.Array,
+    gallery_ids: jax.Array,
+    there: jax.Array,
+    *,
+    best: int,
+    keep: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One chunk on one device's share: f32[C, E], int32[C], f32[g, E], int32[g], bool[g]."""
     # The queries lie along the fast axis: XLA's reductions over the slow one are vectorised.
     scores = jnp.einsum("ge,ce->gc", gallery, queries, precision="highest")  # [g, C]

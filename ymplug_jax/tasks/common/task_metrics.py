@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ymplug_jax.core.exits import Mistake
+from ymplug_jax.data.records import Split
 
 
 def check_finite(values: np.ndarray, what: str, name: Callable[[int], str] = "row {}".format) -> None:
@@ -35,7 +36,7 @@ def check_finite(values: np.ndarray, what: str, name: Callable[[int], str] = "ro
         )
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]], records: Sequence[Any], *keys: str) -> None:
+def check_rows(rows: Sequence[Mapping[str, Any]], records: Split, *keys: str) -> None:
     """`check_finite` of some predictions of every example.
 
     Args:
@@ -51,7 +52,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]], records: Sequence[Any], *keys:
         check_finite(values, f"the model's {key!r}", lambda i: example_name(rows[i], records))
 
 
-def example_name(row: Mapping[str, Any], records: Sequence[Any]) -> str:
+def example_name(row: Mapping[str, Any], records: Split) -> str:
     """What messages call an example: its video and its place in the split."""
     index = int(row["index"])
     return f"{records[index].media_id} (example {index} of the split)"
@@ -114,7 +115,7 @@ def recalls(video_to_text: np.ndarray, text_to_video: np.ndarray) -> dict[str, f
     return scores
 
 
-def over_seeds(runs: list[Mapping[str, object]]) -> dict[str, dict[str, float]]:
+def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation (of a sample, N - 1) of every number that all runs have."""
     names = [name for name, value in runs[0].items() if isinstance(value, float) and all(name in run for run in runs)]
     table = {name: np.array([run[name] for run in runs], float) for name in names}

@@ -4,7 +4,7 @@ The search and its metrics are those of the reference: see `decode.beam` and `ca
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Record, Split
 from ymplug_jax.data.text import clean_caption, clean_text
 from ymplug_jax.models import decode
 from ymplug_jax.models.mplug_video import MPLUGVideo
@@ -60,7 +60,7 @@ def make(experiment: Experiment) -> Task:
         known, texts = preprocess.given(tokenizer), record.captions
         chosen = texts[0 if rng is None else int(rng.integers(len(texts)))] if texts else ""
         pair = preprocess.encode_pair(known, options.prompt, clean_text(chosen, data.max_words), length)
-        made = {"video": preprocess.video_of(record, data, rng), **pair, "labelled": np.bool_(bool(texts))}
+        made = {"video": preprocess.video_of(record, data, rng), **pair, "labelled": np.array(bool(texts))}
         if rng is None:
             prompt = preprocess.encode(known, options.prompt, options.prompt_tokens)
             made |= {"prompt": prompt["ids"], "prompt_mask": prompt["mask"]}
@@ -85,7 +85,7 @@ def make(experiment: Experiment) -> Task:
     def text_of(row: Mapping[str, np.ndarray]) -> str:
         return clean_caption(preprocess.decode(preprocess.given(tokenizer), row["generated"]), options.prompt)
 
-    def score(rows: list[Row], records: Sequence[Record]) -> Report:
+    def score(rows: list[Row], records: Split) -> Report:
         found, answers = report_of([text_of(row) for row in rows], rows, records)
         return Report({"modalities": "video", "search": options.search} | found, answers)
 
@@ -106,9 +106,7 @@ def make(experiment: Experiment) -> Task:
     )
 
 
-def report_of(
-    said: list[str], rows: list[Row], records: Sequence[Record]
-) -> tuple[dict[str, object], list[dict[str, Any]]]:
+def report_of(said: list[str], rows: list[Row], records: Split) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Scores and readable rows of captions. A clip counts once, as in the COCO toolkit: the caption of its first row stands
     against the references of all its rows.
 

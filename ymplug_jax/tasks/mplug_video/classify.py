@@ -64,7 +64,7 @@ def make(experiment: Experiment) -> Task:
         label = preprocess.label_of(record, names)
         pair = preprocess.encode_pair(known, prompt_of(title, length), names[label] if label >= 0 else "", length)
         plain = preprocess.encode(known, title, length)
-        made = {"video": preprocess.video_of(record, data, rng), **pair, "label": np.int32(label)}
+        made = {"video": preprocess.video_of(record, data, rng), **pair, "label": np.array(label, np.int32)}
         made |= {"plain": plain["ids"], "plain_mask": plain["mask"]}
         return made | asked(title) if rng is None else made
 

@@ -16,6 +16,7 @@ from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import language_model, language_models
 from ymplug_jax.tasks.common import losses, preprocess, scores
+from ymplug_jax.tasks.common.passes import within
 from ymplug_jax.tasks.task import TITLED, Batch, Example, Task, build
 
 SCORES = scores.losses("loss")
@@ -47,11 +48,10 @@ def make(experiment: Experiment) -> Task:
         return {"ids": ids}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        rngs = {} if key is None else {"dropout": key}
-        logits = model.apply({"params": params}, batch["ids"], deterministic=key is None, rngs=rngs)
+        logits = within(model, params, lambda run: run(batch["ids"], deterministic=key is None), key)
         mask = jnp.ones_like(batch["ids"]) * batch["valid"][:, None]
         mean = Mean(*losses.next_token(logits, batch["ids"], mask))
-        return mean.total / jnp.maximum(mean.weight, 1.0), {"loss": mean}
+        return losses.ratio(mean), {"loss": mean}
 
     return Task(
         kinds=(*TITLED, "text"),

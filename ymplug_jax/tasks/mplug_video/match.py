@@ -31,6 +31,7 @@ from ymplug_jax.tasks.common import (
     scores,
     task_metrics,
 )
+from ymplug_jax.tasks.common.passes import within
 from ymplug_jax.tasks.kept_rows import KeptRows
 from ymplug_jax.tasks.mplug_video import passes
 from ymplug_jax.tasks.options import build, option
@@ -91,7 +92,7 @@ def pair_scores(
     """Both scores of every video with every text that it comes with; a video's visual tokens are read once.
 
     Args:
-      model: unbound, with a head of two classes.
+      model: with a head of two classes.
       params: its parameters.
       prefix: f[B, Q, H].
       texts: of each video K texts: ids and mask int32[B, K, L] of question and 是, prompt_length int32[B, K], and plain,
@@ -110,7 +111,7 @@ def pair_scores(
     own = model.llm.apply({"params": lm}, b, k, length, method="open_branches")
     hidden, _ = model.llm.apply({"params": lm}, embeds, past, own, method="branch")
     flat = hidden.reshape(b * k, length, -1), texts["plain_mask"].reshape(b * k, length)
-    logits = model.apply({"params": params}, *flat, method="classify").reshape(b, k, -1)  # [B, K, 2]
+    logits = within(model, params, lambda run: run.classify(*flat)).reshape(b, k, -1)  # [B, K, 2]
     return {"generation": generation, "head": jax.nn.softmax(logits, axis=-1)[..., 1]}
 
 

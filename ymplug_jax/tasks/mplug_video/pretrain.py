@@ -16,7 +16,7 @@ import numpy as np
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
-from ymplug_jax.data.records import Record
+from ymplug_jax.data.records import Record, Split
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import decode, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo
@@ -81,7 +81,7 @@ def make(experiment: Experiment) -> Task:
             "valid": batch["valid"],
         }  # both without the start token
 
-    def score(rows: list[Row], records: Sequence[Record]) -> Report:
+    def score(rows: list[Row], records: Split) -> Report:
         return report_of(rows, records, partial(preprocess.decode, preprocess.given(tokenizer)))
 
     page = example_pages.titles()
@@ -112,7 +112,7 @@ def make(experiment: Experiment) -> Task:
     )
 
 
-def report_of(rows: list[Row], records: Sequence[Record], text: Callable[[np.ndarray], str]) -> Report:
+def report_of(rows: list[Row], records: Split, text: Callable[[np.ndarray], str]) -> Report:
     """How many titles are told to the last character. A clip counts once: its first row's text stands against the titles of
     all its rows.
 
@@ -124,8 +124,13 @@ def report_of(rows: list[Row], records: Sequence[Record], text: Callable[[np.nda
     clips: dict[str, dict[str, Any]] = {}
     for row in rows:
         index = int(row["index"])
-        own = {"index": index, "id": records[index].media_id, "titles": [], "generated": text(row["generated"])}
-        clips.setdefault(own["id"], own)["titles"].append(text(row["ids"]))
+        own: dict[str, Any] = {
+            "index": index,
+            "id": records[index].media_id,
+            "titles": [],
+            "generated": text(row["generated"]),
+        }
+        clips.setdefault(records[index].media_id, own)["titles"].append(text(row["ids"]))
     answers = []
     for clip in clips.values():
         titles = clip.pop("titles")
