@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ymplug_jax.core.config import Data
 from ymplug_jax.data import transforms
+from ymplug_jax.data.records import Record
+from ymplug_jax.tasks.common import preprocess
 
 SIDES = st.integers(8, 60)
 
@@ -35,14 +38,20 @@ def test_other_seeds_give_other_clips():
 
 
 def test_bright_pixels_stay_bright():
-    """A sharp edge overshoots under a bicubic filter; no pixel of it wraps to the other end."""
+    """A sharp edge overshoots under a bicubic filter: clipped by default, wrapped where the settings say so."""
     values = np.array([[-3.0, 0, 255, 261]], np.float32)
     assert transforms.to_uint8(values).tolist() == [[0, 0, 255, 255]]
+    assert transforms.to_uint8(values, wrap=True).tolist() == [[253, 0, 255, 5]]
     clip = np.full((1, 40, 40, 3), 255, np.uint8)
     clip[:, :, 20:] = 0
-    (values,) = transforms.crop_resize(clip, (0, 0, 40, 40), 64)
-    assert values.min() < 0 and values.max() > 255
-    assert np.abs(transforms.to_uint8(values).astype(float) - values).max() < 30
+    record = Record("edge", [cv2.imencode(".png", clip[0])[1].tobytes()], np.zeros(1, np.int64), "", [], "", -1)
+    clipped, wrapped = (
+        preprocess.video_of(record, Data(frames=1, image_size=64, wrap_uint8=wrap), np.random.default_rng(5)).astype(
+            int
+        )
+        for wrap in (False, True)
+    )
+    assert np.abs(clipped - wrapped).max() > 200
 
 
 @given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 999))

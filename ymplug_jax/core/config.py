@@ -39,6 +39,7 @@ class Data:
     max_tokens: int = 80  # L, beginning and end token included
     max_words: int = 30  # words by spaces that title cleaning keeps; hardly ever cuts Chinese
     augment: bool = True  # random crop, flip and RandAugment in training; off: the plain resize of evaluation
+    wrap_uint8: bool = False  # with augment: values beyond 0 to 255 wrap before RandAugment, as in the reference; off: they are clipped
     threads: int = 8  # threads that read and decode, per host
     workers: int = 0  # processes that read and decode, per host; 0: threads alone
     skip_corrupt: bool = False  # count records with a broken checksum as invalid instead of stopping

@@ -33,15 +33,14 @@ class Clip(Protocol):
     def __getitem__(self, t: int, /) -> Frame: ...
 
 
-def train_transform(clip: Clip, size: int, rng: np.random.Generator) -> np.ndarray:
+def train_transform(clip: Clip, size: int, rng: np.random.Generator, *, wrap_uint8: bool = False) -> np.ndarray:
     """Random resized crop, flip with probability 1/2, two RandAugment operations.
-
-    The overshoot of the bicubic filter is clipped; in the reference it wraps modulo 256.
 
     Args:
       clip: RGB frames.
       size: side of the result, pixels.
       rng: all randomness of the call.
+      wrap_uint8: let the overshoot of the bicubic filter wrap modulo 256 as the reference does, instead of clipping it.
 
     Returns:
       uint8[T, size, size, 3].
@@ -53,7 +52,7 @@ def train_transform(clip: Clip, size: int, rng: np.random.Generator) -> np.ndarr
     operations = [(name, LEVEL) for name in choose_operations(rng)]
     out = np.empty((len(clip), size, size, 3), np.uint8)
     for t, values in enumerate(_crop_resize(clip, crop, size)):
-        frame = np.clip(values, 0, 255, out=values).astype(np.uint8)
+        frame = to_uint8(values, wrap=True) if wrap_uint8 else np.clip(values, 0, 255, out=values).astype(np.uint8)
         frame = cv2.flip(frame, 1) if flip else frame
         for name, level in operations:
             frame = operate(frame, name, level)
@@ -129,10 +128,10 @@ def _crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
         yield cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
 
 
-def to_uint8(values: np.ndarray) -> np.ndarray:
+def to_uint8(values: np.ndarray, *, wrap: bool = False) -> np.ndarray:
     """Truncated toward zero and clipped to uint8; or modulo 256 as in the reference, which turns overshooting bright pixels
     black."""
-    return np.clip(values, 0, 255).astype(np.uint8)
+    return (values.astype(np.int64) % 256 if wrap else np.clip(values, 0, 255)).astype(np.uint8)
 
 
 def operate(frame: Frame, name: str, level: float = LEVEL) -> Frame:

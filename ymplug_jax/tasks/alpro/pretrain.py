@@ -42,9 +42,8 @@ SCORES = (
 class Options:
     """What is told and what negatives are."""
 
-    reference_negatives: bool = option(
-        False, predict=False
-    )  # they may be other rows of the same clip, as in the reference
+    # They may be other rows of the same clip, as in the reference.
+    reference_negatives: bool = option(False, predict=False)
     # Rows of a batch that share negatives, the reference's batch of one device; 0: all of them.
     group: int = option(0, least=0, predict=False)
     masked_share: float = option(0.15, least=0, most=1, predict=False)  # words to be told

@@ -37,9 +37,8 @@ SCORES = (
 class Options:
     """What negatives are, and which pairs are matched in evaluation."""
 
-    reference_negatives: bool = option(
-        False, predict=False
-    )  # they may be other rows of the same clip, as in the reference
+    # They may be other rows of the same clip, as in the reference.
+    reference_negatives: bool = option(False, predict=False)
     best: int = option(32, least=0, predict=False)  # pairs of each video and each text that are matched; 0: all
     # Rows of a batch that share negatives, the reference's batch of one device; 0: all of them.
     group: int = option(0, least=0, predict=False)

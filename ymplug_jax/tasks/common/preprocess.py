@@ -24,7 +24,7 @@ def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.
     indices = frames.choose_frames(data.frames, len(record.frames), rng)
     clip = frames.Decoded(record.frames, indices)  # [T, H, W, 3]
     if rng is not None and data.augment:
-        return transforms.train_transform(clip, data.image_size, rng)
+        return transforms.train_transform(clip, data.image_size, rng, wrap_uint8=data.wrap_uint8)
     return transforms.eval_transform(clip, data.image_size)
 
 
