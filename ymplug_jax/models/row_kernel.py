@@ -114,6 +114,10 @@ class _Row(NamedTuple):
     positions: bool  # slopes are given
     masked: bool  # per_key is given
 
+    def group(self, n: jax.Array) -> jax.Array:
+        """Key/value head of a query head. (`//` rounds down by the sign, which Pallas lowers for known TPUs only.)"""
+        return n if self.ratio == 1 else jax.lax.div(n, jnp.int32(self.ratio))
+
 
 def _call(
     kernel: Callable[..., None], saved: tuple, grads: tuple, causal: bool, interpret: bool, block: Block | None
@@ -205,7 +209,7 @@ def _weights_of(q: Any, k: Any, more: tuple, row: _Row) -> Callable[[jax.Array],
     first = pl.program_id(1) * row.block.groups * row.ratio
 
     def one(n: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = _rows(q[0, n], k[0, n // row.ratio], row.turned) * row.scale
+        logits = _rows(q[0, n], k[0, row.group(n)], row.turned) * row.scale
         if row.positions:
             logits = logits + more[1][first + n] * more[0][0, 0:1]
         if row.masked:
@@ -225,7 +229,7 @@ def _forward_kernel(q: Any, k: Any, v: Any, *refs: Any, row: _Row) -> None:
     weights_of = _weights_of(q, k, tuple(more), row)
 
     def one(n: jax.Array) -> None:
-        out[0, n] = _mixed(weights_of(n)[0], v[0, n // row.ratio], "keys", row.turned).astype(out.dtype)
+        out[0, n] = _mixed(weights_of(n)[0], v[0, row.group(n)], "keys", row.turned).astype(out.dtype)
 
     _heads(row.block.groups * row.ratio, one)
 
@@ -242,7 +246,7 @@ def _backward_kernel(q: Any, k: Any, v: Any, grad: Any, *refs: Any, row: _Row) -
                 x[...] = jnp.zeros_like(x)
 
     def one(n: jax.Array) -> None:
-        m = n // row.ratio
+        m = row.group(n)
         query, g, (weights, seen) = q[0, n], grad[0, n], weights_of(n)
         dweights = _rows(g, v[0, m], row.turned)
         dlogits = weights * (dweights - jnp.sum(dweights * weights, axis=-1, keepdims=True)) * row.scale
