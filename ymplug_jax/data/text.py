@@ -12,7 +12,6 @@ Every text that a model reads begins with a start token, so that the first word 
 
 import functools
 import json
-import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +43,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids."""
+        ...
+
+    def begins(self) -> str:
+        """Which token starts a text, and why, in words for the log of a run."""
         ...
 
 
@@ -78,9 +81,7 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     if found := text_files.lfs_pointer(head) or text_files.web_page(head) or ("" if head else "empty; fetch it again"):
         raise ValueError(f"tokenizer {path}: {found}")
     try:
-        made = kinds[file.suffix](str(file))
-        _say(f"tokenizer {path}: {made.begins()}")
-        return made
+        return kinds[file.suffix](str(file))
     except _Unfit as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
     except exits.Mistake as error:
@@ -88,12 +89,6 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     except Exception as error:  # the libraries raise bare Exception, RuntimeError and others on broken files
         what = {".model": "a sentencepiece model", ".json": "a tokenizer.json", ".txt": "a BERT vocab.txt"}[file.suffix]
         raise ValueError(f"tokenizer {path}: cannot be read as {what}: {' '.join(str(error).split())}") from error
-
-
-@functools.cache
-def _say(line: str) -> None:
-    """Log a line, once in a process."""
-    logging.info("%s", line)
 
 
 class _Unfit(ValueError):

@@ -16,7 +16,7 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.core.metrics import Metrics, Writer
 from ymplug_jax.core.state import Params, TrainState
-from ymplug_jax.data import loader
+from ymplug_jax.data import loader, text
 from ymplug_jax.data.prefetch import Feed
 from ymplug_jax.data.records import CorruptRecord
 from ymplug_jax.data.source import open_split
@@ -76,6 +76,9 @@ class _Training:
         self._compiled = step_lib.compile_step(run)
         if describe is not None:
             logging.info("\n%s", describe(run, self._compiled))
+        if data.tokenizer:
+            begins = text.load_tokenizer(data.tokenizer, lower_case=data.lower_case).begins()
+            logging.info("tokenizer %s: %s", data.tokenizer, begins)
         if self._start >= run.total_steps:
             logging.info("step %d of %d is reached already; nothing to train", self._start, run.total_steps)
         stop.listen()
