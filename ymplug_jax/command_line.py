@@ -124,7 +124,8 @@ def experiment_of(flags: argparse.Namespace, settings: list[str]) -> Experiment:
     """The settings of `--config`, or of the run in `--workdir`, with those of the command line over them.
 
     Args:
-      flags, settings: of `parse`.
+      flags: of `parse`.
+      settings: of `parse`.
 
     Raises:
       Mistake: neither a config file nor a run, or settings that cannot be read; names the nearest setting there is.
