@@ -38,6 +38,7 @@ class Run(NamedTuple):
 
     @property
     def task(self) -> str:
+        """Its name."""
         return str(self.settings.get("task"))
 
 
@@ -66,6 +67,7 @@ class Quiet(argparse.ArgumentParser):
     """Says a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """As a `Mistake`."""
         raise Mistake(f"{self.prog}: {message}; --help lists the flags")
 
 

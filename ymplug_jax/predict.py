@@ -133,14 +133,7 @@ def check(args: argparse.Namespace) -> "list[File]":
         raise Mistake("--checkpoint: an empty name; give the --workdir of a run")
     _check_texts(args)
     if args.command == "retrieve":
-        if args.video and args.index:
-            raise Mistake("--video and --index: give files, or an index of files, not both")
-        if not args.video and not args.index:
-            raise Mistake("retrieve: give videos with --video, or an index with --index")
-        if args.index and args.export:
-            raise Mistake("--export and --index: an index is written of --video; leave one of them out")
-        if not args.text and not args.export:
-            raise Mistake("retrieve: give --text to search, or --export to write an index")
+        _check_search(args)
     elif not args.video:
         raise Mistake(f"{args.command}: give files with --video")
     _check_places(args)
@@ -148,6 +141,17 @@ def check(args: argparse.Namespace) -> "list[File]":
     if args.title and len(args.title) != len(files):
         raise Mistake(f"--title: {len(args.title)} titles for {len(files)} files; give one for each, in their order")
     return files
+
+
+def _check_search(args: argparse.Namespace) -> None:
+    if args.video and args.index:
+        raise Mistake("--video and --index: give files, or an index of files, not both")
+    if not args.video and not args.index:
+        raise Mistake("retrieve: give videos with --video, or an index with --index")
+    if args.index and args.export:
+        raise Mistake("--export and --index: an index is written of --video; leave one of them out")
+    if not args.text and not args.export:
+        raise Mistake("retrieve: give --text to search, or --export to write an index")
 
 
 def _check_texts(args: argparse.Namespace) -> None:

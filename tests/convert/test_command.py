@@ -11,6 +11,7 @@ import torch
 from flax.traverse_util import flatten_dict
 from safetensors.torch import load_file, save_file
 
+import trees
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules, to_orbax
@@ -33,7 +34,7 @@ def convert(model: str, *sources: Path, out: Path, more: tuple[str, ...] = (), c
 def loaded(folder: Path) -> dict[str, np.ndarray]:
     """What `init_from` would read."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    stored = checkpoint.stored_params(str(folder))
+    stored = trees.stored_params(str(folder))
     abstract = {k: jax.ShapeDtypeStruct(tuple(v.shape), v.dtype, sharding=place) for k, v in stored.items()}
     return {k: np.asarray(v) for k, v in checkpoint.load_params(str(folder), state.unflatten(abstract)).items()}
 
@@ -48,7 +49,7 @@ def test_release_files_of_every_task_there_and_back(tmp_path: Path, file: str) -
     found = loaded(tmp_path / "orbax")
     plan = tables.plan({name: tuple(value.shape) for name, value in source.items()}, {"llm": 4, "vision": 4})
     expected = flatten_dict(
-        rules.to_tree(tables.MPLUG_VIDEO, {k: v.numpy() for k, v in source.items()}, plan.like), sep="/"
+        trees.to_tree(tables.MPLUG_VIDEO, {k: v.numpy() for k, v in source.items()}, plan.like), sep="/"
     )
     assert found.keys() == expected.keys()
     for path, value in expected.items():
@@ -148,7 +149,7 @@ def test_missing_and_unexpected_tensors_are_listed_and_can_be_allowed(
     assert "missing: attn_pool.norm1.bias" in error and "unexpected: extra.weight" in error
     allowed = (*HEADS, "--allow_missing", r"attn_pool\.norm1\..*", "--allow_unexpected", r"extra\..*")
     convert("mplug_video", tmp_path / "x.pt", out=tmp_path / "out", more=allowed)
-    assert "abstractor/query_norm/bias" not in checkpoint.stored_params(str(tmp_path / "out"))
+    assert "abstractor/query_norm/bias" not in trees.stored_params(str(tmp_path / "out"))
     convert("mplug_video", tmp_path / "x.pt", out=tmp_path / "out", more=allowed, code=2)
     assert "is there already" in capsys.readouterr().err
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from etils import epath
 
+import trees
 import ymplug_jax.convert
 from benchmarks import torch_sources
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import leaves, to_orbax
-from ymplug_jax.core import checkpoint, leaf_checksums
+from ymplug_jax.core import leaf_checksums
 
 HEADS = ("--heads", "llm=4")
 SIZES = {"width": 96, "depth": 3, "vocab": 101, "positions": 40}
@@ -49,7 +50,7 @@ def test_every_parameter_has_its_checksum(converted: Path, source: Path) -> None
     """Of the bytes on the disk, by a reader that knows nothing of the writer."""
     folder = epath.Path(converted) / "checkpoints" / "converted"
     sums = leaf_checksums.read(folder)
-    assert sums.keys() == checkpoint.stored_params(str(converted)).keys() and len(sums) == 20
+    assert sums.keys() == trees.stored_params(str(converted)).keys() and len(sums) == 20
     for path, leaf in leaves.opened(folder).items():
         assert sums[path] == leaf_checksums.of(leaf.read().result()), path
     weights = torch.load(source, weights_only=True)["module"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import trees
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules
 from ymplug_jax.convert.rules import Rule
@@ -63,7 +64,7 @@ def test_names_and_shapes_of_the_release() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_is_exact(like: dict, dtype: str) -> None:
     tensors = checkpoint(like, dtype)
-    tree = rules.to_tree(tables.MPLUG_VIDEO, tensors, like)
+    tree = trees.to_tree(tables.MPLUG_VIDEO, tensors, like)
     jax.tree.map(lambda leaf, wanted: np.testing.assert_equal(leaf.shape, wanted.shape), tree, like)
     back = rules.to_torch(tables.MPLUG_VIDEO, tree)
     assert back.keys() == tensors.keys()
@@ -73,7 +74,7 @@ def test_round_trip_is_exact(like: dict, dtype: str) -> None:
 
 def test_tensors_can_come_one_by_one_in_any_order(like: dict) -> None:
     tensors = checkpoint(like)
-    whole = rules.to_tree(tables.MPLUG_VIDEO, tensors, like)
+    whole = trees.to_tree(tables.MPLUG_VIDEO, tensors, like)
     entries = rules.expand(tables.MPLUG_VIDEO, like)
     for name in reversed(tensors):
         for path, layer, value in rules.pieces(entries[name], tensors[name]):
@@ -87,7 +88,7 @@ def test_heads_of_the_language_model_are_interleaved(like: dict) -> None:
     heads, size = like["llm"]["blocks"]["attn"]["q"]["bias"].shape[1:]
     tensors = checkpoint(like)
     bias = tensors["text_decoder.dist_model.language_model.encoder.layers.1.self_attention.query_key_value.bias"]
-    attn = rules.to_tree(tables.MPLUG_VIDEO, tensors, like)["llm"]["blocks"]["attn"]
+    attn = trees.to_tree(tables.MPLUG_VIDEO, tensors, like)["llm"]["blocks"]["attn"]
     for n in range(heads):
         for i, part in enumerate("qkv"):
             first = (3 * n + i) * size
@@ -107,7 +108,7 @@ def test_what_does_not_fit_is_listed(like: dict) -> None:
     with pytest.raises(
         ValueError, match=r"missing: temp, .*unexpected: text_decoder.extra.bias; reshaped: visual_fc.bias"
     ):
-        rules.to_tree(tables.MPLUG_VIDEO, tensors, like)
+        trees.to_tree(tables.MPLUG_VIDEO, tensors, like)
 
 
 def test_a_table_must_make_every_parameter_once() -> None:

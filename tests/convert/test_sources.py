@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import trees
 from benchmarks import torch_sources
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import rules
@@ -144,7 +145,7 @@ def test_a_conversion_loads_on_any_mesh(tmp_path: Path) -> None:
     model, files = make("bloom", tmp_path / "source")
     run("--model", model, "--source", *files, "--out", tmp_path / "out", *HEADS)
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"))
-    stored = checkpoint.stored_params(str(tmp_path / "out"))
+    stored = trees.stored_params(str(tmp_path / "out"))
 
     def place(path: str, leaf) -> jax.ShapeDtypeStruct:
         axes = [None] * len(leaf.shape)
@@ -228,7 +229,7 @@ def test_types_by_subtree(tmp_path: Path) -> None:
     adapter = torch_sources.adapter(tmp_path / "lora", width=64, depth=3, rank=4, alpha=16)
     argv = ("--model", model, "--source", *files, "--lora", adapter, "--keep_lora", *HEADS)
     run(*argv, "--out", tmp_path / "out", "--dtype", "frozen=bfloat16")
-    stored = checkpoint.stored_params(str(tmp_path / "out"))
+    stored = trees.stored_params(str(tmp_path / "out"))
     assert {path.split("/")[2]: str(leaf.dtype) for path, leaf in stored.items() if path.startswith("llm/blocks")} == {
         "attn": "bfloat16",
         "attn_norm": "bfloat16",
@@ -243,7 +244,7 @@ def test_types_by_subtree(tmp_path: Path) -> None:
 def test_tables_are_resized(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, files = make("clip", tmp_path / "source")
     run("--model", model, "--source", *files, "--out", tmp_path / "out", "--image_size", 96, *HEADS)
-    assert checkpoint.stored_params(str(tmp_path / "out"))["vision/pos_embed"].shape == (37, 64)
+    assert trees.stored_params(str(tmp_path / "out"))["vision/pos_embed"].shape == (37, 64)
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["resized"] == {"vision/pos_embed": [37, 64]}
     run("--model", model, "--source", *files, "--out", tmp_path / "no", "--frames", 8, *HEADS, code=2)
     assert "no vision/temporal_embed to resize" in capsys.readouterr().err
@@ -317,7 +318,7 @@ def test_the_release_of_mplug_video_agrees(tmp_path: Path, capsys: pytest.Captur
     run(*argv, "--out", tmp_path / "out", "--check")
     assert float(capsys.readouterr().out.split()[-1]) < 1e-5
     run(*argv, "--out", tmp_path / "longer", "--frames", 8)
-    stored = checkpoint.stored_params(str(tmp_path / "longer"))["vision/temporal_embed"]
+    stored = trees.stored_params(str(tmp_path / "longer"))["vision/temporal_embed"]
     assert stored.shape[0] == 8
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {"vision": {"temporal_embed": jax.ShapeDtypeStruct(stored.shape, np.float32, sharding=place)}}

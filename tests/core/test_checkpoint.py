@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 
 import tiny
+import trees
 from ymplug_jax.convert import leaves
 from ymplug_jax.core import checkpoint, checkpoint_files, exits, verified_read
 from ymplug_jax.core import state as state_lib
@@ -122,7 +123,7 @@ def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how
     text = str(error.value)
     assert "\n" not in text and len(text) < 900
     assert text.startswith(f"{copy}: step 10: ") and "the newest whole step is 5" in text
-    assert any(f": {path} is damaged: " in text for path in checkpoint.stored_params(str(copy))), text
+    assert any(f": {path} is damaged: " in text for path in trees.stored_params(str(copy))), text
     command = f"mv {steps / '10'} {copy / 'checkpoints' / 'damaged_10'}"
     assert text.endswith(command)
     assert (steps / "10").exists()
@@ -172,7 +173,7 @@ def test_frozen_parameters_are_verified(copy: Path):
 
 
 def test_an_export_verifies_a_run_by_its_own_checksums(copy: Path):
-    assert len(leaves.verified(copy)) == len(checkpoint.stored_params(str(copy))) > 50
+    assert len(leaves.verified(copy)) == len(trees.stored_params(str(copy))) > 50
     sums = copy / "checkpoints" / "steps" / "10" / "checksums" / "metadata"
     content = json.loads(sums.read_text())
     name, value = next((n, v) for n, v in content["trainable"].items() if v.startswith("float32"))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import trees
 from configs.alpro import recipe
 from ymplug_jax.convert import alpro as alpro_tables
 from ymplug_jax.convert import bert as tables
@@ -58,7 +59,7 @@ def test_text_encoder(read) -> None:
     weights = file.group("param")
     for copy, original in tables.TIED:
         np.testing.assert_array_equal(weights.pop(copy), weights[original])
-    params = rules.to_tree(tables.BERT, weights, tables.like_of(text, fusion, head=True))
+    params = trees.to_tree(tables.BERT, weights, tables.like_of(text, fusion, head=True))
     ids, mask, both = file["in/input_ids"], file["in/attention_mask"], file["in/fusion_mask"]
     length = ids.shape[1]
 
@@ -133,7 +134,7 @@ def check_video_encoder(file, table: tuple, video: np.ndarray, *, salesforce: bo
     )
     like = jax.eval_shape(lambda key: model.init(key, video), jax.random.key(0))["params"]
     weights = {name: value for name, value in file.group("param").items() if not name.startswith("model.head.")}
-    params = rules.to_tree(table, weights, like)
+    params = trees.to_tree(table, weights, like)
 
     def run(params: dict) -> tuple[jax.Array, dict]:
         tokens, kept = model.apply({"params": params}, video, capture_intermediates=True, mutable="intermediates")
@@ -249,7 +250,7 @@ def loaded(file, **more) -> tuple[ALPRO, dict, tuple]:
                 file[name][0], np.arange(file.config["bert_config"]["max_position_embeddings"])
             )
     file.unused -= {f"buffer/{n}" for n in ("video_prompt_feat", "image_prompt_feat", "prompter.image_prompt_feat")}
-    return found.model.clone(**more), rules.to_tree(layout.rules, kept, found.like), layout.rules
+    return found.model.clone(**more), trees.to_tree(layout.rules, kept, found.like), layout.rules
 
 
 def named_gradients(table: tuple, grads: dict) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import trees
 from ymplug_jax.convert import bloom as tables
 from ymplug_jax.convert import rules, to_orbax
 from ymplug_jax.core import checkpoint
@@ -65,7 +66,7 @@ def mean_loss(logits: jax.Array, labels: np.ndarray) -> jax.Array:
 def test_bloom(read) -> None:
     file = read("bloom.npz")
     model, weights = model_of(file.config), untied(file.group("param"))
-    params = rules.to_tree(tables.BLOOM, weights, tables.like_of(model))
+    params = trees.to_tree(tables.BLOOM, weights, tables.like_of(model))
     run = jax.jit(lambda *args: logits_of(model, *args))
     for side in ("left", "right"):
         ids, mask = file[f"in/{side}/input_ids"], file[f"in/{side}/attention_mask"]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import trees
 from configs.mplug_video import pretrain as pretrain_config
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules
@@ -78,7 +79,7 @@ def check_encoder(file) -> None:
     visual = file.config["visual"]
     model, video = timesformer(visual, visual["num_frames"]), channels_last(file["in/video"])
     like, weights = shapes_of(model, video), file.group("param")
-    params = rules.to_tree(tables.TIMESFORMER, weights, like)
+    params = trees.to_tree(tables.TIMESFORMER, weights, like)
 
     def run(params: dict) -> tuple[jax.Array, dict]:
         tokens, kept = model.apply({"params": params}, video, capture_intermediates=True, mutable="intermediates")
@@ -98,7 +99,7 @@ def check_encoder(file) -> None:
     tables_and_patch = ("cls_token", "pos_embed", "temporal_embed", "patch_embed.proj.")
     scale = np.float32(file.config["small_scale"])
     small = {name: w * scale if name.startswith(tables_and_patch) else w for name, w in weights.items()}
-    tokens = model.apply({"params": rules.to_tree(tables.TIMESFORMER, small, like)}, video)
+    tokens = model.apply({"params": trees.to_tree(tables.TIMESFORMER, small, like)}, video)
     file.check("out/small_scale/tokens", tokens, OUTPUT)
 
     other = file.config["resize_to"]
@@ -122,7 +123,7 @@ def test_abstractor(read) -> None:
     config, context = file.config, file["in/context"]
     model = Abstractor(queries=config["num_queries"], heads=config["num_heads"], mlp_ratio=config["mlp_ratio"])
     like = {name: leaf for name, leaf in shapes_of(model, context).items() if name != "queries"}
-    params = rules.to_tree(tables.ABSTRACTOR, file.group("param"), like)
+    params = trees.to_tree(tables.ABSTRACTOR, file.group("param"), like)
 
     def run(params: dict, queries: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         def one(queries: jax.Array, context: jax.Array) -> jax.Array:  # the file has other queries for each row
@@ -145,7 +146,7 @@ def test_gpt3(read) -> None:
     model, ids, labels = gpt3(file.config["text"]), file["in/input_ids"], file["in/labels"]
     weights = file.group("param")
     like = shapes_of(model, jnp.zeros((1, 1, model.width)))
-    params = rules.to_tree(tables.GPT3, weights, like)
+    params = trees.to_tree(tables.GPT3, weights, like)
 
     def run(params: dict, prefix: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict]:
         embeds = jnp.concatenate([prefix, model.apply({"params": params}, ids, method="embed")], axis=1)
@@ -167,7 +168,7 @@ def test_gpt3(read) -> None:
 
     scale = np.float32(file.config["small_scale"])
     small = {name: w * scale if ".embedding." in name else w for name, w in weights.items()}
-    _, out = jax.jit(run)(rules.to_tree(tables.GPT3, small, like), query[:, :0], labels)
+    _, out = jax.jit(run)(trees.to_tree(tables.GPT3, small, like), query[:, :0], labels)
     file.check_all("out/small_scale", out, OUTPUT)
     file.done()
 
@@ -213,7 +214,7 @@ def whole(config: dict, **heads) -> MPLUGVideo:
 def weights_of(file, model: MPLUGVideo) -> tuple[dict, dict, dict]:
     """(abstract tree, trainable, frozen language model) of a task file, through the converter's tables."""
     like = jax.eval_shape(lambda key: mplug_video.init(model, key), jax.random.key(0))
-    params = rules.to_tree(tables.MPLUG_VIDEO, file.group("param"), like)
+    params = trees.to_tree(tables.MPLUG_VIDEO, file.group("param"), like)
     return like, {k: v for k, v in params.items() if k != "llm"}, params["llm"]
 
 
@@ -313,7 +314,7 @@ def test_beam(read) -> None:
     file = read("beam.npz")
     config, model = file.config, gpt3(file.config["text"])
     like = shapes_of(model, jnp.zeros((1, 1, model.width)))
-    params = rules.to_tree(rules.under("dist_model.", "", tables.GPT3), file.group("param"), like)
+    params = trees.to_tree(rules.under("dist_model.", "", tables.GPT3), file.group("param"), like)
     prefix, eos = file["in/query_embeds"], config["generate"]["stop_token"]
     rows = np.repeat(file["in/input_ids"], len(prefix), axis=0)
     lengths = np.full(len(prefix), int(file["in/prompt_length"]))

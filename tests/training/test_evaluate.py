@@ -147,7 +147,7 @@ def test_what_is_kept_stays_on_the_devices_and_must_be_finite(folder: Path, tmp_
     (line,) = (tmp_path / "run" / "eval" / "validation" / "predictions.jsonl").read_text().splitlines()
     assert json.loads(line)["y"] == [[[7.0] * 3, [0.0] * 3], [[9.0] * 3] * 2]
     with pytest.raises(
-        exits.Mistake, match=r"videos/0.mp4 \(example 0 of the split\): the model's 'large' is nan, in 1 of 4"
+        exits.Mistake, match=r"videos/0.mp4 \(example 0 of the split\): the model's 'large' is nan, in 4 of 4"
     ):
         scores_of(run, tmp_path / "bad", monkeypatch, np.inf)
     assert not (tmp_path / "bad" / "eval").exists()

@@ -77,7 +77,7 @@ def test_checkpoints_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
         "gs://bucket/run/checkpoints/steps/7/trainable"
     ]
     with pytest.raises(checkpoint_files.CheckpointError, match="gs://bucket/other: no checkpoint here"):
-        checkpoint.stored_params("gs://bucket/other")
+        checkpoint_files.fingerprint("gs://bucket/other")
 
 
 def test_metrics_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 
 class Rule(NamedTuple):
@@ -163,30 +163,6 @@ def tensor_of(entry: Entry, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
     order, flat = _order(entry)
     moved = np.stack(values).reshape([flat[axis] for axis in order])
     return moved.transpose(np.argsort(order)).reshape(entry.shape)
-
-
-def to_tree(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict:
-    """Checkpoint in memory -> nested parameter dict shaped like `like`; types are the checkpoint's.
-
-    Raises:
-      ValueError: tensors that are missing, unexpected or of another shape; all are listed.
-    """
-    entries = expand(rules, like)
-    mismatch = compare(entries, {name: tensor.shape for name, tensor in tensors.items()})
-    if any(mismatch):
-        parts = (f"{kind}: {', '.join(names)}" for kind, names in mismatch._asdict().items() if names)
-        raise ValueError(f"the checkpoint does not fit the model. {'; '.join(parts)}")
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(like, sep="/").items()}
-    leaves: dict[str, np.ndarray] = {}
-    for name, entry in entries.items():
-        for path, layer, value in pieces(entry, tensors[name]):
-            if layer is None:
-                leaves[path] = np.ascontiguousarray(value).reshape(value.shape)
-                continue
-            if path not in leaves:
-                leaves[path] = np.empty(shapes[path], value.dtype)
-            leaves[path][layer] = value
-    return unflatten_dict(leaves, sep="/")
 
 
 def to_torch(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -221,17 +221,6 @@ def _wrapped(opt_state: Any) -> dict:
     return {"state": opt_state}
 
 
-def stored_params(workdir: str) -> dict[str, Any]:
-    """Path -> metadata (shape, dtype) of every parameter of a run's newest checkpoint or a converted one.
-
-    Raises:
-      CheckpointError: no checkpoint there.
-    """
-    if not (found := places(workdir)):
-        raise CheckpointError(f"{workdir}: no checkpoint here; give the folder of a run or of a conversion")
-    return {path: leaf for place in found for path, leaf in stored_in(place).items()}
-
-
 def load_params(
     workdir: str,
     abstract: Mapping[str, Any],

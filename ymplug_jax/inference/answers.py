@@ -11,6 +11,7 @@ import numpy as np
 from ymplug_jax.core import index_file
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Record
+from ymplug_jax.inference.clip_stream import File
 from ymplug_jax.inference.index_build import Export
 from ymplug_jax.inference.predictor import BATCH, Predictor, blank
 from ymplug_jax.inference.wording import readable, shown
@@ -64,12 +65,7 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
     export = Export(args.export, origin) if args.export else None
     try:
         vectors: dict[str, np.ndarray] = export.vectors if export else {}
-        if export:
-            export.drop([file.name for file in reading.files if not export.has(file.name)])
-        # The sheet needs frames, which an earlier start did not keep.
-        files = [file for file in reading.files if args.sheet or not export or not export.has(file.name)]
-        if export and len(files) < len(reading.files):
-            print(f"{export.part}: {len(reading.files) - len(files)} videos are there already", file=sys.stderr)
+        files = _to_read(args, reading.files, export)
         at_once = args.rank == "texts" and not export
         pool: dict[str, Record] = {}
         for records in reading.records(files, BATCH):
@@ -101,6 +97,18 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
         yield from answers
     if args.sheet:
         draw(args, predictor, _drawn(args, answers, pool), len(names))
+
+
+def _to_read(args: argparse.Namespace, files: list[File], export: Export | None) -> list[File]:
+    """The files whose vectors an export does not hold yet; it forgets those that changed."""
+    if not export:
+        return files
+    export.drop([file.name for file in files if not export.has(file.name)])
+    # The sheet needs frames, which an earlier start did not keep.
+    wanted = [file for file in files if args.sheet or not export.has(file.name)]
+    if len(wanted) < len(files):
+        print(f"{export.part}: {len(files) - len(wanted)} videos are there already", file=sys.stderr)
+    return wanted
 
 
 def _from_index(

@@ -22,27 +22,10 @@ from ymplug_jax.tasks.names import module_of, modules
 T = TypeVar("T")
 WHERE = "config.options"
 # Every task had these in its settings before each had its own. A config.json of that time is read without those that are not its task's.
-ONCE_SHARED = frozenset(
-    [
-        "prompt",
-        "search",
-        "beams",
-        "prompt_tokens",
-        "new_tokens",
-        "top_k",
-        "top_p",
-        "temperature",
-        "reference_negatives",
-        "candidates",
-        "best",
-        "group",
-        "masked_share",
-        "entities",
-        "reference_entities",
-        "prompts",
-        "answers",
-    ]
-)
+ONCE_SHARED = frozenset((
+    "prompt", "search", "beams", "prompt_tokens", "new_tokens", "top_k", "top_p", "temperature", "reference_negatives", "candidates",
+    "best", "group", "masked_share", "entities", "reference_entities", "prompts", "answers",
+))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

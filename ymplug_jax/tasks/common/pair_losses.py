@@ -98,7 +98,11 @@ def pairs(
     """Three pairs a row: its own text and video, its text with a wrong video, a wrong text with its video.
 
     Args:
-      states: f[B, L, C]; mask: int[B, L]; tokens: f[B, S, C].
+      states: f[B, L, C].
+      mask: int[B, L].
+      tokens: f[B, S, C].
+      negatives: rows within each group.
+      group: rows of one.
 
     Returns:
       The same with a second axis: f[B, 3, L, C], int[B, 3, L], f[B, 3, S, C].
