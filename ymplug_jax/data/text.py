@@ -38,6 +38,10 @@ class Tokenizer(Protocol):
     eos: int
     pad: int  # may equal eos
 
+    def begins(self) -> str:
+        """Which token starts a text, in words."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
         ...
