@@ -38,6 +38,7 @@ class Run(NamedTuple):
 
     @property
     def task(self) -> str:
+        """Name of the run's task."""
         return str(self.settings.get("task"))
 
 
@@ -66,6 +67,7 @@ class Quiet(argparse.ArgumentParser):
     """Says a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`; raises Mistake."""
         raise Mistake(f"{self.prog}: {message}; --help lists the flags")
 
 

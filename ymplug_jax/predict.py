@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ymplug_jax.core import exits
 from ymplug_jax.core.exits import Mistake, PlaceFailed
@@ -31,6 +31,7 @@ from ymplug_jax.inference.wording import as_json, readable, shown
 from ymplug_jax.training import hosts
 
 if TYPE_CHECKING:  # decoding processes import this module again: it stays light
+    from ymplug_jax.data.records import Record
     from ymplug_jax.inference.clip_stream import File, Read
 
 COMMANDS = ("classify", "caption", "retrieve")
@@ -133,14 +134,7 @@ def check(args: argparse.Namespace) -> "list[File]":
         raise Mistake("--checkpoint: an empty name; give the --workdir of a run")
     _check_texts(args)
     if args.command == "retrieve":
-        if args.video and args.index:
-            raise Mistake("--video and --index: give files, or an index of files, not both")
-        if not args.video and not args.index:
-            raise Mistake("retrieve: give videos with --video, or an index with --index")
-        if args.index and args.export:
-            raise Mistake("--export and --index: an index is written of --video; leave one of them out")
-        if not args.text and not args.export:
-            raise Mistake("retrieve: give --text to search, or --export to write an index")
+        _check_search(args)
     elif not args.video:
         raise Mistake(f"{args.command}: give files with --video")
     _check_places(args)
@@ -148,6 +142,18 @@ def check(args: argparse.Namespace) -> "list[File]":
     if args.title and len(args.title) != len(files):
         raise Mistake(f"--title: {len(args.title)} titles for {len(files)} files; give one for each, in their order")
     return files
+
+
+def _check_search(args: argparse.Namespace) -> None:
+    """Whether it is clear what `retrieve` searches, and for what."""
+    if args.video and args.index:
+        raise Mistake("--video and --index: give files, or an index of files, not both")
+    if not args.video and not args.index:
+        raise Mistake("retrieve: give videos with --video, or an index with --index")
+    if args.index and args.export:
+        raise Mistake("--export and --index: an index is written of --video; leave one of them out")
+    if not args.text and not args.export:
+        raise Mistake("retrieve: give --text to search, or --export to write an index")
 
 
 def _check_texts(args: argparse.Namespace) -> None:
@@ -217,13 +223,14 @@ class Reading:
         self._out: list[str] = []  # files in folders that are no videos
         self._answered = 0
 
-    def records(self, files: "list[File]", size: int) -> Iterator[list[Any]]:
+    def records(self, files: "Sequence[File]", size: int) -> "Iterator[list[Record]]":
         """Records of `files` that can be read, in order, in lists of `size` at most; each with the title of its file."""
         from ymplug_jax.core import progress
         from ymplug_jax.inference import clip_stream
 
         # Answers on the same terminal show how far it is.
-        with progress.bar(total=len(files), desc="read", unit="clip", hidden=sys.stdout.isatty()) as bar:
+        bar: progress.Bar[None] = progress.bar(total=len(files), desc="read", unit="clip", hidden=sys.stdout.isatty())
+        with bar:
             for reads in clip_stream.read_all(files, size, self._processes or clip_stream.decoders()):
                 found = [record for read in reads if (record := self._record(read)) is not None]
                 self._answered += len(found)
@@ -245,7 +252,7 @@ class Reading:
             raise Mistake(f"no videos in this folder: {count}: {names}; give a folder of videos")
         print(f"{count}: {names}", file=sys.stderr)
 
-    def _record(self, read: "Read") -> Any:
+    def _record(self, read: "Read") -> "Record | None":
         import numpy as np
 
         from ymplug_jax.core import progress

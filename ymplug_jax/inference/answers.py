@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from ymplug_jax.core import index_file
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Record
+from ymplug_jax.inference.clip_stream import File
 from ymplug_jax.inference.index_build import Export
 from ymplug_jax.inference.predictor import BATCH, Predictor, blank
 from ymplug_jax.inference.wording import readable, shown
@@ -19,7 +20,17 @@ from ymplug_jax.tasks.presentation import Answer
 SHEET = 64  # clips on a sheet at most
 
 
-def describe(args: argparse.Namespace, predictor: Predictor, reading: Any) -> Iterator[Answer]:
+class Reading(Protocol):
+    """The files of a command on their way in."""
+
+    files: list[File]  # all of them
+
+    def records(self, files: Sequence[File], size: int) -> Iterator[list[Record]]:
+        """Records of `files` that can be read, in order, in lists of `size` at most."""
+        ...
+
+
+def describe(args: argparse.Namespace, predictor: Predictor, reading: Reading) -> Iterator[Answer]:
     """The answer of the run's task about each file that can be read, in order.
 
     Raises:
@@ -49,7 +60,7 @@ def _finite(values: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
-def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> Iterator[Answer]:
+def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Reading) -> Iterator[Answer]:
     """Rankings; writes the index where asked.
 
     Raises:
@@ -64,20 +75,12 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
     export = Export(args.export, origin) if args.export else None
     try:
         vectors: dict[str, np.ndarray] = export.vectors if export else {}
-        if export:
-            export.drop([file.name for file in reading.files if not export.has(file.name)])
-        # The sheet needs frames, which an earlier start did not keep.
-        files = [file for file in reading.files if args.sheet or not export or not export.has(file.name)]
-        if export and len(files) < len(reading.files):
-            print(f"{export.part}: {len(reading.files) - len(files)} videos are there already", file=sys.stderr)
+        files = _still_to_read(args, reading, export) if export else reading.files
         at_once = args.rank == "texts" and not export
         pool: dict[str, Record] = {}
         for records in reading.records(files, BATCH):
-            rows = predictor.rows(records)
-            new = {
-                record.media_id: _finite(row["video"], record.media_id)
-                for row, record in zip(rows, records, strict=True)
-            }
+            rows = zip(predictor.rows(records), records, strict=True)
+            new = {record.media_id: _finite(row["video"], record.media_id) for row, record in rows}
             vectors |= new
             if export:
                 export.add(new)
@@ -88,9 +91,7 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
                 pool = {name: pool[name] for name in _to_draw(args, predictor, vectors, list(pool))}
         names = [file.name for file in reading.files if file.name in vectors]
         if export:
-            export.finish(names)
-            if names:
-                print(f"index of {len(names)} videos: {args.export}", file=sys.stderr)
+            _finish(args, export, names)
     finally:
         if export:
             export.close()
@@ -101,6 +102,24 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
         yield from answers
     if args.sheet:
         draw(args, predictor, _drawn(args, answers, pool), len(names))
+
+
+def _still_to_read(args: argparse.Namespace, reading: Reading, export: Export) -> Sequence[File]:
+    """The files whose vectors an earlier start of the export did not leave; all of them for a sheet, whose frames it did not keep."""
+    missing = [file for file in reading.files if not export.has(file.name)]
+    export.drop([file.name for file in missing])
+    if args.sheet:
+        return reading.files
+    if len(missing) < len(reading.files):
+        print(f"{export.part}: {len(reading.files) - len(missing)} videos are there already", file=sys.stderr)
+    return missing
+
+
+def _finish(args: argparse.Namespace, export: Export, names: list[str]) -> None:
+    """The whole index under its name."""
+    export.finish(names)
+    if names:
+        print(f"index of {len(names)} videos: {args.export}", file=sys.stderr)
 
 
 def _from_index(

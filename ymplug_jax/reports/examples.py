@@ -41,11 +41,11 @@ def sections(page: Page, rows: Sequence[ReadableRow], frames: Frames) -> list[Se
       rows: readable predictions.
       frames: (place of a record, how many) -> pictures.
     """
-    made = []
-    for part in page.parts(rows):
-        if cards := [part.card(row, frames) for row in part.rows]:
-            made.append(Section(part.title, part.form, cards, part.count))
-    return made
+    return [
+        Section(part.title, part.form, cards, part.count)
+        for part in page.parts(rows)
+        if (cards := [part.card(row, frames) for row in part.rows])
+    ]
 
 
 def table(page: Page, rows: Sequence[ReadableRow]) -> Table:

@@ -66,7 +66,7 @@ class Task:
     kept: tuple[str, ...] = ()  # predictions too large for every host: they stay on the devices, for `rescore` alone
     score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split)
     scores: tuple[Score, ...] = ()  # that an evaluation may have, in the order in which they are shown
-    page: Page = Page()  # how the report shows the readable rows
+    page: Page = dataclasses.field(default_factory=Page)  # how the report shows the readable rows
     describe: Mapping[str, Describe] = dataclasses.field(default_factory=dict)  # command of `predict` -> its answer
     embeds: bool = False  # "video" and "text" of a row are unit vectors, f32[E], which `predict retrieve` ranks
     fresh: tuple[str, ...] = ()  # path regexes that `init_from` may lack: heads that this task adds

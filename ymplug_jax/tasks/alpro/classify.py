@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.config import Data, Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
@@ -46,25 +46,9 @@ def make(experiment: Experiment) -> Task:
     Names are those of `config.data.classes`, else the 45 categories, or the possible answers. A head may have room for more
     answers than there are.
     """
-    data, options = experiment.data, build(Options, experiment.options)
-    answers = options.answers
+    data, answers = experiment.data, build(Options, experiment.options).answers
     model = encode_pairs.model_of(experiment)
-    if not model.classes:
-        raise ValueError(f"config.model.classes is 0; the categories are {len(preprocess.class_names(data))}")
-    if answers and data.classes:
-        raise Mistake(
-            "config.options.answers and config.data.classes are both set; questions have answers, videos classes"
-        )
-    names = class_names(answers, model.classes if not data.path else 0) if answers else preprocess.class_names(data)
-    if not answers:
-        preprocess.check_classes(data, names)
-    if data.classes and len(names) != model.classes:
-        raise Mistake(
-            f"config.model.classes is {model.classes}; the names in {data.classes} (config.data.classes) are {len(names)}: set "
-            f"config.model.classes={len(names)}"
-        )
-    if len(names) > model.classes:
-        raise ValueError(f"config.model.classes is {model.classes}, but there are {len(names)} names to choose from")
+    names = names_of(answers, data, model.classes)
     numbers = {name: number for number, name in enumerate(names)}
     tokenizer, length = encode_pairs.tokenizer_of(data, model), data.max_tokens
 
@@ -127,6 +111,37 @@ def make(experiment: Experiment) -> Task:
         describe={"classify": describe},
         fresh=(*alpro.TEMPORAL, "(head|connector)/.*"),
     )
+
+
+def names_of(answers: str, data: Data, classes: int) -> Sequence[str]:
+    """The names that the head chooses from, in the order of its classes.
+
+    Args:
+      answers: file of the possible answers (`config.options.answers`), or "".
+      data: of the run; with `data.classes` the head has as many classes as there are names.
+      classes: K, of the head.
+
+    Raises:
+      Mistake, ValueError: no classifier, answers and classes together, names that cannot be read or are not those of the shards,
+        or another number of them.
+    """
+    if not classes:
+        raise ValueError(f"config.model.classes is 0; the categories are {len(preprocess.class_names(data))}")
+    if answers and data.classes:
+        raise Mistake(
+            "config.options.answers and config.data.classes are both set; questions have answers, videos classes"
+        )
+    names = class_names(answers, classes if not data.path else 0) if answers else preprocess.class_names(data)
+    if not answers:
+        preprocess.check_classes(data, names)
+    if data.classes and len(names) != classes:
+        raise Mistake(
+            f"config.model.classes is {classes}; the names in {data.classes} (config.data.classes) are {len(names)}: set "
+            f"config.model.classes={len(names)}"
+        )
+    if len(names) > classes:
+        raise ValueError(f"config.model.classes is {classes}, but there are {len(names)} names to choose from")
+    return names
 
 
 def class_names(answers: str, planned: int = 0) -> Sequence[str]:

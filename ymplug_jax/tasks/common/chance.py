@@ -71,7 +71,7 @@ def retrieval(scores: Scores, rows: Sequence[ReadableRow], pairs: str = "") -> C
     videos, texts = len(texts_of), len(rows)
     found = {}
     for key in scores:
-        group, _, name = key.rpartition("/")
+        name = key.rpartition("/")[2]
         if recall := re.fullmatch(r"(v2t|t2v)_r(\d+)", name):
             found[key] = 100 * _recall(recall[1], int(recall[2]), videos, texts_of)
         elif name == "t2v_mean_rank":

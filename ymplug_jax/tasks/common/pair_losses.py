@@ -98,7 +98,11 @@ def pairs(
     """Three pairs a row: its own text and video, its text with a wrong video, a wrong text with its video.
 
     Args:
-      states: f[B, L, C]; mask: int[B, L]; tokens: f[B, S, C].
+      states: f[B, L, C], of the texts.
+      mask: int[B, L], 1 at their tokens.
+      tokens: f[B, S, C], of the videos.
+      negatives: the wrong video of each text, and the wrong text of each video.
+      group: rows that the negatives are counted within.
 
     Returns:
       The same with a second axis: f[B, 3, L, C], int[B, 3, L], f[B, 3, S, C].

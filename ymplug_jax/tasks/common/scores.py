@@ -26,10 +26,13 @@ def recalls(*groups: str) -> tuple[Score, ...]:
         prefix = f"{group}/" if group else ""
         for side, words in DIRECTIONS.items():
             under = f"{group}, {words}" if group else words
-            for name in ("r1", "r5", "r10", "r_mean"):
-                found.append(Score(f"{prefix}{side}_{name}", label(name), under, "%"))
-            for name in ("mean_rank", "median_rank"):
-                found.append(Score(f"{prefix}{side}_{name}", label(name), under, higher_is_better=False))
+            found += [
+                Score(f"{prefix}{side}_{name}", label(name), under, "%") for name in ("r1", "r5", "r10", "r_mean")
+            ]
+            found += [
+                Score(f"{prefix}{side}_{name}", label(name), under, higher_is_better=False)
+                for name in ("mean_rank", "median_rank")
+            ]
         found.append(Score(f"{prefix}r_mean", label("r_mean"), group, "%"))
     return tuple(found)
 
