@@ -38,16 +38,16 @@ class Tokenizer(Protocol):
     eos: int
     pad: int  # may equal eos
 
-    def begins(self) -> str:
-        """Which token starts a text, in words."""
-        ...
-
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids."""
+        ...
+
+    def begins(self) -> str:
+        """Which token starts a text, and why, in words for the log of a run."""
         ...
 
 
