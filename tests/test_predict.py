@@ -275,13 +275,13 @@ def test_a_closed_pipe_is_no_error(home: Path, capsys: pytest.CaptureFixture, mo
 
 
 def test_a_full_disk_is_one_line(home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = open("/dev/full", "w")
-    monkeypatch.setattr(sys, "stdout", full)
-    assert predict_lib.main(["classify", f"--checkpoint={home / 'classify'}", f"--video={home / 'videos'}"]) == 5
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: standard output: No space left")
-    with contextlib.suppress(OSError):
-        full.close()
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert predict_lib.main(["classify", f"--checkpoint={home / 'classify'}", f"--video={home / 'videos'}"]) == 5
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: standard output: No space left")
+        with contextlib.suppress(OSError):
+            full.close()  # what is buffered finds no space either
 
 
 def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

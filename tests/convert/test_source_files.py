@@ -110,12 +110,14 @@ def test_damaged_archives(tmp_path: Path) -> None:
             at = int(rng.integers(len(data)))
             damaged = data[:at] if trial % 2 else data[:at] + rng.bytes(16) + data[at + 16 :]
             file.write_bytes(damaged)
+            said = ""  # whatever is wrong with it, it is one line of our own; some damage does no harm
             try:
                 source = Source([file])
                 for tensor in source.shapes():
                     source.read(tensor)
             except exits.Mistake as error:
-                assert "\n" not in str(error) and "weights_only" not in str(error)
+                said = str(error)
+            assert "\n" not in said and "weights_only" not in said
 
 
 def test_other_zip_archives(tmp_path: Path) -> None:
@@ -222,11 +224,11 @@ def test_settings_of_an_adapter(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf" + b'{"peft_type": "PREFIX_TUNING"}', "only plain LoRA is read"),
     ):
         settings.write_bytes(data)
-        with pytest.raises(exits.Mistake, match=f"adapter_config.json: {message}"):
+        with pytest.raises(exits.Mistake, match=rf"adapter_config\.json: {message}"):
             lora.read(tmp_path, ())
     settings.write_bytes(b'{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     save_file({"x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(exits.Mistake, match="no pairs of lora_A and lora_B only; also x.lora_B.weight"):
+    with pytest.raises(exits.Mistake, match=r"no pairs of lora_A and lora_B only; also x\.lora_B\.weight"):
         lora.read(tmp_path, ())
 
 
@@ -258,5 +260,5 @@ def test_a_hostile_archive_cannot_lead_outside_its_bytes(tmp_path: Path) -> None
                 data = old.read(name)
                 assert not name.endswith("/data.pkl") or shape in data
                 new.writestr(name, data.replace(shape, other) if name.endswith("/data.pkl") else data)
-        with pytest.raises(exits.Mistake, match="y.pt: .*broken"):
+        with pytest.raises(exits.Mistake, match=r"y\.pt: .*broken"):
             Source([tmp_path / "y.pt"]).read("a.b")

@@ -13,7 +13,6 @@ import runs
 from tests import tiny
 from ymplug_jax.analysis import aot, estimate
 from ymplug_jax.core import quantize, state
-from ymplug_jax.core.config import Options
 from ymplug_jax.models import bert, language_models, timesformer
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, Text
@@ -162,7 +161,7 @@ def frozen_runs(tmp_path: Path):
     yield {"model": half}, "(llm|vision|abstractor)/.*"
     alpro = {
         "task": "alpro_pretrain",
-        "options": Options(entities=str(tmp_path / "entities.npz")),
+        "options": {"entities": str(tmp_path / "entities.npz")},
         "model": ALPRO_MODEL,
     }
     for pattern in ("prompter/.*", "(prompter|vision|text|fusion|mlm)/.*"):

@@ -136,7 +136,7 @@ def test_cached_greedy_equals_recomputation(name: str, place: str) -> None:
         assert out.ids.shape == (3, 8)
         assert out.lengths.tolist() == [len(row) for row in expected], side
         for b, row in enumerate(expected):
-            assert out.ids[b, : len(row) + 1].tolist() == (row + [eos])[:8], side
+            assert out.ids[b, : len(row) + 1].tolist() == [*row, eos][:8], side
 
 
 @partial(jax.jit, static_argnums=0)
@@ -299,8 +299,8 @@ def test_scores_of_branches_equal_recomputation(name: str) -> None:
 
 
 def test_what_does_not_fit_is_refused(params: dict) -> None:
+    prompt = decode.prompt_of(LM, params, None, np.ones((1, 3), np.int32), np.array([3]))
     with pytest.raises(ValueError, match="need 33 positions, the model has 32"):
-        prompt = decode.prompt_of(LM, params, None, np.ones((1, 3), np.int32), np.array([3]))
         decode.greedy(LM, params, *prompt, new_tokens=30, eos=0)
     for lm in (LM, LMS["qwen"]):
         with pytest.raises(ValueError, match=r"need 33 positions, the model has 32 \(max_positions\)"):

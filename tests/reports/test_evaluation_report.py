@@ -138,7 +138,7 @@ def test_captions(tmp_path: Path):
     ]  # fmt: skip
     rows += [{"index": 40, "id": "x", "caption": "", "references": []}]
     rows += [{"index": 41, "caption": "破", "references": ["a"], "cider": float("nan"), "meteor": None}]
-    found, html = write(
+    found, _ = write(
         tmp_path / "r.html", {"bleu4": 0.123456, "cider": 1.5, "labelled": 40}, rows, records(42), CAPTIONS
     )
     assert "BLEU-4 12.3 %" in found.text and "CIDEr 1.50" in found.text

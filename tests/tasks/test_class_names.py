@@ -84,10 +84,10 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
         exits.Mistake, match=r"config\.data\.classes nowhere.txt: No such file or directory; give a file"
     ):
         preprocess.class_names(Data(classes="nowhere.txt"))
+    file.write_text("猫\n猫\n", encoding="utf-8")
     with pytest.raises(
         exits.Mistake, match=r"config\.options\.answers .*names.txt, line 2: answer '猫' stands in line 1"
     ):
-        file.write_text("猫\n猫\n", encoding="utf-8")
         preprocess.names_in(str(file), "config.options.answers", "answer")
 
 
@@ -159,15 +159,15 @@ def test_tasks_count_in_the_names_of_the_run(name: str, folder: Path) -> None:
 def test_names_that_do_not_fit_are_refused(name: str, folder: Path) -> None:
     wide = MODELS[name].clone(classes=45)
     with pytest.raises(
-        exits.Mistake, match=r"config.model.classes is 45; the names in .* are 3: set config.model.classes=3"
+        exits.Mistake, match=r"config\.model\.classes is 45; the names in .* are 3: set config\.model\.classes=3"
     ):
         task_lib.get(experiment(name, folder, wide))
     with pytest.raises(
-        exits.Mistake, match=r"3 classes, class 0 is '圆形', but the run has the 45 .* set config.data.classes"
+        exits.Mistake, match=r"3 classes, class 0 is '圆形', but the run has the 45 .* set config\.data\.classes"
     ):
         task_lib.get(experiment(name, folder, wide, classes=""))
     manifest(folder, ("圆形", "三角形", "方形"))
-    with pytest.raises(exits.Mistake, match=r"class 1 is '三角形', but .*names.txt.* class 1 is '方形'"):
+    with pytest.raises(exits.Mistake, match=r"class 1 is '三角形', but .*names\.txt.* class 1 is '方形'"):
         task_lib.get(experiment(name, folder))
     manifest(folder, (*NAMES, "星形"))
     with pytest.raises(exits.Mistake, match=r"4 classes, class 3 is '星形', but .* 3, class 3 is 'nothing'"):
@@ -190,12 +190,12 @@ def test_a_label_of_other_shards_is_refused(name: str, folder: Path) -> None:
 def test_a_name_longer_than_a_row_is_refused(folder: Path) -> None:
     (folder / "data" / schema.MANIFEST).unlink()
     (folder / "names.txt").write_text("圆形\n方形\n" + "红色的三角形在移动" * 30, encoding="utf-8")
-    with pytest.raises(exits.Mistake, match=r"config.data.max_tokens is 24, but the class '红色的三角形.* tokens"):
+    with pytest.raises(exits.Mistake, match=r"config\.data\.max_tokens is 24, but the class '红色的三角形.* tokens"):
         task_lib.get(experiment("classify", folder))
 
 
 def test_answers_and_classes_exclude_each_other(folder: Path) -> None:
     settings = experiment("alpro_classify", folder)
     options = dict(answers=str(folder / "names.txt"))
-    with pytest.raises(exits.Mistake, match=r"config.options.answers and config.data.classes are both set"):
+    with pytest.raises(exits.Mistake, match=r"config\.options\.answers and config\.data\.classes are both set"):
         task_lib.get(dataclasses.replace(settings, options=options))

@@ -39,11 +39,11 @@ def test_a_config_has_the_options_of_its_task_alone() -> None:
     made = read("--config", str(ROOT / "configs/tiny/caption.py"), "--config.options.search=greedy")
     assert made.options == dataclasses.asdict(caption.Options(prompt_tokens=4, new_tokens=24, search="greedy"))
     assert read("--config", str(ROOT / "configs/tiny/pretrain.py")).options == {}
-    with pytest.raises(exits.Mistake, match=r"config.options: no setting named 'serach'; did you mean 'search'"):
+    with pytest.raises(exits.Mistake, match=r"config\.options: no setting named 'serach'; did you mean 'search'"):
         read("--config", str(ROOT / "configs/tiny/caption.py"), "--config.options.serach=greedy")
-    with pytest.raises(exits.Mistake, match=r"config.options: no setting named 'search'"):
+    with pytest.raises(exits.Mistake, match=r"config\.options: no setting named 'search'"):
         read("--config", str(ROOT / "configs/tiny/match.py"), "--config.options.search=greedy")
-    with pytest.raises(exits.Mistake, match=r"config.options.beams: 'many' is not a whole number"):
+    with pytest.raises(exits.Mistake, match=r"config\.options\.beams: 'many' is not a whole number"):
         read("--config", str(ROOT / "configs/tiny/caption.py"), "--config.options.beams=many")
 
 

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from ymplug_jax.convert.leaves import verified
@@ -18,7 +19,10 @@ from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
 from ymplug_jax.core import checkpoint, state
 from ymplug_jax.models.alpro import ALPRO
-from ymplug_jax.models.bert import MaskedHead
+from ymplug_jax.models.bert import Fusion, MaskedHead, Text
+from ymplug_jax.models.language_model import LanguageModel
+from ymplug_jax.models.mplug_video import MPLUGVideo
+from ymplug_jax.models.timesformer import TimeSformer
 
 TOLERANCE = 1e-3  # of the largest value of a module's output
 CAST = 0.1  # where parameters were stored in another type than the source's
@@ -74,7 +78,23 @@ def _params(out: Path, like: Any) -> dict:
     return state.unflatten(checkpoint.load_params(str(out), abstract))
 
 
+M = TypeVar("M", bound=nn.Module)
 Sides = tuple[Callable[[], dict[str, np.ndarray]], Callable[[dict], dict[str, np.ndarray]]]
+
+
+def _module(opened: Opened, kind: type[M]) -> M:
+    """The module of that class among those of the plan; a model's map file makes one of each."""
+    found = opened.plan.model
+    (module,) = (one for one in (found if isinstance(found, tuple) else (found,)) if isinstance(one, kind))
+    return module
+
+
+def _decoder(opened: Opened) -> LanguageModel:
+    """The plan's model, of a map file for a decoder alone."""
+    model = opened.plan.model
+    if not isinstance(model, LanguageModel):
+        raise TypeError(f"{type(model).__name__} is no language model")
+    return model
 
 
 def _applied(module: Any, params: dict, *args: Any) -> tuple[np.ndarray, dict]:
@@ -100,7 +120,7 @@ def _ids(rng: np.random.Generator, vocab: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bloom(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
-    model = opened.plan.model
+    model = _decoder(opened)
     if opened.adapter:
         model = model.clone(lora_scale=opened.adapter.scale)
     ids, mask = _ids(rng, model.vocab)
@@ -108,14 +128,14 @@ def _bloom(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Side
 
 
 def _qwen(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
-    model, config = opened.plan.model, opened.config
+    model, config = _decoder(opened), opened.config
     if config is None:
         raise SourceError("--check needs the model's config.json")
     ids, mask = _ids(rng, model.vocab)
     return lambda: oracles.qwen(read, config.values, ids, mask), partial(_decoder_ours, model, ids, mask)
 
 
-def _decoder_ours(model: Any, ids: np.ndarray, mask: np.ndarray, params: dict) -> dict[str, np.ndarray]:
+def _decoder_ours(model: LanguageModel, ids: np.ndarray, mask: np.ndarray, params: dict) -> dict[str, np.ndarray]:
     """States and logits of a decoder under "llm", zero at padding."""
     embeds = model.apply({"params": params["llm"]}, ids, method="embed")
     hidden, kept = _applied(model, params["llm"], embeds, mask)
@@ -124,7 +144,7 @@ def _decoder_ours(model: Any, ids: np.ndarray, mask: np.ndarray, params: dict) -
     return {name: value * mask[..., None] for name, value in found.items()}
 
 
-def _gpt3_ours(model: Any, params: dict, embeds: np.ndarray) -> dict[str, np.ndarray]:
+def _gpt3_ours(model: LanguageModel, params: dict, embeds: np.ndarray) -> dict[str, np.ndarray]:
     hidden, kept = _applied(model, params, embeds)
     first = embeds + np.asarray(params["pos_embed"])[: embeds.shape[1]]
     logits = model.apply({"params": params}, hidden, method="logits")
@@ -132,13 +152,13 @@ def _gpt3_ours(model: Any, params: dict, embeds: np.ndarray) -> dict[str, np.nda
 
 
 def _gpt3(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
-    model = opened.plan.model
+    model = _decoder(opened)
     embeds = rng.normal(scale=0.05, size=(2, 9, model.width)).astype(np.float32)
     return lambda: oracles.gpt3(read, model, embeds), lambda params: _gpt3_ours(model, params["llm"], embeds)
 
 
 def _bert(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
-    text, fusion = opened.plan.model
+    text, fusion = _module(opened, Text), _module(opened, Fusion)
     if "mlm" not in opened.plan.like:
         raise SourceError("--check compares BERT with its head of masked words, which this source lacks")
     ids, mask = _ids(rng, text.vocab)
@@ -157,7 +177,7 @@ def _bert(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides
 
 def _image_tower(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
     """One frame: attention over time starts with a projection of zeros and adds nothing."""
-    model = opened.plan.model
+    model = _module(opened, TimeSformer)
     video = rng.normal(size=(1, 1, model.image_size, model.image_size, 3)).astype(np.float32)
 
     def ours(params: dict) -> dict[str, np.ndarray]:
@@ -177,7 +197,8 @@ def _image_tower(opened: Opened, read: oracles.Read, rng: np.random.Generator) -
 
 
 def _mplug_video(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
-    model, vision = opened.plan.model, opened.plan.model.vision
+    model = _module(opened, MPLUGVideo)
+    vision = model.vision
     video = rng.normal(size=(1, vision.frames, vision.image_size, vision.image_size, 3)).astype(np.float32)
     spoken = "llm" in opened.plan.like
 
@@ -206,7 +227,7 @@ def _mplug_video(opened: Opened, read: oracles.Read, rng: np.random.Generator) -
 
 
 def _alpro(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
-    model, layout = opened.plan.model, opened.plan.layout
+    model, layout = _module(opened, ALPRO), opened.plan.layout
     vision = model.vision
     video = rng.normal(size=(2, vision.frames, vision.image_size, vision.image_size, 3)).astype(np.float32)
     ids, mask = _ids(rng, model.text.vocab)
@@ -218,8 +239,9 @@ def _alpro(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Side
         found: dict[str, Any] = {f"vision block {i}": block for i, block in enumerate(both)}
 
         def read(run: ALPRO) -> dict[str, jax.Array]:
-            tokens, states = run.encode_video(video), run.encode_text(ids, mask)
-            fused = run.fuse(states, mask, tokens)
+            seen = jnp.asarray(mask)
+            tokens, states = run.encode_video(jnp.asarray(video)), run.encode_text(jnp.asarray(ids), seen)
+            fused = run.fuse(states, seen, tokens)
             out = {"video tokens": tokens, "text states": states, "fused states": fused}
             if model.contrastive_width:
                 out |= {"video vector": run.embed_video(tokens), "text vector": run.embed_text(states)}
@@ -232,7 +254,7 @@ def _alpro(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Side
             return out
 
         with jax.default_matmul_precision("highest"):
-            found |= model.apply({"params": params}, method=read)
+            found |= cast(dict[str, jax.Array], model.apply({"params": params}, method=read))
         return {name: np.asarray(value) for name, value in found.items()}
 
     return lambda: oracles.alpro(read, model, layout, video, ids, mask), ours

@@ -5,7 +5,7 @@ name. Nothing of it is shared with the tables or the models that are checked aga
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ import transformers
 
 Read = Callable[[str], torch.Tensor]  # float32 tensor of a name
 Outputs = dict[str, np.ndarray]
+M = TypeVar("M", bound=torch.nn.Module)
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}  # every config takes it, but their types do not say so
 
 
-def _filled(model: torch.nn.Module, read: Callable[[str], torch.Tensor]) -> torch.nn.Module:
+def _filled(model: M, read: Read) -> M:
     """The model with its parameters replaced one by one."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -41,7 +43,7 @@ def bloom(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray) -> Outputs:
         n_layer=sizes.depth,
         n_head=sizes.heads,
         layer_norm_epsilon=sizes.ln_eps,
-        attn_implementation="eager",
+        **EAGER,
     )
     return _causal(_filled(transformers.BloomForCausalLM(config), read), ids, mask)
 
@@ -49,13 +51,13 @@ def bloom(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray) -> Outputs:
 @torch.inference_mode()
 def qwen(read: Read, config: Mapping[str, Any], ids: np.ndarray, mask: np.ndarray) -> Outputs:
     """Qwen2ForCausalLM or Qwen3ForCausalLM of a config.json."""
-    classes = {
+    classes: dict[str, tuple[type[transformers.PretrainedConfig], type[transformers.PreTrainedModel]]] = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }
     settings, model = classes[config["model_type"]]
     known = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-    made = settings.from_dict(known, attn_implementation="eager")
+    made = settings.from_dict(known, **EAGER)
     return _causal(_filled(model(made).float(), read), ids, mask)
 
 
@@ -75,7 +77,7 @@ def gpt3(read: Read, sizes: Any, embeds: np.ndarray, prefix: str = "language_mod
         n_embd=sizes.width,
         n_layer=sizes.depth,
         n_head=sizes.heads,
-        attn_implementation="eager",
+        **EAGER,
     )
 
     def fused(name: str) -> torch.Tensor:
@@ -120,7 +122,7 @@ def bert(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray, depth: int) 
         intermediate_size=sizes.hidden,
         max_position_embeddings=sizes.max_positions,
         type_vocab_size=sizes.types,
-        attn_implementation="eager",
+        **EAGER,
     )
     model = _filled(transformers.BertForMaskedLM(config), read)
     out = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True)
@@ -142,7 +144,7 @@ def image_tower(read: Read, sizes: Any, video: np.ndarray, layout: str) -> Outpu
         "patch_size": sizes.patch_size,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
-        "attn_implementation": "eager",
+        **EAGER,
     }
     pixels = torch.from_numpy(video[:, 0].transpose(0, 3, 1, 2).copy())
     clip = {"hugging_face": lambda name: read(f"vision_model.{name}"), "openai": _openai(read), "timm": _timm(read)}[
@@ -152,8 +154,7 @@ def image_tower(read: Read, sizes: Any, video: np.ndarray, layout: str) -> Outpu
     tower = getattr(model, "vision_model", model)
     if not sizes.clip:  # a bias at the patches and no norm before the blocks
         tower.pre_layrnorm = torch.nn.Identity()
-        conv = tower.embeddings.patch_embedding
-        tower.embeddings.patch_embedding = torch.nn.Conv2d(3, sizes.width, conv.kernel_size, conv.stride)
+        tower.embeddings.patch_embedding = torch.nn.Conv2d(3, sizes.width, sizes.patch_size, sizes.patch_size)
     _filled(tower, clip)
     states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
     names = ["embeddings", *(f"block {i}" for i in range(sizes.depth))]
@@ -307,7 +308,7 @@ def alpro(read: Read, sizes: Any, layout: str, video: np.ndarray, ids: np.ndarra
         intermediate_size=sizes.text.hidden,
         max_position_embeddings=sizes.text.max_positions,
         type_vocab_size=sizes.text.types,
-        attn_implementation="eager",
+        **EAGER,
     )
     prefix = "" if layout == "salesforce_qa" else "bert."
     bert = transformers.BertModel(config, add_pooling_layer=False)

@@ -12,8 +12,10 @@ from flax import linen as nn
 from ymplug_jax.convert.rules import Rule
 from ymplug_jax.core import exits
 
-_BESIDE = ("__init__", "__main__", "check", "lora", "oracles", "plan", "rules", "store", "to_orbax", "to_torch")
-_BESIDE += ("torch_file", "torch_script", "tensor_file", "source_files", "pieces", "leaves", "hub_config")
+_BESIDE = (
+    *("__init__", "__main__", "check", "lora", "oracles", "plan", "rules", "store", "to_orbax", "to_torch"),
+    *("torch_file", "torch_script", "tensor_file", "source_files", "pieces", "leaves", "hub_config"),
+)
 MODELS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _BESIDE)
 
 

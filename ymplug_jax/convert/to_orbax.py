@@ -124,11 +124,8 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
     store = Store(out, identity, sum(_size(source, name, entries[name], whole, casts) for name in table.taken))
     total = sum(_bytes(source, name) for name in table.taken)
     written: set[str] = set()
-    with (
-        _discarded_if_bad(store),
-        ThreadPoolExecutor(1) as beside,
-        progress.bar(total=total, unit="B", scale=True, desc="convert") as bar,
-    ):
+    bar: progress.Bar[None] = progress.bar(total=total, unit="B", scale=True, desc="convert")
+    with _discarded_if_bad(store), ThreadPoolExecutor(1) as beside, bar:
         digests = beside.submit(_digests, opened)
         for name in table.taken:
             if name not in store.done:

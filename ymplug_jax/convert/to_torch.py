@@ -44,7 +44,7 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
         raise SourceError(f"--layout {layout}: model {model} has {', '.join(module.LAYOUTS)}")
     named: Layout = module.LAYOUTS[layout]
     leaves = verified(folder)
-    wanted = {path for rule in named.rules for path in rule.targets} & set(leaves)
+    wanted = {path for rule in named.rules for path in rule.targets if path} & set(leaves)
     if not wanted:
         raise SourceError(f"{folder}: none of its parameters belong to model {model}")
     decoder = any(path.startswith("llm/") for path in wanted)
@@ -134,11 +134,13 @@ def _write(
     except OSError as error:
         raise exits.Mistake(f"--out {file.parent}: cannot be made: {error.strerror}; give another folder") from None
     try:
-        with partial.open("wb") as stream, progress.bar(total=end, unit="B", scale=True, desc=file.name) as bar:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            for _, value in tensors:
-                stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-                bar.update(value.nbytes)
+        with partial.open("wb") as stream:
+            bar: progress.Bar[None] = progress.bar(total=end, unit="B", scale=True, desc=file.name)
+            with bar:
+                stream.write(len(text).to_bytes(8, "little") + text)
+                for _, value in tensors:
+                    stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+                    bar.update(value.nbytes)
         partial.rename(file)
     except OSError as error:
         raise exits.PlaceFailed(

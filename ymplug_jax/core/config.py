@@ -13,12 +13,17 @@ import re
 import types
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ymplug_jax.core.exits import Mistake
 
 if TYPE_CHECKING:
+    from flax import linen as nn
     from ml_collections import ConfigDict
+
+    Model: TypeAlias = nn.Module | Mapping[str, Any]
+else:
+    Model = Any  # the annotation that `build` reads: settings are read without importing flax, and every value is taken
 
 T = TypeVar("T")
 
@@ -114,8 +119,10 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
+    """Every setting of a run: its task, the model, and the groups above."""
+
     task: str  # a file of ymplug_jax/tasks
-    model: Any  # fields of the task's model, see ymplug_jax/models; a linen module in a config file, a dict afterwards
+    model: Model  # the task's model, see ymplug_jax/models: a linen module in a config file, a dict of its fields afterwards
     data: Data = Data()
     optim: Optim = Optim()
     mesh: Mesh = Mesh()
@@ -131,8 +138,9 @@ def settings_of(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value):
         fields = (f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name"))
-        kind = {"kind": value.kind} if hasattr(type(value), "kind") else {}
-        return kind | {name: settings_of(getattr(value, name)) for name in fields}
+        kind = getattr(type(value), "kind", None)
+        first = {} if kind is None else {"kind": kind}
+        return first | {name: settings_of(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
         return {name: settings_of(part) for name, part in value.items()}
     return value
@@ -183,8 +191,9 @@ def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Experiment:
 def with_kinds(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model's settings with the kind of its language model; runs from before there was a choice have a GPT-3."""
     llm = model.get("llm")
-    old = isinstance(llm, Mapping) and "kind" not in llm
-    return {**model, "llm": {"kind": "gpt3", **llm}} if old else dict(model)
+    if isinstance(llm, Mapping) and "kind" not in llm:
+        return {**model, "llm": {"kind": "gpt3", **llm}}
+    return dict(model)
 
 
 def build(

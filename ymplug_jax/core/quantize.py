@@ -4,7 +4,7 @@ Checkpoints keep what was quantised. The layer scan hands a block its own slice,
 `promote`) does it become a matrix of the computation's type again: one layer at a time, gone when the layer is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,14 +30,17 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
         return self.values.shape
 
     @property
     def dtype(self) -> Any:
+        """int8."""
         return self.values.dtype
 
     @property
     def sharding(self) -> Any:
+        """Of the values; the scale is cut like them where it is not 1."""
         return self.values.sharding
 
 
@@ -56,12 +59,11 @@ def abstract(frozen: Params, axes: AxisRules) -> Params:
 
     def one(leaf: jax.ShapeDtypeStruct, over: tuple[int, ...]) -> Quantized:
         shape = tuple(1 if axis in over else size for axis, size in enumerate(leaf.shape))
-        spec = (*leaf.sharding.spec, *(None,) * (len(shape) - len(leaf.sharding.spec)))
-        spec = PartitionSpec(*(None if axis in over else name for axis, name in enumerate(spec)))
-        place = NamedSharding(leaf.sharding.mesh, spec)
+        names = (*leaf.sharding.spec, *(None,) * (len(shape) - len(leaf.sharding.spec)))
+        spec = PartitionSpec(*(None if axis in over else name for axis, name in enumerate(names)))
         return Quantized(
-            jax.ShapeDtypeStruct(leaf.shape, jnp.int8, sharding=leaf.sharding),
-            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place),
+            state_lib.stand_in(leaf.shape, jnp.int8, leaf.sharding),
+            state_lib.stand_in(shape, jnp.bfloat16, NamedSharding(leaf.sharding.mesh, spec)),
         )
 
     return _map(one, frozen, axes)
@@ -80,7 +82,7 @@ def _quantize(x: jax.Array, over: tuple[int, ...]) -> Quantized:
     return Quantized(values.astype(jnp.int8), scale)
 
 
-def _map(one: Any, frozen: Mapping, axes: AxisRules) -> Params:
+def _map(one: Callable[[Any, tuple[int, ...]], Quantized], frozen: Mapping[str, Any], axes: AxisRules) -> Params:
     flat = state_lib.flatten(frozen)
     chosen = {path: _summed(sharding.axis_words(path, axes)) for path in flat}
     return state_lib.unflatten({path: one(leaf, chosen[path]) if chosen[path] else leaf for path, leaf in flat.items()})

@@ -180,7 +180,8 @@ def computing(mesh: jax.sharding.Mesh, rules: Iterable[tuple[str, str]]) -> Iter
 
 def axis_of(word: str) -> str | None:
     """Mesh axis of an axis word by the rules of `computing`; None outside of it, or where the rules do not name the word."""
-    return dict(nn.get_logical_axis_rules()).get(word)
+    axis = dict(nn.get_logical_axis_rules()).get(word)
+    return axis if isinstance(axis, str) else None  # flax also knows rules with several axes; `computing` sets none
 
 
 def device_kind() -> str:
@@ -211,6 +212,7 @@ def by_device(run: Callable[..., jax.Array], *arrays: jax.Array, axes: Sequence[
 
     Args:
       run: arrays -> an array of the first one's shape, the same for any part.
+      *arrays: whole, of any shapes.
       axes: for each array the axis word of each dimension, "batch" for (data, fsdp), None for a whole one. A word stays whole
         where one of the dimensions that bear it is not a multiple of its mesh axis.
 

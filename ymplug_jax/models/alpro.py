@@ -55,6 +55,7 @@ class Connector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """f[B, S, C] -> f[B, S, D]; `deterministic` False applies dropout."""
         init = layers.torch_linear(x.shape[-1])
         dense = nn.Dense(self.width, kernel_init=init, bias_init=init, dtype=jnp.dtype(self.dtype), name="proj")
         x = layers.norm("norm", self.ln_eps, self.dtype)(dense(x))
@@ -70,6 +71,8 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """f[..., C] -> f32[..., K]."""
+
         def dense(width: int, fan_in: int, name: str) -> nn.Dense:
             init = layers.torch_linear(fan_in)
             return nn.Dense(width, kernel_init=init, bias_init=init, dtype=jnp.dtype(self.dtype), name=name)
@@ -95,6 +98,7 @@ class ALPRO(nn.Module):
     variant: str = "youku"  # "salesforce": texts end with [SEP], which is never masked; a classifier twice as wide
 
     def setup(self) -> None:
+        """The two towers are fields; the fusion encoder too, and the heads that the fields ask for are made here."""
         if self.variant not in VARIANTS:
             raise ValueError(f"config.model.variant is {self.variant!r}; there are {', '.join(VARIANTS)}")
         width, dtype = self.text.width, self.text.dtype

@@ -5,6 +5,7 @@ Logits and softmax are float32 everywhere; in half precision a single kernel com
 
 import math
 from functools import reduce
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +83,7 @@ def attend(
         if kernels.uses("cudnn") and q.shape[-1] % 8 == 0 and q.shape[-1] + extra <= _widest():
             kernels.note(use._replace(kernel="cudnn"))
             return with_columns(q, k, v, causal, key_mask, slopes, key_positions, implementation="cudnn")
-    return _plain(
-        q, k, v, causal, mask, key_mask, slopes, key_positions, bias, dropout if key is not None else 0.0, key
-    )
+    return _plain(q, k, v, causal, mask, key_mask, slopes, key_positions, bias, dropout, key)
 
 
 def _plain(
@@ -112,7 +111,7 @@ def _plain(
     if seen:
         logits = jnp.where(reduce(jnp.logical_and, seen), logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
-    if dropout > 0:
+    if key is not None and dropout > 0:
         weights = jnp.where(jax.random.bernoulli(key, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
     weights = weights.astype(v.dtype)
     if groups == heads:
@@ -130,7 +129,8 @@ def _on_tpu(
     if heads % parts == 0 and groups % parts and heads % math.lcm(groups, parts) == 0:
         # Fewer key/value heads than devices: they are repeated, so that the query heads can be cut.
         k, v = (jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2) for x in (k, v))
-    arrays, axes = [q, k, v], [("batch", None, "heads", None)] * 3
+    arrays = [q, k, v]
+    axes: list[tuple[str | None, ...]] = [("batch", None, "heads", None)] * 3
     if key_mask is not None or key_positions is not None:
         arrays.append(per_key(q.shape[0], k.shape[1], key_mask, key_positions))
         axes.append(("batch", None, None))
@@ -154,7 +154,7 @@ def per_key(rows: int, keys: int, key_mask: jax.Array | None, key_positions: jax
 
 def with_columns(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
-    key_positions: jax.Array | None, implementation: str,
+    key_positions: jax.Array | None, implementation: Literal["cudnn", "xla"],
 ) -> jax.Array:  # fmt: skip
     """`attend` by `jax.nn.dot_product_attention`, which takes a bias or a mask as an array [B, N, L, S] only.
 

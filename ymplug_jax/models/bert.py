@@ -38,6 +38,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
+        """f[B, L, D] and the attention's bias, f32 broadcastable to [B, N, L, S] -> (f[B, L, D], None), as `layers.stack` wants it."""
         d, normal, rate = x.shape[-1], nn.initializers.normal(STD), 0.0 if deterministic else self.dropout
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
@@ -92,6 +93,7 @@ class Text(nn.Module):
     dtype: str = "float32"  # of the computation
 
     def setup(self) -> None:
+        """Tables, the norm behind them, and the stack of blocks."""
         normal, width = nn.initializers.normal(STD), self.width
         self.token_embed = self.param("token_embed", normal, (self.vocab, width))
         self.pos_embed = self.param("pos_embed", normal, (self.max_positions, width))

@@ -46,6 +46,7 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        """One block: (f[..., L, D], the cache of all layers or None), its int32 place among them -> ((the same two), None)."""
         x, cache = carry
         d, normal = x.shape[-1], nn.initializers.normal(STD)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
@@ -80,6 +81,7 @@ class Bloom(nn.Module):
     branch = language_model.branch
 
     def setup(self) -> None:
+        """Embeddings, the stack of blocks and the last norm."""
         self.token_embed = self.param("token_embed", nn.initializers.normal(STD), (self.vocab, self.width))
         self.embed_norm = layers.norm(None, self.ln_eps, self.dtype)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast))

@@ -35,6 +35,7 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context, deterministic: bool
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        """One block: (f[..., L, D], the cache of all layers or None), its int32 place among them -> ((the same two), None)."""
         x, cache = carry
         d, rate = x.shape[-1], 0.0 if deterministic else self.dropout
         normal, shrunk = nn.initializers.normal(STD), nn.initializers.normal(STD * (2 * self.depth) ** -0.5)
@@ -71,6 +72,7 @@ class GPT3(nn.Module):
     branch = language_model.branch
 
     def setup(self) -> None:
+        """Embeddings, the stack of blocks and the last norm."""
         normal = nn.initializers.normal(STD)
         self.token_embed = self.param("token_embed", normal, (self.vocab, self.width))
         self.pos_embed = self.param("pos_embed", normal, (self.max_positions, self.width))

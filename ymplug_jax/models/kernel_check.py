@@ -6,7 +6,7 @@ that are off. So each one is compared before a run depends on it.
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +100,9 @@ def _plain(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]
         with kernels.without(kernels.KERNELS):
             if use.kernel == "tpu_frames":
                 return attention.attend_frames(q, k, v, use.heads)
-            alibi = {"slopes": _slopes(q.shape[2]), "key_positions": at} if use.alibi else {}
-            return attention.attend(q, k, v, causal=use.causal, key_mask=seen if use.masked else None, **alibi)
+            mask = seen if use.masked else None
+            slopes, positions = (_slopes(q.shape[2]), at) if use.alibi else (None, None)
+            return attention.attend(q, k, v, causal=use.causal, key_mask=mask, slopes=slopes, key_positions=positions)
 
     return run
 
@@ -115,7 +116,7 @@ def _fused(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]
         mask = seen if use.masked else None
         slopes, positions = (_slopes(q.shape[2]), at) if use.alibi else (None, None)
         if use.kernel == "cudnn":
-            name = "cudnn" if there else "xla"
+            name: Literal["cudnn", "xla"] = "cudnn" if there else "xla"
             return attention.with_columns(q, k, v, use.causal, mask, slopes, positions, implementation=name)
         per_key = attention.per_key(q.shape[0], k.shape[1], mask, positions)
         return kernels.attention(q, k, v, per_key, slopes, use.causal, not there)

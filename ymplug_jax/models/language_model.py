@@ -251,8 +251,10 @@ def attend(
         cache = _write(cache, layer, jnp.int32(0) if past is None else past.read, k, v)
     if past is None or cache is None:
         at = None if slopes is None else jnp.broadcast_to(context.positions, k.shape[:2])
-        more = {"slopes": slopes, "key_positions": at, "dropout": dropout, "key": key}
-        return attention.attend(q, k, v, causal=True, key_mask=context.mask, **more), cache
+        y = attention.attend(
+            q, k, v, causal=True, key_mask=context.mask, slopes=slopes, key_positions=at, dropout=dropout, key=key
+        )
+        return y, cache
     width = cache.k.shape[-2]
     y = attention.attend_branches(
         q,

@@ -1,5 +1,6 @@
 """The decoders by name: the only file that imports all of them. A further decoder is one more line in `_TABLE`."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ymplug_jax.core.sharding import AxisRules
@@ -12,7 +13,7 @@ class Kind(NamedTuple):
 
     module: type[Any]  # a `LanguageModel`; its fields are its settings
     axes: AxisRules  # axis words of its parameters
-    sizes: dict[str, LanguageModel]  # its named sizes
+    sizes: Mapping[str, LanguageModel]  # its named sizes
 
 
 _TABLE = (

@@ -95,6 +95,7 @@ class Attention(nn.Module):
     dtype: str = "float32"
 
     def setup(self) -> None:
+        """Projections q, k, v and o, with `qk_norm_eps` also the norms of queries and keys."""
         dtype, size = jnp.dtype(self.dtype), self.head_dim or self.width // self.heads
 
         def project(heads: int, bias: bool) -> nn.Module:
@@ -107,12 +108,11 @@ class Attention(nn.Module):
         self.q = project(self.heads, self.qkv_bias)
         self.k = project(kv_heads, self.qkv_bias and self.key_bias)
         self.v = project(kv_heads, self.qkv_bias)
-        if self.flat:
-            self.o = _Flat((self.heads, size, self.width), (self.width,), self.out_init, dtype)
-        else:
-            self.o = DenseGeneral(
-                self.width, axis=(-2, -1), use_bias=self.out_bias, kernel_init=self.out_init, dtype=dtype
-            )
+        self.o = (
+            _Flat((self.heads, size, self.width), (self.width,), self.out_init, dtype)
+            if self.flat
+            else DenseGeneral(self.width, axis=(-2, -1), use_bias=self.out_bias, kernel_init=self.out_init, dtype=dtype)
+        )
         if self.qk_norm_eps is not None:
             self.q_norm, self.k_norm = (rms_norm(None, self.qk_norm_eps, self.dtype) for _ in "qk")
 
@@ -168,6 +168,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """f[..., D] -> f[..., D]."""
         dtype, width = jnp.dtype(self.dtype), x.shape[-1]
         up = Dense(self.hidden, kernel_init=self.up_init, bias_init=self.up_bias_init, dtype=dtype, name="up")
         x = kept(up(x))  # [..., M]
@@ -185,6 +186,7 @@ class GatedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """f[..., D] -> f[..., D]."""
         dtype, width = jnp.dtype(self.dtype), x.shape[-1]
 
         def dense(name: str, features: int) -> nn.Dense:
@@ -214,6 +216,7 @@ class OutputLayer(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
+        """f[..., D] -> f32[..., V]."""
         kernel = self.param("kernel", self.kernel_init, (hidden.shape[-1], self.vocab)).astype(jnp.dtype(self.dtype))
         return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
 

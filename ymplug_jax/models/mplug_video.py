@@ -57,6 +57,7 @@ class Connector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """f[B, Q, D] -> f[B, Q, H]."""
         bias_init = layers.torch_linear(x.shape[-1])
         dense = nn.Dense(
             self.width,
@@ -77,6 +78,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """f[..., H] -> f32[..., C]."""
         init, dtype = layers.torch_linear(x.shape[-1]), jnp.dtype(self.dtype)
         x = nn.relu(nn.Dense(x.shape[-1], kernel_init=init, bias_init=init, dtype=dtype, name="hidden")(x))
         out = nn.Dense(self.classes, kernel_init=init, bias_init=init, dtype=dtype, name="out")(x)  # [..., C]
@@ -96,6 +98,7 @@ class MPLUGVideo(nn.Module):
     classes: int = 0  # C; 0: no classifier head
 
     def setup(self) -> None:
+        """The towers are fields; the connector and the heads that the fields ask for are made here."""
         self.connector = Connector(self.llm.width, self.connector_norm, self.llm.dtype)
         if self.contrastive_width:
 
@@ -173,15 +176,18 @@ class MPLUGVideo(nn.Module):
         """Logits of the head on the state at the last text token: f[B, Q + L, H], int or bool[B, L] -> f32[B, C]."""
         return self.head(last_state(hidden[:, -mask.shape[1] :], mask))
 
-    def __call__(self, video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    def __call__(
+        self, video: jax.Array, ids: jax.Array, mask: jax.Array
+    ) -> dict[str, jax.Array | dict[str, jax.Array]]:
         """Every part once; what `init` traces. Tasks call the methods they need."""
-        out = self.encode_video(video)
-        out["hidden"] = self.hidden(out["prefix"], ids)
-        out["logits"] = self.logits(out["hidden"][:, self.abstractor.queries : -1])  # [B, L - 1, V]
+        seen = self.encode_video(video)
+        hidden = self.hidden(seen["prefix"], ids)
+        logits = self.logits(hidden[:, self.abstractor.queries : -1])  # [B, L - 1, V]
+        out: dict[str, jax.Array | dict[str, jax.Array]] = {**seen, "hidden": hidden, "logits": logits}
         if self.contrastive_width:
-            out["contrastive"] = self.contrastive(out["image_query"], self.hidden(None, ids), mask)
+            out["contrastive"] = self.contrastive(seen["image_query"], self.hidden(None, ids), mask)
         if self.classes:
-            out["classes"] = self.classify(out["hidden"], mask)
+            out["classes"] = self.classify(hidden, mask)
         return out
 
 

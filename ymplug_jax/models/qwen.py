@@ -51,6 +51,7 @@ class Block(nn.Module):
         context: Context,
         rotation: tuple[jax.Array, jax.Array],
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        """One block: (f[..., L, D], the cache of all layers or None), its int32 place among them -> ((the same two), None)."""
         x, cache = carry
         normal = nn.initializers.normal(STD)
         attn = layers.Attention(
@@ -91,6 +92,7 @@ class Qwen(nn.Module):
     branch = language_model.branch
 
     def setup(self) -> None:
+        """Embeddings, the stack of blocks and the last norm."""
         normal = nn.initializers.normal(STD)
         self.token_embed = self.param("token_embed", normal, (self.vocab, self.width))
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast, nn.broadcast))
@@ -133,14 +135,13 @@ class Qwen(nn.Module):
         return self.norm(x), filled
 
 
-def _qwen3(**sizes: int | bool) -> Qwen:
-    return Qwen(**{"max_positions": 40960, "qkv_bias": False, "qk_norm": True, **sizes})
-
-
+_QWEN3 = Qwen(max_positions=40960, qkv_bias=False, qk_norm=True)
 SIZES = {
     "qwen2.5-1.5b": Qwen(),
     "qwen2.5-7b": Qwen(vocab=152064, width=3584, heads=28, kv_heads=4, mlp=18944, tied=False),
-    "qwen3-1.7b": _qwen3(width=2048, heads=16, kv_heads=8, mlp=6144),
-    "qwen3-8b": _qwen3(width=4096, depth=36, heads=32, kv_heads=8, mlp=12288, tied=False),
-    "qwen-tiny": _qwen3(vocab=512, width=96, depth=3, heads=4, kv_heads=2, head_dim=32, mlp=256, max_positions=128),
+    "qwen3-1.7b": _QWEN3.clone(width=2048, heads=16, kv_heads=8, mlp=6144),
+    "qwen3-8b": _QWEN3.clone(width=4096, depth=36, heads=32, kv_heads=8, mlp=12288, tied=False),
+    "qwen-tiny": _QWEN3.clone(
+        vocab=512, width=96, depth=3, heads=4, kv_heads=2, head_dim=32, mlp=256, max_positions=128
+    ),
 }

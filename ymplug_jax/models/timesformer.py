@@ -45,6 +45,7 @@ class Patch(nn.Module):
 
     @nn.compact
     def __call__(self, video: jax.Array) -> jax.Array:
+        """f[B, T, S, S, 3] -> f[B, T, P, D]."""
         size, dtype = self.patch_size, jnp.dtype(self.dtype)
         b, t, height, width, _ = video.shape
         kernel = self.param("kernel", nn.initializers.normal(self.std), (size, size, 3, self.width))
@@ -69,6 +70,7 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[jax.Array, jax.Array], layer_and_rate: tuple[jax.Array, jax.Array | None]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        """One block: (f[B, T, P, D], cls f[B, D]), (int32 place in the stack, drop rate or None) -> ((the same two), None)."""
         (x, cls), (layer, rate) = _by_rows(*carry), layer_and_rate
         b, t, p, d = x.shape
         normal = nn.initializers.normal(self.std)

@@ -201,10 +201,10 @@ def test_the_teacher_is_frozen_and_its_entities_come_from_the_file(data: Data, t
     params, _ = setup.fresh_params(run)
     stored = np.load(Path(data.path).parent / "entities.npz")["entity_features"]
     np.testing.assert_array_equal(params["prompter"]["entities"], stored)
-    with pytest.raises(ValueError, match=r"config.options.entities is empty"):
+    with pytest.raises(ValueError, match=r"config\.options\.entities is empty"):
         task_lib.get(experiment("alpro_pretrain", data, entities=""))
     np.savez(tmp_path / "other.npz", entity_features=stored[:2])
-    with pytest.raises(ValueError, match=r"has 2 entities of width 8; config.model.entities is 3"):
+    with pytest.raises(ValueError, match=r"has 2 entities of width 8; config\.model\.entities is 3"):
         task_lib.get(experiment("alpro_pretrain", data, entities=str(tmp_path / "other.npz")))
     np.savez(tmp_path / "index.npz", video=stored)
     with pytest.raises(ValueError, match="has no entity_features"):
@@ -298,7 +298,7 @@ def test_questions_are_answered_from_a_list(data: Data, tmp_path: Path) -> None:
     (tmp_path / "answers.txt").write_text("猫\n猫\n", encoding="utf-8")
     with pytest.raises(ValueError, match="answer '猫' stands in line 1 already"):
         task_lib.get(settings)
-    with pytest.raises(ValueError, match=r"config.options.answers nowhere.txt: No such file"):
+    with pytest.raises(ValueError, match=r"config\.options\.answers nowhere\.txt: No such file"):
         task_lib.get(experiment("alpro_classify", data, model, answers="nowhere.txt"))
 
 
@@ -395,7 +395,7 @@ def test_mistakes_name_the_setting(data: Data) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make(name, model)
-    with pytest.raises(ValueError, match=r"config.options.group is 3; it must be 2 or more and divide"):
+    with pytest.raises(ValueError, match=r"config\.options\.group is 3; it must be 2 or more and divide"):
         make("alpro_retrieve", BASE, options={"group": 3})
     sentencepiece = shards.tokenizer(Path(data.path).parent / "t.model")
     with pytest.raises(ValueError, match=r"has no \[MASK\]"):
