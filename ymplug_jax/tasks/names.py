@@ -39,9 +39,12 @@ def tasks() -> dict[str, ModuleType]:
 
 
 def scores_of(task: str) -> tuple[Score, ...]:
-    """All scores that evaluations of a task may have; none where there is no such task (a run of another version)."""
-    found = modules().get(task)
-    return tuple(getattr(importlib.import_module(found), "SCORES", ())) if found else ()
+    """All scores that evaluations of a task may have, and after them those of all others: a run may be of another version."""
+    every = {name: tuple(getattr(module, "SCORES", ())) for name, module in tasks().items()}
+    found = {score.name: score for score in every.get(task, ())}
+    for score in (score for scores in every.values() for score in scores):
+        found.setdefault(score.name, score)
+    return tuple(found.values())
 
 
 def answering(command: str) -> list[str]:
