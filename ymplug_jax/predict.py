@@ -227,7 +227,8 @@ class Reading:
         from ymplug_jax.inference import clip_stream
 
         # Answers on the same terminal show how far it is.
-        with progress.bar(total=len(files), desc="read", unit="clip", hidden=sys.stdout.isatty()) as bar:
+        bar: progress.Bar[None] = progress.bar(total=len(files), desc="read", unit="clip", hidden=sys.stdout.isatty())
+        with bar:
             for reads in clip_stream.read_all(files, size, self._processes or clip_stream.decoders()):
                 found = [record for read in reads if (record := self._record(read)) is not None]
                 self._answered += len(found)
