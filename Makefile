@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 LLM ?= gpt3
 DEMO ?= runs/demo$(patsubst %,_%,$(filter-out gpt3,$(LLM)))
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m ymplug_jax.demo --out $(DEMO) --llm $(LLM)
@@ -15,7 +15,11 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# A quick look while one works: without the tests that take longest.
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

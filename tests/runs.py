@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def free_port() -> int:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    """That of the tests (their compilation cache, how they compile) with so many devices."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 def start(*args, devices: int = 1, **options) -> subprocess.Popen:

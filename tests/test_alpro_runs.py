@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "data_prep"))
 import videos  # noqa: E402  the drawn test videos
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "--config.model.vision.image_size=16", "--config.model.vision.patch_size=8", "--config.model.vision.depth=1",
     "--config.model.vision.width=16", "--config.model.vision.heads=2", "--config.model.vision.frames=2",

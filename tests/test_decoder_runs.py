@@ -14,6 +14,8 @@ import runs
 import shards
 from ymplug_jax import main
 
+pytestmark = pytest.mark.slow
+
 SMALL = [flag for flag in runs.SMALL if ".llm." not in flag]
 LLM = ["--config.model.llm.vocab=320", "--config.model.llm.width=32", "--config.model.llm.depth=2"]
 

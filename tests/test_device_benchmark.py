@@ -41,6 +41,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_every_step_has_a_result_without_libraries_that_read_data(tmp_path: Path) -> None:
     out = tmp_path / "new" / "device.json"
     program = f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED!r}))\n"

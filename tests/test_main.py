@@ -26,6 +26,7 @@ def call(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_plan_of_the_real_model():
     """The 1.3B model is laid out and its step compiled without a byte of it allocated (the published counts, exactly)."""
     done = call("--config=configs/mplug_video/pretrain.py:1.3b", "--mode=plan")

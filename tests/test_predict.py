@@ -284,6 +284,7 @@ def test_a_full_disk_is_one_line(home: Path, capsys: pytest.CaptureFixture, monk
             full.close()  # what is buffered finds no space either
 
 
+@pytest.mark.slow
 def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     files = copies(home / "gallery", home / "videos" / "a.mp4", [f"{i:02d}.mp4" for i in range(20)])
     files[13].unlink()
@@ -582,6 +583,7 @@ def test_evaluation_writes_a_page_and_an_index(home: Path, ask: Callable) -> Non
     assert code == 0 and len(json.loads(line)["ranking"]) == 5
 
 
+@pytest.mark.slow
 def test_seeds_give_mean_and_deviation(home: Path, ask: Callable) -> None:
     data = [
         f"--config.data.path={home / 'data'}",
@@ -628,6 +630,7 @@ def test_seeds_give_mean_and_deviation(home: Path, ask: Callable) -> None:
     assert code == 2 and "no config.json here, but runs seed_42, seed_43" in line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_training_is_scored_as_it_stands(home: Path) -> None:
     data = [
         f"--config.data.path={home / 'data'}",

@@ -1,6 +1,5 @@
 """Processes on this machine that are one run, for the tests; what each reads and writes can be asked."""
 
-import os
 import subprocess
 import sys
 import time
@@ -39,9 +38,7 @@ class Group:
         port = runs.free_port()
         self.workdir, self.processes = workdir, []
         for i in range(count):
-            options = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # compiles sooner
-            env = os.environ | {
-                "XLA_FLAGS": options,
+            env = runs.environment(devices) | {
                 "TOLD": f"{workdir}.told{i}", "WORKDIR": f"{workdir}/", "PAUSE": str(pause),
                 # The same program is compiled for every start on the same topology.
                 "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

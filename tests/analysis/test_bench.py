@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +36,11 @@ runpy.run_module("ymplug_jax.main", run_name="__main__")
 
 def bench(task: str, *more: str, devices: int = 1) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", BARE, f"--config=configs/tiny/{task}.py", "--mode=bench", *more]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = runs.environment(devices)
     return subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_step_of_pretraining_on_a_bare_machine(tmp_path: Path) -> None:
     done = bench("pretrain", *runs.SMALL, "--steps=3", f"--workdir={tmp_path}", devices=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -57,6 +57,7 @@ def test_the_step_of_pretraining_on_a_bare_machine(tmp_path: Path) -> None:
     assert "step 3 of 3" in done.stderr and "MFU" in done.stderr
 
 
+@pytest.mark.slow
 def test_every_task_has_a_step_to_time() -> None:
     for task in ("caption", "retrieve"):
         done = bench(task, *runs.SMALL, "--steps=2")

@@ -219,6 +219,7 @@ def test_the_plan_counts_bytes_and_parameters() -> None:
     assert aot.model_flops(eight) == aot.model_flops(half)
 
 
+@pytest.mark.slow
 def test_a_run_in_eight_bits_resumes_and_is_scored(tmp_path: Path) -> None:
     """Checkpoints hold bfloat16; a run that goes on from one ends where it ended before, to the bit."""
     data, folder = runs.make_data(tmp_path), tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -172,7 +173,9 @@ if __name__ == "__main__":
 """
     script = Path(broken.path) / "workers.py"
     script.write_text(code)
-    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
+    # Its decoding processes import the package before the script puts it on the path.
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=env)
     assert out.returncode == 0, out.stderr
     one, three, error = (json.loads(line) for line in out.stdout.splitlines())
     want = take(broken, 4, skip_corrupt=True)

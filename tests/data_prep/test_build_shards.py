@@ -301,6 +301,7 @@ def test_too_many_rejects_publish_nothing(tmp_path: Path, root: Path):
     assert build(tmp_path / "out", csv, root, "--max_rejects", "0.5")["written"] == 1
 
 
+@pytest.mark.slow
 def test_killed_build_goes_on(tmp_path: Path, root: Path):
     """kill -9 after some partitions: they are kept as they are, and until the end no reader sees a shard."""
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [(("a.mp4", "b.mkv")[i % 2], f"第{i}个") for i in range(600)])
@@ -393,6 +394,7 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"nothing answers on port {port}")
 
 
+@pytest.mark.slow
 def test_portable_job_service_with_external_workers(tmp_path: Path, root: Path):
     """The protocol that Beam clusters speak: a job service, and a pool that starts the workers."""
     jobs, pool = free_port(), free_port()

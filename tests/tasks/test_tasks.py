@@ -87,6 +87,7 @@ def test_examples_keep_their_spec_and_the_loss_is_finite(name: str, data: Data) 
             assert values[0] == pytest.approx(values[1], rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_classification_scores_equal_the_long_way(data: Data) -> None:
     """The video and the prompt read once and 45 branches, against 45 whole rows."""
     task, params = prepared("classify", data)

@@ -41,6 +41,7 @@ def test_a_better_step_replaces_the_one_before(tmp_path: Path) -> None:
         again.offer(training_state(6), 6, 48, {"bleu4": 0.1, "clips": 3, "task": "caption"}, None)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_best_step(tmp_path: Path) -> None:
     data = runs.make_data(tmp_path)
     more = ["--config.train.eval_scores_every=4 steps", "--config.train.best=loss", "--config.train.duration=6 steps"]

@@ -63,6 +63,7 @@ def test_an_evaluation_is_neither_waiting_nor_training(tmp_path: Path, monkeypat
     assert [line["input_wait"] for line in lines] == pytest.approx([0.25, 0.25])
 
 
+@pytest.mark.slow
 def test_a_run_writes_it(tmp_path: Path):
     """With worker processes, which the feed's thread starts."""
     data = runs.make_data(tmp_path)

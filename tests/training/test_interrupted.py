@@ -15,6 +15,8 @@ import shards
 from together import Group, finished, steps
 from ymplug_jax.training import hosts
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVE = 24, 6
 
 

@@ -10,6 +10,8 @@ import runs
 import shards
 from together import Group, finished
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 SETTINGS = [f"--config.train.duration={STEPS} steps", "--config.train.save_every=12 steps", "--config.mesh.fsdp=2"]
 
@@ -53,7 +55,7 @@ def several(request: pytest.FixtureRequest) -> Group:
 
 def test_losses_and_parameters_are_those_of_one_process(one: Group, several: Group):
     def lines(group: Group, name: str) -> dict[int, float]:
-        return {line["step"]: line[name] for line in runs.writer.read_metrics(group.workdir) if name in line}
+        return {line["step"]: line[name] for line in runs.metrics.read_metrics(group.workdir) if name in line}
 
     for name in ("loss", "eval/loss", "grad_norm"):
         want, got = lines(one, name), lines(several, name)

@@ -11,6 +11,8 @@ import pytest
 
 import runs
 
+pytestmark = pytest.mark.slow
+
 END = "--config.train.duration=20 steps"
 
 
