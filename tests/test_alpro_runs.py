@@ -10,6 +10,7 @@ import pytest
 
 import runs
 import shards
+from ymplug_jax import predict
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "data_prep"))
@@ -83,20 +84,20 @@ def test_evaluations_of_what_was_fine_tuned(home: Path) -> None:
     assert found["masked_loss"] > 0 and "t2v_r1" in found
 
 
-def test_answers_about_files(home: Path) -> None:
+def test_answers_about_files(home: Path, capsys: pytest.CaptureFixture) -> None:
+    def ask(*command: str | Path) -> list[dict]:
+        capsys.readouterr()
+        assert predict.main([str(flag) for flag in (*command, "--json")]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
     (home / "videos").mkdir()
     for name in ("a.mp4", "b.mkv"):
         videos.write(home / "videos" / name)
-    done = python(
-        "ymplug_jax.predict", "classify", "--checkpoint", home / "alpro_classify", "--video", home / "videos", "--json"
-    )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    answers = ask("classify", "--checkpoint", home / "alpro_classify", "--video", home / "videos")
     assert len(answers) == 2 and all(a["class"] == a["head"] == next(iter(a["best"])) for a in answers)
     for run in ("alpro_retrieve", "one"):
-        done = python(
-            "ymplug_jax.predict", "retrieve", "--checkpoint", home / run, "--video", home / "videos", "--text", "红色", "--json"
-        )  # fmt: skip
-        assert len(json.loads(done.stdout)["ranking"]) == 2
+        (answer,) = ask("retrieve", "--checkpoint", home / run, "--video", home / "videos", "--text", "红色")
+        assert len(answer["ranking"]) == 2
 
 
 def test_mistakes_end_in_one_line(home: Path) -> None:

@@ -24,6 +24,8 @@ from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
+pytestmark = pytest.mark.slow  # libtpu compiles all steps for whichever test comes first
+
 # Widths that tell what is what by its shape: 3 layers in the decoder alone, 6 the width of embeddings alone.
 MODEL = tiny.MODEL.clone(llm=tiny.MODEL.llm.clone(depth=3))
 PAIRS = tiny.MODEL.clone(contrastive_width=6)
