@@ -34,8 +34,9 @@ class Layout(NamedTuple):
         return [size for size in self.batch if task == "pretrain" or size in ("1.3b", "2.7b")]
 
 
-# Of the sizes without a published run only pre-training on v5e has been compiled: 7.4 of 15.75 GiB a chip with Qwen2.5-1.5B.
-NEW = {"qwen2.5-1.5b": 24}
+# Of the sizes without a published run only pre-training on v5e has been compiled: 7.4 of 15.75 GiB a chip with Qwen2.5-1.5B, 7.9
+# with BLOOMZ-1B7.
+NEW = {"qwen2.5-1.5b": 24, "bloomz-1b7": 24}
 NEW_WHOLE = tuple(f"pretrain {size}" for size in NEW)
 SLICES = {
     "v5e-16": Layout(
