@@ -34,7 +34,7 @@ from benchmarks.device_report import Report  # noqa: E402
 from benchmarks.device_sizes import SIZES, Size  # noqa: E402
 from ymplug_jax.analysis import aot, bench  # noqa: E402
 
-# Seconds of each step, in the order of the steps.
+# Seconds of each step, in the order of the steps; more or less with another `--limit`.
 BUDGETS = {
     "attention": 60, "build": 90, "train": 50, "compiled": 120, "mfu": 15, "captions": 90, "memory": 5, "profile": 30
 }  # fmt: skip
@@ -280,12 +280,17 @@ def main(argv: list[str] | None = None, began: float = BEGAN) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, help="rows of a training step")
     parser.add_argument("--no_compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, help="seconds after which no step goes on (default: %(default)s)"
+        "--limit",
+        type=float,
+        default=LIMIT,
+        help="seconds of all; budgets of the steps are shares of it (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     steps = [step.strip() for step in arguments.steps.split(",")]
     if unknown := [step for step in steps if step not in BUDGETS]:
         parser.error(f"--steps: no step named {unknown[0]!r}; there are {', '.join(BUDGETS)}")
+    if not arguments.limit > 0:
+        parser.error(f"--limit {arguments.limit}: give more than 0 seconds")
     if arguments.batch is not None and arguments.batch < 1:
         parser.error(f"--batch {arguments.batch}: give 1 or more")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +310,7 @@ def main(argv: list[str] | None = None, began: float = BEGAN) -> dict[str, Any]:
     with report.watch():
         for step, run in runs.items():
             if step in steps or (step == "build" and NEED_BUILD & set(steps)):
-                report.run(step, BUDGETS[step], run)
+                report.run(step, BUDGETS[step] * arguments.limit / LIMIT, run)
                 gc.collect()
                 if work.torch_device == "cuda":
                     torch.cuda.empty_cache()
