@@ -87,7 +87,7 @@ def test_a_run_goes_on_by_its_folder_alone(trained: tuple[Path, list[str]], tmp_
     assert kept["train"]["batch_size"] == 8
 
 
-@pytest.mark.parametrize("place", ["_accepted", "_run"])
+@pytest.mark.parametrize("place", ["_accepted", "_result_of"])
 def test_ctrl_c_is_no_traceback(
     place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -191,3 +192,54 @@ def test_a_conversion_is_not_trained_in(folder: Path):
         run_folder.check_no_conversion("given")
     run_folder.check(experiment(), "given")  # it can be evaluated
     run_folder.check_no_conversion("run")
+
+
+def decoder(folder: str, **settings: object) -> None:
+    """A run in `folder` whose language model has these settings."""
+    run_folder.write(experiment(model=llm(**settings)), folder)
+    Path(folder, "checkpoints", "converted").mkdir(parents=True)
+    Path(folder, "checkpoints", "converted", "_METADATA").write_text("{}")
+
+
+def llm(**settings: object) -> dict:
+    same = {"kind": "qwen", "vocab": 64, "width": 8, "depth": 2, "rope_theta": 1e6, "tied": True, "lora_rank": 0}
+    return {"llm": same | settings}
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "message"),
+    [
+        (
+            {"rope_theta": 1e4},
+            {},
+            "its language model has rope_theta 10000.0, config.model.llm.rope_theta is 1000000.0",
+        ),
+        ({"tied": False}, {}, "its language model has tied False, config.model.llm.tied is True"),
+        ({"lora_rank": 4}, {}, "its language model has lora_rank 4, config.model.llm.lora_rank is 0"),
+        ({"kind": "bloom"}, {}, "its language model has kind 'bloom', config.model.llm.kind is 'qwen'"),
+    ],
+)
+def test_a_decoder_that_computes_something_else(folder: Path, stored: dict, wanted: dict, message: str):
+    """Shapes and names of these parameters are the same, or more than is wanted."""
+    decoder("before", **stored)
+    with pytest.raises(Mistake, match=re.escape(message)):
+        run_folder.check_init_from(experiment(model=llm(**wanted), init_from="llm=before"))
+
+
+@pytest.mark.parametrize("stored", [{}, {"remat": "full"}, {"max_positions": 9}, {"vocab": 65, "rope_theta": 1e4}])
+def test_a_decoder_that_computes_the_same(folder: Path, stored: dict):
+    """Another vocabulary shows in the shapes, which are compared later."""
+    decoder("before", **stored)
+    run_folder.check_init_from(experiment(model=llm(remat="none", max_positions=7), init_from="llm=before"))
+
+
+def test_the_decoder_of_a_conversion(folder: Path):
+    Path("converted", "checkpoints", "converted").mkdir(parents=True)
+    Path("converted", "checkpoints", "converted", "_METADATA").write_text("{}")
+    record = {"sizes": {"llm": llm(rope_theta=1e4)["llm"]}}
+    Path("converted", "conversion.json").write_text(json.dumps(record))
+    with pytest.raises(Mistake, match=r"has rope_theta 10000\.0"):
+        run_folder.check_init_from(experiment(model=llm(), init_from="llm=converted"))
+    Path("converted", "conversion.json").write_text('{"sizes": ')
+    with pytest.raises(Mistake, match=r"conversion\.json: damaged; convert again"):
+        run_folder.check_init_from(experiment(model=llm(), init_from="llm=converted"))

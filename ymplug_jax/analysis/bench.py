@@ -66,6 +66,7 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
             Path(workdir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Mistake(f"--workdir {workdir}: {error.strerror or error}; choose another folder") from None
+    run = step_lib.with_checked_kernels(run)
     begin = time.perf_counter()
     compiled = step_lib.compile_step(run)
     compile_seconds = time.perf_counter() - begin

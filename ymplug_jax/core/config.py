@@ -121,7 +121,7 @@ class Train:
 class Experiment:
     """Every setting of a run: its task, the model, and the groups above."""
 
-    task: str  # a file of ymplug_jax/tasks
+    task: str  # name of a task, see ymplug_jax/tasks/names.py
     model: Model  # the task's model, see ymplug_jax/models: a linen module in a config file, a dict of its fields afterwards
     data: Data = Data()
     optim: Optim = Optim()

@@ -71,7 +71,9 @@ class Predictor:
                 params = evaluate.load(self._run, self.folder)
             except (checkpoint_files.CheckpointError, FileNotFoundError) as error:
                 raise Mistake(f"{self.folder}: {error}") from None
-            self._ready = params, jax.jit(self._predict).lower(params, self._batch([blank("")])).compile()
+            with self._run.tracing():
+                made = jax.jit(self._predict).lower(params, self._batch([blank("")])).compile()
+            self._ready = params, made
         return self._ready
 
     def _predict(self, params: Params, batch: Batch) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
 """Whether the kernels that a program uses compute on this device what plain XLA computes.
 
 The kernels are compiled by another compiler than everything else, and a fault of theirs need not be an error: it may be numbers
-that are off. So each one is compared before a run depends on it.
+that are off. So each one is compared before a training step or an evaluation depends on it.
 """
 
 import logging
@@ -57,8 +57,8 @@ def difference(use: Use) -> Difference:
     exact = _values(plain, [x.astype(jnp.float32) for x in arrays])
     try:
         made = _values(fused, arrays)
-    except jax.errors.JaxRuntimeError as error:  # the kernel's compiler refuses it
-        logging.warning("kernel %s, %s: %s", use.kernel, use.text(), str(error).splitlines()[0])
+    except Exception as error:  # a kernel's compiler refuses it, each in a way of its own
+        logging.warning("kernel %s, %s: %s", use.kernel, use.text(), (str(error).splitlines() or [repr(error)])[0])
         return Difference(float("inf"), float("inf"))
     errors = [_error(x, y) for x, y in zip(made, exact, strict=True)]
     return Difference(errors[0], max(errors[1:]))

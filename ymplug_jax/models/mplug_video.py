@@ -152,7 +152,7 @@ class MPLUGVideo(nn.Module):
         Args:
           image_query: f[B, Q, D].
           text_hidden: f[B, L, H] of the text-only pass.
-          mask: int or bool[B, L]; the text is the state at its last token, sum(mask) - 1.
+          mask: int or bool[B, L]; the text is the state at its last token.
 
         Returns:
           video: f32[B, Q, E]; text: f32[B, E]; temperature: f32 scalar.

@@ -1,4 +1,4 @@
-"""What a task is: one record of functions that binds a model to data. The file name of a task is its name in a config.
+"""What a task is: one record of functions that binds a model to data. `names.py` says how a task is called in a config.
 
 A task's file holds `make`, which builds the record; and where there are any, `Options` (its settings, see options.py), `SCORES` (all
 that its evaluations may have, see presentation.py) and `ANSWERS` (the commands of `ymplug_jax.predict` that its runs answer).
@@ -20,7 +20,7 @@ from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.sharding import AxisRules
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record, Split
-from ymplug_jax.models import language_models
+from ymplug_jax.models import language_models, layers
 from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.tasks import names
 from ymplug_jax.tasks.kept_rows import KeptRows
@@ -166,7 +166,7 @@ def _decoder(settings: Any, where: str) -> LanguageModel:
     if not isinstance(settings, Mapping):
         raise Mistake(f"{where}: {settings!r} are no settings of a language model")
     kinds, kind = language_models.KINDS, settings.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise Mistake(f"{where}.kind is {kind!r}; there are {', '.join(kinds)}")
     return build(kinds[kind], {name: value for name, value in settings.items() if name != "kind"}, where)
 
@@ -183,6 +183,8 @@ def _check_sizes(module: nn.Module, where: str) -> None:
             continue
         if field.name == "dtype" and value not in DTYPES:
             raise Mistake(f"{name} is {value!r}; there are {', '.join(DTYPES)}")
+        if field.name == "remat" and value not in ("none", *layers.REMAT):
+            raise Mistake(f"{name} is {value!r}; there are none, {', '.join(layers.REMAT)}")
         if field.name in SHARES and not 0 <= value < 1:
             raise Mistake(f"{name}: {value!r} is no share; give 0 or more, and less than 1")
         if field.name in ABOVE_ZERO and value <= 0:

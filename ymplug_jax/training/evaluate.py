@@ -60,6 +60,17 @@ class Scorer:
         self._run = run
         self._loss_step = make_loss_step(run)
         self._predict = _predictor(run) if run.task.predict else None
+        self._compared = False
+
+    def _compare_kernels(self, trainable: Params, frozen: Params, batch: Batch) -> None:
+        """Leave out the kernels of the predictions that differ from plain XLA; their rows have padding, those of training none."""
+        self._compared = True
+        checked = step_lib.with_checked_kernels(
+            self._run, lambda run: _traced(_predictor(run), run, trainable, frozen, batch)
+        )
+        if checked.kernels_off != self._run.kernels_off:
+            self._run, self._predict = checked, _predictor(checked)
+            self._loss_step = make_loss_step(checked)
 
     def score(
         self, records: Split, trainable: Params, frozen: Params, examples: int, step: int
@@ -83,9 +94,13 @@ class Scorer:
         rows: list[Row] = []
         kept = KeptRows(run.mesh, -(-_size(records, examples) // experiment.train.batch_size))
         for batch, start in _batches(run, records, examples, f"evaluate {split}"):
-            found.append((start, self._loss_step(trainable, frozen, batch)))
+            if self._predict and not self._compared:
+                self._compare_kernels(trainable, frozen, batch)
+            with self._run.tracing():
+                found.append((start, self._loss_step(trainable, frozen, batch)))
             if self._predict:
-                predicted, large, odd = self._predict(trainable, frozen, batch)
+                with self._run.tracing():
+                    predicted, large, odd = self._predict(trainable, frozen, batch)
                 _check_kept(_rows(jax.device_get(odd), start), records)
                 kept.put(start // experiment.train.batch_size, large)
                 rows += _checked(_rows(jax.device_get(predicted), start), records)
@@ -94,7 +109,7 @@ class Scorer:
             raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record to score; build it again")
         report = Report({}, [])
         if run.task.rescore:
-            with run.tracing():
+            with self._run.tracing():
                 rows = run.task.rescore(state_lib.merge(trainable, frozen), rows, kept)
         if run.task.score:
             report = run.task.score(rows, records)
@@ -110,6 +125,13 @@ class Scorer:
             scores["note"] = "; ".join(filter(None, (scores.get("note"), note)))
         _check_written(scores, report, records)
         return scores, report
+
+
+def _traced(
+    step: Callable[[Params, Params, Batch], object], run: Run, trainable: Params, frozen: Params, batch: Batch
+) -> None:
+    with run.tracing():
+        jax.eval_shape(step, trainable, frozen, batch)
 
 
 def _predictor(run: Run) -> Callable[[Params, Params, Batch], tuple[Arrays, Arrays, Arrays]]:

@@ -175,7 +175,8 @@ def check_init_from(experiment: Experiment) -> None:
     Parts below "vision" know no words; what else is taken is compared, unless config.train.other_tokenizer is set.
 
     Raises:
-      Mistake: a folder that is missing or holds no checkpoint, or whose run has another tokenizer.
+      Mistake: a folder that is missing or holds no checkpoint, or whose run has another tokenizer or a language model that
+        computes something else from the same parameters.
     """
     given = experiment.data.tokenizer
     for subtree, _, name in checkpoint_files.sources(experiment.train.init_from):
@@ -189,6 +190,8 @@ def check_init_from(experiment: Experiment) -> None:
             raise Mistake(
                 f"config.train.init_from: {name}: no checkpoint here; give the --workdir of a run or the --out of a conversion"
             )
+        if subtree in ("", "llm"):
+            _check_decoder(experiment, folder, name)
         if experiment.train.other_tokenizer or subtree.split("/")[0] == "vision" or not given:
             continue
         old = read_settings(folder) if (folder / CONFIG).exists() else None
@@ -203,6 +206,42 @@ def check_init_from(experiment: Experiment) -> None:
             raise Mistake(
                 f"config.train.init_from: {name} was trained with config.data.lower_case={old.data.lower_case}; set it so, {fix}"
             )
+
+
+# Settings of a decoder that a run may choose anew; of the others, sizes show in the shapes of the parameters.
+FREE = ("dtype", "remat", "dropout", "max_positions")
+
+
+def _check_decoder(experiment: Experiment, folder: epath.Path, name: str) -> None:
+    """Whether the language model of a folder is that of the settings in what no shape tells, such as the base of rotary positions.
+
+    Raises:
+      Mistake: it is another one.
+    """
+    after = config.settings_of(experiment.model).get("llm")
+    before = _decoder_in(folder)
+    if not after or any(before.get(size) != after.get(size) for size in ("vocab", "width", "depth")):
+        return  # the shapes say so, and a conversion without a language model has a stand-in
+    for setting in before.keys() & after.keys() - set(FREE):
+        old, new = before[setting], after[setting]
+        dropped = setting == "lora_rank" and old and not new  # adapters that the run would leave out
+        if dropped or (old != new and (isinstance(old, bool | str) or not isinstance(old, int))):
+            raise Mistake(
+                f"config.train.init_from: {name}: its language model has {setting} {old!r}, config.model.llm.{setting} is "
+                f"{new!r}; set it so, or give another folder"
+            )
+
+
+def _decoder_in(folder: epath.Path) -> dict[str, Any]:
+    """Settings of the language model of a run or a conversion; empty where nothing says them."""
+    if (folder / CONFIG).exists():
+        return dict(config.settings_of(read_settings(folder).model).get("llm") or {})
+    record = folder / "conversion.json"
+    try:
+        sizes = list(json.loads(record.read_text(encoding="utf-8"))["sizes"].values()) if record.exists() else []
+        return dict(sizes[0].get("llm", sizes[0])) if len(sizes) == 1 else {}
+    except (ValueError, KeyError, AttributeError):
+        raise Mistake(f"{record}: damaged; convert again") from None
 
 
 def kept_tokenizer(workdir: str | epath.Path, experiment: Experiment | None = None) -> epath.Path | None:

@@ -109,16 +109,20 @@ def trace_step(run: Run) -> jax.stages.Traced:
         return jitted.trace(run.state, run.held, setup.abstract_batch(run), key)
 
 
-def with_checked_kernels(run: Run) -> Run:
+def with_checked_kernels(run: Run, trace: Callable[[Run], object] | None = None) -> Run:
     """The run without the kernels that do not compute on its devices what plain XLA computes; one line of log for each use.
 
     All processes turn off the same ones. Nothing happens where no kernel is used, as on CPU.
+
+    Args:
+      run: made ready.
+      trace: traces the program whose kernels are compared; None: the training step.
     """
     with run.tracing():
         if not any(kernels.uses(name) for name in kernels.KERNELS):
             return run
     with kernels.recording() as uses:
-        trace_step(run)
+        (trace or trace_step)(run)
     off = kernel_check.differing(uses)
     if uses and jax.process_count() > 1:
         names = sorted(kernels.KERNELS)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
@@ -36,7 +37,9 @@ def make(experiment: Experiment) -> Task:
     """The task for `experiment.model` = {"llm": fields of a decoder}."""
     data = experiment.data
     model: LanguageModel = build(LanguageModel, experiment.model)
-    length = data.max_tokens
+    length, limit = data.max_tokens, model.llm.max_positions
+    if limit is not None and length > limit:
+        raise Mistake(f"config.data.max_tokens: {length} exceed config.model.llm.max_positions {limit}; lower it")
     tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
