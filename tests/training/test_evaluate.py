@@ -1,5 +1,6 @@
 """What an evaluation writes and what it refuses, with a task of a few lines in place of a model."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from ymplug_jax.tasks import kept_rows
 from ymplug_jax.tasks.presentation import Page
 from ymplug_jax.tasks.task import Report
 from ymplug_jax.training import evaluate
+from ymplug_jax.training.setup import Run
 
 SHARDS = (10,)
 
@@ -27,7 +29,7 @@ def number_of(record) -> np.ndarray:
     return np.float32(record.media_id.removeprefix("videos/").removesuffix(".mp4"))
 
 
-def run_of(path: Path, loss=None, score=None, **more) -> SimpleNamespace:
+def run_of(path: Path, loss=None, score=None, **more) -> Run:
     """A run whose examples are numbers: predictions are the numbers, the loss is their mean."""
 
     def mean(params, batch, key):
@@ -52,7 +54,7 @@ def run_of(path: Path, loss=None, score=None, **more) -> SimpleNamespace:
         train=Train(batch_size=4, frozen_dtype="float32"),
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return SimpleNamespace(task=task, experiment=experiment, mesh=mesh, frozen_patterns=())
+    return Run(experiment, task, mesh, (), None, None, 0, 0, 0, None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_what_is_kept_stays_on_the_devices_and_must_be_finite(folder: Path, tmp_
 
     score = lambda rows, records: Report({}, [{"index": 0, "y": rows[0]["y"].tolist()}])  # noqa: E731
     run = run_of(folder, score=score, predict=predict, rescore=rescore, kept=("large",))
-    run.mesh = sharding.make_mesh(fsdp=4, devices=jax.devices()[:4])
+    run = dataclasses.replace(run, mesh=sharding.make_mesh(fsdp=4, devices=jax.devices()[:4]))
     scores_of(run, tmp_path / "run", monkeypatch)
     (line,) = (tmp_path / "run" / "eval" / "validation" / "predictions.jsonl").read_text().splitlines()
     assert json.loads(line)["y"] == [[[7.0] * 3, [0.0] * 3], [[9.0] * 3] * 2]

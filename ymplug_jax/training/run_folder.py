@@ -208,11 +208,7 @@ def check_init_from(experiment: Experiment) -> None:
             )
 
 
-# Settings of a decoder that a run may choose anew; of the others, sizes show in the shapes of the parameters.
-FREE = ("dtype", "remat", "dropout", "max_positions")
-
-
-def _check_decoder(experiment: Experiment, folder: epath.Path, name: str) -> None:
+def _check_decoder(experiment: Experiment, folder: epath.Path, given: str) -> None:
     """Whether the language model of a folder is that of the settings in what no shape tells, such as the base of rotary positions.
 
     Raises:
@@ -220,14 +216,15 @@ def _check_decoder(experiment: Experiment, folder: epath.Path, name: str) -> Non
     """
     after = config.settings_of(experiment.model).get("llm")
     before = _decoder_in(folder)
-    if not after or any(before.get(size) != after.get(size) for size in ("vocab", "width", "depth")):
+    if not after or any(before.get(name) != after.get(name) for name in ("vocab", "width", "depth")):
         return  # the shapes say so, and a conversion without a language model has a stand-in
-    for setting in before.keys() & after.keys() - set(FREE):
+    for setting in sorted(before.keys() & after.keys() - {*FREE, "max_positions"}):
         old, new = before[setting], after[setting]
         dropped = setting == "lora_rank" and old and not new  # adapters that the run would leave out
-        if dropped or (old != new and (isinstance(old, bool | str) or not isinstance(old, int))):
+        size = isinstance(old, int) and not isinstance(old, bool)
+        if dropped or (old != new and not size):
             raise Mistake(
-                f"config.train.init_from: {name}: its language model has {setting} {old!r}, config.model.llm.{setting} is "
+                f"config.train.init_from: {given}: its language model has {setting} {old!r}, config.model.llm.{setting} is "
                 f"{new!r}; set it so, or give another folder"
             )
 
