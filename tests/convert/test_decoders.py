@@ -10,10 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_sources import BLOOM, QWEN2, QWEN3, run
 
+import trees
 from benchmarks import torch_sources
 from ymplug_jax.convert.hub_config import HubConfig
 from ymplug_jax.convert.plan import map_of
-from ymplug_jax.core import checkpoint, config
+from ymplug_jax.core import config
 from ymplug_jax.models import language_models
 
 FULL = {
@@ -142,7 +143,7 @@ def test_a_tied_head_that_is_there_must_be_the_embedding(
     (source / "model.safetensors").unlink()
     save_file(tensors, source / "model.safetensors")
     run("--model", "qwen", "--source", source, "--out", tmp_path / "out")
-    assert "head/kernel" not in " ".join(checkpoint.stored_params(str(tmp_path / "out")))
+    assert "head/kernel" not in " ".join(trees.stored_params(str(tmp_path / "out")))
     run("--model", "qwen", "--source", tmp_path / "out", "--out", tmp_path / "back", "--to", "torch")
     assert load_file(tmp_path / "back" / "model.safetensors").keys() == tensors.keys()
     tensors["lm_head.weight"][3] += 1
