@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import unflatten_dict
 from safetensors.torch import load_file, save_file
 
 import trees
@@ -154,7 +155,7 @@ def test_a_conversion_loads_on_any_mesh(tmp_path: Path) -> None:
         spec = jax.sharding.PartitionSpec(*axes)
         return jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    like = rules.unflatten_dict({path: place(path, leaf) for path, leaf in stored.items()}, sep="/")
+    like = unflatten_dict({path: place(path, leaf) for path, leaf in stored.items()}, sep="/")
     kernel = checkpoint.load_params(str(tmp_path / "out"), like)["llm/blocks/attn/q/kernel"]
     assert len(kernel.addressable_shards) == 8 and kernel.addressable_shards[0].data.shape == (3, 32, 1, 16)
     fused = load_file(files[0])["transformer.h.2.self_attention.query_key_value.weight"].numpy()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import unflatten_dict
 from safetensors.torch import save_file
 
 import trees
@@ -121,7 +122,7 @@ def converted(folder: Path, wish: to_orbax.Wish, source: Path, like: dict) -> di
     to_orbax.to_orbax("bloom", [source], folder, wish)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), {"llm": like})
-    return rules.unflatten_dict(checkpoint.load_params(str(folder), like), sep="/")["llm"]
+    return unflatten_dict(checkpoint.load_params(str(folder), like), sep="/")["llm"]
 
 
 def test_lora(read, tmp_path: Path) -> None:
