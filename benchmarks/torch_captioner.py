@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TimesformerConfig, TimesformerModel
 from transformers.models.timesformer import modeling_timesformer
 
+from ymplug_jax.data import transforms
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.tasks.common import preprocess
 
 MODELS = {
     "small": MPLUGVideo(
@@ -86,7 +86,7 @@ class Captioner(nn.Module):
             )
         )  # fmt: skip
         self.llm.requires_grad_(False)
-        for name, values in (("mean", preprocess.MEAN), ("std", preprocess.STD)):
+        for name, values in (("mean", transforms.CLIP_MEAN), ("std", transforms.CLIP_STD)):
             self.register_buffer(name, torch.tensor(values), persistent=False)
         self.tuned = False
         with torch.no_grad():  # the tables start as zeros, which would hide a wrong place
