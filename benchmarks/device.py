@@ -2,7 +2,7 @@
 
 In this order, each result printed and written at once: fused attention against plain XLA, the pre-training step of the 1.3B
 model against PyTorch, MFU, captions against Hugging Face's `generate`, peak memory, and a profile of our step. A step that
-fails, or runs out of its time, is one line of the report, and the next one follows. Under 8 minutes in all.
+fails, or runs out of its time, is one line of the report, and the next one follows. The limit of the whole is 465 s (`--limit`).
 
 The machine needs Python 3.12, jax with its plugin, flax, optax, etils, torch and transformers (README.md, "How fast is it here");
 grain, TFDS, TensorFlow and ml_collections are not imported. `--size small` is for a try on a CPU.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from ymplug_jax.core import exits, sharding
 from ymplug_jax.core.config import Data, Experiment, Train
 from ymplug_jax.core.metrics import Mean
 from ymplug_jax.data.records import Records
+from ymplug_jax.models import kernels
 from ymplug_jax.tasks import kept_rows
 from ymplug_jax.tasks.presentation import Page
 from ymplug_jax.tasks.task import Report
@@ -172,3 +174,28 @@ def test_an_empty_split_is_refused(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="split 'validation' has no records"):
         scores_of(run_of(empty), tmp_path, monkeypatch)
     assert not (tmp_path / "eval").exists()
+
+
+def test_kernels_that_differ_are_left_out_of_an_evaluation(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The comparison traces the predictions, once; what it turns off stays off in every later pass."""
+    traced, told = [], []
+
+    def predict(params, batch):
+        traced.append(kernels.uses("tpu_rows"))
+        return {"y": batch["x"], "valid": batch["valid"]}
+
+    def check(run: Run, trace: Callable[[Run], object] | None = None) -> Run:
+        if trace is None:  # of the training step
+            return run
+        trace(run)
+        told.append(len(traced))
+        return dataclasses.replace(run, kernels_off=frozenset(kernels.KERNELS))
+
+    monkeypatch.setattr(sharding, "computes_on", lambda name: True)
+    monkeypatch.setattr(evaluate.step_lib, "with_checked_kernels", check)
+    run = run_of(folder, predict=predict)
+    scorer, records = evaluate.Scorer(run), Records(str(folder), "validation")
+    for _ in range(2):
+        scores, _ = scorer.score(records, {"w": jnp.float32(1)}, {}, 0, 1)
+        assert scores["examples"] == 10
+    assert told == [1] and traced == [True, False], "compared once, then compiled once without them"
