@@ -113,7 +113,7 @@ def test_columns_hold_far_positions_in_half_precision() -> None:
 
 def test_what_does_not_fit_together_is_refused() -> None:
     q = jnp.zeros((1, 4, 3, 8))
-    with pytest.raises(ValueError, match="3 query heads are no multiple of 2"):
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
         attention.attend(q, q[:, :, :2], q[:, :, :2])
-    with pytest.raises(ValueError, match="come together"):
+    with pytest.raises(ValueError, match="give both or neither"):
         attention.attend(q, q, q, slopes=jnp.ones(3))

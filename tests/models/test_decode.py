@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_refused(params: dict) -> None:
     with pytest.raises(ValueError, match="need 33 positions, the model has 32"):
         decode.greedy(LM, params, *prompt, new_tokens=30, eos=0)
     for lm in (LM, LMS["qwen"]):
-        with pytest.raises(ValueError, match=r"need 33 positions, the model has 32 \(max_positions\)"):
+        with pytest.raises(ValueError, match=r"max_positions: .*need 33 positions, the model has 32"):
             jax.eval_shape(lambda x, lm=lm: lm.init(jax.random.key(0), x), np.zeros((1, 33, 32)))
     for lm in (LMS["bloom"], LMS["qwen"].clone(max_positions=None)):
         jax.eval_shape(lambda x, lm=lm: lm.init(jax.random.key(0), x), np.zeros((1, 9999, 32)))
