@@ -30,13 +30,13 @@ class Use(NamedTuple):
     """One use of a kernel by a program, up to the batch size."""
 
     kernel: str
-    length: int  # L; T of frames
-    keys: int  # S; P of frames
-    heads: int  # N
-    groups: int  # K
-    width: int  # H
-    dtype: str
-    causal: bool = False
+    length: int  # number of queries L; for frames T
+    keys: int  # number of keys S; for frames P
+    heads: int  # number of query heads N
+    groups: int  # number of key/value heads K
+    width: int  # size of a head H
+    dtype: str  # type of q, k and v
+    causal: bool = False  # with a causal mask
     masked: bool = False  # with a padding mask
     alibi: bool = False  # with ALiBi
 

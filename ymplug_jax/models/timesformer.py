@@ -140,9 +140,8 @@ class TimeSformer(nn.Module):
     clip: bool = True  # CLIP's form: a LayerNorm before the blocks and no bias in the patch projection.
     drop_path: float = 0.0  # Rate of stochastic depth in the last block; it grows linearly from 0 in the first.
     std: float = 0.015  # Standard deviation of the initial weights; the reference's value, meant for a width of 768.
-    # Standard deviation of the initial position and time tables; 0 is the reference's start, which suits a tower that
-    # starts from image weights: positions like every weight, times at zero.
-    table_std: float = 0.0
+    # The reference starts positions like every weight and times at 0, which suits a tower with image weights only.
+    table_std: float = 0.0  # Standard deviation of the initial position and time tables; 0 keeps the reference's start.
     remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; parameters and norms stay float32.
 
