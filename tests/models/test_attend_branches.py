@@ -1,4 +1,4 @@
-"""Attention of branches to a shared past against plain attention on each branch's own keys, in NumPy."""
+"""Attention of branches to a shared past equals plain NumPy attention on each branch's keys."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from ymplug_jax.models import attention
 
 
 def by_hand(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """One query f[N, H] on keys and values f[S, K, H], bool[S], f[N, S] -> f[N, H]."""
+    """Attention of one query f[N, H] to keys and values f[S, K, H], with mask bool[S] and bias f[N, S] -> f[N, H]."""
     n, h = q.shape
     out = np.zeros_like(q)
     for head in range(n):

@@ -1,4 +1,4 @@
-"""Attention against independent computations."""
+"""`attention.attend` equals independent computations."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_attention_agrees_with_jax() -> None:
     np.testing.assert_allclose(attention.attend(q, k, v, mask=mask), expected, atol=1e-6)
 
 
-def test_causal_attention_does_not_see_what_follows() -> None:
+def test_causal_attention_does_not_see_later_keys() -> None:
     q, k, v = qkv(0, 2, 6, 6, 2, 4)
     out = attention.attend(q, k, v, causal=True)
     np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
@@ -39,7 +39,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean() -> None:
     v = np.ones((1, 8, heads, 2), np.float32)
     out = attention.attend(q, k, v, dropout=0.25, key=jax.random.key(0))
     assert abs(out.mean() - 1) < 0.02
-    kept = np.asarray(out) * 8 * 0.75  # how many of 8 equal keys stayed
+    kept = np.asarray(out) * 8 * 0.75  # number of kept keys out of 8 equal ones
     np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
     assert abs(kept.mean() / 8 - 0.75) < 0.02
     np.testing.assert_allclose(attention.attend(q, k, v, dropout=0.25), v, rtol=1e-6)  # no key: no dropout
@@ -48,7 +48,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean() -> None:
 def by_hand(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, seen: np.ndarray, slopes: np.ndarray, at: np.ndarray
 ) -> np.ndarray:
-    """Attention in float64, one query of one head at a time. A query that sees nothing gets the mean of all values."""
+    """Attention in float64, one query and one head at a time. A query that sees no key gets the mean of all values."""
     out = np.zeros(q.shape)
     for b, i, n in np.ndindex(q.shape[:3]):
         group = n // (q.shape[2] // k.shape[2])
@@ -64,7 +64,7 @@ def by_hand(
 
 
 def padded(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(seen bool[B, L], positions int[B, L]): padding on the left, on the right, in between, and a row of nothing else."""
+    """Key mask bool[B, L] and positions int[B, L]: rows padded left, right and in the middle, and an all-padding row."""
     seen = np.ones((batch, length), bool)
     seen[0, :3], seen[1, -2:], seen[2, 2:4], seen[3] = False, False, False, False
     return seen, np.where(seen, seen.cumsum(axis=1) - 1, 0)
@@ -72,7 +72,7 @@ def padded(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_groups_padding_and_alibi_are_those_by_hand(causal: bool, groups: int) -> None:
+def test_groups_padding_and_alibi_equal_float64_loops(causal: bool, groups: int) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(4, 9, n, 8)).astype(np.float32) for n in (4, groups, groups))
     seen, at = padded(4, 9)
@@ -99,8 +99,8 @@ def test_columns_have_the_gradients_of_plain_attention() -> None:
         np.testing.assert_allclose(made, right, atol=1e-4)
 
 
-def test_columns_hold_far_positions_in_half_precision() -> None:
-    """Slope and position are exact to float32 where both operands are bfloat16: rounded ones would shift logits by units."""
+def test_columns_represent_far_positions_in_half_precision() -> None:
+    """With bfloat16 operands slope times position stays exact to float32; rounding them would shift logits by whole units."""
     positions = jnp.asarray([[*range(2040, 2047), 65535]])
     q, k = jnp.zeros((1, 8, 1, 8), jnp.bfloat16), jnp.zeros((1, 8, 1, 8), jnp.bfloat16)
     v = jnp.eye(8, dtype=jnp.bfloat16)[None, :, None]
@@ -111,9 +111,9 @@ def test_columns_hold_far_positions_in_half_precision() -> None:
     np.testing.assert_allclose(made.astype(jnp.float32), [*(weights / weights.sum()), 0], atol=0.004)
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_inconsistent_inputs_raise() -> None:
     q = jnp.zeros((1, 4, 3, 8))
-    with pytest.raises(ValueError, match="3 query heads are no multiple of 2"):
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
         attention.attend(q, q[:, :, :2], q[:, :, :2])
-    with pytest.raises(ValueError, match="come together"):
+    with pytest.raises(ValueError, match="give both or neither"):
         attention.attend(q, q, q, slopes=jnp.ones(3))

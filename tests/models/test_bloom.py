@@ -1,4 +1,4 @@
-"""BLOOM against the Hugging Face class, with random parameters of a tiny size and padding on either side."""
+"""BLOOM equals the Hugging Face class, with random parameters of a tiny size and padding on either side."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from ymplug_jax.models.bloom import Bloom
 
 
 class Model(torch.nn.Module):
-    """BloomForCausalLM takes no positions: it counts them from the mask."""
+    """BloomForCausalLM without the argument `position_ids`, since it counts positions from the mask."""
 
     def __init__(self, inner: transformers.BloomForCausalLM) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ def hugging_face(lm: Bloom, params: dict) -> Model:
     return Model(model.eval())
 
 
-@pytest.mark.parametrize("heads", [4, 6])  # six: no power of two, so that the slopes are of two series
-def test_outputs_and_gradients_are_those_of_hugging_face(heads: int) -> None:
+@pytest.mark.parametrize("heads", [4, 6])  # 6 is not a power of two, so the slopes come from two series
+def test_outputs_and_gradients_equal_hugging_face(heads: int) -> None:
     lm, rng = Bloom(vocab=53, width=48, depth=2, heads=heads), np.random.default_rng(1)
     params = params_of(lm)
     model = hugging_face(lm, params)
@@ -56,7 +56,7 @@ def test_outputs_and_gradients_are_those_of_hugging_face(heads: int) -> None:
             model.inner.get_input_embeddings()(torch.tensor(ids))
         )
     agree(np.asarray(lm.apply({"params": params}, ids, method="embed")), tokens.numpy(), OUTPUT)
-    # Hugging Face normalises whatever is fed; here a visual vector is fed as it is, as in the chat model.
+    # Hugging Face normalises all inputs. Ours leaves visual vectors unnormalised, so the norm is removed there.
     model.inner.transformer.word_embeddings_layernorm = torch.nn.Identity()
     embeds, weigh = rng.normal(size=(3, 9, 48)).astype(np.float32), rng.normal(size=(3, 9, 53)).astype(np.float32)
     for kind in ("none", "left", "right") if heads == 4 else ("left", "right"):

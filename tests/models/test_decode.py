@@ -1,4 +1,4 @@
-"""Generation with a cache against computing everything again for each token, on every decoder."""
+"""Generation with a cache equals recomputing the whole sequence for each token, for every decoder."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ LMS = {
     ),
 }
 LM = LMS["gpt3"]
-ROOM = 24  # positions of the uncached pass
+ROOM = 24  # length of the uncached pass
 PLACES = ("start", "middle", "end")  # of the media in a prompt
 
 
@@ -44,7 +44,7 @@ def params_of(name: str) -> dict:
 
     def value(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         kind = path[-1].key
-        spread = {"scale": 0.1, "bias": 0.1}.get(kind, 0.5)  # lively enough for the tokens to differ
+        spread = {"scale": 0.1, "bias": 0.1}.get(kind, 0.5)  # large enough for the generated tokens to differ
         return (float(kind == "scale") + rng.normal(0, spread, leaf.shape)).astype(np.float32)
 
     return jax.tree.map_with_path(value, shapes)
@@ -57,7 +57,7 @@ def params() -> dict:
 
 @functools.cache
 def table(name: str) -> np.ndarray:
-    """What the decoder is fed for each token, f32[V, D]."""
+    """Embedding of every token, f32[V, D]."""
     lm = LMS[name]
     return np.asarray(lm.apply({"params": params_of(name)}, np.arange(lm.vocab), method="embed"))
 
@@ -69,8 +69,8 @@ def all_logits(lm: LanguageModel, params: dict, embeds: jax.Array) -> jax.Array:
 
 
 def next_logits(name: str, row: np.ndarray, tokens: list[int] | tuple[int, ...]) -> np.ndarray:
-    """f32[V] after one prompt f[n, D] and further tokens, by a pass over all of it without a cache."""
-    whole = np.zeros((1, ROOM, row.shape[1]), np.float32)  # what stands behind the last token is not seen
+    """Logits f32[V] after one prompt f[n, D] and further tokens, by one pass without a cache."""
+    whole = np.zeros((1, ROOM, row.shape[1]), np.float32)  # causal: the last token does not see the zeros
     end = len(row) + len(tokens)
     whole[0, : len(row)] = row
     whole[0, len(row) : end] = table(name)[list(tokens)]
@@ -80,7 +80,7 @@ def next_logits(name: str, row: np.ndarray, tokens: list[int] | tuple[int, ...])
 def recompute(
     name: str, row: np.ndarray, new_tokens: int, eos: int, pick=lambda step, logits: logits.argmax()
 ) -> list[int]:
-    """Continuation of one prompt, computing everything again for each token, up to but without `eos`."""
+    """Continuation of one prompt without its `eos`, recomputing the whole sequence for each token."""
     tokens: list[int] = []
     for step in range(new_tokens):
         token = int(pick(step, next_logits(name, row, tokens)))
@@ -92,7 +92,7 @@ def recompute(
 
 @functools.cache
 def rows_of(name: str, place: str) -> list[np.ndarray]:
-    """Three prompts f[n, D] of different lengths, with vectors of one or two videos at a place."""
+    """Three prompts f[n, D] of different lengths, with visual vectors at a place."""
     rng = np.random.default_rng(PLACES.index(place))
     rows = []
     for words, visual in ((4, 3), (1, 5), (3, 2)):
@@ -109,7 +109,7 @@ def rows_of(name: str, place: str) -> list[np.ndarray]:
 
 
 def padded(rows: list[np.ndarray], side: str, length: int = 9) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts as one batch; padding holds large numbers, since none of it may count."""
+    """The prompts as one batch. Padding holds large numbers, which must not matter."""
     embeds = np.full((len(rows), length, rows[0].shape[1]), 50, np.float32)
     mask = np.zeros((len(rows), length), np.int32)
     for b, row in enumerate(rows):
@@ -166,7 +166,7 @@ def beam(lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, **
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", LMS)
 def test_beams_of_the_reference_rule_equal_recomputation(name: str, place: str) -> None:
-    """Rows with prompts of different lengths, each as if it were alone; beams that go on from each other."""
+    """Each row of a batch with prompts of different lengths equals its own search, with beams that are reordered."""
     rows, row_length = rows_of(name, place), 14
     wanted = [
         reference_rule(lambda tokens, row=row: log_softmax(next_logits(name, row, tokens)), 3, 7, len(row), row_length)
@@ -187,7 +187,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", LMS)
 def test_padded_rows_equal_single_rows(name: str) -> None:
-    """Hidden states, and gradients: none reaches the padding, and none is NaN."""
+    """Hidden states and gradients; padding gets no gradient, and nothing is NaN."""
     lm, params, rows = LMS[name], params_of(name), rows_of(name, "middle")
     weigh = np.random.default_rng(1).normal(size=(ROOM, lm.width)).astype(np.float32)
 
@@ -223,7 +223,7 @@ def test_padded_rows_equal_single_rows(name: str) -> None:
             np.testing.assert_allclose(np.asarray(grad)[b][mask[b] == 1], of_row[0, : len(row)], atol=1e-4)
 
 
-def test_vectors_of_media_take_their_places() -> None:
+def test_with_media_inserts_vectors() -> None:
     embeds = np.arange(2 * 5 * 2, dtype=np.float32).reshape(2, 5, 2)
     places = np.array([[0, 1, 1, 0, 0], [1, 0, 0, 1, 1]], bool)
     media = -np.arange(2 * 3 * 2, dtype=np.float32).reshape(2, 3, 2)
@@ -232,9 +232,7 @@ def test_vectors_of_media_take_their_places() -> None:
     expected[0, 1:3], expected[1, [0, 3, 4]] = media[0, :2], media[1]
     np.testing.assert_array_equal(made, expected)
     short = np.asarray(language_model.with_media(embeds, places, media[:, :2]))
-    assert (
-        np.isnan(short[1, 4]).all() and np.isnan(short).sum() == 2
-    )  # more places than vectors: not silently the last one
+    assert np.isnan(short[1, 4]).all() and np.isnan(short).sum() == 2  # a place without a vector is NaN
 
 
 def test_a_prompt_with_a_prefix() -> None:
@@ -251,7 +249,7 @@ def test_branches_equal_one_pass(name: str) -> None:
     lm, params = LMS[name], params_of(name)
     rng = np.random.default_rng(0)
     embeds = rng.normal(size=(3, 4, lm.width)).astype(np.float32)
-    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]])  # whole, padded on the left, on the right
+    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0]])  # unpadded, padded left, padded right
     first, past = jax.jit(lambda: lm.apply({"params": params}, embeds, mask, method="prefill"))()
     heads, size = (lm.kv_heads, lm.head_dim) if name == "qwen" else (lm.heads, lm.width // lm.heads)
     assert past.cache.k.shape == (3, lm.depth, heads, 4, size)
@@ -279,7 +277,7 @@ def test_branches_equal_one_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", LMS)
 def test_scores_of_branches_equal_recomputation(name: str) -> None:
-    """Log-probabilities of two answers after prompts padded on the left."""
+    """Log-probabilities of two answers after left-padded prompts."""
     lm, params, rows = LMS[name], params_of(name), rows_of(name, "middle")
     answers = np.random.default_rng(3).integers(1, 40, (3, 2, 4)).astype(np.int32)
     targets = np.ones((3, 2, 4), bool)
@@ -298,12 +296,12 @@ def test_scores_of_branches_equal_recomputation(name: str) -> None:
             np.testing.assert_allclose(found[b, c], sum(logs), rtol=1e-4)
 
 
-def test_what_does_not_fit_is_refused(params: dict) -> None:
+def test_rows_longer_than_max_positions_raise(params: dict) -> None:
     prompt = decode.prompt_of(LM, params, None, np.ones((1, 3), np.int32), np.array([3]))
     with pytest.raises(ValueError, match="need 33 positions, the model has 32"):
         decode.greedy(LM, params, *prompt, new_tokens=30, eos=0)
     for lm in (LM, LMS["qwen"]):
-        with pytest.raises(ValueError, match=r"need 33 positions, the model has 32 \(max_positions\)"):
+        with pytest.raises(ValueError, match=r"max_positions: .*need 33 positions, the model has 32"):
             jax.eval_shape(lambda x, lm=lm: lm.init(jax.random.key(0), x), np.zeros((1, 33, 32)))
     for lm in (LMS["bloom"], LMS["qwen"].clone(max_positions=None)):
         jax.eval_shape(lambda x, lm=lm: lm.init(jax.random.key(0), x), np.zeros((1, 9999, 32)))
@@ -313,7 +311,7 @@ SMALL = GPT3(vocab=4, width=16, depth=1, heads=2, max_positions=16)
 
 
 def sentences(new: int, eos: int) -> list[tuple[int, ...]]:
-    """Every output of at most `new` tokens: ended by `eos`, or out of room."""
+    """Every output of at most `new` tokens, ended by `eos` or by the limit."""
     inner = [t for t in range(SMALL.vocab) if t != eos]
     ended = [(*words, eos) for n in range(new) for words in itertools.product(inner, repeat=n)]
     return ended + list(itertools.product(inner, repeat=new))
@@ -337,7 +335,7 @@ def log_probabilities(params: dict, rows: jax.Array) -> jax.Array:
 def test_wide_beam_finds_what_brute_force_finds(seed: int, power: float) -> None:
     params, eos, new, prompt = sharp(seed), 3, 3, [0, 1]
     everything = sentences(new, eos)
-    rows = np.zeros((len(everything), len(prompt) + new), np.int32)  # what stands behind a sentence is not seen
+    rows = np.zeros((len(everything), len(prompt) + new), np.int32)  # causal: sentences do not see the zeros
     for row, words in zip(rows, everything, strict=True):
         row[: len(prompt) + len(words)] = [*prompt, *words]
     each = np.asarray(log_probabilities(params, rows))
@@ -346,7 +344,7 @@ def test_wide_beam_finds_what_brute_force_finds(seed: int, power: float) -> None
         total = sum(float(each[r, len(prompt) - 1 + i, word]) for i, word in enumerate(words))
         logs[words] = total / len(words) ** power
     best = max(logs, key=logs.get)
-    # As many beams as there are prefixes: nothing is pruned. Two candidates for each need a vocabulary of that size.
+    # With as many beams as prefixes nothing is pruned. The vocabulary is large enough for two candidates of each beam.
     search = partial(decode.beam, SMALL, new_tokens=new, eos=eos, beams=27, length_power=power)
     out = jax.jit(search)(params, params["token_embed"][np.array([prompt])], np.ones((1, 2), bool))
     found = out.ids[0, : int(out.lengths[0])].tolist()
@@ -355,7 +353,10 @@ def test_wide_beam_finds_what_brute_force_finds(seed: int, power: float) -> None
 
 
 def reference_rule(step_logs, beams: int, eos: int, prompt: int, row_length: int) -> tuple[list[int], float]:
-    """The reference's search as section 9 tells it, one row, in plain Python; `step_logs(tokens)` are log-probabilities."""
+    """The reference's beam search for one row (docs/models/language_models.md, "Beam search"), in plain Python.
+
+    `step_logs(tokens)` returns the log-probabilities of the next token.
+    """
     open_beams, finished = [((), 0.0)], []
     for n in range(prompt, row_length):
         pool = []
@@ -383,7 +384,7 @@ def reference_rule(step_logs, beams: int, eos: int, prompt: int, row_length: int
 
 @pytest.mark.parametrize("beams", [2, 5])
 def test_reference_rule_behind_a_prefix(params: dict, beams: int) -> None:
-    """`row_length` counts the text alone, as the reference does."""
+    """`row_length` counts text tokens only, as in the reference."""
     rng = np.random.default_rng(beams)
     prefix = rng.normal(size=(4, 3, LM.width)).astype(np.float32)
     ids, lengths, row_length, eos = rng.integers(1, LM.vocab, (4, 4)).astype(np.int32), np.array([4, 1, 3, 2]), 11, 7
@@ -423,8 +424,10 @@ def test_a_row_with_its_own_key_draws_the_same_in_any_batch(params: dict) -> Non
 
 
 def full_size_results(program: str, shape: str) -> list[str]:
-    """Instructions inside loops of a compiled program that make an array of this shape anew, instead of passing it on or
-    writing a slice of it in place."""
+    """Instructions in loops of a compiled program that create an array of this shape.
+
+    Instructions that pass the array on or update a slice of it in place are not counted.
+    """
     computations: dict[str, list[str]] = {}
     for line in program.splitlines():
         if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
@@ -438,7 +441,7 @@ def full_size_results(program: str, shape: str) -> list[str]:
         for name, body in computations.items()
     }
     loops = set(re.findall(r"body=%?([\w.\-]+)", program))
-    fused = set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", program))  # what stays inside of a fusion is not stored
+    fused = set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", program))  # values inside a fusion are not stored
     inside, ahead = set(), list(loops)
     while ahead:
         if (name := ahead.pop()) not in inside:
@@ -455,13 +458,13 @@ def full_size_results(program: str, shape: str) -> list[str]:
 
     lines = [line for name in inside - fused for line in computations[name]]
     whole = [line for line in lines if re.search(rf"= f32\[{shape}\]", line)]
-    assert whole  # the arrays are there under this shape
+    assert whole  # the program has arrays of this shape
     return [line for line in whole if not in_place(line)]
 
 
 @pytest.mark.parametrize(("name", "branches"), [("gpt3", 1), ("gpt3", 3), ("qwen", 3)])
 def test_no_cache_is_copied_in_the_loop(name: str, branches: int) -> None:
-    """Keys and values, those of the past and those of the branches, stay where they are while tokens are generated."""
+    """Generation never copies the keys and values of the past or of the branches."""
     lm = LMS[name]
     search = decode.greedy if branches == 1 else partial(decode.beam, beams=branches)
     run = jax.jit(partial(search, lm, new_tokens=9, eos=0))
@@ -474,7 +477,7 @@ def test_no_cache_is_copied_in_the_loop(name: str, branches: int) -> None:
 
 @pytest.mark.parametrize(("size", "k"), [(1000, 3), (1024, 3), (700, 2), (300, 10), (2000, 1)])
 def test_top_k_by_groups_is_top_k(size: int, k: int) -> None:
-    """Values and indices, with many ties, with rows of which less than k are finite, and with an axis that 128 does not divide."""
+    """Equal values and indices with many ties, rows with fewer than k finite values, and axes that 128 does not divide."""
     rng = np.random.default_rng(size)
     x = rng.integers(0, 4, (3, 5, size)).astype(np.float32)
     x[0, 0, :] = -np.inf

@@ -1,4 +1,4 @@
-"""Kernels against plain XLA at the start of a run: right ones stay on, wrong ones are found and turned off."""
+"""The kernel check at the start of a run keeps correct kernels and disables wrong ones."""
 
 import logging
 
@@ -16,7 +16,7 @@ ROWS = Use("tpu_rows", 24, 24, 4, 2, 16, "bfloat16", causal=True, masked=True, a
 USES = (ROWS, Use("tpu_frames", 3, 16, 2, 2, 16, "bfloat16"), ROWS._replace(kernel="cudnn"))
 
 
-def test_right_kernels_stay_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_correct_kernels_stay_enabled(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert kernel_check.differing([*USES, ROWS]) == frozenset()
     lines = [record.getMessage() for record in caplog.records]
@@ -48,7 +48,7 @@ def refused(*given, **more):
         (USES[2], (attention, "with_columns"), not_finite),
     ],
 )
-def test_wrong_kernels_are_turned_off(monkeypatch, caplog, use: Use, place: tuple, wrong) -> None:
+def test_wrong_kernels_are_disabled(monkeypatch, caplog, use: Use, place: tuple, wrong) -> None:
     monkeypatch.setattr(*place, wrong)
     with caplog.at_level(logging.WARNING):
         assert kernel_check.differing([use]) == {use.kernel}
@@ -57,12 +57,12 @@ def test_wrong_kernels_are_turned_off(monkeypatch, caplog, use: Use, place: tupl
 
 @pytest.mark.parametrize("setting", [True, False])
 def test_a_run_uses_the_kernels_that_agree(monkeypatch: pytest.MonkeyPatch, setting: bool) -> None:
-    """As on a TPU: the run's own shapes are compared, and a wrong kernel is not in the step; the setting turns off all."""
+    """On a TPU the run's own shapes are compared and a wrong kernel is left out; the setting disables all kernels."""
     half = tiny.MODEL.clone(
         vision=tiny.MODEL.vision.clone(dtype="bfloat16"), llm=tiny.MODEL.llm.clone(dtype="bfloat16")
     )
     run = tiny.prepare(1, model=half, train={"fused_kernels": setting})
-    assert step_lib.with_checked_kernels(run) is run  # on CPU there are none
+    assert step_lib.with_checked_kernels(run) is run  # CPU has no kernels
     monkeypatch.setattr(sharding, "computes_on", lambda name: name == "tpu")
     checked = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Attention as one kernel against plain attention: values and gradients, alone and cut over devices, and what chooses it."""
+"""Fused attention kernels equal plain attention in values and gradients, also sharded; and when each kernel is chosen."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from ymplug_jax.analysis import flops
 from ymplug_jax.core import sharding
 from ymplug_jax.models import attention, kernels
 
-# (B, L, S, N, H, causal); 96 lies as [L, H] in a block, the others as [H, L]
+# (B, L, S, N, H, causal); a block is laid out [L, H] for H = 96 and [H, L] for the others
 ROWS = [(2, 37, 37, 4, 96, False), (2, 29, 29, 4, 16, True), (1, 16, 75, 2, 8, False)]
 FRAMES = [(2, 4, 49, 3, 8), (1, 3, 150, 2, 8), (1, 16, 70, 2, 16)]  # (B, T, P, N, H)
 
@@ -22,7 +22,7 @@ def normal(*shape: int, count: int) -> list[jax.Array]:
 
 
 def agree(one, other, inputs: tuple, grad: jax.Array) -> None:
-    """Values to 1e-5 and gradients to 1e-4 of their largest, in float32."""
+    """Assert equal values to 1e-5 and gradients to 1e-4 of the largest, in float32."""
     values, back = jax.vjp(one, *inputs)
     wanted, back_wanted = jax.vjp(other, *inputs)
     np.testing.assert_allclose(values, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
@@ -42,7 +42,7 @@ def test_rows(b: int, length: int, keys: int, n: int, h: int, causal: bool) -> N
     )
 
 
-# (L, N, K, H, causal, ALiBi, block); blocks of 128 queries end beyond the row
+# (L, N, K, H, causal, ALiBi, block); the last block of 128 queries extends beyond the row
 DECODERS = [
     (40, 4, 2, 16, True, True, None),
     (150, 4, 2, 16, True, True, kernels.Block(1, 128)),
@@ -55,7 +55,7 @@ DECODERS = [
 def test_decoder_rows(
     length: int, n: int, groups: int, h: int, causal: bool, alibi: bool, block: kernels.Block
 ) -> None:
-    """Grouped queries, padding on either side and a row of nothing but padding, ALiBi, and queries in blocks."""
+    """Grouped queries, padding on either side, an all-padding row, ALiBi, and queries in blocks."""
     q, grad = normal(3, length, n, h, count=2)
     k, v = normal(3, length, groups, h, count=2)
     seen = np.ones((3, length), bool)
@@ -89,8 +89,8 @@ def test_attend_frames_is_attention_over_frames() -> None:
 
 
 @pytest.mark.parametrize("heads", [2, 3])
-def test_frames_cut_over_devices(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
-    """Heads over tensor where they can be cut; three of them stay whole, though rows of D could be halved."""
+def test_sharded_frames(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    """Two heads are sharded over "tensor"; three stay replicated, although D itself is divisible."""
     q, k, v = (x.astype(jnp.bfloat16) for x in normal(4, 2, 6, heads * 8, count=3))
     wanted = attention.attend_frames(*(x.astype(jnp.float32) for x in (q, k, v)), heads)
     original = kernels.over_frames
@@ -101,7 +101,7 @@ def test_frames_cut_over_devices(monkeypatch: pytest.MonkeyPatch, heads: int) ->
     np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.03)
 
 
-def test_half_precision_rounds_only_what_products_take() -> None:
+def test_half_precision_rounds_operands_only() -> None:
     q, k, v = (x.astype(jnp.bfloat16) for x in normal(2, 33, 4, 16, count=3))
     wanted = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)))
     made = kernels.attention(q, k, v, interpret=True)
@@ -109,15 +109,15 @@ def test_half_precision_rounds_only_what_products_take() -> None:
     np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.02)
 
 
-def test_a_row_too_long_for_the_chip_is_refused() -> None:
+def test_block_of_rows_too_long_for_vmem_is_none() -> None:
     assert kernels.block_of(8, 8, 197, 197, 96) == (8, 197)
     assert kernels.block_of(16, 16, 2048, 2048, 128).queries < 2048
     assert kernels.block_of(6, 6, 20000, 20000, 64) is None
 
 
 @pytest.mark.parametrize("groups", [4, 1])
-def test_decoder_cut_over_devices(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
-    """Slopes follow their heads; fewer key/value heads than devices are repeated, so that query heads can still be cut."""
+def test_sharded_decoder_rows(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    """Slopes are sharded with their heads; a single key/value head is repeated so that query heads can be sharded."""
     original, local = kernels.attention, []
 
     def run(*given) -> jax.Array:
@@ -138,7 +138,7 @@ def test_decoder_cut_over_devices(monkeypatch: pytest.MonkeyPatch, groups: int) 
 
 
 def test_no_float32_logits_of_long_rows_on_tpu() -> None:
-    """GPT-3, BLOOM (ALiBi and padding) and a decoder of grouped queries, forward and backward, compiled for a TPU."""
+    """GPT-3, BLOOM (ALiBi and padding) and grouped queries, forward and backward, compiled ahead of time for a TPU."""
     script = """
 import os, re
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -167,7 +167,7 @@ def facts(n, groups, h, padding, alibi, off=()):
 for shape in ((2, 2, 64, False, False), (2, 2, 128, True, True), (4, 2, 128, True, False)):
     size, fused, square = facts(*shape)
     assert fused and not square and size < 4 * 2**20, (shape, size, square)
-size, fused, square = facts(8, 8, 128, True, True, ["tpu_rows"])  # more than fits the chip itself
+size, fused, square = facts(8, 8, 128, True, True, ["tpu_rows"])  # the comparison without the kernel
 assert not fused and square and size > 8 * length * length * 4, (size, len(square))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -175,8 +175,8 @@ assert not fused and square and size > 8 * length * length * 4, (size, len(squar
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_cut_over_devices(tensor: int) -> None:
-    """Eight devices give what one gives: rows over data, heads over tensor; a batch that cannot be cut stays whole."""
+def test_sharded_rows(tensor: int) -> None:
+    """Eight devices equal one, with rows over "data" and heads over "tensor"; an indivisible batch is replicated."""
     mesh = sharding.make_mesh(8 // tensor, 1, tensor)
     for rows in (8, 3):
         q, k, v = normal(rows, 12, 4, 8, count=3)
@@ -204,7 +204,7 @@ def test_flops_of_kernels_and_of_their_parts_on_devices() -> None:
 
     with sharding.computing(sharding.make_mesh(4, 1, 2), RULES):
         assert flops.count(run, q) == 2 * product
-        assert flops.count(jax.grad(lambda x: run(x).sum()), q) == 7 * product  # logits twice: nothing of them is kept
+        assert flops.count(jax.grad(lambda x: run(x).sum()), q) == 7 * product  # logits are computed twice
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_flops_of_kernels_and_of_their_parts_on_devices() -> None:
         ("cpu", {}, False),
     ],
 )
-def test_where_a_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, maker: str, change: dict, kernel: bool) -> None:
-    """On TPU in half precision, unless something has to happen between logits and softmax."""
+def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch, maker: str, change: dict, kernel: bool) -> None:
+    """The kernel runs on TPU in half precision, except with dropout or a bias."""
     monkeypatch.setattr(sharding, "computes_on", lambda name: name == maker)
     q = jnp.zeros((2, 8, 2, 16), jnp.bfloat16)
     text = str(jax.make_jaxpr(lambda q: attention.attend(q, q, q, **change))(q))
@@ -229,7 +229,7 @@ def test_where_a_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, maker: str, c
     assert ("pallas_call" in made) == (maker == "tpu")
 
 
-def test_on_nvidia_cudnn_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_uses_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
     def fake(q: jax.Array, k: jax.Array, v: jax.Array, **settings) -> jax.Array:
@@ -242,5 +242,5 @@ def test_on_nvidia_cudnn_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.attend(q, q, q, causal=True)
     assert asked == {"is_causal": True, "implementation": "cudnn"}
     asked.clear()
-    attention.attend(q[..., :3], q[..., :3], q[..., :3])  # cuDNN takes multiples of eight
+    attention.attend(q[..., :3], q[..., :3], q[..., :3])  # cuDNN needs a multiple of 8
     assert not asked

@@ -1,4 +1,4 @@
-"""Layers and position tables against independent computations."""
+"""Layers and position tables equal independent computations."""
 
 import math
 from functools import partial
@@ -12,8 +12,8 @@ from flax import linen as nn
 from ymplug_jax.models import attention, layers
 
 
-def test_what_remat_keeps_are_products_with_their_biases() -> None:
-    """Of an attention and an MLP in a stack: q, k, v, o and up; the MLP's result is the next block's to keep."""
+def test_remat_dots_keeps_products_with_their_biases() -> None:
+    """Remat "dots" keeps q, k, v, o and up of a block; the carry holds the MLP's output."""
 
     class Block(nn.Module):
         flat: bool
@@ -58,7 +58,7 @@ def test_gelu_and_its_derivatives_are_exact() -> None:
     np.testing.assert_allclose(tangent, 2 * expected, rtol=1e-6, atol=2e-6)
 
 
-def test_gelu_by_tanh_is_the_one_of_jax() -> None:
+def test_tanh_gelu_equals_jax() -> None:
     x = jnp.linspace(-9, 9, 4001)
     theirs = partial(jax.nn.gelu, approximate=True)
     np.testing.assert_allclose(layers.gelu(x, True), theirs(x), rtol=1e-6, atol=1e-6)
@@ -81,7 +81,7 @@ def test_resize_keeps_equal_sizes_and_lines() -> None:
     line = np.arange(4, dtype=np.float32)[:, None]
     expected = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)
     np.testing.assert_allclose(layers.resize_temporal_embed(line, 8)[:, 0], expected, atol=1e-6)
-    # No antialiasing: on the way down only the two neighbours count.
+    # Without antialiasing, downsampling reads the two nearest entries only.
     halved = layers.resize_temporal_embed(np.eye(8, 1), 2)
     np.testing.assert_allclose(halved[:, 0], [0, 0], atol=1e-6)
 
@@ -95,12 +95,12 @@ def test_resize_is_separable_over_rows_and_columns() -> None:
     np.testing.assert_allclose(resized[1:].reshape(6, 6), at[:, None] * 10 + at, atol=1e-4)
 
 
-def test_resize_refuses_what_is_no_square() -> None:
+def test_resize_of_a_non_square_grid_raises() -> None:
     with pytest.raises(ValueError, match="squares"):
         layers.resize_pos_embed(np.zeros((1 + 12, 4), np.float32), 16)
 
 
-def test_rms_norm_by_hand() -> None:
+def test_rms_norm_equals_float64() -> None:
     x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32) * 4
     scale = np.arange(1, 6, dtype=np.float32)
     expected = scale * x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + 0.5)
@@ -111,7 +111,7 @@ def test_rms_norm_by_hand() -> None:
     np.testing.assert_allclose(low.astype(np.float32), expected, rtol=0.02)
 
 
-def test_rotary_positions_turn_pairs_as_complex_numbers() -> None:
+def test_rotary_positions_equal_complex_rotation() -> None:
     rng, theta = np.random.default_rng(0), 100.0
     x, at = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), np.array([[0, 1, 700], [5, 5, 31]])
     pairs = x[..., :3] + 1j * x[..., 3:]
@@ -120,11 +120,11 @@ def test_rotary_positions_turn_pairs_as_complex_numbers() -> None:
     rotation = layers.rotation_of(jnp.asarray(at), 6, theta)
     found = layers.rotate(x, rotation)
     np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=-1), atol=2e-4)
-    np.testing.assert_array_equal(found[0, 0], x[0, 0])  # position 0 turns nothing
+    np.testing.assert_array_equal(found[0, 0], x[0, 0])  # position 0 is the identity
     assert layers.rotate(x.astype(jnp.bfloat16), rotation).dtype == jnp.bfloat16
 
 
-def test_gated_mlp_by_hand() -> None:
+def test_gated_mlp_equals_float64() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5)).astype(np.float32)
     kernels = {

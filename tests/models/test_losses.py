@@ -1,4 +1,4 @@
-"""Losses against loops, and over a batch that is cut over devices."""
+"""Losses equal Python loops, also over a sharded batch."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_contrastive_equals_loops(rows: int, queries: int) -> None:
     assert total == pytest.approx(contrastive_by_loops(video, text, 0.2, 0.1), rel=1e-5, abs=1e-6)
 
 
-def test_contrastive_leaves_padding_rows_out() -> None:
+def test_contrastive_ignores_padding_rows() -> None:
     rng = np.random.default_rng(0)
     video, text = units(rng, 6, 3, 4), units(rng, 6, 4)
     valid = np.array([1, 0, 1, 1, 0, 1], bool)
@@ -49,7 +49,7 @@ def test_contrastive_leaves_padding_rows_out() -> None:
     assert total == weight == 0
 
 
-def test_contrastive_over_a_cut_batch_sees_all_of_it() -> None:
+def test_contrastive_over_a_sharded_batch_uses_the_global_batch() -> None:
     assert jax.device_count() == 8
     rng = np.random.default_rng(0)
     inputs = units(rng, 16, 3, 8), units(rng, 16, 8), np.float32(0.07)
@@ -67,7 +67,7 @@ def test_contrastive_over_a_cut_batch_sees_all_of_it() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), cut, one)
 
 
-def test_temperature_is_bounded_but_can_come_back() -> None:
+def test_bounded_temperature_keeps_its_gradient() -> None:
     rng = np.random.default_rng(0)
     video, text = units(rng, 4, 2, 3), units(rng, 4, 3)
     step = jax.value_and_grad(lambda temperature: losses.contrastive(video, text, temperature)[0])
@@ -76,12 +76,10 @@ def test_temperature_is_bounded_but_can_come_back() -> None:
     assert bound[1] != 0
 
 
-def test_next_token_counts_targets_only() -> None:
+def test_next_token_averages_targets_only() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 11, (3, 6))
-    mask = np.array(
-        [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
-    )  # the last row is padding of the batch
+    mask = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])  # the last row pads the batch
     prompt = np.array([1, 2, 0])
     logits = rng.normal(size=(3, 5, 11)).astype(np.float32)
     expected = []
@@ -129,7 +127,7 @@ def test_next_token_in_parts_equals_the_whole(length: int) -> None:
 
 
 def test_logits_of_a_whole_batch_never_exist() -> None:
-    """Peak memory of the loss and its gradient, as compiled, grows with the positions of a part, not with the row."""
+    """Peak memory of the compiled loss and gradient is bounded by the positions of one part, not by the row."""
     hidden, table = jnp.zeros((8, 128, 64)), jnp.zeros((8192, 64))
     ids = mask = jnp.ones((8, 129), jnp.int32)
 

@@ -1,4 +1,4 @@
-"""Parameter counts, axis tables, start values, remat, precision and the masks of the whole model."""
+"""Parameter counts, axis rules, initialisation, remat, precision and masks of mPLUG-video."""
 
 import re
 from functools import partial
@@ -13,7 +13,7 @@ from ymplug_jax.models import language_models, mplug_video
 from ymplug_jax.models.mplug_video import MPLUGVideo, sized
 from ymplug_jax.tasks.common import losses
 
-# Total and trainable parameters of the reference classes: (language model, vision tower) by what a task adds.
+# Total and trainable parameters of the reference classes for each of SIZES, by the parts that a task adds.
 SIZES = [("1.3b", "b16"), ("1.3b", "l14"), ("2.7b", "b16"), ("2.7b", "l14")]
 PRETRAIN = [
     (1_447_656_704, 130_002_176),
@@ -69,7 +69,7 @@ def shapes(model: MPLUGVideo) -> dict:
 
 
 def weights(model: MPLUGVideo) -> dict:
-    """Random values for all parameters: several are zero at the start and would hide their part."""
+    """Random values for all parameters, because parameters that start at zero would hide errors."""
     rng = np.random.default_rng(0)
     around = {"scale": 1.0, "temperature": 0.3}
     flat = {}
@@ -125,7 +125,7 @@ def test_every_leaf_has_one_axis_rule_and_every_rule_a_leaf() -> None:
     assert used == {pattern for model in variants for pattern, _ in mplug_video.axes_of(model)}
 
 
-def test_start_values() -> None:
+def test_initial_values() -> None:
     model = sized("tiny", "tiny", queries=16, contrastive_width=32)
     model = model.clone(vision=model.vision.clone(depth=8))
     params = flatten_dict(jax.jit(partial(mplug_video.init, model))(jax.random.key(3)), sep="/")
@@ -181,7 +181,7 @@ def test_bfloat16_is_finite_and_near_float32(plain) -> None:
         abstractor=model.abstractor.clone(dtype="bfloat16"),
         llm=model.llm.clone(dtype="bfloat16"),
     )
-    llm = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["llm"])  # frozen weights are stored so
+    llm = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["llm"])  # frozen weights are stored in bfloat16
     trainable = {name: tree for name, tree in params.items() if name != "llm"}
 
     out = jax.eval_shape(lambda: low.apply({"params": trainable | {"llm": llm}}, *data))
@@ -213,7 +213,7 @@ def test_scanned_layers_are_the_layers_in_order() -> None:
     np.testing.assert_allclose(jax.jit(one_by_one)(params), whole(params), atol=1e-5)
 
 
-def test_padding_and_later_tokens_are_not_seen(plain) -> None:
+def test_padding_and_later_tokens_are_masked(plain) -> None:
     model, params, (video, ids, mask), _ = plain
     queries = model.abstractor.queries
 
@@ -230,10 +230,10 @@ def test_padding_and_later_tokens_are_not_seen(plain) -> None:
     np.testing.assert_array_equal(other_hidden[:, :length], hidden[:, :length])
     np.testing.assert_array_equal(other_text, text)
     np.testing.assert_allclose(np.linalg.norm(text, axis=-1), 1, rtol=1e-5)
-    assert np.abs(text_only[:, 0] - hidden[:, queries]).max() > 1e-3  # the video in front matters
+    assert np.abs(text_only[:, 0] - hidden[:, queries]).max() > 1e-3  # the visual prefix has an effect
 
 
-def test_dropout_acts_only_when_asked(plain) -> None:
+def test_dropout_needs_deterministic_false(plain) -> None:
     model, params, (_, ids, _), _ = plain
     lm = model.llm.clone(dropout=0.1)
     embeds = params["llm"]["token_embed"][ids]
@@ -249,7 +249,7 @@ def test_dropout_acts_only_when_asked(plain) -> None:
     assert np.abs(drawn[0] - off).max() > 1e-2 and np.abs(drawn[0] - drawn[2]).max() > 1e-2
 
 
-def test_wrong_sizes_are_refused() -> None:
+def test_wrong_sizes_raise() -> None:
     model = small()
     video, ids, mask = batch(model)
 

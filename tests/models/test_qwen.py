@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3 against the Hugging Face classes, with random parameters of tiny sizes."""
+"""Qwen2, Qwen2.5 and Qwen3 equal the Hugging Face classes, with random parameters of tiny sizes."""
 
 import functools
 import re
@@ -35,7 +35,7 @@ COUNTS = {
 
 @functools.cache
 def params_of(lm: LanguageModel) -> dict:
-    """Random values for all parameters; norms and biases too, which start at one and zero."""
+    """Random values for all parameters, norms and biases included."""
     shapes = jax.eval_shape(partial(language_model.init, lm), jax.random.key(0))
     rng = np.random.default_rng(0)
 
@@ -46,7 +46,7 @@ def params_of(lm: LanguageModel) -> dict:
 
 
 def hugging_face(lm: Qwen, params: dict) -> transformers.PreTrainedModel:
-    """The Hugging Face model with our parameters, laid out by hand."""
+    """The Hugging Face model with our parameters, converted here and not by the package."""
     sizes = {
         "vocab_size": lm.vocab, "hidden_size": lm.width, "intermediate_size": lm.mlp, "num_hidden_layers": lm.depth,
         "num_attention_heads": lm.heads, "num_key_value_heads": lm.kv_heads, "rms_norm_eps": lm.norm_eps,
@@ -84,7 +84,7 @@ def masks(kind: str) -> np.ndarray:
 
 
 def theirs(model: transformers.PreTrainedModel, embeds: np.ndarray, mask: np.ndarray, weigh: np.ndarray) -> list:
-    """Hidden states, logits and gradient to the embeddings; positions as `generate` counts them."""
+    """Hidden states, logits and gradient of the embeddings, with the positions that `generate` uses."""
     given, seen = torch.tensor(embeds, requires_grad=True), torch.tensor(mask)
     at = (seen.cumsum(-1) - 1).clamp(min=0)
     out = model(inputs_embeds=given, attention_mask=seen, position_ids=at, output_hidden_states=True)
@@ -109,7 +109,7 @@ def agree(found: jax.Array, wanted: np.ndarray, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_outputs_and_gradients_are_those_of_hugging_face(name: str) -> None:
+def test_outputs_and_gradients_equal_hugging_face(name: str) -> None:
     lm, rng = SHAPES[name], np.random.default_rng(1)
     params = params_of(lm)
     model = hugging_face(lm, params)
@@ -129,12 +129,12 @@ def test_outputs_and_gradients_are_those_of_hugging_face(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_sizes_have_the_parameters_of_the_released_models(name: str) -> None:
+def test_parameter_counts_of_the_released_models(name: str) -> None:
     shapes = jax.eval_shape(partial(language_model.init, language_models.SIZES[name]), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == COUNTS[name]
 
 
-def test_start_values() -> None:
+def test_initial_values() -> None:
     lm = SIZES["qwen-tiny"].clone(tied=False, qkv_bias=True)
     leaves = jax.tree.leaves_with_path(jax.jit(partial(language_model.init, lm))(jax.random.key(0)))
     for path, leaf in leaves:
@@ -161,7 +161,7 @@ def test_remat_changes_nothing() -> None:
         )
 
 
-def test_bfloat16_is_near_float32_and_keeps_its_types() -> None:
+def test_bfloat16_is_close_to_float32() -> None:
     lm, rng = SHAPES["qwen3 untied"], np.random.default_rng(3)
     given = (
         rng.normal(size=(3, 9, 32)).astype(np.float32),

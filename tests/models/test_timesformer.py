@@ -1,4 +1,4 @@
-"""The video encoder: its start values, and stochastic depth: what is dropped, in which rows, and only in training."""
+"""Initial values and stochastic depth of the video encoder."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def made(drop_path: float) -> tuple[TimeSformer, dict, np.ndarray]:
     return MODEL.clone(drop_path=drop_path), params, video
 
 
-def test_a_block_that_is_dropped_leaves_the_bias_of_its_temporal_projection() -> None:
+def test_a_dropped_block_keeps_the_bias_of_temporal_fc() -> None:
     model, params, video = made(1 - 1e-6)
     out = model.apply({"params": params}, video, deterministic=False, rngs={"dropout": jax.random.key(1)})
     one = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:1], params["blocks"])}
@@ -44,8 +44,8 @@ def test_evaluation_drops_nothing_and_keys_differ() -> None:
     assert not np.allclose(drawn[0], drawn[2]) and not np.allclose(drawn[0], plain)
 
 
-def test_start_values_have_the_size_that_is_asked_for() -> None:
-    """A tower that begins from nothing: weights of 0.1, tables of positions and times of 0.3; what ends a branch is as before."""
+def test_initial_values_follow_std_and_table_std() -> None:
+    """For a tower without image weights: std 0.1 for weights and 0.3 for tables; output kernels shrink with depth."""
     model = TimeSformer(image_size=64, patch_size=8, depth=4, width=64, heads=4, frames=16, std=0.1, table_std=0.3)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 64, 64, 3)))["params"]
     blocks = params["blocks"]

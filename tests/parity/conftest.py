@@ -1,4 +1,4 @@
-"""Stored outputs of the PyTorch reference. `--golden ROOT` takes other fixtures: one folder a model, the same file names."""
+"""Stored outputs of the PyTorch reference. `--golden ROOT` reads other fixtures with the same folders and file names."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ DEFAULT = Path(__file__).parents[1] / "golden"
 
 
 class File:
-    """A fixture file that remembers which of its arrays no check has used yet. `config` is its settings."""
+    """A fixture file that records which of its arrays no check has used. `config` holds its settings."""
 
     def __init__(self, path: Path) -> None:
         with np.load(path) as arrays:
@@ -24,7 +24,7 @@ class File:
         return self.arrays[name]
 
     def group(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays whose name starts with `prefix/`, without it."""
+        """Arrays whose name starts with `prefix/`, keyed by the rest of the name."""
         return {name.removeprefix(f"{prefix}/"): self[name] for name in self.arrays if name.startswith(f"{prefix}/")}
 
     def check(self, name: str, value: np.ndarray, tolerance: float) -> None:
@@ -35,7 +35,7 @@ class File:
         assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance}"
 
     def check_all(self, prefix: str, values: dict[str, np.ndarray], tolerance: float) -> None:
-        """Every array stored below `prefix` (a selection of `values`)."""
+        """Check every array stored below `prefix`, which may be some of `values`."""
         names = [name for name in self.arrays if name.startswith(f"{prefix}/")]
         assert names, f"the file has no {prefix}/*"
         for name in names:
@@ -46,15 +46,17 @@ class File:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden", help=f"root of the golden fixtures, one folder a model (default: {DEFAULT})")
+    parser.addoption(
+        "--golden", help=f"root of the golden fixtures with one folder for each model (default: {DEFAULT})"
+    )
 
 
 @pytest.fixture(scope="module")
 def golden_folder(request: pytest.FixtureRequest) -> Path:
-    """Folder of the model that the test module is named after; the module is skipped if the root has no such folder."""
+    """Folder of the model that the test module is named after. The module is skipped if the root has no such folder."""
     root = Path(request.config.getoption("golden", None) or DEFAULT)
     if not root.is_dir():
-        raise pytest.UsageError(f"--golden {root}: no such folder")
+        raise pytest.UsageError(f"--golden {root}: no such folder; give the root of the golden fixtures")
     folder = root / request.module.__name__.rpartition(".")[2].removeprefix("test_")
     if not folder.is_dir():
         pytest.skip(f"{root} has no folder {folder.name}")
@@ -63,7 +65,7 @@ def golden_folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def golden(golden_folder: Path) -> Callable[[str], Path]:
-    """Path of a fixture file by name; the test fails if the folder lacks it."""
+    """Path of a fixture file by name. The test fails if the file is missing."""
 
     def path(name: str) -> Path:
         file = golden_folder / name
@@ -75,5 +77,5 @@ def golden(golden_folder: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def read(golden: Callable[[str], Path]) -> Callable[[str], File]:
-    """A fixture file by name, opened."""
+    """Open a fixture file by name."""
     return lambda name: File(golden(name))

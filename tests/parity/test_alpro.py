@@ -1,4 +1,4 @@
-"""The parts of ALPRO against stored outputs of the PyTorch reference, one test a fixture file."""
+"""The parts of ALPRO equal stored outputs of the PyTorch reference; one test for each fixture file."""
 
 import json
 import re
@@ -95,9 +95,7 @@ def test_text_encoder(read) -> None:
     file.check(
         "grad_norm/global", np.sqrt(sum(np.sum(np.square(v, dtype=np.float64)) for v in named.values())), GRADIENT
     )
-    key_bias = (
-        "bert.encoder.layer.0.attention.self.key.bias"  # shifts all logits of a query alike: its gradient is zero
-    )
+    key_bias = "bert.encoder.layer.0.attention.self.key.bias"  # its gradient is 0 up to rounding
     noise = max(np.abs(named[key_bias]).max(), np.abs(file.arrays.pop(f"grad/{key_bias}")).max())
     assert noise < 1e-6 * file["grad_norm/global"]
     file.unused.discard(f"grad/{key_bias}")
@@ -107,13 +105,13 @@ def test_text_encoder(read) -> None:
 
 
 def pooled(tokens: jax.Array, frames: int) -> jax.Array:
-    """[B, 1 + T * P, D] -> [B, 1 + P, D], as ALPRO averages it."""
+    """Average over the frames as ALPRO does, [B, 1 + T * P, D] -> [B, 1 + P, D]."""
     b, _, d = tokens.shape
     return jnp.concatenate([tokens[:, :1], tokens[:, 1:].reshape(b, frames, -1, d).mean(axis=1)], axis=1)
 
 
 def patch_major(tokens: jax.Array, frames: int) -> jax.Array:
-    """Frame by frame -> patch by patch, as two of the files store it."""
+    """Reorder tokens from frame-major to patch-major, the order of two files."""
     b, _, d = tokens.shape
     moved = tokens[:, 1:].reshape(b, frames, -1, d).swapaxes(1, 2).reshape(b, -1, d)
     return jnp.concatenate([tokens[:, :1], moved], axis=1)
@@ -154,7 +152,7 @@ def check_video_encoder(file, table: tuple, video: np.ndarray, *, salesforce: bo
         for i in range(model.depth):
             block = jnp.concatenate([cls[i][:, None], x[i].reshape(b, -1, d)], axis=1)
             file.check(f"out/block{i}", patch_major(block, t), OUTPUT)
-        # The reference resizes tables by the nearest entry, which differs in kind from ours; converted ones are resized by ours.
+        # The reference resizes tables by nearest neighbour; ours resizes converted tables bilinearly, so they differ.
         for name in list(file.unused):
             if "embed_" in name or "other_size" in name:
                 file.unused.discard(name)
@@ -189,7 +187,7 @@ def check_video_encoder(file, table: tuple, video: np.ndarray, *, salesforce: bo
 
 
 def check_gradients(file, named: dict[str, np.ndarray]) -> None:
-    """Stored gradients and the norm over all of them. A key bias gets none here: it shifts all logits of a query alike."""
+    """Check stored gradients and their global norm. Key biases, which this package does not have, get none."""
     squares = sum(np.sum(np.square(value, dtype=np.float64)) for value in named.values())
     file.check("grad_norm/global", np.sqrt(squares), GRADIENT)
     for name in [name for name in file.arrays if name.endswith("qkv.bias") and name.startswith("grad/")]:
@@ -227,7 +225,7 @@ def frames_first(video: np.ndarray) -> np.ndarray:
 
 
 def loaded(file, **more) -> tuple[ALPRO, dict, tuple]:
-    """(model, parameters, table of names) of a file, recognised and read as the converter does."""
+    """Model, parameters and name table of a file, through the converter."""
     weights = file.group("param")
     shapes = {name: value.shape for name, value in weights.items()}
     for name in ("video_prompt_feat", "prompter.video_prompt_feat"):
@@ -263,7 +261,7 @@ def negatives_of(file) -> pair_losses.Negatives:
 
 
 def check_pairs(file, out: dict, labels_of_valid: np.ndarray) -> None:
-    """Everything of a pass that the files store: vectors, similarities, the weights of the draw, fused states, match logits."""
+    """Check all stored outputs of a pass: vectors, similarities, weights of the draw, fused states, match logits."""
     file.check("out/video_feat", out["video"], OUTPUT)
     file.check("out/text_feat", out["text"], OUTPUT)
     file.check("out/text_embeds", out["states"], OUTPUT)
@@ -294,7 +292,7 @@ def batch_of(file) -> dict[str, np.ndarray]:
 
 
 def check_masking(file, never: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """(shown, told) from the recorded draws."""
+    """Shown ids and selected positions from the recorded draws."""
     draws = pair_losses.Masking(
         *(file[f"in/mlm_draw_{name}"].astype(bool) for name in ("mask", "replace", "random")),
         file["in/mlm_random_words"],
@@ -415,7 +413,7 @@ def test_prompter_sf(read) -> None:
 
 
 def check_retrieval(file, video: np.ndarray, ids: np.ndarray) -> tuple[ALPRO, dict]:
-    """Losses and gradients of fine-tuning."""
+    """Check losses and gradients of fine-tuning."""
     model, params, table = loaded(file)
 
     def loss(params: dict) -> tuple[jax.Array, tuple]:
@@ -438,7 +436,7 @@ def check_retrieval(file, video: np.ndarray, ids: np.ndarray) -> tuple[ALPRO, di
 
 
 def pair_logits(model: ALPRO, params: dict, tokens: jax.Array, states: jax.Array, mask: np.ndarray) -> jax.Array:
-    """Every video with every text by the evaluation's own step: [videos, texts, 2]."""
+    """Match logits of every video with every text by the evaluation's step, [videos, texts, 2]."""
     texts = {"states": states, "mask": mask}
     tiled = {name: jnp.broadcast_to(value, (len(tokens), *value.shape)) for name, value in texts.items()}
     return retrieve.pair_logits(model, params, tokens, tiled)
@@ -561,7 +559,7 @@ def check_schedules(salesforce: dict, youku: list[dict] | dict) -> None:
 
 
 def check_groups(cases: list[dict]) -> None:
-    """Rate factor and weight decay by name. The temperature, which the reference decays, is exempt here."""
+    """Check learning rate factors and weight decay by name. The temperature does not decay here, unlike in the reference."""
     for case in cases:
         expected = {
             name: optim.Group(group["lr_scale"], group["weight_decay"])

@@ -1,4 +1,4 @@
-"""The parts of the BLOOM chat model against stored outputs of the PyTorch reference, one test a fixture file."""
+"""BLOOM and its adapters equal stored outputs of the PyTorch reference; one test for each fixture file."""
 
 import json
 import re
@@ -118,7 +118,7 @@ def renamed(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def converted(folder: Path, wish: to_orbax.Wish, source: Path, like: dict) -> dict:
-    """Parameters of a conversion, as `init_from` would read them."""
+    """Parameters of a conversion, as `init_from` reads them."""
     to_orbax.to_orbax("bloom", [source], folder, wish)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), {"llm": like})

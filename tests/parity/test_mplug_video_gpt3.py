@@ -1,7 +1,7 @@
-"""mPLUG-video (GPT-3) against stored outputs of the PyTorch reference, one test a fixture file, all arrays of each file.
+"""mPLUG-video (GPT-3) equals stored outputs of the PyTorch reference; one test for each fixture file, all of its arrays.
 
-Everything is float32 with exact matrix products; an error is relative to the largest value of its array. Sizes are read
-from the files, weights come in through the converter's own tables. Images are compared by grey levels.
+Everything is float32 with the highest matmul precision. An error is relative to the largest value of its array. Sizes are
+read from the files, and weights pass through the converter's tables. Images are compared by grey levels.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ def test_abstractor(read) -> None:
     params = trees.to_tree(tables.ABSTRACTOR, file.group("param"), like)
 
     def run(params: dict, queries: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def one(queries: jax.Array, context: jax.Array) -> jax.Array:  # the file has other queries for each row
+        def one(queries: jax.Array, context: jax.Array) -> jax.Array:  # the file has different queries in each row
             return model.apply({"params": params | {"queries": queries}}, context[None])[0]
 
         out = jax.vmap(one)(queries, context)
@@ -177,7 +177,7 @@ def check_language_pass(file, name: str, hidden: jax.Array, logits: jax.Array, v
     """Hidden states, logits of every position, token losses, targets and the loss of one pass over [visual, text]."""
     file.check(f"{name}/last_hidden_state", hidden, OUTPUT)
     file.check(f"{name}/logits", logits, OUTPUT)
-    labels = file[f"{name}/labels"][:, :-1]  # the last one predicts nothing
+    labels = file[f"{name}/labels"][:, :-1]  # the last position predicts nothing
     assert (labels[:, :visual] == 100).all() and (labels[:, visual:] == ids[:, 1:]).all()
     file.check(f"{name}/token_losses", losses.token_losses(logits[:, :-1], labels), OUTPUT)
     targets = np.pad(losses.target_mask(mask), ((0, 0), (visual, 0)))
@@ -188,7 +188,7 @@ def check_language_pass(file, name: str, hidden: jax.Array, logits: jax.Array, v
 
 
 def check_gradients(file, name: str, grads: dict, like: dict) -> None:
-    """Stored gradients, the norm over all trainable ones, and which trainable tensors get none."""
+    """Check stored gradients, their global norm, and which trainable tensors get no gradient."""
     llm = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like["llm"])
     named = rules.to_torch(tables.MPLUG_VIDEO, grads | {"llm": llm})
     named = {k: v for k, v in named.items() if not k.startswith("text_decoder.")}
@@ -274,7 +274,7 @@ def test_pretrain(read) -> None:
 
 
 def check_encoded(file, name: str, out: dict) -> None:
-    """What the vision side makes of a video."""
+    """Check the outputs of the vision side for a video."""
     file.check(f"{name}/video_tokens", out["tokens"], OUTPUT)
     file.check(f"{name}/video_cls", out["tokens"][:, 0], OUTPUT)
     file.check(f"{name}/image_query", out["image_query"], OUTPUT)
@@ -282,13 +282,13 @@ def check_encoded(file, name: str, out: dict) -> None:
 
 
 def text_of(file, name: str) -> tuple[np.ndarray, ...]:
-    """(ids, mask, prompt lengths or None) below a name."""
+    """Ids, mask and prompt lengths (or None) stored below a name."""
     lengths = f"{name}/prompt_lengths"
     return file[f"{name}/input_ids"], file[f"{name}/attention_mask"], file[lengths] if lengths in file.arrays else None
 
 
 def check_prompt_pass(file, name: str, hidden, logits, queries: int, ids, mask, lengths) -> None:
-    """`check_language_pass` for texts with a prompt; files leave logits or the loss out here and there."""
+    """`check_language_pass` for texts with a prompt; some files store no logits or no loss."""
     file.check(f"{name}/last_hidden_state", hidden, OUTPUT)
     if f"{name}/logits" in file.arrays:
         file.check(f"{name}/logits", logits, OUTPUT)
@@ -302,7 +302,7 @@ def check_prompt_pass(file, name: str, hidden, logits, queries: int, ids, mask, 
 
 
 def check_sequences(name: str, found: np.ndarray, expected: np.ndarray, prompt: np.ndarray, eos: int) -> None:
-    """Generated ids against the reference's rows: prompt, what was generated, end tokens (or -1 where a row is shorter)."""
+    """Compare generated ids with the reference's rows: prompt, generated tokens, end tokens (or -1 in shorter rows)."""
     for row, wanted, length in zip(np.asarray(found), expected, prompt, strict=True):
         wanted = wanted[wanted >= 0][length:]
         ours = np.full(max(len(row), len(wanted)), eos)
@@ -332,7 +332,7 @@ def test_beam(read) -> None:
     ids, lengths = file["in/batch_greedy/input_ids"], file["in/batch_greedy/prompt_lengths"]
     expected = file["out/batch_greedy_sequences"]
     new = expected.shape[1] - int(lengths.min())
-    run = jax.jit(partial(decode.greedy, model, new_tokens=new, eos=-1))  # rows go on beyond their end
+    run = jax.jit(partial(decode.greedy, model, new_tokens=new, eos=-1))  # no row ends
     prompt = decode.prompt_of(model, params, prefix[: len(ids)], ids, lengths)
     check_sequences("greedy", run(params, *prompt).ids, expected, lengths, eos)
 
@@ -380,7 +380,7 @@ def test_caption(read) -> None:
     expected, stored = file["out/generate/greedy_sequences"], file["out/generate/greedy_lengths"]
     assert ((expected >= 0).sum(axis=1) == stored).all()
     run = jax.jit(partial(decode.greedy, model.llm, new_tokens=expected.shape[1], eos=-1))
-    for b in range(len(video)):  # the reference generates these one by one: its rows end with their own end token
+    for b in range(len(video)):  # the reference generates these rows one by one
         prompt = decode.prompt_of(model.llm, llm, *(x[b : b + 1] for x in (prefix, rows, lengths)))
         found = run(llm, *prompt).ids[0].tolist()
         found = found[: found.index(eos)] if eos in found else found
@@ -390,7 +390,7 @@ def test_caption(read) -> None:
 
 
 def check_with_head(file, model: MPLUGVideo, rows_of) -> tuple[dict, dict]:
-    """Training of a generative loss and a head: cls and retrieval_itm. `rows_of` gives each text its video."""
+    """Check training with a generative loss and a head (cls, retrieval_itm). `rows_of` gives each text its video."""
     like, trainable, llm = weights_of(file, model)
     video, queries = channels_last(file["in/train/video"]), model.abstractor.queries
     ids, mask, lengths = text_of(file, "in/train/text")
@@ -433,12 +433,12 @@ def test_cls(read) -> None:
     prefix = run.encode_video(channels_last(file["in/eval/video"]))["prefix"]
     ids, mask, lengths = text_of(file, "in/eval/text")
     each = len(ids) // len(prefix)
-    hidden = run.hidden(np.repeat(prefix, each, axis=0), ids)  # the long way: every video with every class
+    hidden = run.hidden(np.repeat(prefix, each, axis=0), ids)  # without branches: every video with every class
     check_prompt_pass(file, "out/eval/score", hidden, run.logits(hidden), queries, ids, mask, lengths)
 
     shape = (len(prefix), each, -1)
     rows, masks, prompts = ids.reshape(shape), mask.reshape(shape), lengths.reshape(shape[:2])
-    width = int((masks.sum(-1) - prompts.min(axis=1, keepdims=True)).max()) - 1  # the short way: the prompt once
+    width = int((masks.sum(-1) - prompts.min(axis=1, keepdims=True)).max()) - 1  # with branches
     parts = [candidates.split(*parts, width) for parts in zip(rows, masks, prompts, strict=True)]
     batch = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
     likelihood = jax.jit(partial(candidates.scores, model.llm))(llm, prefix, batch)
@@ -496,7 +496,7 @@ def test_retrieval_itm(read) -> None:
 
 
 def check_levels(name: str, value: np.ndarray, expected: np.ndarray, *, most: int, mean: float) -> None:
-    """Grey levels: no pixel off by more than `most`, on average by `mean`."""
+    """Check grey levels: no pixel differs by more than `most`, and the average by no more than `mean`."""
     assert value.shape == expected.shape, f"{name}: shape {value.shape}, expected {expected.shape}"
     error = np.abs(value.astype(np.int64) - expected.astype(np.int64))
     print(f"at most {error.max()}, mean {error.mean():.1e}  {name}")  # shown by `pytest -rP`
@@ -504,7 +504,7 @@ def check_levels(name: str, value: np.ndarray, expected: np.ndarray, *, most: in
 
 
 def check_input(name: str, clip: np.ndarray, expected: np.ndarray) -> None:
-    """uint8[T, S, S, 3] as the model takes it, against f32[3, T, S, S]."""
+    """Check the normalised uint8[T, S, S, 3] against f32[3, T, S, S]."""
     value = np.asarray(preprocess.normalize(clip[None], "float32"))[0]
     np.testing.assert_allclose(value.transpose(3, 0, 1, 2), expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -532,7 +532,7 @@ def test_augment(golden) -> None:
             clip = np.stack([transforms.operate(frame, name, config["M"]) for frame in clip])
         return clip
 
-    # The reference warped with OpenCV 4; version 5 computes more exactly.
+    # The reference used OpenCV 4 for warps; version 5 is more exact.
     most, mean = (0, 0) if int(cv2.__version__.split(".")[0]) < 5 else (6, 0.8)
     for name in [key for key in file if key.startswith("out/train/op/")]:
         operation = name.removeprefix("out/train/op/")
@@ -596,7 +596,7 @@ def check_frames(middle: list[dict], random: list[dict]) -> None:
             ranges = np.array(case["half_open_ranges"])
             assert len(ranges) == count, case
             assert (draws >= ranges[:, 0]).all() and (draws < ranges[:, 1]).all(), case
-            short = ranges[:, 1] - ranges[:, 0] <= 30  # 400 draws meet both ends of these
+            short = ranges[:, 1] - ranges[:, 0] <= 30  # 400 draws reach both ends of these
             assert (draws.min(0) == ranges[:, 0])[short].all() and (draws.max(0) == ranges[:, 1] - 1)[short].all(), case
 
 
@@ -613,7 +613,7 @@ def check_truncation(plain: list[dict], pairs: list[dict], specials: dict[str, i
 
 
 def check_retrieval(cases: list[dict]) -> None:
-    """The reference calls video to text `txt_*` and text to video `vid_*`."""
+    """The reference names video-to-text scores `txt_*` and text-to-video scores `vid_*`."""
     for case in cases:
         scores, clip = np.array(case["scores_v2t"]), np.array(case["txt2vid"])
         right = np.arange(len(scores))[:, None] == clip
@@ -623,7 +623,7 @@ def check_retrieval(cases: list[dict]) -> None:
 
 
 def check_derangements(cases: list[dict]) -> None:
-    """Theirs have no fixed point; ours draw from all of those, equally often."""
+    """Stored permutations have no fixed point; ours draw all such permutations equally often."""
     for case in cases:
         n = case["n"]
         assert sorted(case["result"]) == list(range(n)) and all(i != p for i, p in enumerate(case["result"]))

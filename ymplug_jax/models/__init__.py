@@ -1,1 +1,1 @@
-"""Linen modules, each with the table that names the axes of its parameters."""
+"""Flax linen modules, each with a table of the logical axes of its parameters. See docs/models/."""

@@ -1,4 +1,7 @@
-"""Visual abstractor of mPLUG-video: learned queries draw a fixed number of tokens out of the video (one cross-attention layer)."""
+"""Visual abstractor of mPLUG-video: one cross-attention layer in which learned queries pool the video tokens.
+
+Described in docs/models/mplug_video.md, "Visual abstractor".
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +27,26 @@ AXES = (
 
 
 class Abstractor(nn.Module):
-    """Attention pooling. The residual path carries the *normalised* queries: released weights depend on it."""
+    """Attention pooling with learned queries.
 
-    queries: int = 128  # Q
-    heads: int = 8
-    mlp_ratio: float = 4.0
-    dtype: str = "float32"  # of the computation
+    The residual path carries the *normalised* queries, because released weights were trained that way.
+    """
+
+    queries: int = 128  # Number of learned queries Q, that is, of visual tokens that the language model reads.
+    heads: int = 8  # Number of attention heads, which must divide the width of the vision tower.
+    mlp_ratio: float = 4.0  # Width of the MLP as a multiple of the vision tower's width.
+    dtype: str = "float32"  # Type of the computation; parameters and norms stay float32.
 
     @nn.compact
     def __call__(self, context: jax.Array) -> jax.Array:
-        """f[B, S, D] -> f[B, Q, D]; no norm at the end."""
+        """Pool video tokens, f[B, S, D] -> f[B, Q, D], without a final norm."""
         b, _, d = context.shape
         dtype, torch_linear = jnp.dtype(self.dtype), layers.torch_linear
         queries = self.param("queries", nn.initializers.normal(0.015), (self.queries, d))
         x = layers.norm("query_norm", EPS, self.dtype)(queries.astype(dtype))[None]  # [1, Q, D]
         context = layers.norm("context_norm", EPS, self.dtype)(context)
 
-        xavier = layers.uniform((6 / (4 * d)) ** 0.5)  # of q, k and v seen as one [3D, D] matrix
+        xavier = layers.uniform((6 / (4 * d)) ** 0.5)  # Xavier bound of the stacked [3D, D] matrix of q, k and v
         attn = layers.Attention(d, self.heads, xavier, torch_linear(d), dtype=self.dtype, name="attn")
         q, k, v = attn.project(x, context)  # [1, Q, N, H], [B, S, N, H] twice
 

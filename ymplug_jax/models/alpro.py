@@ -1,7 +1,7 @@
 """ALPRO: TimeSformer, a text encoder, and a fusion encoder over [text ; video]; contrastive, matching and masked-word heads.
 
-Li et al., "Align and prompt: video-and-language pre-training with entity prompts", 2021, and its form in Youku-mPLUG (the two
-variants of `sized`). A video is one cls token and its patches averaged over the frames.
+Li et al., "Align and prompt: video-and-language pre-training with entity prompts", 2021, and the form it has in
+Youku-mPLUG. Described in docs/models/alpro.md.
 """
 
 import jax
@@ -13,11 +13,11 @@ from ymplug_jax.models import bert, layers, mplug_video, timesformer
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.timesformer import TimeSformer
 
-TEACHER = ("prompter/.*",)  # what is frozen where entities are predicted: path regexes, full match
+TEACHER = ("prompter/.*",)  # path regexes (full match) of the frozen teacher, present when entities are predicted
 TEMPORAL = mplug_video.TEMPORAL
-# Tables that may have another size in a checkpoint, the teacher's too.
+# Tables that are resized if a checkpoint has another resolution or number of frames, the teacher's included.
 RESIZE = {prefix + path: resize for path, resize in mplug_video.RESIZE.items() for prefix in ("", "prompter/")}
-TEMPERATURE = (0.001, 0.5)  # limits of the learned temperature
+TEMPERATURE = (0.001, 0.5)  # bounds of the learned temperature
 VARIANTS = ("youku", "salesforce")
 
 
@@ -46,16 +46,16 @@ AXES = (*_PARTS, *_under("prompter/", _PARTS), ("prompter/entities", "classes pr
 
 
 class Connector(nn.Module):
-    """From the vision width to the text width, normalised: f[..., D] -> f[..., C]."""
+    """Linear projection from the vision width D to the text width C, LayerNorm and dropout."""
 
-    width: int  # C
-    ln_eps: float
-    dropout: float
-    dtype: str
+    width: int  # Width of the output C.
+    ln_eps: float  # Epsilon of the LayerNorm.
+    dropout: float  # Dropout rate of the output in training.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """f[B, S, C] -> f[B, S, D]; `deterministic` False applies dropout."""
+        """Project tokens, f[B, S, D] -> f[B, S, C]; `deterministic` False applies dropout."""
         init = layers.torch_linear(x.shape[-1])
         dense = nn.Dense(self.width, kernel_init=init, bias_init=init, dtype=jnp.dtype(self.dtype), name="proj")
         x = layers.norm("norm", self.ln_eps, self.dtype)(dense(x))
@@ -63,15 +63,15 @@ class Connector(nn.Module):
 
 
 class Head(nn.Module):
-    """Linear, ReLU, linear: f[..., C] -> f32[..., K]."""
+    """Classifier: linear, ReLU, linear."""
 
-    hidden: int
-    classes: int  # K
-    dtype: str
+    hidden: int  # Width between the two linear layers.
+    classes: int  # Number of classes K.
+    dtype: str  # Type of the computation; logits are float32.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[..., C] -> f32[..., K]."""
+        """Logits of the classes, f[..., C] -> f32[..., K]."""
 
         def dense(width: int, fan_in: int, name: str) -> nn.Dense:
             init = layers.torch_linear(fan_in)
@@ -82,25 +82,28 @@ class Head(nn.Module):
 
 
 class ALPRO(nn.Module):
-    """The whole model. Parameters: {vision, text}, with a fusion encoder {fusion}, and as the fields say {vision_proj, text_proj,
-    temperature}, {match}, {mlm}, {head}, {entity}; {connector} where the widths of vision D and text C differ. E is the
-    contrastive width. The teacher of entities is a second tree beside it, "prompter", see `prompter_of`.
+    """ALPRO with the heads that its fields ask for.
+
+    Parameters: {vision, text, fusion}; {vision_proj, text_proj, temperature} with `contrastive_width`; {match} with
+    `matching`; {mlm} with `masked`; {head} with `classes`; {entity} with `entities`; {connector} if the vision width D
+    differs from the text width C. The teacher of entities is a second model whose parameters stand under "prompter", see
+    `prompter_of`.
     """
 
-    vision: TimeSformer = TimeSformer(clip=False)
-    text: Text = Text()
-    fusion: Fusion = Fusion()
-    contrastive_width: int = 256  # E; 0: no contrastive heads
-    matching: bool = True  # a head that tells pairs that match
-    masked: bool = True  # a head of masked words
-    classes: int = 0  # K; 0: no classifier
-    entities: int = 0  # K; 0: no head of entities
-    variant: str = "youku"  # "salesforce": texts end with [SEP], which is never masked; a classifier twice as wide
+    vision: TimeSformer = TimeSformer(clip=False)  # Video encoder.
+    text: Text = Text()  # Text encoder, the lower layers of a BERT.
+    fusion: Fusion = Fusion()  # Fusion encoder over text and video, the upper layers of a BERT.
+    contrastive_width: int = 256  # Width E of the contrastive heads; 0 leaves them out.
+    matching: bool = True  # Adds the head that classifies pairs into matching and not matching.
+    masked: bool = True  # Adds the head that predicts masked words.
+    classes: int = 0  # Number of classes or answers of the classifier; 0 leaves it out.
+    entities: int = 0  # Number of entities that the entity head predicts; 0 leaves out the head and the teacher.
+    variant: str = "youku"  # "youku", or "salesforce": texts end with [SEP] and the classifier is twice as wide.
 
     def setup(self) -> None:
-        """The two towers are fields; the fusion encoder too, and the heads that the fields ask for are made here."""
+        """Create the connector and the heads that the fields ask for; the encoders are fields."""
         if self.variant not in VARIANTS:
-            raise ValueError(f"config.model.variant is {self.variant!r}; there are {', '.join(VARIANTS)}")
+            raise ValueError(f"config.model.variant: {self.variant!r} is unknown; choose {' or '.join(VARIANTS)}")
         width, dtype = self.text.width, self.text.dtype
 
         def linear(size: int, fan_in: int) -> nn.Dense:
@@ -122,7 +125,7 @@ class ALPRO(nn.Module):
             self.entity = Head(2 * width, self.entities, dtype)
 
     def encode_video(self, video: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Normalised video f[B, T, S, S, 3] -> f[B, 1 + P, C]: cls, then each patch averaged over the frames."""
+        """Encode a normalised video, f[B, T, S, S, 3] -> f[B, 1 + P, C]: cls, then each patch averaged over the frames."""
         tokens = self.vision(video, deterministic=deterministic)  # [B, 1 + T * P, D]
         b, _, d = tokens.shape
         patches = tokens[:, 1:].reshape(b, self.vision.frames, -1, d).mean(axis=1)  # [B, P, D]
@@ -132,19 +135,19 @@ class ALPRO(nn.Module):
         return constrain(tokens, "batch", None, None)
 
     def encode_text(self, ids: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """int[B, L], mask int or bool[B, L] (1: a token) -> f[B, L, C]."""
+        """Encode a text: ids int[B, L] and mask int or bool[B, L] (1 at tokens) -> f[B, L, C]."""
         return constrain(self.text(ids, mask, deterministic=deterministic), "batch", None, None)
 
     def fuse(
         self, states: jax.Array, mask: jax.Array, tokens: jax.Array | None, *, deterministic: bool = True
     ) -> jax.Array:
-        """Text and video read together.
+        """Read text and video together.
 
         Args:
           states: f[B, L, C] of `encode_text`.
           mask: int or bool[B, L].
-          tokens: f[B, 1 + P, C] of `encode_video`, all of them seen; None: the text alone.
-          deterministic: False applies dropout (randomness "dropout").
+          tokens: f[B, 1 + P, C] of `encode_video`, all visible. None reads the text alone.
+          deterministic: False applies dropout, which needs the random stream "dropout".
 
         Returns:
           f[B, L + 1 + P, C], text first.
@@ -163,19 +166,19 @@ class ALPRO(nn.Module):
         return layers.unit(self.text_proj(states[:, 0]))
 
     def match_logits(self, fused: jax.Array) -> jax.Array:
-        """f[..., S, C] of `fuse` -> f32[..., 2]; class 1 is a pair that matches."""
+        """Logits of the matching head: f[..., S, C] of `fuse` -> f32[..., 2]; class 1 means that the pair matches."""
         return self.match(fused[..., 0, :]).astype(jnp.float32)
 
     def words(self, states: jax.Array) -> jax.Array:
-        """Logits of the word at text positions: f[..., C] -> f32[..., V]."""
+        """Logits of the vocabulary at text positions: f[..., C] -> f32[..., V]."""
         return self.mlm(states, self.text.token_embed)
 
     def classify(self, fused: jax.Array) -> jax.Array:
-        """f[..., S, C] of `fuse` -> f32[..., K]."""
+        """Logits of the classifier: f[..., S, C] of `fuse` -> f32[..., K]."""
         return self.head(fused[..., 0, :])
 
     def entity_logits(self, fused: jax.Array, inside: jax.Array) -> jax.Array:
-        """Logits of the entity seen in a region: f[B, L + 1 + P, C] of `fuse`, bool[B, P] -> f32[B, K]."""
+        """Logits of the entity in a region: f[B, L + 1 + P, C] of `fuse` and the region's patches bool[B, P] -> f32[B, K]."""
         patches = fused[:, -inside.shape[1] :]  # [B, P, C]
         share = inside.astype(jnp.float32)
         share = share / jnp.maximum(share.sum(axis=1, keepdims=True), 1)
@@ -183,7 +186,7 @@ class ALPRO(nn.Module):
         return self.entity(mean.astype(fused.dtype))
 
     def __call__(self, video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-        """Every part once; what `init` traces. Tasks call the methods they need."""
+        """Run every part once, for `init`. Tasks call the methods they need."""
         tokens, states = self.encode_video(video), self.encode_text(ids, mask)
         out = {"tokens": tokens, "states": states}
         if self.contrastive_width:
@@ -203,13 +206,15 @@ class ALPRO(nn.Module):
 
 
 def prompter_of(model: ALPRO) -> ALPRO:
-    """The teacher of a model with entities, also what task "alpro_prompter" trains: two encoders and their contrastive heads."""
+    """The teacher of a model with entities: two encoders and their contrastive heads, trained by task "alpro_prompter"."""
     return model.clone(matching=False, masked=False, classes=0, entities=0)
 
 
 def init(model: ALPRO, key: jax.Array) -> dict:
-    """Fresh float32 parameters, the teacher's among them ("prompter", with "entities" f32[K, E], all zero) where entities are
-    predicted. Run it under `jax.jit` or `jax.eval_shape`: no forward pass remains."""
+    """Initial float32 parameters. Call it under `jax.jit` or `jax.eval_shape`, which remove the forward pass.
+
+    A model with entities also gets the teacher under "prompter", with its table "entities", f32[K, E] of zeros.
+    """
     vision = model.vision
     video = jnp.zeros((1, vision.frames, vision.image_size, vision.image_size, 3))
     ids = jnp.zeros((1, 2), jnp.int32)
@@ -247,15 +252,28 @@ def sized(
     classes: int = 0,
     entities: int = 0,
 ) -> ALPRO:
-    """A model of named sizes: vision one of `VISIONS`, text one of `TEXTS`. Youku's ViT-B/16 has 8 heads, Salesforce's has 12.
+    """A model of named sizes.
+
+    The ViT-B/16 of variant "salesforce" has 12 heads and stochastic depth 0.1, that of "youku" has 8 heads and none.
+
+    Args:
+      vision: one of `VISIONS`.
+      text: one of `TEXTS`.
+      variant: one of `VARIANTS`.
+      frames: T.
+      contrastive_width: see `ALPRO`.
+      matching: see `ALPRO`.
+      masked: see `ALPRO`.
+      classes: see `ALPRO`.
+      entities: see `ALPRO`.
 
     Raises:
-      ValueError: an unknown size or variant.
+      ValueError: a size or the variant is unknown.
     """
     if vision not in VISIONS or text not in TEXTS or variant not in VARIANTS:
         raise ValueError(
-            f"size {vision!r} x {text!r}, variant {variant!r} is unknown; vision: {', '.join(VISIONS)}; text: "
-            f"{', '.join(TEXTS)}; variants: {', '.join(VARIANTS)}"
+            f"size {vision!r} x {text!r}, variant {variant!r} is unknown; choose vision from {', '.join(VISIONS)}, text "
+            f"from {', '.join(TEXTS)}, and variant from {', '.join(VARIANTS)}"
         )
     tower = VISIONS[vision].clone(frames=frames)
     return ALPRO(

@@ -1,6 +1,6 @@
-"""Attention: of a row to itself or to others, of patches over frames, and of branches to a shared past.
+"""Attention within and between rows, of patches over frames, and of branches to a shared past.
 
-Logits and softmax are float32 everywhere; in half precision a single kernel computes them where there is one for the device.
+Logits and softmax are float32. In half precision one fused kernel computes attention if the device has one.
 """
 
 import math
@@ -14,8 +14,8 @@ from ymplug_jax.core import sharding
 from ymplug_jax.models import kernels
 
 HALF = ("bfloat16", "float16")
-HIDDEN = 3e4  # what a masked key's logit loses in front of the scale, where float16 holds it too
-CUDNN_WIDTH, HOPPER_WIDTH = 128, 256  # largest head size that cuDNN takes; since compute capability 9.0
+HIDDEN = 3e4  # subtracted from the unscaled logits of masked keys; float16 can hold it
+CUDNN_WIDTH, HOPPER_WIDTH = 128, 256  # largest head size of cuDNN before and since compute capability 9.0
 
 
 def attend(
@@ -32,36 +32,37 @@ def attend(
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention; every attention but that of branches and of frames goes through here.
+    """Scaled dot-product attention, for all uses except branches and frames.
 
-    In half precision, without `mask`, `bias` and dropout, it is one kernel where the row fits: ours on TPU, cuDNN's on NVIDIA
-    (through JAX). Logits and softmax are float32 everywhere. A query that sees no key sees all S alike, so its result is the mean
-    of `v`.
+    In half precision, without `mask`, `bias` and dropout, one fused kernel computes it if the row fits: this package's on
+    TPU, cuDNN's on NVIDIA. A query that sees no key attends to all S keys alike, so its result is the mean of `v`.
 
     Args:
       q: f[B, L, N, H].
       k: f[B, S, K, H]; K divides N, and head n reads key/value head n // (N // K).
       v: f[B, S, K, H].
-      causal: query i sees keys 0..i (needs L == S).
+      causal: query i sees keys 0..i; needs L == S.
       mask: bool, broadcastable to [B, N, L, S]; True where a query sees a key.
-      key_mask: bool[B, S], False at padding, on either side or in between.
-      slopes: f32[N]; adds slopes[n] * key_positions[b, s] to the logits (ALiBi, Press et al., 2022: softmax makes it relative).
-      key_positions: int[B, S], of `slopes`; 0 to 65535.
+      key_mask: bool[B, S], False at padding, which may stand anywhere.
+      slopes: f32[N]; adds slopes[n] * key_positions[b, s] to the logits (ALiBi, Press et al., 2022).
+      key_positions: int[B, S], 0 to 65535, for `slopes`.
       bias: f32, broadcastable to [B, N, L, S]; added to the logits.
       dropout: rate on the probabilities; applied only if `key` is given.
-      key: randomness of the dropout.
+      key: random key of the dropout.
 
     Returns:
-      f[B, L, N, H] in the type of `v`. There are no gradients to `slopes` and the masks.
+      f[B, L, N, H] in the type of `v`. `slopes` and the masks get no gradients.
 
     Raises:
-      ValueError: K does not divide N, or one of `slopes` and `key_positions` is given without the other.
+      ValueError: K does not divide N, or only one of `slopes` and `key_positions` is given.
     """
     heads, groups = q.shape[2], k.shape[2]
     if heads % groups:
-        raise ValueError(f"attend: {heads} query heads are no multiple of {groups} key/value heads")
+        raise ValueError(
+            f"attend: {heads} query heads are not a multiple of {groups} key/value heads; change heads or kv_heads"
+        )
     if (slopes is None) != (key_positions is None):
-        raise ValueError("attend: slopes and key_positions come together")
+        raise ValueError("attend: slopes and key_positions need each other; give both or neither")
     slopes = None if slopes is None else jax.lax.stop_gradient(slopes.astype(jnp.float32))
     if mask is None and bias is None and (key is None or dropout == 0) and v.dtype in HALF:
         use = kernels.Use(
@@ -124,10 +125,10 @@ def _on_tpu(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
     key_positions: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
-    """`kernels.attention` on every device's rows and heads."""
+    """`kernels.attention` on each device's shard of rows and heads."""
     heads, groups, parts = q.shape[2], k.shape[2], sharding.parts("heads")
     if heads % parts == 0 and groups % parts and heads % math.lcm(groups, parts) == 0:
-        # Fewer key/value heads than devices: they are repeated, so that the query heads can be cut.
+        # With fewer key/value heads than devices, repeat them, so that the query heads can be sharded.
         k, v = (jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2) for x in (k, v))
     arrays = [q, k, v]
     axes: list[tuple[str | None, ...]] = [("batch", None, "heads", None)] * 3
@@ -145,7 +146,7 @@ def _on_tpu(
 
 
 def per_key(rows: int, keys: int, key_mask: jax.Array | None, key_positions: jax.Array | None) -> jax.Array:
-    """What `kernels.attention` takes of bool[B, S] and int[B, S], either of which may be missing: f32[B, 2, S]."""
+    """Positions and additive mask of the keys, f32[B, 2, S], for `kernels.attention`; either input may be None."""
     zeros = jnp.zeros((rows, keys), jnp.float32)
     positions = zeros if key_positions is None else key_positions.astype(jnp.float32)
     added = zeros if key_mask is None else jnp.where(key_mask.astype(bool), zeros, kernels.LOWEST)
@@ -156,10 +157,11 @@ def with_columns(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
     key_positions: jax.Array | None, implementation: Literal["cudnn", "xla"],
 ) -> jax.Array:  # fmt: skip
-    """`attend` by `jax.nn.dot_product_attention`, which takes a bias or a mask as an array [B, N, L, S] only.
+    """`attend` through `jax.nn.dot_product_attention`, without the array [B, N, L, S] that it needs for a bias or a mask.
 
-    Both are products of what a query head has and what a key has, so they are eight more columns of q and k instead: a position
-    is a multiple of 256 and a rest, a slope the sum of three numbers, and half precision holds each of these exactly.
+    ALiBi and the key mask are products of a number of the query head and a number of the key, so they become eight more
+    columns of q and k. A position is split into a multiple of 256 and a rest, and a slope into a sum of three numbers, each of
+    which half precision represents exactly.
     """
     if key_mask is None and slopes is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
@@ -171,9 +173,9 @@ def with_columns(
         of_key.append(jnp.where(seen, 0, -HIDDEN))
     if slopes is not None and key_positions is not None:
         positions = key_positions if seen is None else jnp.where(seen, key_positions, 0)
-        rest = slopes * width**0.5  # the scale is applied to all columns
+        rest = slopes * width**0.5  # undoes the scale, which applies to all columns
         for _ in range(3):
-            # What is left must not be computed from the unrounded number, as XLA would otherwise be free to do.
+            # `reduce_precision` keeps XLA from computing the remainder with the unrounded number.
             part = (
                 jax.lax.reduce_precision(rest, 8, 7)
                 if q.dtype == jnp.bfloat16
@@ -204,16 +206,25 @@ def with_columns(
 
 
 def _widest() -> int:
-    """Largest head size that cuDNN's fused attention takes on this device."""
+    """Largest head size of cuDNN's fused attention on this device."""
     capability = getattr(jax.devices()[0], "compute_capability", "0")
     return HOPPER_WIDTH if float(capability) >= 9 else CUDNN_WIDTH
 
 
 def attend_frames(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Attention of every patch to itself in the other frames: f[B, T, P, D] -> f[B, T, P, D], heads side by side.
+    """Attention of each patch over the frames.
 
-    T is small: one kernel on TPU in half precision; elsewhere logits [B, T, T, N, P] from operands as they lie, without copies
-    that bring the frames together. Logits and softmax are float32.
+    On TPU in half precision one kernel computes it. Elsewhere logits [B, T, T, N, P] are computed from the operands as they are
+    laid out, without transposing the frames. Logits and softmax are float32.
+
+    Args:
+      q: f[B, T, P, D], heads side by side in the last axis.
+      k: f[B, T, P, D].
+      v: f[B, T, P, D].
+      heads: N.
+
+    Returns:
+      f[B, T, P, D].
     """
     d = q.shape[-1]
     if v.dtype in HALF and kernels.uses("tpu_frames"):
@@ -226,7 +237,7 @@ def attend_frames(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.A
         return sharding.by_device(run, q, k, v, axes=[("batch", None, None, cut)] * 3)
     q, k, v = (x.reshape(*x.shape[:-1], heads, d // heads) for x in (q, k, v))  # [B, T, P, N, H]
     logits = jnp.einsum("btpnh,bspnh->btsnp", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(logits, axis=2).astype(v.dtype)  # [B, T, S, N, P], S the frame that is seen
+    weights = jax.nn.softmax(logits, axis=2).astype(v.dtype)  # [B, T, S, N, P], S the frame of the key
     y = jnp.einsum("btsnp,bspnh->btpnh", weights, v)
     return y.reshape(*y.shape[:-2], d)  # [B, T, P, D]
 
@@ -243,20 +254,20 @@ def attend_branches(
     past_positions: jax.Array | None = None,
     own_positions: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of several branches to a past that they share and to what each has read by itself; nothing is copied per branch.
+    """Attention of branches to their shared past and to the positions that each branch has read; no keys are copied.
 
-    Queries are grouped: head n reads key/value head n // (N / K).
+    Head n reads key/value head n // (N / K).
 
     Args:
       q: f[B, C, L, N, H], C branches.
       past: keys and values f[B, S, K, H].
       own: keys and values f[B, C, W, K, H].
-      past_mask: bool[B, S], True where the past is seen.
+      past_mask: bool[B, S], True at visible keys of the past.
       own_mask: bool[L, W], True where a query sees a key of its own branch.
-      origin: int32[B, C, W], the branch of the row that holds position w of branch c; None: each branch holds its own.
-      slopes: f32[N]; slopes[n] * position of the key is added to the logits (ALiBi). None: no bias.
-      past_positions: int32[B, S], with `slopes`.
-      own_positions: int32[B, W], with `slopes`.
+      origin: int32[B, C, W], the branch that wrote position w of branch c. None: each branch wrote its own.
+      slopes: f32[N]; adds slopes[n] * position of the key to the logits (ALiBi). None adds no bias.
+      past_positions: int32[B, S], for `slopes`.
+      own_positions: int32[B, W], for `slopes`.
 
     Returns:
       f[B, C, L, N, H]; logits and softmax are float32.
@@ -264,7 +275,7 @@ def attend_branches(
     b, c, length, n, h = q.shape
     kv_heads, width, split = own[0].shape[3], own[0].shape[2], past[0].shape[1]
     if origin is not None:
-        # All branches of a row attend to the positions of all of them, as one branch would, each seeing those that are its own.
+        # All branches of a row attend to the keys of all of them as one long row; the mask leaves each branch its own.
         holds = origin[:, :, None, None] == jnp.arange(c)[:, None]  # [B, C, 1, C, W]
         own_mask = (holds & own_mask[:, None]).reshape(b, 1, 1, 1, c * length, c * width)
         own = own[0].reshape(b, 1, c * width, kv_heads, h), own[1].reshape(b, 1, c * width, kv_heads, h)

@@ -1,6 +1,7 @@
-"""BERT cut in two, as ALPRO and mPLUG-2 use it: the first layers read the text, the last ones text and video together.
+"""BERT split into a text encoder (lower layers) and a fusion encoder over text and video (upper layers), as in ALPRO.
 
-Devlin et al., "BERT: Pre-training of deep bidirectional transformers for language understanding", 2019: post-norm, exact GELU.
+Devlin et al., "BERT: Pre-training of deep bidirectional transformers for language understanding", 2019: post-norm, exact
+GELU. Described in docs/models/alpro.md, "Text encoder" and "Fusion encoder".
 """
 
 import jax
@@ -10,9 +11,9 @@ from flax import linen as nn
 from ymplug_jax.models import attention, layers
 
 STD = 0.02
-HIDDEN = -10000.0  # added to the logits of keys that are not to be seen; finite, as released models were trained
+HIDDEN = -10000.0  # added to the logits of masked keys; released models were trained with this finite value
 
-# Axis words by path below the text encoder, the fusion encoder and the head of masked words.
+# Logical axes by path below the text encoder, the fusion encoder and the masked-word head.
 TEXT_AXES = (
     ("token_embed", "vocab embed"),
     ("(pos_embed|type_embed)", "pos embed"),
@@ -28,17 +29,26 @@ HEAD_AXES = (
 
 
 class Block(nn.Module):
-    """Attention and MLP, each followed by its norm: f[B, L, D] -> f[B, L, D]."""
+    """Attention and MLP, each followed by a residual sum and a LayerNorm."""
 
-    heads: int
-    hidden: int
-    ln_eps: float
-    dropout: float
-    dtype: str
+    heads: int  # Number of attention heads.
+    hidden: int  # Width of the MLP.
+    ln_eps: float  # Epsilon of the norms.
+    dropout: float  # Dropout rate in training.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
-        """f[B, L, D] and the attention's bias, f32 broadcastable to [B, N, L, S] -> (f[B, L, D], None), as `layers.stack` wants it."""
+        """Run one layer.
+
+        Args:
+          x: f[B, L, D].
+          bias: f32, broadcastable to [B, N, L, S]; added to the attention logits.
+          deterministic: False applies dropout.
+
+        Returns:
+          f[B, L, D], and None for `nn.scan`.
+        """
         d, normal, rate = x.shape[-1], nn.initializers.normal(STD), 0.0 if deterministic else self.dropout
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
@@ -50,19 +60,28 @@ class Block(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Layers over whatever is fed: nothing is added to it and nothing is normalised first. The fields are its settings."""
+    """Layers over concatenated text and video tokens, without further embeddings or norms; its fields are its settings."""
 
-    depth: int = 6
-    heads: int = 12
-    hidden: int = 3072  # M
-    ln_eps: float = 1e-12
-    dropout: float = 0.1  # on attention, and before each sum
-    remat: str = "none"  # "none", "full" or "dots"
-    dtype: str = "float32"  # of the computation
+    depth: int = 6  # Number of layers.
+    heads: int = 12  # Number of attention heads, which must divide the width of the text encoder.
+    hidden: int = 3072  # Width of the MLP M.
+    ln_eps: float = 1e-12  # Epsilon of the LayerNorms.
+    dropout: float = 0.1  # Dropout rate on attention and before each residual sum in training.
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
+    dtype: str = "float32"  # Type of the computation; norms and softmax stay float32.
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """f[B, S, D], mask int or bool[B, S] (1: seen) -> f[B, S, D]. Randomness for dropout: "dropout"."""
+        """Run all layers.
+
+        Args:
+          x: f[B, S, D].
+          mask: int or bool[B, S], 1 at visible tokens.
+          deterministic: False applies dropout, which needs the random stream "dropout".
+
+        Returns:
+          f[B, S, D].
+        """
         bias = (1 - mask[:, None, None].astype(jnp.float32)) * HIDDEN  # [B, 1, 1, S]
         in_axes = (nn.broadcast, nn.broadcast)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=in_axes, static_argnums=(3,))
@@ -78,22 +97,22 @@ class Fusion(nn.Module):
 
 
 class Text(nn.Module):
-    """Word, position and type embeddings, then layers. The fields are its settings."""
+    """Text encoder: word, position and type embeddings, then layers; its fields are its settings."""
 
-    vocab: int = 21128  # V
-    width: int = 768  # D
-    depth: int = 6
-    heads: int = 12
-    hidden: int = 3072  # M
-    max_positions: int = 512
-    types: int = 2
-    ln_eps: float = 1e-12
-    dropout: float = 0.1  # on embeddings, on attention, and before each sum
-    remat: str = "none"  # "none", "full" or "dots"
-    dtype: str = "float32"  # of the computation
+    vocab: int = 21128  # Number of rows of the word embeddings V.
+    width: int = 768  # Width of the states D.
+    depth: int = 6  # Number of layers.
+    heads: int = 12  # Number of attention heads, which must divide the width.
+    hidden: int = 3072  # Width of the MLP M.
+    max_positions: int = 512  # Number of rows of the position table, and the longest text.
+    types: int = 2  # Number of rows of the type table, of which only row 0 is used.
+    ln_eps: float = 1e-12  # Epsilon of the LayerNorms.
+    dropout: float = 0.1  # Dropout rate on embeddings, on attention and before each residual sum in training.
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
+    dtype: str = "float32"  # Type of the computation; norms and softmax stay float32.
 
     def setup(self) -> None:
-        """Tables, the norm behind them, and the stack of blocks."""
+        """Create the embedding tables, their norm and the stack of blocks."""
         normal, width = nn.initializers.normal(STD), self.width
         self.token_embed = self.param("token_embed", normal, (self.vocab, width))
         self.pos_embed = self.param("pos_embed", normal, (self.max_positions, width))
@@ -107,35 +126,45 @@ class Text(nn.Module):
         )
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """Normalised sum of word, position and type 0: int[B, L] -> f[B, L, D].
+        """Normalised sum of word, position and type embeddings: int[B, L] -> f[B, L, D].
 
         Raises:
-          ValueError: more positions than the table has.
+          ValueError: the text is longer than the position table.
         """
         if ids.shape[1] > self.max_positions:
             raise ValueError(
-                f"{ids.shape[1]} tokens were fed but max_positions is {self.max_positions}; shorten the text"
+                f"config.model.text.max_positions: {ids.shape[1]} tokens are more than {self.max_positions} positions; "
+                "lower config.data.max_tokens"
             )
         words = jnp.take(self.token_embed, ids, axis=0, mode="clip")  # [B, L, D]
         x = words + self.type_embed[0] + self.pos_embed[: ids.shape[1]]
         return self.embed_norm(x.astype(jnp.dtype(self.dtype)))
 
     def __call__(self, ids: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """int[B, L], mask int or bool[B, L] (1: a token) -> f[B, L, D]. Randomness for dropout: "dropout"."""
+        """Encode a text.
+
+        Args:
+          ids: int[B, L].
+          mask: int or bool[B, L], 1 at tokens.
+          deterministic: False applies dropout, which needs the random stream "dropout".
+
+        Returns:
+          f[B, L, D].
+        """
         x = self.drop(self.embed(ids), deterministic=deterministic)
         bias = (1 - mask[:, None, None].astype(jnp.float32)) * HIDDEN  # [B, 1, 1, L]
         return self.blocks(x, bias, deterministic)[0]
 
 
 class MaskedHead(nn.Module):
-    """Logits of masked words over a table of word embeddings that belongs to the text encoder."""
+    """Masked-word head, tied to the word embeddings of the text encoder."""
 
-    ln_eps: float = 1e-12
-    dtype: str = "float32"  # of the computation
+    ln_eps: float = 1e-12  # Epsilon of the LayerNorm.
+    dtype: str = "float32"  # Type of the computation; logits are float32.
 
     @nn.compact
     def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
-        """f[..., D], f[V, D] -> f32[..., V]."""
+        """Logits of the vocabulary: states f[..., D] and word embeddings f[V, D] -> f32[..., V]."""
         dtype, normal = jnp.dtype(self.dtype), nn.initializers.normal(STD)
         x = layers.gelu(nn.Dense(x.shape[-1], kernel_init=normal, dtype=dtype, name="hidden")(x))
         x = layers.norm("norm", self.ln_eps, self.dtype)(x)

@@ -1,8 +1,8 @@
-"""BLOOM, the language model of the chat model: a decoder with ALiBi instead of a position table.
+"""BLOOM and BLOOMZ: decoders with ALiBi instead of a position table, optionally with LoRA adapters.
 
 Le Scao et al., "BLOOM: a 176B-parameter open-access multilingual language model", 2022; Press et al., "Train short, test
-long", 2022, for the bias: each head adds its slope times the key's position, and softmax makes that relative. The output layer
-is the word embedding. Word embeddings are normalised; what is fed in their place (visual vectors) is not.
+long", 2022, for ALiBi. Word embeddings pass through a LayerNorm, visual vectors do not. Described in
+docs/models/language_models.md, "BLOOM".
 """
 
 from typing import ClassVar
@@ -26,7 +26,7 @@ AXES = (
 
 
 def slopes(heads: int) -> np.ndarray:
-    """ALiBi's slope of each head, f32[N]: 2^(-8k/n) for the n heads of the largest power of two, then every other one of 2n."""
+    """ALiBi's slopes, f32[N]: 2^(-8k/n), k = 1..n, with n the largest power of two up to N; then every other slope of 2n."""
     n = 2 ** int(np.log2(heads))
     first = 2.0 ** (-8 * np.arange(1, n + 1) / n)
     rest = 2.0 ** (-4 * (2 * np.arange(heads - n) + 1) / n)
@@ -34,19 +34,28 @@ def slopes(heads: int) -> np.ndarray:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP: f[..., L, D] -> f[..., L, D], writing the cache where one is given."""
+    """Pre-norm attention and MLP; writes its keys and values into the cache if there is one."""
 
-    heads: int
-    ln_eps: float
-    lora_rank: int
-    lora_scale: float
-    dtype: str
+    heads: int  # Number of attention heads.
+    ln_eps: float  # Epsilon of the norms.
+    lora_rank: int  # Rank of the adapters; 0 leaves them out.
+    lora_scale: float  # Factor of the adapters' output.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        """One block: (f[..., L, D], the cache of all layers or None), its int32 place among them -> ((the same two), None)."""
+        """Run one block.
+
+        Args:
+          carry: states f[..., L, D], and the cache of all layers or None.
+          layer: int32 index of the block.
+          context: of the pass.
+
+        Returns:
+          The updated carry, and None for `nn.scan`.
+        """
         x, cache = carry
         d, normal = x.shape[-1], nn.initializers.normal(STD)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
@@ -63,25 +72,25 @@ class Block(nn.Module):
 
 
 class Bloom(nn.Module):
-    """The language model (`language_model.LanguageModel`). The fields are its settings."""
+    """BLOOM as a `language_model.LanguageModel`; its fields are its settings."""
 
-    kind: ClassVar[str] = "bloom"  # in the settings of a run
-    vocab: int = 250880  # V
-    width: int = 4096  # D; the MLP is four times as wide
-    depth: int = 30
-    heads: int = 32
-    ln_eps: float = 1e-5
-    lora_rank: int = 0  # R; 0: no adapters
-    lora_scale: float = 1.0  # alpha / R
-    remat: str = "none"  # "none", "full" or "dots"
-    dtype: str = "float32"  # of the computation
+    kind: ClassVar[str] = "bloom"  # Name of the decoder in the settings of a run.
+    vocab: int = 250880  # Number of rows of the word embeddings V.
+    width: int = 4096  # Width of embeddings and hidden states D; the MLP is four times as wide.
+    depth: int = 30  # Number of layers.
+    heads: int = 32  # Number of attention heads, which must divide the width.
+    ln_eps: float = 1e-5  # Epsilon of the LayerNorms.
+    lora_rank: int = 0  # Rank R of trained LoRA adapters on q, k and v; 0 leaves them out.
+    lora_scale: float = 1.0  # Factor of the adapters' output, alpha / R.
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
+    dtype: str = "float32"  # Type of the computation; norms, softmax and output logits stay float32.
 
     prefill = language_model.prefill
     open_branches = language_model.open_branches
     branch = language_model.branch
 
     def setup(self) -> None:
-        """Embeddings, the stack of blocks and the last norm."""
+        """Create the embeddings, the stack of blocks and the final norm."""
         self.token_embed = self.param("token_embed", nn.initializers.normal(STD), (self.vocab, self.width))
         self.embed_norm = layers.norm(None, self.ln_eps, self.dtype)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast))
@@ -96,14 +105,14 @@ class Bloom(nn.Module):
 
     @property
     def max_positions(self) -> None:
-        """No limit: positions only enter as a bias."""
+        """None: ALiBi has no limit of positions."""
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """See `LanguageModel.embed`; normalised."""
+        """See `LanguageModel.embed`. Word embeddings are normalised here, so visual vectors are not."""
         return self.embed_norm(layers.look_up(self.token_embed, ids, self.dtype))
 
     def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
-        """See `LanguageModel`; there is no dropout."""
+        """See `LanguageModel`. BLOOM has no dropout, so `deterministic` has no effect."""
         return self.read(embeds, mask, None, None)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -1,9 +1,11 @@
-"""Generation and scoring with any decoder that follows the `LanguageModel` protocol.
+"""Generation and scoring with any decoder that implements the `LanguageModel` protocol.
 
-A prompt is what a decoder is fed: embeddings f[B, S, D] and a mask bool[B, S]. Padding may stand on either side, and vectors of
-videos or images anywhere between the tokens. `prompt_of` makes one with a visual prefix; for other places embed the ids and use
-`language_model.with_media`. The prompt is read once; greedy search, sampling, beam search and the scoring of candidates then go
-on from that past in as many branches as they need. Fixed shapes throughout, to be run under `jax.jit`.
+A prompt is a pair of embeddings f[B, S, D] and a mask bool[B, S]. Padding may stand on either side, and vectors of videos or
+images anywhere between the tokens: `prompt_of` puts them in front, `language_model.with_media` anywhere else. Each function
+reads the prompt once and continues it in as many branches as it needs. All shapes are fixed; call the functions under
+`jax.jit`.
+
+Described in docs/models/language_models.md, "Branches", "Greedy search and sampling" and "Beam search".
 """
 
 from collections.abc import Callable
@@ -14,39 +16,39 @@ import jax.numpy as jnp
 
 from ymplug_jax.models.language_model import Cache, LanguageModel, Past, check_positions, last_state
 
-LOWEST = -1e9  # of a beam that does not exist
+LOWEST = -1e9  # score of a beam that does not exist
 
 
 class State(NamedTuple):
-    """Where each of C branches stands."""
+    """State of C branches."""
 
     past: Past
     own: Cache
-    logits: jax.Array  # f32[B, C, V]: of the next token
+    logits: jax.Array  # f32[B, C, V], of the next token
 
 
 class Generated(NamedTuple):
-    """What was generated, without the prompt."""
+    """Generated tokens, without the prompt."""
 
-    ids: jax.Array  # int32[B, new_tokens]; what follows the first `eos` of a row means nothing
-    lengths: jax.Array  # int32[B]: tokens before the first `eos`
-    scores: jax.Array | None = None  # f32[B], of a beam search
+    ids: jax.Array  # int32[B, new_tokens]; ignore what follows the first `eos` of a row
+    lengths: jax.Array  # int32[B], number of tokens before the first `eos`
+    scores: jax.Array | None = None  # f32[B], values of the hypotheses of a beam search
 
 
 def prompt_of(
     lm: LanguageModel, params: dict, prefix: jax.Array | None, ids: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A prompt of a visual prefix and text, padded on the right.
+    """Build a prompt from a visual prefix and text, padded on the right.
 
     Args:
       lm: the language model, unbound.
       params: its parameters.
       prefix: f[B, Q, D] or None.
-      ids: int32[B, L], padded on the right; begins with the start token.
-      lengths: int32[B], how many of `ids` count, at least 1 (no end token among them).
+      ids: int32[B, L], the start token first, padded on the right.
+      lengths: int32[B], number of `ids` in the prompt, at least 1; the end token is not one of them.
 
     Returns:
-      embeddings f[B, Q + L, D] and mask bool[B, Q + L].
+      Embeddings f[B, Q + L, D] and mask bool[B, Q + L].
     """
     embeds = lm.apply({"params": params}, ids, method="embed")  # [B, L, D]
     mask = jnp.arange(ids.shape[1]) < lengths[:, None]
@@ -65,19 +67,19 @@ def start(
     branches: int = 1,
     positions: int = 0,
 ) -> State:
-    """Read a prompt and open `branches` with room for `new_tokens` each.
+    """Read a prompt and open branches.
 
     Args:
       lm: the language model, unbound.
       params: its parameters.
       embeds: f[B, S, D], the prompt.
-      mask: int or bool[B, S], 1 where there is a token; at least one in each row.
-      new_tokens: at most so many are fed to each branch.
+      mask: int or bool[B, S], 1 at tokens; each row has at least one.
+      new_tokens: largest number of tokens fed to each branch.
       branches: C.
-      positions: most that a row takes, prompt and new tokens; 0: S + new_tokens.
+      positions: largest number of positions of a row, prompt and new tokens together. 0 means S + new_tokens.
 
     Raises:
-      ValueError: the model has not so many positions.
+      ValueError: the model has fewer positions.
     """
     check_positions(positions or embeds.shape[1] + new_tokens, lm.max_positions, "prefix, prompt and new tokens")
     hidden, past = lm.apply({"params": params}, embeds, mask, method="prefill")
@@ -87,9 +89,15 @@ def start(
 
 
 def advance(lm: LanguageModel, params: dict, state: State, token: jax.Array, parents: jax.Array | None = None) -> State:
-    """Feed one token a branch, int32[B, C]; with `parents`, int32[B, C], branch c first becomes a copy of branch parents[c].
+    """Feed one token to each branch.
 
-    With `parents` the past has an `origin`; the keys and values stay where they are.
+    Args:
+      lm: the language model, unbound.
+      params: its parameters.
+      state: of the branches.
+      token: int32[B, C].
+      parents: int32[B, C]; branch c first becomes a copy of branch parents[c]. The past must have an `origin`, which is
+        updated instead of copying keys and values.
     """
     past = state.past
     if parents is not None and past.origin is not None:
@@ -105,24 +113,22 @@ def advance(lm: LanguageModel, params: dict, state: State, token: jax.Array, par
 def branch_scores(
     lm: LanguageModel, params: dict, past: Past, ids: jax.Array, targets: jax.Array, last: jax.Array | None = None
 ) -> jax.Array:
-    """Log-probability of what each branch says after the past: f32[B, C], summed over the targets.
+    """Log-probability of each branch's tokens after the past, summed over the targets: f32[B, C].
 
     Args:
       lm: the language model, unbound.
       params: its parameters.
-      past: what all branches continue, from `prefill`.
+      past: of `prefill`, which all branches continue.
       ids: int32[B, C, W], padded on the right.
-      targets: bool[B, C, W], which of `ids` count.
-      last: f[B, D], hidden state at the end of the past, which predicts the first of `ids`; None: no first one counts.
+      targets: bool[B, C, W], the tokens that are scored.
+      last: f[B, D], hidden state at the end of the past, which predicts the first of `ids`. None leaves out the first.
     """
     b, branches, width = ids.shape
-    embeds = lm.apply(
-        {"params": params}, ids[..., :-1], method="embed"
-    )  # [B, C, W - 1, D]: what is last predicts nothing
+    embeds = lm.apply({"params": params}, ids[..., :-1], method="embed")  # [B, C, W - 1, D]; the last predicts nothing
     own = lm.apply({"params": params}, b, branches, width - 1, method="open_branches")
     hidden, _ = lm.apply({"params": params}, embeds, past, own, method="branch")
 
-    def one(branch: tuple[jax.Array, jax.Array]) -> jax.Array:  # a branch at a time: the vocabulary is wide
+    def one(branch: tuple[jax.Array, jax.Array]) -> jax.Array:  # one branch at a time, because V is large
         hidden, ids = branch
         logits = lm.apply({"params": params}, hidden, method="logits")  # [B, W - 1, V]
         picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
@@ -132,14 +138,14 @@ def branch_scores(
     total = jnp.sum(jnp.where(targets[..., 1:], jnp.moveaxis(logs, 0, 1), 0), axis=-1)
     if last is None:
         return total
-    first = jax.nn.log_softmax(lm.apply({"params": params}, last, method="logits"))  # [B, V], the same for all branches
+    first = jax.nn.log_softmax(lm.apply({"params": params}, last, method="logits"))  # [B, V], equal in all branches
     return total + jnp.where(targets[..., 0], jnp.take_along_axis(first, ids[..., 0], axis=1), 0)
 
 
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of f[..., V]: (values, indices) [..., k], the lower index first where values are equal.
+    """`jax.lax.top_k` of f[..., V]: (values, indices) [..., k]; of equal values the lower index comes first.
 
-    XLA may sort the whole axis for it; here only the largest of every 128 and the k groups that they name are sorted.
+    XLA may sort the whole axis. This function sorts the maxima of groups of 128, then only the k groups that win.
     """
     size, wide = x.shape[-1], 128
     groups = -(-size // wide)
@@ -147,19 +153,19 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         return jax.lax.top_k(x, k)
     ends = [(0, 0)] * (x.ndim - 1) + [(0, groups * wide - size)]
     cut = jnp.pad(x, ends, constant_values=-jnp.inf).reshape(*x.shape[:-1], groups, wide)  # [..., groups, 128]
-    chosen = jnp.sort(jax.lax.top_k(cut.max(axis=-1), k)[1], axis=-1)  # [..., k], in order, so that ties keep theirs
+    chosen = jnp.sort(jax.lax.top_k(cut.max(axis=-1), k)[1], axis=-1)  # [..., k], sorted, so that ties keep their order
     few = jnp.take_along_axis(cut, chosen[..., None], axis=-2).reshape(*x.shape[:-1], k * wide)
     values, place = jax.lax.top_k(few, k)
     return values, jnp.take_along_axis(chosen, place // wide, axis=-1) * wide + place % wide
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """bool like `logits`: the k largest of the last axis, with all that equal the k-th."""
+    """Mask of the k largest logits of the last axis, with all that equal the k-th: f[..., V] -> bool[..., V]."""
     return logits >= top_k(logits, k)[0][..., -1:]
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """bool like `logits`: the most probable tokens until their sum passes `p`, the one that passes it included."""
+    """Mask of the likeliest tokens until their sum exceeds `p`, the one that exceeds it included: f[..., V] -> bool[..., V]."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     total = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
     kept = jnp.concatenate([jnp.ones_like(total[..., :1], bool), total[..., :-1] <= p], axis=-1)
@@ -169,7 +175,10 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
 def greedy(
     lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, *, new_tokens: int, eos: int
 ) -> Generated:
-    """Most probable token at each step, until every row has met `eos` or `new_tokens` are out. Prompt as for `start`."""
+    """Generate the likeliest token at each step, until every row has produced `eos` or `new_tokens` tokens.
+
+    The prompt is that of `start`.
+    """
     state = start(lm, params, embeds, mask, new_tokens)
     return _generate(lm, params, state, new_tokens, eos, lambda step, logits: jnp.argmax(logits, -1))
 
@@ -178,10 +187,19 @@ def sample(
     lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, key: jax.Array, *,
     new_tokens: int, eos: int, top_k: int = 0, top_p: float = 0.0, temperature: float = 1.0,
 ) -> Generated:  # fmt: skip
-    """Draws each token; `top_k` > 0 draws among the k most probable, else `top_p` > 0 among those that make up p (0: all).
+    """Draw each token at random.
 
-    Prompt as for `start`. `key` is one for all rows, or key[B]: with a key of its own a row's draws do not depend on its place in
-    the batch.
+    Args:
+      lm: the language model, unbound.
+      params: its parameters.
+      embeds: f[B, S, D], the prompt, as for `start`.
+      mask: int or bool[B, S].
+      key: one key for all rows, or key[B]: then a row's draws do not depend on its place in the batch.
+      new_tokens: largest number of tokens.
+      eos: the end token.
+      top_k: draws among the k likeliest tokens; 0 does not limit them.
+      top_p: with `top_k` 0, draws among the likeliest tokens that make up this probability; 0 does not limit them.
+      temperature: divides the logits.
     """
 
     def pick(step: jax.Array, logits: jax.Array) -> jax.Array:
@@ -203,7 +221,7 @@ def _generate(
     eos: int,
     pick: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Generated:
-    """One branch a row, token by token. Rows that are done go on until all are, as in the reference; readers cut at `eos`."""
+    """Generate one branch for each row. Finished rows continue until all are finished; callers cut at `eos`."""
 
     def choose(step: jax.Array, state: State) -> jax.Array:
         return pick(step, state.logits).astype(jnp.int32)  # [B, 1]
@@ -227,45 +245,46 @@ def _generate(
 
 
 def _length(ids: jax.Array, eos: int) -> jax.Array:
-    """int32[B]: entries of each row before its first `eos`."""
+    """Number of entries of each row before its first `eos`, int32[B]."""
     return jnp.sum(jnp.cumsum(ids == eos, axis=1) == 0, axis=1, dtype=jnp.int32)
 
 
 class _Beams(NamedTuple):
     """A beam search in progress."""
 
-    step: jax.Array  # int32 scalar: tokens chosen so far
+    step: jax.Array  # int32 scalar, number of tokens chosen so far
     state: State
-    scores: jax.Array  # f32[B, C]: summed log-probabilities of the open beams
-    rows: jax.Array  # int32[B, C, new_tokens]
-    values: jax.Array  # f32[B, C]: of the finished ones, best first, -inf where there is none yet
-    finished: jax.Array  # int32[B, C, new_tokens]
-    done: jax.Array  # bool[B]
+    scores: jax.Array  # f32[B, C], summed log-probabilities of the open beams
+    rows: jax.Array  # int32[B, C, new_tokens], tokens of the open beams
+    values: jax.Array  # f32[B, C], values of the finished hypotheses, best first, -inf for missing ones
+    finished: jax.Array  # int32[B, C, new_tokens], tokens of the finished hypotheses
+    done: jax.Array  # bool[B], rows whose search has ended
 
 
 def beam(
     lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, *, new_tokens: int, eos: int, beams: int = 5,
     row_length: int = 0, visual: int = 0, length_power: float = 1.0,
 ) -> Generated:  # fmt: skip
-    """Beam search, with the stop and ranking rule of the reference or with a length-normalised one.
+    """Beam search with the reference's rule for ranking and stopping, or with a length-normalised rule.
 
-    Of the 2C best continuations, an end token among the first C finishes its beam; the first C others stay open.
+    Of the 2C best continuations, an end token among the first C finishes its beam, and the first C others stay open.
 
     Args:
       lm: the language model, unbound.
       params: its parameters.
       embeds: f[B, S, D], the prompt, as for `start`.
       mask: int or bool[B, S].
-      new_tokens: at most so many tokens.
+      new_tokens: largest number of tokens.
       eos: the end token.
       beams: C; the vocabulary has at least 2C tokens.
-      row_length: > 0: the reference's rule. Every hypothesis counts its log-probability divided by this
-        one number (the prompt's row of text and new tokens together), a row ends once C are finished and the worst of them is
-        no worse than the best continuation divided by its current length; a row takes `row_length` tokens with its prompt's.
-        0: log-probability divided by the number of tokens, end token included, to the power `length_power`, and a row
-        ends when no open beam can become better than the worst of its C finished ones.
-      visual: vectors in each prompt that `row_length` does not count, since they are no text.
-      length_power: of the second rule; 0 compares plain log-probabilities.
+      row_length: above 0 selects the reference's rule. The value of every hypothesis is its log-probability divided by this
+        number, the length of the prompt's text row and the new tokens together. A row stops once C hypotheses are finished
+        and the worst of them is at least the best continuation divided by its current length. Prompt and new tokens take
+        at most `row_length` positions. 0 selects the second rule: the value is the log-probability divided by the number of
+        tokens, end token included, to the power `length_power`, and a row stops when no open beam can beat the worst of its
+        C finished hypotheses.
+      visual: number of visual vectors in each prompt, which `row_length` does not count.
+      length_power: exponent of the second rule; 0 compares plain log-probabilities.
 
     Returns:
       The best hypothesis of each row.
@@ -297,11 +316,11 @@ def beam(
         values, finished = _best(loop.values, loop.finished, ended, of[:, :beams], beams)
         stop = jnp.isfinite(values[:, -1]) & (values[:, -1] >= bound(scores[:, 0], written))
 
-        stay = jnp.argsort(stops, axis=1, stable=True)[:, :beams]  # the first C that go on
+        stay = jnp.argsort(stops, axis=1, stable=True)[:, :beams]  # the first C that do not end
         parents, tokens, scores = (jnp.take_along_axis(x, stay, axis=1) for x in (parents, tokens, scores))
         rows = jnp.take_along_axis(of, stay[..., None], axis=1)
         rows = jax.lax.dynamic_update_slice(rows, tokens[..., None], (0, 0, loop.step))
-        full = ~stop & (written >= room)  # out of room: what is open counts as it stands
+        full = ~stop & (written >= room)  # out of room: open beams count as they are
         open_values = jnp.where(full[:, None], value(scores, written), -jnp.inf)
         values, finished = _best(values, finished, open_values, rows, beams)
 
@@ -322,7 +341,7 @@ def beam(
 def _best(
     values: jax.Array, rows: jax.Array, more: jax.Array, more_rows: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The `count` best of two lists f32[B, *] with rows int32[B, *, new_tokens]; the first list wins ties."""
+    """The `count` best of two lists of values f32[B, *] with rows int32[B, *, new_tokens]; the first list wins ties."""
     values, order = jax.lax.top_k(jnp.concatenate([values, more], axis=1), count)
     rows = jnp.concatenate([rows, more_rows], axis=1)
     return values, jnp.take_along_axis(rows, order[..., None], axis=1)

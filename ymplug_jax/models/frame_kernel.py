@@ -1,4 +1,4 @@
-"""Attention of patches over frames as a single kernel for TPU (Pallas), from operands as they lie."""
+"""Attention of patches over frames as one Pallas kernel for TPU, without transposing the operands."""
 
 import functools
 from collections.abc import Callable
@@ -11,22 +11,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ymplug_jax.models.row_kernel import product
 
-FRAMES = 128 * 768  # numbers of one array in a block of `over_frames`: code for larger blocks takes minutes to compile
+FRAMES = 128 * 768  # elements of one array in a block of `over_frames`; larger blocks take minutes to compile
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def over_frames(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, interpret: bool = False) -> jax.Array:
-    """Attention of every patch to itself in the other frames, heads side by side in the last axis: nothing is transposed.
+    """Attention of each patch over the frames, heads side by side in the last axis.
 
-    A few frames are far too few for the matrix unit: logits are products of vectors, summed over each head's part by a product
-    with a matrix of zeros and ones.
+    There are too few frames for the matrix unit, so logits are elementwise products, which a product with a matrix of zeros and
+    ones sums over each head's columns.
 
     Args:
       q: f[B, T, P, D].
       k: f[B, T, P, D].
       v: f[B, T, P, D].
-      heads: N; head n has columns n * D / N and on.
-      interpret: run the kernel's steps one by one on any platform, to test it.
+      heads: N; head n has the columns from n * D / N on.
+      interpret: run the kernel in interpreter mode on any platform, for tests.
 
     Returns:
       f[B, T, P, D].
@@ -46,7 +46,7 @@ over_frames.defvjp(_frames_forward, _frames_backward)
 
 
 def _call_frames(kernel: Callable[..., None], inputs: tuple, outputs: int, heads: int, interpret: bool) -> list:
-    """One program for each row and stretch of patches; what a stretch has beyond the last patch is thrown away."""
+    """Run one program for each row and block of patches; results beyond the last patch are discarded."""
     b, t, patches, width = inputs[0].shape
     part = min(patches, max(FRAMES // (t * width) // 16 * 16, 16))
     block = pl.BlockSpec((1, t, part, width), lambda row, place: (row, 0, place, 0))
@@ -64,17 +64,17 @@ def _call_frames(kernel: Callable[..., None], inputs: tuple, outputs: int, heads
 
 
 def _gather(x: jax.Array, parts: jax.Array) -> jax.Array:
-    """Sums over each head's columns: f32[T, P, D], f[D, N] -> f32[T, P, N]."""
+    """Sum over each head's columns: f32[T, P, D], f[D, N] -> f32[T, P, N]."""
     return product(x.astype(parts.dtype), parts, 2, 0)
 
 
 def _spread(x: jax.Array, parts: jax.Array) -> jax.Array:
-    """Each head's number in all of its columns: f32[T, P, N], f[D, N] -> f32[T, P, D]."""
+    """Broadcast each head's number to its columns: f32[T, P, N], f[D, N] -> f32[T, P, D]."""
     return product(x.astype(parts.dtype), parts, 2, 1)
 
 
 def _frame_weights(q: jax.Array, k: Any, parts: jax.Array, scale: float) -> list[jax.Array]:
-    """Probabilities of each frame as a key, f32[T, P, N] each; q is f32[T, P, D]."""
+    """Attention probabilities of each key frame, f32[T, P, N] each, for queries f32[T, P, D]."""
     logits = [_gather(q * k[0, s].astype(jnp.float32), parts) * scale for s in range(q.shape[0])]
     largest = functools.reduce(jnp.maximum, logits)
     weights = [jnp.exp(x - largest) for x in logits]

@@ -1,6 +1,6 @@
-"""GPT-3 decoder in Megatron's pre-norm form, with tied embeddings, as mPLUG-video uses it (1.3B, 2.7B).
+"""GPT-3 in Megatron's pre-norm form with a tied output layer, as mPLUG-video uses it (1.3B, 2.7B).
 
-Positions are rows of a learned table. They count over everything that is fed, visual vectors included.
+Positions are rows of a learned table and count visual vectors too. Described in docs/models/language_models.md, "GPT-3".
 """
 
 from typing import ClassVar
@@ -23,19 +23,29 @@ AXES = (
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP: f[..., L, D] -> f[..., L, D], writing the cache where one is given."""
+    """Pre-norm attention and MLP; writes its keys and values into the cache if there is one."""
 
-    heads: int
-    depth: int
-    ln_eps: float
-    dropout: float
-    dtype: str
+    heads: int  # Number of attention heads.
+    depth: int  # Number of layers, which scales the initial output kernels.
+    ln_eps: float  # Epsilon of the norms.
+    dropout: float  # Dropout rate in training.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context, deterministic: bool
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        """One block: (f[..., L, D], the cache of all layers or None), its int32 place among them -> ((the same two), None)."""
+        """Run one block.
+
+        Args:
+          carry: states f[..., L, D], and the cache of all layers or None.
+          layer: int32 index of the block.
+          context: of the pass.
+          deterministic: False applies dropout.
+
+        Returns:
+          The updated carry, and None for `nn.scan`.
+        """
         x, cache = carry
         d, rate = x.shape[-1], 0.0 if deterministic else self.dropout
         normal, shrunk = nn.initializers.normal(STD), nn.initializers.normal(STD * (2 * self.depth) ** -0.5)
@@ -52,27 +62,25 @@ class Block(nn.Module):
 
 
 class GPT3(nn.Module):
-    """The language model (`language_model.LanguageModel`). The fields are its settings."""
+    """GPT-3 as a `language_model.LanguageModel`; its fields are its settings."""
 
-    kind: ClassVar[str] = "gpt3"  # in the settings of a run
-    vocab: int = 51200  # V
-    width: int = 2048  # D; the MLP is four times as wide
-    depth: int = 24
-    heads: int = 32
-    max_positions: int = 2048  # rows of the table
-    ln_eps: float = 1e-5
-    dropout: float = (
-        0.0  # on embeddings, attention and residuals; the published recipe trains through a frozen LM with 0.1
-    )
-    remat: str = "none"  # "none", "full" or "dots"
-    dtype: str = "float32"  # of the computation
+    kind: ClassVar[str] = "gpt3"  # Name of the decoder in the settings of a run.
+    vocab: int = 51200  # Number of rows of the word embeddings V.
+    width: int = 2048  # Width of embeddings and hidden states D; the MLP is four times as wide.
+    depth: int = 24  # Number of layers.
+    heads: int = 32  # Number of attention heads, which must divide the width.
+    max_positions: int = 2048  # Number of rows of the position table, and the longest row including visual vectors.
+    ln_eps: float = 1e-5  # Epsilon of the LayerNorms.
+    dropout: float = 0.0  # Rate on embeddings, attention and residuals in training; the published recipe has 0.1.
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
+    dtype: str = "float32"  # Type of the computation; norms, softmax and output logits stay float32.
 
     prefill = language_model.prefill
     open_branches = language_model.open_branches
     branch = language_model.branch
 
     def setup(self) -> None:
-        """Embeddings, the stack of blocks and the last norm."""
+        """Create the embeddings, the stack of blocks and the final norm."""
         normal = nn.initializers.normal(STD)
         self.token_embed = self.param("token_embed", normal, (self.vocab, self.width))
         self.pos_embed = self.param("pos_embed", normal, (self.max_positions, self.width))
@@ -85,7 +93,7 @@ class GPT3(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """See `LanguageModel.embed`; without positions, which are added to whatever is fed."""
+        """See `LanguageModel.embed`. Positions are added later, because visual vectors get them too."""
         return layers.look_up(self.token_embed, ids, self.dtype)
 
     def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Whether the kernels that a program uses compute on this device what plain XLA computes.
+"""Compare the fused attention kernels of a program with plain XLA on this device.
 
-The kernels are compiled by another compiler than everything else, and a fault of theirs need not be an error: it may be numbers
-that are off. So each one is compared before a training step or an evaluation depends on it.
+Other compilers than XLA build these kernels, and a fault may show as wrong numbers instead of an error. So each kernel is
+compared before a training step or an evaluation depends on it.
 """
 
 import logging
@@ -15,23 +15,23 @@ from ymplug_jax.core import sharding
 from ymplug_jax.models import attention, kernels
 from ymplug_jax.models.kernels import Use
 
-# Relative error (2-norm) against float32. Half precision has 0.003 to 0.01 on either path; a key too many has more than 0.1.
+# Largest relative error (2-norm) against float32. Half precision has 0.003 to 0.01 on either path; one wrong key has over 0.1.
 BOUND = 0.03
-LOGITS = 2**26  # numbers of a comparison's float32 logits: rows of the batch and groups of heads are left out above it
+LOGITS = 2**26  # largest number of float32 logits in a comparison; rows and groups of heads are left out above it
 
 
 class Difference(NamedTuple):
-    """Relative errors against float32; infinite where the kernel does not compile or gives no number."""
+    """Relative errors against float32; infinite if the kernel does not compile or returns non-finite numbers."""
 
     output: float
-    gradient: float  # the largest one of q, k and v
+    gradient: float  # largest of the errors of q, k and v
 
 
 def differing(uses: Iterable[Use]) -> frozenset[str]:
-    """Names of the kernels that differ from plain XLA on the first device of this process; every comparison is logged.
+    """Names of the kernels that differ from plain XLA on the first device of this process. Logs every comparison.
 
     Args:
-      uses: what a program asks of the kernels, see `kernels.recording`.
+      uses: the kernel uses of a program, see `kernels.recording`.
     """
     off = set()
     for use in sorted(set(uses)):
@@ -39,12 +39,12 @@ def differing(uses: Iterable[Use]) -> frozenset[str]:
         fits = found.output <= BOUND and found.gradient <= BOUND
         told = (use.kernel, use.text(), 100 * found.output, 100 * found.gradient, 100 * BOUND)
         if fits:
-            logging.info("kernel %s, %s: %.2f %% off float32, gradients %.2f %% (bound %.0f %%)", *told)
+            logging.info("kernel %s, %s: error %.2f %%, gradients %.2f %% (bound %.0f %%)", *told)
         else:
             off.add(use.kernel)
             logging.warning(
-                "kernel %s, %s: %.2f %% off float32, gradients %.2f %% (bound %.0f %%); plain XLA computes it in this run, with "
-                "more memory and time. Please report the device, the driver and the version of JAX",
+                "kernel %s, %s: error %.2f %%, gradients %.2f %% (bound %.0f %%); plain XLA computes it in this run, which "
+                "takes more memory and time. Please report the device, the driver and the version of JAX",
                 *told,
             )
     return frozenset(off)
@@ -57,7 +57,7 @@ def difference(use: Use) -> Difference:
     exact = _values(plain, [x.astype(jnp.float32) for x in arrays])
     try:
         made = _values(fused, arrays)
-    except Exception as error:  # a kernel's compiler refuses it, each in a way of its own
+    except Exception as error:  # each kernel compiler raises its own errors
         logging.warning("kernel %s, %s: %s", use.kernel, use.text(), (str(error).splitlines() or [repr(error)])[0])
         return Difference(float("inf"), float("inf"))
     errors = [_error(x, y) for x, y in zip(made, exact, strict=True)]
@@ -65,7 +65,7 @@ def difference(use: Use) -> Difference:
 
 
 def _inputs(use: Use) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """(q, k, v and the gradient of the output, bool[B, S] with padding on either side, int[B, S] positions)."""
+    """Random q, k, v and output gradient; a key mask bool[B, S] with padding on either side; positions int[B, S]."""
     heads, groups = use.heads, use.groups
     if use.kernel != "tpu_frames":
         ratio = heads // groups
@@ -108,7 +108,7 @@ def _plain(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]
 
 
 def _fused(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]:
-    there = sharding.computes_on_first(kernels.KERNELS[use.kernel])  # elsewhere a kernel is interpreted step by step
+    there = sharding.computes_on_first(kernels.KERNELS[use.kernel])  # other devices run the kernel in interpreter mode
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if use.kernel == "tpu_frames":
@@ -125,7 +125,7 @@ def _fused(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]
 
 
 def _values(run: Callable[..., jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
-    """Output and gradients of q, k and v."""
+    """The output, and the gradients of q, k and v."""
     *inputs, grad = arrays
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""The attention kernels: on which devices they run, which are turned off, and what a program asks of them."""
+"""Registry of the fused attention kernels: their devices, which are disabled, and which uses a program makes of them."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -23,38 +23,38 @@ __all__ = [
     "without",
 ]
 
-KERNELS = {"tpu_rows": "tpu", "tpu_frames": "tpu", "cudnn": "nvidia"}  # name -> the devices that it runs on
+KERNELS = {"tpu_rows": "tpu", "tpu_frames": "tpu", "cudnn": "nvidia"}  # kernel -> the devices that it runs on
 
 
 class Use(NamedTuple):
-    """What a program asks of a kernel, the batch apart."""
+    """One use of a kernel by a program, up to the batch size."""
 
     kernel: str
-    length: int  # L; T of frames
-    keys: int  # S; P of frames
-    heads: int  # N
-    groups: int  # K
-    width: int  # H
-    dtype: str
-    causal: bool = False
-    masked: bool = False  # a padding mask
-    alibi: bool = False
+    length: int  # number of queries L; for frames T
+    keys: int  # number of keys S; for frames P
+    heads: int  # number of query heads N
+    groups: int  # number of key/value heads K
+    width: int  # size of a head H
+    dtype: str  # type of q, k and v
+    causal: bool = False  # with a causal mask
+    masked: bool = False  # with a padding mask
+    alibi: bool = False  # with ALiBi
 
     def text(self) -> str:
-        """For a line of the log."""
+        """One-line description for the log."""
         what = ", ".join(name for name in ("causal", "masked", "alibi") if getattr(self, name))
         size = f"{self.length} x {self.keys}, {self.heads} heads"
         size += "" if self.groups == self.heads else f" on {self.groups}"
         return f"{size} of {self.width}, {self.dtype}" + (f", {what}" if what else "")
 
 
-_OFF: ContextVar[frozenset[str]] = ContextVar("kernels that are off", default=frozenset())
+_OFF: ContextVar[frozenset[str]] = ContextVar("disabled kernels", default=frozenset())
 _USES: ContextVar[set[Use] | None] = ContextVar("uses of kernels", default=None)
 
 
 @contextlib.contextmanager
 def without(names: Iterable[str]) -> Iterator[None]:
-    """Programs that are traced inside do without these kernels: plain XLA computes the same."""
+    """Disable these kernels for programs traced inside; plain XLA computes the same."""
     token = _OFF.set(_OFF.get() | frozenset(names))
     try:
         yield
@@ -64,7 +64,7 @@ def without(names: Iterable[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[set[Use]]:
-    """The set that holds afterwards what programs traced inside ask of the kernels."""
+    """Collect the kernel uses of programs traced inside; the yielded set is complete afterwards."""
     found: set[Use] = set()
     token = _USES.set(found)
     try:
@@ -74,12 +74,12 @@ def recording() -> Iterator[set[Use]]:
 
 
 def uses(name: str) -> bool:
-    """Whether programs traced here use the kernel: it runs on the current mesh's devices and is not turned off."""
+    """Whether programs traced here use the kernel: the current mesh's devices have it and it is not disabled."""
     return name not in _OFF.get() and sharding.computes_on(KERNELS[name])
 
 
 def note(use: Use) -> None:
-    """Add to the set of `recording`, if there is one."""
+    """Add a use to the set of `recording`, if one is active."""
     found = _USES.get()
     if found is not None:
         found.add(use)

@@ -1,11 +1,12 @@
-"""What a decoder must offer, and what all decoders share: key/value caches, positions under padding, attention with a cache.
+"""The protocol of a decoder, and what decoders share: key/value cache, positions under padding, attention with a cache.
 
-Tasks, decoding and converters use the `LanguageModel` protocol; `language_models.py` is the only file that names decoders.
+Tasks, decoding and converters use the `LanguageModel` protocol; only `language_models.py` names decoders.
 
-Padding may stand on either side of a row, or between its parts. Every decoder counts positions the same way: the position of a
-token is the number of tokens before it that are no padding (`positions`). What becomes of that number is the decoder's own
-affair: a row of a table, an ALiBi bias or rotary angles. Hidden states at padding are finite and mean nothing: a query that sees
-no key attends to all keys alike, and no other token reads what it gets.
+Padding may stand on either side of a row or between its parts. The position of a token is the number of tokens before it
+that are not padding (`positions`). A decoder turns it into a row of a table, an ALiBi bias or rotary angles. Hidden states
+at padding are finite but meaningless: a query that sees no key attends to all keys alike, and no token reads its state.
+
+Described in docs/models/language_models.md, "The language model protocol".
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +19,9 @@ from ymplug_jax.models import attention
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read: f[..., layers, K, S, H], S fixed; in front B, or B and C branches.
+    """Keys and values, f[..., layers, K, S, H] with a fixed S; the leading axes are B, or B and C branches.
 
-    It holds the key/value heads alone. Heads stand before positions, the order that the products of attention read.
+    It holds key/value heads only. Heads precede positions, which is the layout that attention's matrix products read.
     """
 
     k: jax.Array
@@ -28,46 +29,46 @@ class Cache(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What C branches of each row continue; it is read once and never copied."""
+    """The prefix that C branches of each row continue. It is read once and never copied."""
 
     cache: Cache  # f[B, layers, K, S, H]
-    mask: jax.Array  # bool[B, S]: False at padding
-    read: jax.Array  # int32 scalar: positions that every branch has read by itself since
+    mask: jax.Array  # bool[B, S], False at padding
+    read: jax.Array  # int32 scalar, number of positions that each branch has read since
     # int32[B, C, W]: `origin[b, c, w]` is the branch that wrote position w of branch c. Reordering beams updates it instead of
     # copying the cache. None: no reordering.
     origin: jax.Array | None = None
 
     @property
     def length(self) -> jax.Array:
-        """int32[B]: positions that are no padding."""
+        """Number of positions that are not padding, int32[B]."""
         return jnp.sum(self.mask, axis=1, dtype=jnp.int32)
 
 
 class Context(NamedTuple):
-    """What all blocks of one pass share."""
+    """Inputs that all blocks of one pass share."""
 
-    positions: jax.Array  # int32[B or 1, L] of the tokens that are fed; the same in all branches
-    mask: jax.Array | None  # bool[B, L], False at padding; None: no padding, or branches of a past
+    positions: jax.Array  # int32[B or 1, L], of the tokens that are fed; equal in all branches
+    mask: jax.Array | None  # bool[B, L], False at padding; None without padding and in branches
     past: Past | None
-    past_positions: jax.Array | None  # int32[B, S] of what the past holds
+    past_positions: jax.Array | None  # int32[B, S], of the keys of the past
 
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """A decoder: a linen module with these methods; its fields are its settings.
+    """A decoder: a linen module with these methods, whose fields are its settings.
 
-    `init` and `apply` are those of linen. Parameters have no further name in front ("token_embed", "blocks/...").
+    `init` and `apply` are those of linen. Parameter paths have no common prefix ("token_embed", "blocks/...").
     """
 
-    kind: ClassVar[str]  # its name in the settings of a run
+    kind: ClassVar[str]  # name of the decoder in the settings of a run
 
     @property
     def vocab(self) -> int:
-        """V."""
+        """Number of rows of the word embeddings, V."""
 
     @property
     def width(self) -> int:
-        """D, of embeddings and hidden states."""
+        """Width of embeddings and hidden states, D."""
 
     @property
     def depth(self) -> int:
@@ -75,42 +76,54 @@ class LanguageModel(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Type of the computation."""
+        """Type of the computation, such as "bfloat16"."""
 
     @property
     def max_positions(self) -> int | None:
-        """Most positions of a row; None: no limit. A longer row is a ValueError while tracing."""
+        """Longest row, or None without a limit. A longer row raises ValueError while tracing."""
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """Embeddings to feed: int[..., L] -> f[..., L, D]. Vectors of a video or an image may stand anywhere between them."""
+        """Embeddings of ids, int[..., L] -> f[..., L, D]. Callers may put vectors of videos or images between them."""
 
     def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
         """Hidden states after the final norm.
 
         Args:
           embeds: f[B, L, D].
-          mask: int or bool[B, L], 1 where there is a token; padding may stand anywhere. None: everywhere. Rows padded on the
-            right need no mask: attention is causal, so that only padding sees the padding.
-          deterministic: False applies dropout, with the randomness "dropout"; without effect where the decoder has none.
+          mask: int or bool[B, L], 1 at tokens and 0 at padding, which may stand anywhere. None means no padding. Rows padded
+            on the right need no mask: attention is causal, so only padding sees the padding.
+          deterministic: False applies dropout, which needs the random stream "dropout", if the decoder has any.
 
         Returns:
           f[B, L, D].
         """
 
     def prefill(self, embeds: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, Past]:
-        """Read a first stretch and keep its keys and values; arguments as for a call. -> hidden f[B, L, D] and the past."""
+        """Read a prompt and keep its keys and values; arguments as for `__call__`.
+
+        Returns:
+          Hidden states f[B, L, D], and the past.
+        """
 
     def open_branches(self, rows: int, branches: int, length: int) -> Cache:
-        """Empty cache f[rows, branches, layers, K, length, H] for what branches read by themselves."""
+        """Empty cache f[rows, branches, layers, K, length, H] for the positions that branches read."""
 
     def branch(self, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax.Array, Cache]:
-        """Read on, in C branches of one past: f[B, C, L, D] -> hidden f[B, C, L, D] and `own` with the new positions written.
+        """Continue a past in C branches.
 
-        The caller keeps past.read + L within the width of `own`, and all of it within `max_positions`.
+        The caller keeps past.read + L within the width of `own`, and all positions within `max_positions`.
+
+        Args:
+          embeds: f[B, C, L, D].
+          past: of `prefill`.
+          own: cache of `open_branches`.
+
+        Returns:
+          Hidden states f[B, C, L, D], and `own` with the new positions written.
         """
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """f[..., D] -> f32[..., V]. Select the positions that are needed first: the vocabulary is wide."""
+        """Logits of the vocabulary, f[..., D] -> f32[..., V]. Select the needed positions first, because V is large."""
 
     def init(self, rngs: Any, *args: Any, method: Callable[..., Any] | str | None = None, **kwargs: Any) -> Any:
         """See `flax.linen.Module.init`."""
@@ -125,15 +138,15 @@ class LanguageModel(Protocol):
 
 
 class Cached(Protocol):
-    """What `prefill`, `open_branches` and `branch` below need of a decoder, which takes them as its methods."""
+    """The methods that a decoder implements to use `prefill`, `open_branches` and `branch` below as its own."""
 
     def empty(self, before: tuple[int, ...], length: int) -> Cache:
-        """Cache f[*before, layers, K, length, H] of zeros."""
+        """A cache of zeros, f[*before, layers, K, length, H]."""
 
     def read(
         self, embeds: jax.Array, mask: jax.Array | None, cache: Cache | None, past: Past | None
     ) -> tuple[jax.Array, Cache]:
-        """One pass: f[..., L, D] -> hidden states after the final norm f[..., L, D], and the cache where one is given."""
+        """Run one pass: f[..., L, D] -> hidden states after the final norm f[..., L, D], and the cache if one is given."""
 
 
 def prefill(self: Cached, embeds: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, Past]:
@@ -153,43 +166,46 @@ def branch(self: Cached, embeds: jax.Array, past: Past, own: Cache) -> tuple[jax
 
 
 def init(lm: LanguageModel, key: jax.Array) -> dict:
-    """Fresh float32 parameters. Run it under `jax.jit` or `jax.eval_shape`: no forward pass remains."""
+    """Initial float32 parameters. Call it under `jax.jit` or `jax.eval_shape`, which remove the forward pass."""
     ids = jnp.zeros((1, 1), jnp.int32)
     return lm.init(key, ids, method=lambda lm, ids: lm.logits(lm(lm.embed(ids))))["params"]
 
 
-def check_positions(needed: int, limit: int | None, what: str = "the tokens fed") -> None:
-    """Whether a row fits; call it while tracing, before anything is compiled.
+def check_positions(needed: int, limit: int | None, what: str = "the tokens") -> None:
+    """Check while tracing, before anything is compiled, that a row fits.
 
     Raises:
-      ValueError: more positions are needed than the model has.
+      ValueError: the row needs more positions than the model has.
     """
     if limit is not None and needed > limit:
-        raise ValueError(f"{what} need {needed} positions, the model has {limit} (max_positions); shorten the text")
+        raise ValueError(
+            f"config.model.llm.max_positions: {what} need {needed} positions, the model has {limit}; shorten the text"
+        )
 
 
 def positions(mask: jax.Array) -> jax.Array:
-    """Position of each token among those that are no padding: int or bool[B, S] -> int32[B, S], 0 at padding."""
+    """Number of tokens before each token that are not padding: int or bool[B, S] -> int32[B, S], 0 at padding."""
     mask = mask.astype(jnp.int32)
     return (jnp.cumsum(mask, axis=1) - 1) * mask
 
 
 def last_state(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """State at the last token of each row, padding on either side: f[B, L, D], int or bool[B, L] -> f[B, D]."""
+    """State of the last token of each row, with padding on either side: f[B, L, D], int or bool[B, L] -> f[B, D]."""
     last = jnp.max(jnp.where(mask.astype(bool), jnp.arange(mask.shape[1]), 0), axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 def with_media(embeds: jax.Array, places: jax.Array, media: jax.Array) -> jax.Array:
-    """Embeddings with the vectors of videos or images at their places.
+    """Embeddings with vectors of videos or images inserted.
 
     Args:
-      embeds: f[B, L, D], of ids that hold any token at the places.
-      places: bool[B, L], anywhere in the row; as many in each row as it has vectors.
-      media: f[B, M, D], the vectors of a row one behind the other; rows with fewer are padded.
+      embeds: f[B, L, D]. The ids at `places` do not matter.
+      places: bool[B, L], where vectors go; each row has as many as it has vectors.
+      media: f[B, M, D], the vectors of each row in order, padded at the end.
 
     Returns:
-      f[B, L, D] in the type of `embeds`: the i-th place of a row has its i-th vector. A place beyond the M-th is NaN.
+      f[B, L, D] in the type of `embeds`: the i-th place of a row holds its i-th vector. Places beyond the M-th are NaN, so
+      that a wrong count is noticed.
     """
     index = jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0)  # [B, L]
     chosen = jnp.take_along_axis(media.astype(embeds.dtype), index[..., None], axis=1, mode="fill", fill_value=jnp.nan)
@@ -197,7 +213,7 @@ def with_media(embeds: jax.Array, places: jax.Array, media: jax.Array) -> jax.Ar
 
 
 def context_of(length: int, mask: jax.Array | None, past: Past | None) -> Context:
-    """Context of a pass over L tokens: the first ones of a row, bool[B, L], or those after a past."""
+    """Context of a pass over L tokens: of a prompt with its mask, bool[B, L] or None, or of branches of a past."""
     if past is not None:
         here = past.length[:, None] + past.read + jnp.arange(length)
         return Context(here, None, past, positions(past.mask))
@@ -207,13 +223,13 @@ def context_of(length: int, mask: jax.Array | None, past: Past | None) -> Contex
 
 
 def past_of(cache: Cache, mask: jax.Array | None) -> Past:
-    """The past after a first stretch: cache f[B, layers, K, S, H], mask int or bool[B, S] or None."""
+    """The past of a prompt: cache f[B, layers, K, S, H], mask int or bool[B, S] or None."""
     seen = jnp.ones((cache.k.shape[0], cache.k.shape[-2]), bool) if mask is None else mask.astype(bool)
     return Past(cache, seen, jnp.int32(0))
 
 
 def empty_cache(before: tuple[int, ...], depth: int, kv_heads: int, length: int, head_dim: int, dtype: str) -> Cache:
-    """f[*before, layers, K, length, H], zeros."""
+    """A cache of zeros, f[*before, layers, K, length, H]."""
     empty = jnp.zeros((*before, depth, kv_heads, length, head_dim), jnp.dtype(dtype))
     return Cache(empty, empty)
 
@@ -230,18 +246,18 @@ def attend(
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """Causal attention of one block to what was read, after writing the new keys and values into the cache where one is given.
+    """Causal attention of one block; first writes the new keys and values into the cache, if there is one.
 
     Args:
       q: f[B, L, N, H], in branches f[B, C, L, N, H].
-      k: f[..., L, K, H]; K divides N.
+      k: f[..., L, K, H], where K divides N.
       v: f[..., L, K, H].
-      cache: of this pass, all layers; None: nothing is kept.
-      layer: int32 scalar, the block's place in the cache.
+      cache: of all layers. None keeps no keys and values.
+      layer: int32 scalar, index of the block.
       context: of the pass.
-      slopes: f32[N], ALiBi; None: positions do not enter here.
+      slopes: f32[N], the slopes of ALiBi. None adds no bias.
       dropout: rate on the probabilities; applied only if `key` is given, and never in branches.
-      key: randomness of the dropout.
+      key: random key of the dropout.
 
     Returns:
       f[..., L, N, H] and the cache.
@@ -271,14 +287,14 @@ def attend(
 
 
 def _layer(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer with positions before heads: f[..., S, K, H]."""
+    """Keys and values of one layer, positions before heads: f[..., S, K, H] each."""
     axis = cache.k.ndim - 4
     k, v = (jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False).swapaxes(-3, -2) for x in cache)
     return k, v
 
 
 def _write(cache: Cache, layer: jax.Array, at: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-    """Put k, v f[..., L, K, H] at positions `at` + 0..L-1 of a layer, in place where the compiler can."""
+    """Write k and v, f[..., L, K, H], at positions `at` to `at` + L - 1 of a layer; XLA updates in place if it can."""
     before = (0,) * (k.ndim - 3)
 
     def one(kept: jax.Array, new: jax.Array) -> jax.Array:

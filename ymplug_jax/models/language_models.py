@@ -1,4 +1,4 @@
-"""The decoders by name: the only file that imports all of them. A further decoder is one more line in `_TABLE`."""
+"""The decoders by name. This is the only file that imports all of them; a new decoder adds one line to `_TABLE`."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,10 +9,10 @@ from ymplug_jax.models.language_model import LanguageModel
 
 
 class Kind(NamedTuple):
-    """One decoder."""
+    """A kind of decoder."""
 
-    module: type[Any]  # a `LanguageModel`; its fields are its settings
-    axes: AxisRules  # axis words of its parameters
+    module: type[Any]  # the `LanguageModel`, whose fields are its settings
+    axes: AxisRules  # logical axes of its parameters
     sizes: Mapping[str, LanguageModel]  # its named sizes
 
 
@@ -27,10 +27,10 @@ SIZES = {size: lm for kind in TABLE.values() for size, lm in kind.sizes.items()}
 
 
 def kind_of(lm: LanguageModel) -> str:
-    """Name of a decoder's kind."""
+    """The name of a decoder's kind."""
     return next(name for name, module in KINDS.items() if isinstance(lm, module))
 
 
 def axes_of(lm: LanguageModel) -> AxisRules:
-    """Axis words of a decoder's parameters by path."""
+    """Logical axes of a decoder's parameters by path."""
     return TABLE[kind_of(lm)].axes

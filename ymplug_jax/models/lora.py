@@ -1,6 +1,6 @@
-"""Low-rank adapters: small trained changes of a frozen decoder's projections.
+"""LoRA adapters: trained low-rank updates of a frozen decoder's q, k and v projections.
 
-Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
+Hu et al., "LoRA: low-rank adaptation of large language models", 2021. Described in docs/models/language_models.md, "LoRA".
 """
 
 import jax
@@ -17,16 +17,16 @@ AXES = (
 
 
 class Lora(nn.Module):
-    """Low-rank change of the q, k and v projections, which share their first factor; it starts at zero."""
+    """Low-rank update of the q, k and v projections, which share the factor A; the update starts at zero."""
 
-    rank: int  # R
-    scale: float
-    heads: int
-    dtype: str
+    rank: int  # Rank R.
+    scale: float  # Factor of the update, alpha / R.
+    heads: int  # Number of attention heads.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """f[..., D] -> what to add to q, k, v: f[..., N, H] each."""
+        """The updates of q, k and v: f[..., D] -> f[..., N, H] each."""
         d, dtype = x.shape[-1], jnp.dtype(self.dtype)
         a = quantize.matrix(self.param("a", layers.torch_linear(d), (d, self.rank))).astype(dtype)
         low = (x @ a) * self.scale  # [..., R]

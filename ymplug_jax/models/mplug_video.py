@@ -1,7 +1,7 @@
 """mPLUG-video: TimeSformer, visual abstractor, connector and a frozen language model.
 
 Xu et al., "Youku-mPLUG: A 10 million large-scale Chinese video-language dataset for pre-training and benchmarks", 2023. The
-visual tokens stand in front of the text; there is no separator and no type embedding.
+visual tokens precede the text, without a separator or a type embedding. Described in docs/models/mplug_video.md.
 """
 
 import jax
@@ -14,10 +14,10 @@ from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.language_model import LanguageModel, last_state
 from ymplug_jax.models.timesformer import TimeSformer
 
-FROZEN = (r"llm/(?!blocks/lora/).*",)  # path regexes, full match; adapters of the language model are trained
-# What an image tower lacks: a pre-training that starts from one leaves it at its start values.
+FROZEN = (r"llm/(?!blocks/lora/).*",)  # path regexes, full match; LoRA adapters are trained
+# Parameters that an image tower lacks; a pre-training that starts from one keeps their initial values.
 TEMPORAL = ("vision/temporal_embed", "vision/blocks/temporal_.*")
-# Tables that may have another size in a checkpoint: other resolution, other number of frames.
+# Tables that are resized if a checkpoint has another resolution or number of frames.
 RESIZE = {
     "vision/pos_embed": lambda table, shape: layers.resize_pos_embed(table, shape[0] - 1),
     "vision/temporal_embed": lambda table, shape: layers.resize_temporal_embed(table, shape[0]),
@@ -44,20 +44,20 @@ _OWN_AXES = (
 
 
 def axes_of(model: "MPLUGVideo") -> AxisRules:
-    """Axis words of the model's parameters by path; those of its language model depend on the kind."""
+    """Logical axes of the parameters by path; those of the language model depend on its kind."""
     return (*_OWN_AXES, *_under("llm/", language_models.axes_of(model.llm)))
 
 
 class Connector(nn.Module):
-    """From the vision width to the language model's: f[B, Q, D] -> f[B, Q, H]."""
+    """Linear projection from the vision width D to the language model's width H."""
 
-    width: int
-    norm: bool
-    dtype: str
+    width: int  # Width of the output H.
+    norm: bool  # Adds a LayerNorm after the projection.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[B, Q, D] -> f[B, Q, H]."""
+        """Project f[B, Q, D] -> f[B, Q, H]."""
         bias_init = layers.torch_linear(x.shape[-1])
         dense = nn.Dense(
             self.width,
@@ -71,14 +71,14 @@ class Connector(nn.Module):
 
 
 class Head(nn.Module):
-    """Classifier on a state of the language model: f[..., H] -> f32[..., C]."""
+    """Classifier on a hidden state of the language model: linear, ReLU, linear."""
 
-    classes: int
-    dtype: str
+    classes: int  # Number of classes C.
+    dtype: str  # Type of the computation; logits are float32.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[..., H] -> f32[..., C]."""
+        """Logits of the classes, f[..., H] -> f32[..., C]."""
         init, dtype = layers.torch_linear(x.shape[-1]), jnp.dtype(self.dtype)
         x = nn.relu(nn.Dense(x.shape[-1], kernel_init=init, bias_init=init, dtype=dtype, name="hidden")(x))
         out = nn.Dense(self.classes, kernel_init=init, bias_init=init, dtype=dtype, name="out")(x)  # [..., C]
@@ -86,19 +86,21 @@ class Head(nn.Module):
 
 
 class MPLUGVideo(nn.Module):
-    """The whole model. Parameters: {vision, abstractor, connector, llm}, with contrastive heads {vision_proj, text_proj,
-    temperature}, with a classifier {head}. H is the width of the language model, D that of the vision tower, E the contrastive width.
+    """mPLUG-video with the heads that its fields ask for.
+
+    Parameters: {vision, abstractor, connector, llm}; {vision_proj, text_proj, temperature} with `contrastive_width`; {head}
+    with `classes`. D is the width of the vision tower and H that of the language model.
     """
 
-    vision: TimeSformer = TimeSformer()
-    abstractor: Abstractor = Abstractor()
-    llm: LanguageModel = language_models.SIZES["1.3b"]
-    contrastive_width: int = 0  # E; 0: no contrastive heads
-    connector_norm: bool = False  # a norm after the connector
-    classes: int = 0  # C; 0: no classifier head
+    vision: TimeSformer = TimeSformer()  # Video encoder.
+    abstractor: Abstractor = Abstractor()  # Visual abstractor.
+    llm: LanguageModel = language_models.SIZES["1.3b"]  # Frozen language model; its `kind` names the decoder.
+    contrastive_width: int = 0  # Width E of the contrastive heads; 0 leaves them out.
+    connector_norm: bool = False  # Adds a LayerNorm after the connector.
+    classes: int = 0  # Number of classes of the classifier head; 0 leaves it out.
 
     def setup(self) -> None:
-        """The towers are fields; the connector and the heads that the fields ask for are made here."""
+        """Create the connector and the heads that the fields ask for; the towers are fields."""
         self.connector = Connector(self.llm.width, self.connector_norm, self.llm.dtype)
         if self.contrastive_width:
 
@@ -114,10 +116,13 @@ class MPLUGVideo(nn.Module):
             self.head = Head(self.classes, self.llm.dtype)
 
     def encode_video(self, video: jax.Array) -> dict[str, jax.Array]:
-        """Normalised video f[B, T, S, S, 3] -> what the other methods take.
+        """Encode a normalised video.
+
+        Args:
+          video: f[B, T, S, S, 3].
 
         Returns:
-          tokens: f[B, 1 + T * P, D], row 0 is cls.
+          tokens: f[B, 1 + T * P, D], of which row 0 is cls.
           image_query: f[B, Q, D], output of the abstractor.
           prefix: f[B, Q, H], the visual tokens in front of the text.
         """
@@ -127,12 +132,12 @@ class MPLUGVideo(nn.Module):
         return {"tokens": tokens, "image_query": image_query, "prefix": prefix}
 
     def hidden(self, prefix: jax.Array | None, ids: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Hidden states after the final norm. The state at Q + j predicts token j + 1; prefix None is the text-only pass (Q = 0).
+        """Hidden states of the language model after the final norm; the state at Q + j predicts token j + 1.
 
         Args:
-          prefix: f[B, Q, H] or None.
+          prefix: f[B, Q, H]. None is the text-only pass, with Q = 0.
           ids: int[B, L].
-          deterministic: False applies the language model's dropout (randomness "dropout").
+          deterministic: False applies the language model's dropout, which needs the random stream "dropout".
 
         Returns:
           f[B, Q + L, H].
@@ -143,16 +148,16 @@ class MPLUGVideo(nn.Module):
         return constrain(self.llm(embeds, deterministic=deterministic), "batch", None, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """f[..., H] -> f32[..., V]; pass only the positions that predict text, `hidden[:, Q:-1]`."""
+        """Logits of the vocabulary, f[..., H] -> f32[..., V]. Pass only the positions that predict text, `hidden[:, Q:-1]`."""
         return self.llm.logits(hidden)
 
     def contrastive(self, image_query: jax.Array, text_hidden: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-        """Unit vectors for the contrastive loss, in float32.
+        """Unit vectors and temperature of the contrastive loss, in float32.
 
         Args:
           image_query: f[B, Q, D].
           text_hidden: f[B, L, H] of the text-only pass.
-          mask: int or bool[B, L]; the text is the state at its last token.
+          mask: int or bool[B, L]; the last token's state represents the text.
 
         Returns:
           video: f32[B, Q, E]; text: f32[B, E]; temperature: f32 scalar.
@@ -164,7 +169,7 @@ class MPLUGVideo(nn.Module):
         }
 
     def embed_video(self, video: jax.Array) -> jax.Array:
-        """Unit vector of a video for retrieval, from the cls token alone: f[B, T, S, S, 3] -> f32[B, E]."""
+        """Unit vector of a video for retrieval, from the cls token: f[B, T, S, S, 3] -> f32[B, E]."""
         tokens = constrain(self.vision(video), "batch", None, None)
         return layers.unit(self.vision_proj(tokens[:, 0]))
 
@@ -173,13 +178,13 @@ class MPLUGVideo(nn.Module):
         return layers.unit(self.text_proj(last_state(text_hidden, mask)))
 
     def classify(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-        """Logits of the head on the state at the last text token: f[B, Q + L, H], int or bool[B, L] -> f32[B, C]."""
+        """Logits of the classifier on the last text token's state: f[B, Q + L, H], int or bool[B, L] -> f32[B, C]."""
         return self.head(last_state(hidden[:, -mask.shape[1] :], mask))
 
     def __call__(
         self, video: jax.Array, ids: jax.Array, mask: jax.Array
     ) -> dict[str, jax.Array | dict[str, jax.Array]]:
-        """Every part once; what `init` traces. Tasks call the methods they need."""
+        """Run every part once, for `init`. Tasks call the methods they need."""
         seen = self.encode_video(video)
         hidden = self.hidden(seen["prefix"], ids)
         logits = self.logits(hidden[:, self.abstractor.queries : -1])  # [B, L - 1, V]
@@ -192,7 +197,7 @@ class MPLUGVideo(nn.Module):
 
 
 def init(model: MPLUGVideo, key: jax.Array) -> dict:
-    """Fresh float32 parameters, as the reference starts them. Run it under `jax.jit` or `jax.eval_shape`: no forward pass remains."""
+    """Initial float32 parameters. Call it under `jax.jit` or `jax.eval_shape`, which remove the forward pass."""
     vision = model.vision
     video = jnp.zeros((1, vision.frames, vision.image_size, vision.image_size, 3))
     ids = jnp.zeros((1, 2), jnp.int32)
@@ -215,15 +220,23 @@ def sized(
     contrastive_width: int = 0,
     classes: int = 0,
 ) -> MPLUGVideo:
-    """A model of named sizes: llm one of `language_models.SIZES`, vision one of `VISIONS`. Change further fields with `.clone(...)`.
+    """A model of named sizes. Change further fields with `.clone(...)`.
+
+    Args:
+      llm: one of `language_models.SIZES`.
+      vision: one of `VISIONS`.
+      queries: Q.
+      frames: T.
+      contrastive_width: see `MPLUGVideo`.
+      classes: see `MPLUGVideo`.
 
     Raises:
-      ValueError: an unknown size.
+      ValueError: a size is unknown.
     """
     llms = language_models.SIZES
     if llm not in llms or vision not in VISIONS:
         raise ValueError(
-            f"size {llm!r} x {vision!r} is unknown; language models: {', '.join(llms)}; vision: {', '.join(VISIONS)}"
+            f"size {llm!r} x {vision!r} is unknown; language models: {', '.join(llms)}; vision towers: {', '.join(VISIONS)}"
         )
     pool = Abstractor(queries=queries, heads=VISIONS[vision].heads, mlp_ratio=VISIONS[vision].mlp_ratio)
     return MPLUGVideo(

@@ -1,7 +1,8 @@
-"""Qwen's dense decoders: Qwen2 and Qwen2.5 (biases on q, k and v), Qwen3 (norms on q and k instead).
+"""Qwen's dense decoders: Qwen2 and Qwen2.5 with biases on q, k and v, Qwen3 with norms on q and k.
 
 Yang et al., "Qwen2 technical report", 2024; Qwen team, "Qwen2.5 technical report", 2024, and "Qwen3 technical report", 2025.
-Pre-norm blocks with RMSNorm, rotary positions, grouped-query attention and a gated MLP.
+Pre-norm blocks with RMSNorm, rotary positions, grouped-query attention and a gated MLP. Described in
+docs/models/language_models.md, "Qwen".
 """
 
 from typing import ClassVar
@@ -32,16 +33,16 @@ AXES = (
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP: f[..., L, D] -> f[..., L, D], writing the cache where one is given."""
+    """Pre-norm attention and gated MLP; writes its keys and values into the cache if there is one."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    norm_eps: float
-    qkv_bias: bool
-    qk_norm: bool
-    dtype: str
+    heads: int  # Number of attention heads N.
+    kv_heads: int  # Number of key/value heads K.
+    head_dim: int  # Size of a head H.
+    mlp: int  # Width of the MLP M.
+    norm_eps: float  # Epsilon of the norms.
+    qkv_bias: bool  # Adds biases to q, k and v.
+    qk_norm: bool  # Normalises q and k.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(
@@ -51,7 +52,17 @@ class Block(nn.Module):
         context: Context,
         rotation: tuple[jax.Array, jax.Array],
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        """One block: (f[..., L, D], the cache of all layers or None), its int32 place among them -> ((the same two), None)."""
+        """Run one block.
+
+        Args:
+          carry: states f[..., L, D], and the cache of all layers or None.
+          layer: int32 index of the block.
+          context: of the pass.
+          rotation: cosine and sine of `layers.rotation_of`.
+
+        Returns:
+          The updated carry, and None for `nn.scan`.
+        """
         x, cache = carry
         normal = nn.initializers.normal(STD)
         attn = layers.Attention(
@@ -68,31 +79,31 @@ class Block(nn.Module):
 
 
 class Qwen(nn.Module):
-    """The language model (`language_model.LanguageModel`). The fields are its settings."""
+    """Qwen as a `language_model.LanguageModel`; its fields are its settings."""
 
-    kind: ClassVar[str] = "qwen"  # in the settings of a run
-    vocab: int = 151936  # V
-    width: int = 1536  # D
-    depth: int = 28
-    heads: int = 12  # N
-    kv_heads: int = 2  # K, divides N
-    head_dim: int = 128  # H, even; N * H need not be D
-    mlp: int = 8960  # M
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    qkv_bias: bool = True  # Qwen2, Qwen2.5
-    qk_norm: bool = False  # Qwen3
-    tied: bool = True  # the output layer is the word embedding
-    max_positions: int | None = 131072  # that it was trained for; nothing is stored for them. None: no limit
-    remat: str = "none"  # "none", "full" or "dots"
-    dtype: str = "float32"  # of the computation
+    kind: ClassVar[str] = "qwen"  # Name of the decoder in the settings of a run.
+    vocab: int = 151936  # Number of rows of the word embeddings V.
+    width: int = 1536  # Width of embeddings and hidden states D.
+    depth: int = 28  # Number of layers.
+    heads: int = 12  # Number of attention heads N.
+    kv_heads: int = 2  # Number of key/value heads K, which must divide the attention heads.
+    head_dim: int = 128  # Size of a head H, an even number; heads times head_dim may differ from the width.
+    mlp: int = 8960  # Width of the gated MLP M.
+    rope_theta: float = 1e6  # Base of the rotary wavelengths.
+    norm_eps: float = 1e-6  # Epsilon of the RMSNorms.
+    qkv_bias: bool = True  # Adds biases to q, k and v, as in Qwen2 and Qwen2.5.
+    qk_norm: bool = False  # Normalises q and k of every head, as in Qwen3.
+    tied: bool = True  # Uses the word embeddings as the output layer; False gives it a matrix of its own.
+    max_positions: int | None = 131072  # Longest row that the model was trained for; None removes the limit.
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
+    dtype: str = "float32"  # Type of the computation; norms, softmax and output logits stay float32.
 
     prefill = language_model.prefill
     open_branches = language_model.open_branches
     branch = language_model.branch
 
     def setup(self) -> None:
-        """Embeddings, the stack of blocks and the last norm."""
+        """Create the embeddings, the stack of blocks, the final norm and, if it is not tied, the output layer."""
         normal = nn.initializers.normal(STD)
         self.token_embed = self.param("token_embed", normal, (self.vocab, self.width))
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast, nn.broadcast))
@@ -109,7 +120,7 @@ class Qwen(nn.Module):
         return layers.look_up(self.token_embed, ids, self.dtype)
 
     def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
-        """See `LanguageModel`; there is no dropout."""
+        """See `LanguageModel`. Qwen has no dropout, so `deterministic` has no effect."""
         return self.read(embeds, mask, None, None)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Attention of rows as a single kernel for TPU (Pallas): logits and probabilities live and die in the chip's own memory.
+"""Attention of whole rows as one Pallas kernel for TPU; logits and probabilities never leave VMEM.
 
-Keys and values of a row fit there (197 patches, 208 tokens, a decoder's 2048), so there is no running softmax over tiles of
-keys as in flash attention (Dao et al., 2022): a block of queries sees all keys at once, and one backward kernel computes the
-probabilities once more. Short rows are a single block.
+All keys and values of a row fit into VMEM (197 patches, 208 tokens, a decoder's 2048), so there is no running softmax over
+tiles of keys as in flash attention (Dao et al., 2022): a block of queries sees all keys at once, and one backward kernel
+recomputes the probabilities. Short rows are a single block.
 """
 
 import functools
@@ -16,22 +16,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ymplug_jax.core import sharding
 
-LOWEST = -1e30  # of a masked logit; finite, so that a row of masked logits stays finite
-VMEM = 12 * 2**20  # bytes that one program may take: TPU v4 has 16 MiB
-LARGE_VMEM = 48 * 2**20  # the same for rows in blocks on the generations since v5, which have 64 MiB or more
-SMALL = ("TPU v2", "TPU v3", "TPU v4")  # device kinds with VMEM only
+LOWEST = -1e30  # masked logit; finite, so that a fully masked row stays finite
+VMEM = 12 * 2**20  # budget of one program in bytes; TPU v4 has 16 MiB
+LARGE_VMEM = 48 * 2**20  # budget for rows in several blocks since TPU v5, which has 64 MiB or more
+SMALL = ("TPU v2", "TPU v3", "TPU v4")  # device kinds that are limited to VMEM bytes
 LANES = 128
 
 
 class Block(NamedTuple):
-    """What one program takes of a row."""
+    """The part of a row that one program computes."""
 
-    groups: int  # key/value heads, each with its query heads
-    queries: int  # positions; all of them, or a multiple of LANES
+    groups: int  # number of key/value heads, each with its query heads
+    queries: int  # number of queries; all of the row, or a multiple of LANES
 
 
 def block_of(heads: int, groups: int, length: int, keys: int, width: int) -> Block | None:
-    """The largest block that the chip's own memory holds, whole rows first.
+    """The largest block that fits into VMEM; whole rows are preferred.
 
     Args:
       heads: N, query heads.
@@ -41,17 +41,17 @@ def block_of(heads: int, groups: int, length: int, keys: int, width: int) -> Blo
       width: H.
 
     Returns:
-      None where not even one head with LANES queries fits: about 2200 keys on TPU v4 and 9000 since v5, at H = 128.
+      None if not even one head with LANES queries fits: above about 2200 keys on TPU v4 and 9000 since v5, at H = 128.
     """
     lanes, ratio = -(-max(width, LANES) // LANES) * LANES, heads // groups
     large = VMEM if sharding.device_kind().startswith(SMALL) else LARGE_VMEM
     parts = [n * LANES for n in (4, 2, 1) if n * LANES < length]
     for queries, budget in ((length, VMEM), *((part, large) for part in parts)):
-        logits = 4 * 4 * (queries + 8) * -(-keys // LANES) * LANES  # of one head, four arrays of float32
-        # Of one head: seven arrays of two bytes, two blocks of each on their way.
+        logits = 4 * 4 * (queries + 8) * -(-keys // LANES) * LANES  # of one head, four float32 arrays
+        # Of one head: seven arrays of two bytes, double-buffered.
         each = 2 * 2 * (3 * ratio * queries + 4 * keys) * lanes
         if queries < length or ratio > 1:
-            each += 2 * 4 * keys * lanes  # sums of the gradients of keys and values
+            each += 2 * 4 * keys * lanes  # accumulated gradients of keys and values
         if fits := [n for n in range(1, groups + 1) if groups % n == 0 and n * each + logits <= budget]:
             return Block(max(fits), queries)
     return None
@@ -68,21 +68,21 @@ def attention(
     interpret: bool = False,
     block: Block | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with whole keys in the chip's own memory.
+    """Scaled dot-product attention with all keys of a row in VMEM.
 
     Args:
       q: f[B, L, N, H].
       k: f[B, S, K, H]; K divides N.
       v: f[B, S, K, H].
-      per_key: f32[B, 2, S], positions (see `slopes`) and what is added to the logits of a key: 0, or LOWEST to hide it. None:
-        all keys are seen. Has no gradient.
+      per_key: f32[B, 2, S], of each key its position (see `slopes`) and the number added to its logits: 0, or LOWEST to mask
+        it. None masks no key. Has no gradient.
       slopes: f32[N]; adds slopes[n] * per_key[b, 0, s] to the logits (ALiBi). Needs `per_key`, has no gradient.
-      causal: query i sees keys 0..i. A query that sees no key sees all alike.
-      interpret: run the kernel's steps one by one on any platform, to test it.
-      block: None: `block_of`.
+      causal: query i sees keys 0..i. A query that sees no key attends to all alike.
+      interpret: run the kernel in interpreter mode on any platform, for tests.
+      block: the part of a row that one program computes. None means that of `block_of`.
 
     Returns:
-      f[B, L, N, H]. Softmax is float32; products take their operands as they come and add up in float32.
+      f[B, L, N, H]. Softmax is float32; matrix products keep the type of their operands and accumulate in float32.
     """
     return _forward(q, k, v, per_key, slopes, causal, interpret, block)[0]
 
@@ -103,32 +103,34 @@ attention.defvjp(_forward, _backward)
 
 
 class _Row(NamedTuple):
-    """What the kernels know of a row beside their arrays."""
+    """Static settings of the kernels."""
 
     causal: bool
     scale: float
-    turned: bool  # parts of a row lie [H, L], not [L, H]
+    turned: bool  # blocks are laid out [H, L] instead of [L, H]
     block: Block
-    ratio: int  # query heads of a key/value head
-    blocks: int  # of queries
+    ratio: int  # number of query heads of each key/value head
+    blocks: int  # number of blocks of queries
     positions: bool  # slopes are given
     masked: bool  # per_key is given
 
     def group(self, n: jax.Array) -> jax.Array:
-        """Key/value head of a query head. (`//` rounds down by the sign, which Pallas lowers for known TPUs only.)"""
+        """Key/value head of a query head. Pallas lowers `//`, which rounds by the sign, for known TPUs only; hence `div`."""
         return n if self.ratio == 1 else jax.lax.div(n, jnp.int32(self.ratio))
 
 
 def _call(
     kernel: Callable[..., None], saved: tuple, grads: tuple, causal: bool, interpret: bool, block: Block | None
 ) -> list[jax.Array]:
-    """One program for each row, group of heads and block of queries, over arrays laid out f[B, N, L, H] or f[B, N, H, L]."""
+    """Run one program for each row, group of heads and block of queries, over arrays f[B, N, L, H] or f[B, N, H, L]."""
     q, k, v, per_key, slopes = saved
     b, length, heads, width = q.shape
     keys, groups = k.shape[1:3]
     block = block or block_of(heads, groups, length, keys, width)
     if block is None:
-        raise ValueError(f"attention: a row of {length} queries and {keys} keys is too long for the chip's own memory")
+        raise ValueError(
+            f"attention: {length} queries and {keys} keys do not fit into VMEM; use `attention.attend`, which checks this"
+        )
     blocks, ratio = pl.cdiv(length, block.queries), heads // groups
     turned = -(-width // LANES) * LANES > 1.5 * width
     there, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if turned else ((0, 2, 1, 3), (0, 2, 1, 3))
@@ -142,7 +144,7 @@ def _call(
         lambda row, place, i: (row, place, 0, i) if turned else (row, place, i, 0),
     )
     whole = pl.BlockSpec((1, block.groups, *part(keys)), lambda row, place, i: (row, place, 0, 0))
-    # Queries beyond the last block's end are zeros: they add nothing to gradients of keys, and their results are cut off.
+    # Pad queries to whole blocks with zeros, which add nothing to the gradients of keys; their results are cut off.
     beyond = ((0, 0), (0, blocks * block.queries - length), (0, 0), (0, 0))
     wide = [jnp.pad(x, beyond) if beyond[1][1] else x for x in (q, *grads)]
     inputs, specs = (
@@ -174,7 +176,7 @@ def _call(
 
 
 def _heads(count: int, one: Callable[[jax.Array], None]) -> None:
-    """Head after head of a block: a loop, since code for all of them at once takes minutes to compile."""
+    """Loop over the heads of a block; unrolled code takes minutes to compile."""
 
     def body(head: jax.Array, carry: None) -> None:
         one(head)
@@ -184,26 +186,26 @@ def _heads(count: int, one: Callable[[jax.Array], None]) -> None:
 
 
 def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Sum over one axis of each, in float32."""
+    """Matrix product over one axis of each operand, accumulated in float32."""
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _rows(q: jax.Array, k: jax.Array, turned: bool) -> jax.Array:
-    """Queries (or gradients of the output) by keys (or values), f32[L, S], over H."""
+    """Products over H of queries (or output gradients) with keys (or values), f32[L, S]."""
     axis = 0 if turned else 1
     return product(q, k, axis, axis)
 
 
 def _mixed(weights: jax.Array, x: jax.Array, over: str, turned: bool) -> jax.Array:
-    """f32[L, S] times one part of a row: over "keys" what keys have becomes what queries get, over "queries" the reverse."""
+    """Sum `x` of the keys for each query with weights f32[L, S]; over "queries", sum `x` of the queries for each key."""
     weights, axis = weights.astype(x.dtype), 1 if over == "keys" else 0
     return product(x, weights, 1, axis) if turned else product(weights, x, axis, 0)
 
 
 def _weights_of(q: Any, k: Any, more: tuple, row: _Row) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """The function from a head of the block to its probabilities f32[L, S], and whether each query sees a key, bool[L, 1].
+    """A function from a head of the block to its probabilities f32[L, S], and whether each query sees a key, bool[L, 1].
 
-    `more` are per_key and slopes, where given.
+    `more` holds per_key and slopes, if they are given.
     """
     start = pl.program_id(2) * row.block.queries
     first = pl.program_id(1) * row.block.groups * row.ratio
@@ -251,9 +253,8 @@ def _backward_kernel(q: Any, k: Any, v: Any, grad: Any, *refs: Any, row: _Row) -
         dweights = _rows(g, v[0, m], row.turned)
         dlogits = weights * (dweights - jnp.sum(dweights * weights, axis=-1, keepdims=True)) * row.scale
         if row.masked:
-            dlogits = jnp.where(
-                seen, dlogits, 0.0
-            )  # masked logits have no gradient, though a query may see all of them alike
+            # A fully masked query attends to all keys alike, but masked logits have no gradient.
+            dlogits = jnp.where(seen, dlogits, 0.0)
         dq[0, n] = _mixed(dlogits, k[0, m], "keys", row.turned).astype(dq.dtype)
         of_key, of_value = (_mixed(x, y, "queries", row.turned) for x, y in ((dlogits, query), (weights, g)))
         if sums:

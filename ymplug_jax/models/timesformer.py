@@ -1,7 +1,8 @@
-"""Video encoder with divided space-time attention (TimeSformer) as mPLUG-video, ALPRO and the Youku-mPLUG baseline use it.
+"""TimeSformer, the video encoder of mPLUG-video and ALPRO: divided space-time attention.
 
-Bertasius et al., "Is space-time attention all you need for video understanding?", 2021, in the form of Youku-mPLUG: one cls
-token a video, which takes no part in temporal attention and is averaged over the frames after spatial attention.
+Bertasius et al., "Is space-time attention all you need for video understanding?", 2021, in the form of Youku-mPLUG: each
+video has one cls token, which skips temporal attention and is averaged over the frames after spatial attention. Described
+in docs/models/mplug_video.md, "Video encoder".
 """
 
 import jax
@@ -11,9 +12,9 @@ from flax import linen as nn
 from ymplug_jax.core.sharding import constrain
 from ymplug_jax.models import attention, layers
 
-EPS = 1e-6  # of every norm in the vision tower
+EPS = 1e-6  # epsilon of every LayerNorm in the video encoder
 
-# Axis words of this tower's parameters, by path below the tower.
+# Logical axes of the parameters, by path below the video encoder.
 AXES = (
     ("cls", "embed"),
     ("(pos_embed|temporal_embed)", "pos embed"),
@@ -35,53 +36,59 @@ AXES = (
 
 
 class Patch(nn.Module):
-    """Linear projection of each patch: f[B, T, S, S, 3] -> f[B, T, P, D], patches row by row; kernel [p, p, 3, D]."""
+    """Linear projection of non-overlapping patches, kernel [p, p, 3, D]."""
 
-    patch_size: int
-    width: int
-    bias: bool
-    std: float
-    dtype: str
+    patch_size: int  # Side of a patch in pixels.
+    width: int  # Width of the output D.
+    bias: bool  # Adds a bias.
+    std: float  # Standard deviation of the initial kernel.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, video: jax.Array) -> jax.Array:
-        """f[B, T, S, S, 3] -> f[B, T, P, D]."""
+        """Project f[B, T, S, S, 3] -> f[B, T, P, D], patches row by row."""
         size, dtype = self.patch_size, jnp.dtype(self.dtype)
         b, t, height, width, _ = video.shape
         kernel = self.param("kernel", nn.initializers.normal(self.std), (size, size, 3, self.width))
         x = video.astype(dtype).reshape(b, t, height // size, size, width // size, size, 3)
-        x = jnp.einsum(
-            "btypxqc,pqcd->btyxd", x, kernel.astype(dtype)
-        )  # a product: its gradient is faster than a convolution's
+        # A matrix product, because its gradient is faster than that of a convolution.
+        x = jnp.einsum("btypxqc,pqcd->btyxd", x, kernel.astype(dtype))
         x = x.reshape(b, t, -1, self.width)  # [B, T, P, D]
         return x + self.param("bias", nn.initializers.zeros, (self.width,)).astype(dtype) if self.bias else x
 
 
 class Block(nn.Module):
-    """Temporal attention, spatial attention, MLP; state: patch tokens f[B, T, P, D] and one cls f[B, D]."""
+    """Temporal attention, spatial attention and MLP over patch tokens f[B, T, P, D] and one cls token f[B, D]."""
 
-    width: int
-    heads: int
-    mlp_ratio: float
-    std: float
-    dtype: str
+    width: int  # Width D.
+    heads: int  # Number of attention heads.
+    mlp_ratio: float  # Width of the MLP as a multiple of D.
+    std: float  # Standard deviation of the initial kernels.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(
         self, carry: tuple[jax.Array, jax.Array], layer_and_rate: tuple[jax.Array, jax.Array | None]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        """One block: (f[B, T, P, D], cls f[B, D]), (int32 place in the stack, drop rate or None) -> ((the same two), None)."""
+        """Run one block.
+
+        Args:
+          carry: patch tokens f[B, T, P, D] and cls f[B, D].
+          layer_and_rate: int32 index of the block, and its rate of stochastic depth or None.
+
+        Returns:
+          The updated carry, and None for `nn.scan`.
+        """
         (x, cls), (layer, rate) = _by_rows(*carry), layer_and_rate
         b, t, p, d = x.shape
         normal = nn.initializers.normal(self.std)
 
         def shrunk(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-            return normal(key, shape, dtype) / jnp.sqrt(
-                2.0 * (layer + 1)
-            )  # outputs on the residual path, smaller with depth
+            # Outputs on the residual path start smaller in deeper blocks.
+            return normal(key, shape, dtype) / jnp.sqrt(2.0 * (layer + 1))
 
         def staying(y: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-            """Stochastic depth: each of `rows` is dropped by itself."""
+            """Apply stochastic depth: drop each entry of the shape `rows` independently and rescale the others."""
             if rate is None:
                 return y
             stays = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, rows)
@@ -110,47 +117,53 @@ class Block(nn.Module):
         mlp = layers.Mlp(int(self.mlp_ratio * d), normal, shrunk, dtype=self.dtype, name="mlp")
         if rate is None:
             return _by_rows(x + mlp(mlp_norm(x)), cls + mlp(mlp_norm(cls))), None
-        both = jnp.concatenate([cls[:, None], x.reshape(b, t * p, d)], axis=1)  # dropped together: [B, 1 + T * P, D]
+        both = jnp.concatenate([cls[:, None], x.reshape(b, t * p, d)], axis=1)  # [B, 1 + T * P, D], dropped together
         both = both + staying(mlp(mlp_norm(both)), (b, 1, 1))
         return _by_rows(both[:, 1:].reshape(b, t, p, d), both[:, 0]), None
 
 
 def _by_rows(x: jax.Array, cls: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Every device keeps whole rows: where weights are cut too (fsdp), they travel to the rows, not the rows to them."""
+    """Shard activations over the batch only, so that with fsdp the weights are gathered and the activations stay."""
     return constrain(x, "batch", None, None, None), constrain(cls, "batch", None)
 
 
 class TimeSformer(nn.Module):
-    """Video -> tokens. The fields are its settings."""
+    """Video encoder; its fields are its settings."""
 
-    image_size: int = 224  # S, pixels
-    patch_size: int = 16  # pixels
-    depth: int = 12
-    width: int = 768  # D
-    heads: int = 8  # the released models run ViT-B/16 with 8 heads of 96, also on CLIP's weights
-    mlp_ratio: float = 4.0
-    frames: int = 4  # T
-    clip: bool = True  # CLIP's form: a norm before the blocks and no bias at the patches
-    drop_path: float = 0.0  # of the last block in training, less before it: stochastic depth of Salesforce's ALPRO
-    std: float = 0.015  # of every weight at the start: the reference's, for a width of 768
-    # Of the tables of positions and times at the start. 0: the reference's, positions like every weight and times at zero,
-    # for a tower that begins from one that knows images.
-    table_std: float = 0.0
-    remat: str = "none"  # "none", "full" or "dots"
-    dtype: str = "float32"  # of the computation
+    image_size: int = 224  # Side of the square frames S, in pixels.
+    patch_size: int = 16  # Side of a patch, in pixels.
+    depth: int = 12  # Number of blocks.
+    width: int = 768  # Width of the tokens D.
+    heads: int = 8  # Number of attention heads; released models run ViT-B/16 with 8, CLIP trained it with 12.
+    mlp_ratio: float = 4.0  # Width of the MLP as a multiple of D.
+    frames: int = 4  # Number of frames T.
+    clip: bool = True  # CLIP's form: a LayerNorm before the blocks and no bias in the patch projection.
+    drop_path: float = 0.0  # Rate of stochastic depth in the last block; it grows linearly from 0 in the first.
+    std: float = 0.015  # Standard deviation of the initial weights; the reference's value, meant for a width of 768.
+    # The reference starts positions like every weight and times at 0, which suits a tower with image weights only.
+    table_std: float = 0.0  # Standard deviation of the initial position and time tables; 0 keeps the reference's start.
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
+    dtype: str = "float32"  # Type of the computation; parameters and norms stay float32.
 
     @nn.compact
     def __call__(self, video: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """f[B, T, S, S, 3], normalised -> f[B, 1 + T * P, D]: cls, then the patches frame by frame. Randomness: "dropout".
+        """Encode a video.
+
+        Args:
+          video: f[B, T, S, S, 3], normalised.
+          deterministic: False applies stochastic depth, which needs the random stream "dropout".
+
+        Returns:
+          f[B, 1 + T * P, D]: cls, then the patches frame by frame.
 
         Raises:
-          ValueError: another number of frames or another size than the fields say.
+          ValueError: the number of frames or their size is not that of the fields.
         """
         size, t, d = self.image_size, self.frames, self.width
         if video.shape[1:] != (t, size, size, 3):
             raise ValueError(
-                f"video has shape {video.shape} but the vision tower expects [batch, {t}, {size}, {size}, 3]; "
-                "change data.frames, data.image_size or the model's frames, image_size"
+                f"config.data.frames, config.data.image_size: the video has shape {video.shape}, but the vision tower expects "
+                f"[batch, {t}, {size}, {size}, 3]; set them to config.model.vision.frames and image_size"
             )
         dtype, normal = jnp.dtype(self.dtype), nn.initializers.normal(self.std)
         positions, times = normal, nn.initializers.zeros
