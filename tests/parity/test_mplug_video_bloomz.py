@@ -321,12 +321,14 @@ def test_full(read) -> None:
     slots = config["media_slots"]
     assert (config["image_token_id"], config["video_token_id"]) == (IMAGE, VIDEO)
 
+    @jax.jit
     def encode(params: dict, pixels: np.ndarray) -> jax.Array:
         return model.apply({"params": params}, pixels, method="encode_media")
 
     def embed(params: dict, media: jax.Array, ids: np.ndarray, index: np.ndarray) -> jax.Array:
         return model.apply({"params": params}, ids, media, index, method="embed")
 
+    @jax.jit
     def read_on(params: dict, embeds: jax.Array, mask: np.ndarray | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden, kept = model.apply(
             {"params": params}, embeds, mask, method="hidden", capture_intermediates=True, mutable="intermediates"
@@ -363,7 +365,8 @@ def test_full(read) -> None:
         media = jnp.concatenate([encode(params, images), encode(params, clips)])
         return mean_loss(read_on(params, embed(params, media, ids, index) + change, mask)[0], labels)
 
-    loss, (grads, at_embeds) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, np.zeros(embeds.shape, np.float32))
+    run = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)))
+    loss, (grads, at_embeds) = run(params, np.zeros(embeds.shape, np.float32))
     file.check("out/train/loss", loss, OUTPUT)
     named = {**rules.to_torch(chat_tables.WHOLE, grads), "inputs_embeds": np.asarray(at_embeds)}
     file.check_all("grad/train", named, GRADIENT)
@@ -386,24 +389,24 @@ def test_full(read) -> None:
     chosen = images[file["in/gen/image_index"]], clips[file["in/gen/video_index"]]
     count, eos, pad = config["num_new_tokens"], file["in/gen/eos_token_id"], config["bloom"]["pad_token_id"]
 
-    def greedy(name: str) -> tuple[np.ndarray, np.ndarray, jax.Array, jax.Array, np.ndarray]:
+    def greedy(name: str) -> tuple[np.ndarray, np.ndarray, jax.Array, np.ndarray]:
         ids, mask = file[f"in/{name}/input_ids"], file[f"in/{name}/attention_mask"]
-        embeds = prompt = embed(params, media, ids, index_of(ids, *chosen, slots))
-        steps, new, first = [], [], None
-        for _ in range(count):
-            logits = read_on(params, embeds, mask)[0]
-            first = logits if first is None else first
-            steps.append(logits[:, -1])
-            new.append(np.argmax(steps[-1], -1).astype(np.int32))
-            last = model.apply({"params": params}, new[-1][:, None], None, -np.ones((len(ids), 1), int), method="embed")
-            embeds = jnp.concatenate([embeds, last], axis=1)
-            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
-        return np.stack(new, 1), np.stack(steps), prompt, first, mask[:, : ids.shape[1]]
+        prompt, length = embed(params, media, ids, index_of(ids, *chosen, slots)), ids.shape[1]
+        embeds = jnp.pad(prompt, ((0, 0), (0, count), (0, 0)))  # attention is causal: what follows is not seen
+        seen, steps = np.pad(mask, ((0, 0), (0, count))), []
+        for i in range(length, length + count):
+            logits = read_on(params, embeds, seen)[0]
+            steps.append(np.asarray(logits[:, i - 1]))
+            new = np.argmax(steps[-1], -1)[:, None]
+            last = model.apply({"params": params}, new, None, np.full_like(new, -1), method="embed")
+            embeds, seen[:, i] = embeds.at[:, i].set(last[:, 0]), 1
+        return np.stack([step.argmax(-1) for step in steps], 1).astype(np.int32), np.stack(steps), prompt, mask
 
-    new, steps, prompt, first, mask = greedy("gen")
+    new, steps, prompt, mask = greedy("gen")
     file.check("out/gen/inputs_embeds", prompt, OUTPUT)
     np.testing.assert_array_equal(mask, file["out/gen/attention_mask"])
-    file.check("out/gen/prompt_logits", first, OUTPUT)
+    # At padding, which sees no key, the logits depend on the length.
+    file.check("out/gen/prompt_logits", read_on(params, prompt, mask)[0], OUTPUT)
     file.check("out/gen/greedy_step_logits", steps, OUTPUT)
     np.testing.assert_array_equal(new, file["out/gen/greedy_ids"])
     bos = np.full_like(new[:, :1], config["bloom"]["bos_token_id"])
