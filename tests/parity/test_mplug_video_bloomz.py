@@ -18,6 +18,7 @@ from ymplug_jax.convert import bloom as tables
 from ymplug_jax.convert import mplug_chat as chat_tables
 from ymplug_jax.convert import rules, to_orbax
 from ymplug_jax.core import checkpoint
+from ymplug_jax.data import chat_media, conversation
 from ymplug_jax.models import attention, bloom, layers
 from ymplug_jax.models.bloom import Bloom
 from ymplug_jax.models.clip_vit import ClipViT
@@ -414,4 +415,46 @@ def test_full(read) -> None:
     stopped = np.cumsum(new == eos, axis=1) - (new == eos) > 0
     np.testing.assert_array_equal(np.where(stopped, pad, new), file["out/gen/greedy_ids_with_eos"])
     np.testing.assert_array_equal(greedy("gen_rightpad")[0], file["out/gen_rightpad/greedy_ids"])
+    file.done()
+
+
+class Bytes:
+    """The toy tokenizer of the fixture: byte b of UTF-8 is 4 + b."""
+
+    bos, eos, pad = 1, 2, 3
+
+    def encode(self, text: str) -> list[int]:
+        return [4 + byte for byte in text.encode()]
+
+
+def test_text_pipeline(read) -> None:
+    file = read("text_pipeline.npz")
+    config, words = file.config, Bytes()
+    slots = config["media_slots"]
+    assert config["media_tokens"] == conversation.PLACEHOLDERS
+    for i, case in enumerate(config["conversations"]):
+        limit = case["max_length"]
+        found = conversation.for_training(case["text"], words, slots, limit, reference=True)
+        padded = np.pad(found.ids, (0, limit + 1 - len(found.ids)), constant_values=words.pad)
+        np.testing.assert_array_equal(padded, file[f"out/conv_{i}/input_ids"], err_msg=case["text"])
+        assert len(found.ids) == file[f"out/conv_{i}/seq_length"]
+        targets = np.arange(1, limit + 1)
+        np.testing.assert_array_equal(targets < len(found.ids), file[f"out/conv_{i}/non_padding_mask"])
+        np.testing.assert_array_equal(padded[1:] >= 0, file[f"out/conv_{i}/non_media_mask"])
+        answer = np.pad(found.answer, (0, limit + 1 - len(found.ids)))[1:]
+        np.testing.assert_array_equal(answer, file[f"out/conv_{i}/prompt_mask"], err_msg=case["text"])
+
+    rows = [conversation.for_answering(text, words, slots, piecewise=False) for text in config["prompts"]]
+    longest = max(map(len, rows))
+    padded = [np.pad(row, (0, longest - len(row)), constant_values=words.eos) for row in rows]
+    np.testing.assert_array_equal(padded, file["out/prompts/input_ids"])
+    mask = [np.arange(longest) < len(row) for row in rows]
+    np.testing.assert_array_equal(mask, file["out/prompts/attention_mask"])
+
+    for i, (total, frames) in enumerate(config["frame_cases"]):
+        np.testing.assert_array_equal(chat_media.frame_indices(total, frames), file[f"out/frames_{i}"])
+    image = chat_media.still_pixels(file["in/image_u8"], config["image_size"])
+    file.check("out/image_pixels", image[0].transpose(2, 0, 1), OUTPUT)
+    clip = chat_media.normalised(file["in/frames_u8"])
+    file.check("out/video_pixels", clip.transpose(3, 0, 1, 2)[None], OUTPUT)
     file.done()

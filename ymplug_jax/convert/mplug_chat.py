@@ -93,7 +93,7 @@ def model_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) ->
     pool = QueryAbstractor(
         queries=need(shapes, "query_tokens")[1],
         depth=layers(shapes, r"abstractor\.encoder\.layers\.(\d+)\."),
-        heads=heads_of("abstractor", width, VISION_HEADS, heads),
+        heads=heads.get("abstractor", vision.heads),  # equal in all released sizes
         mlp=need(shapes, "abstractor.encoder.layers.0.crossattention.output.mlp.w1.weight")[0],
     )
     inner = {name.removeprefix("language_model."): shape for name, shape in shapes.items()}
