@@ -21,6 +21,7 @@ from ymplug_jax.core import checkpoint, state
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.language_model import LanguageModel
+from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
 
@@ -28,7 +29,7 @@ TOLERANCE = 1e-3  # of the largest value of a module's output
 CAST = 0.1  # where parameters were stored in another type than the source's
 
 try:
-    from ymplug_jax.convert import oracles
+    from ymplug_jax.convert import chat_check, oracles
 except ImportError as error:
     raise SourceError("--check needs transformers beside torch: pip install transformers") from error
 
@@ -57,6 +58,7 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
         "vit": _image_tower,
         "mplug_video": _mplug_video,
         "alpro": _alpro,
+        "mplug_chat": _mplug_chat,
     }[model](opened, read, rng)
     expected = theirs()
     gc.collect()
@@ -224,6 +226,10 @@ def _mplug_video(opened: Opened, read: oracles.Read, rng: np.random.Generator) -
         return found
 
     return theirs, ours
+
+
+def _mplug_chat(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    return chat_check.sides(_module(opened, MPLUGChat), read, rng)
 
 
 def _alpro(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
