@@ -17,42 +17,22 @@ import pytest
 
 import runs
 import shards
+from answering import ROOT, SMALL, draw_videos, python, train, videos
 from ymplug_jax import predict as predict_lib
 from ymplug_jax.core import checkpoint_files
 from ymplug_jax.data import schema
 from ymplug_jax.inference import clip_stream, predictor
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent / "data_prep"))
-import videos  # noqa: E402  the drawn test videos
-
-SMALL = [flag for flag in runs.SMALL if "max_tokens" not in flag and "vocab" not in flag]
-SMALL += ["--config.model.llm.vocab=300", "--config.data.max_tokens=40", "--config.train.duration=3 steps"]
-
-
-def python(*command: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=runs.environment(), text=True, capture_output=True, timeout=300
-    )
-    assert done.returncode == code, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of three tasks, and a folder of videos."""
     home = tmp_path_factory.mktemp("predict")
-    data = runs.make_data(home)
-    for task, kind in (("classify", "classification"), ("caption", "captioning"), ("retrieve", "retrieval")):
-        shards.call(home / "data", kind)
-        more = ["--config.options.new_tokens=6"] if task == "caption" else []
-        python(
-            "ymplug_jax.main", f"--config=configs/tiny/{task}.py", f"--workdir={home / task}", *data, *SMALL, *more
-        )  # fmt: skip
+    data = None
+    for task in ("classify", "caption", "retrieve"):
+        data = train(home, task, data=data)
     (home / "t.model").unlink()  # a run keeps its tokenizer
-    (home / "videos").mkdir()
-    for name in ("a.mp4", "b.mkv"):
-        videos.write(home / "videos" / name)
+    draw_videos(home / "videos", "a.mp4", "b.mkv")
     (home / "broken.mp4").write_bytes(b"")
     return home
 
@@ -183,7 +163,7 @@ def test_a_folder_is_what_the_reader_can_read(home: Path, ask: Callable) -> None
     found = [str(Path(json.loads(line)["video"]).relative_to(folder)) for line in out]
     assert code == 0 and found == ["B.ogv", "a.d/z", "a.mp4", "ab", "中.mp4"]
     listed = ", ".join(str(folder / name) for name in ("a.json", "a.srt", "empty.txt", "notes.txt"))
-    assert err == [f"4 of 9 files are no videos: {listed}"]
+    assert err == [f"4 of 9 files are not videos: {listed}"]
     # What is named itself, or named like a video, is missed.
     code, out, err = ask(*classify, "--video", folder / "notes.txt", folder / "ab")
     assert code == 1 and len(out) == 1 and err[0].startswith(f"error: {folder / 'notes.txt'}: not_a_video")
@@ -314,13 +294,13 @@ def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pyt
         file.write(b'{"video": "half a li')  # as a kill leaves it
     stop_after(1)
     code, _, err = ask(*export)
-    assert code == 130 and err[0] == f"{part}: 8 videos are there already" and not index.exists()
+    assert code == 130 and err[0] == f"{part}: 8 videos are already exported" and not index.exists()
     # A file that has changed meanwhile is computed again.
     files[0].unlink()
     files[0].write_bytes((home / "videos" / "b.mkv").read_bytes())
     stop_after(99)
     code, _, err = ask(*export)
-    assert code == 0 and err[0] == f"{part}: 15 videos are there already" and sum(seen) == 5
+    assert code == 0 and err[0] == f"{part}: 15 videos are already exported" and sum(seen) == 5
     assert err[1] == f"index of 20 videos: {index}" and sorted(home.glob("gallery.npz*")) == [index]
     again = dict(np.load(index))
     assert [Path(str(name)).name for name in again["video_id"]] == [f"{i:02d}.mp4" for i in range(20)]
@@ -413,9 +393,9 @@ def test_a_decoder_that_cannot_start_is_one_line(home: Path, ask: Callable, monk
 MISTAKES = {
     "no folder": (["classify", "--checkpoint", "nowhere", "--video", "x.mp4"], "nowhere: no config.json here"),
     "a file": (["classify", "--checkpoint", "{home}/broken.mp4", "--video", "x.mp4"], "broken.mp4: a file;"),
-    "empty name": (["classify", "--checkpoint", "", "--video", "x.mp4"], "--checkpoint: an empty name"),
+    "empty name": (["classify", "--checkpoint", "", "--video", "x.mp4"], "--checkpoint: the name is empty"),
     "empty folder": (["classify", "--checkpoint", "{home}/videos", "--video", "x.mp4"], "videos: no config.json here"),
-    "below": (["classify", "--checkpoint", "{home}/classify/checkpoints", "--video", "x"], "{home}/classify is one"),
+    "below": (["classify", "--checkpoint", "{home}/classify/checkpoints", "--video", "x"], "such as {home}/classify"),
     "conversion": (["classify", "--checkpoint", "{home}/bad/converted", "--video", "x"], "a converted checkpoint"),
     "seeds": (["classify", "--checkpoint", "{home}/bad", "--video", "x.mp4"], "but runs damaged, no_classes, no_step"),
     "damaged": (["classify", "--checkpoint", "{home}/bad/damaged", "--video", "x"], "config.json: damaged, not JSON"),
@@ -423,35 +403,35 @@ MISTAKES = {
     "no tokenizer": (["classify", "--checkpoint", "{home}/bad/no_tokenizer", "--video", "x"], "copy of its tokenizer is"),
     "no classes": (["classify", "--checkpoint", "{home}/bad/no_classes", "--video", "x"], "class names are missing"),
     "task": (["caption", "--checkpoint", "{home}/classify", "--video", "x.mp4"], "is a run of task 'classify'"),
-    "no video": (["classify", "--checkpoint", "{home}/classify"], "classify: give files with --video"),
-    "empty video": (["classify", "--checkpoint", "{home}/classify", "--video", ""], "--video: an empty name"),
+    "no video": (["classify", "--checkpoint", "{home}/classify"], "--video: missing; give the files to classify"),
+    "empty video": (["classify", "--checkpoint", "{home}/classify", "--video", ""], "--video: a name is empty"),
     "twice": (["caption", "--checkpoint", "{home}/caption", "--video", "{home}/videos", "{home}/x/../videos/a.mp4"], "twice"),
     "titles": (["classify", "--checkpoint", "r", "--video", "a", "b", "--title", "t"], "--title: 1 titles for 2 files"),
-    "no search": (["retrieve", "--checkpoint", "{home}/retrieve", "--video", "x.mp4"], "give --text to search"),
+    "no search": (["retrieve", "--checkpoint", "{home}/retrieve", "--video", "x.mp4"], "--text: missing; give texts"),
     "empty folder of videos": (["caption", "--checkpoint", "r", "--video", "{home}/empty"], "no files in this folder"),
-    "empty text": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "a", " "], "--text ' ': nothing to look for"),
-    "marks": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "?!"], "--text '?!': nothing to look for"),
-    "bytes": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "\udcbc"], "nor UTF-8"),
+    "empty text": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "a", " "], "--text ' ': nothing is left"),
+    "marks": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "?!"], "--text '?!': nothing is left"),
+    "bytes": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "\udcbc"], "nor as UTF-8"),
     "best 0": (["classify", "--checkpoint", "r", "--video", "a", "--best", "0"], "--best 0: give 1 or more"),
     "best -1": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "-1"], "--best -1: give 1"),
     "best x": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "x"], "invalid int value: 'x'"),
     "decoders": (["caption", "--checkpoint", "r", "--video", "a", "--decoders", "0"], "--decoders 0: give 1 or more"),
-    "both": (["retrieve", "--checkpoint", "r", "--video", "a", "--index", "i", "--text", "t"], "not both"),
-    "in and out": (["retrieve", "--checkpoint", "r", "--index", "i", "--export", "e"], "leave one of them out"),
-    "rank alone": (["retrieve", "--checkpoint", "r", "--index", "i", "--rank", "texts"], "give --text to search"),
-    "other command": (["classify", "--checkpoint", "r", "--video", "a", "--text", "t"], "--text is for retrieve"),
-    "other title": (["retrieve", "--checkpoint", "r", "--video", "a", "--title", "t"], "--title is for classify"),
-    "export place": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/no/i.npz"], "make it first"),
-    "export folder": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/data"], "is a folder"),
-    "export over": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/videos/a.mp4"], "is no index is there"),
+    "both": (["retrieve", "--checkpoint", "r", "--video", "a", "--index", "i", "--text", "t"], "exclude each other"),
+    "in and out": (["retrieve", "--checkpoint", "r", "--index", "i", "--export", "e"], "give --video with --export"),
+    "rank alone": (["retrieve", "--checkpoint", "r", "--index", "i", "--rank", "texts"], "--text: missing; give texts"),
+    "other command": (["classify", "--checkpoint", "r", "--video", "a", "--text", "t"], "--text: classify does not use it"),
+    "other title": (["retrieve", "--checkpoint", "r", "--video", "a", "--title", "t"], "--title: retrieve does not use it"),
+    "export place": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/no/i.npz"], "create it first"),
+    "export folder": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/data"], "this is a folder"),
+    "export over": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/videos/a.mp4"], "is not an index"),
     "sheet kind": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/s.bmp"], "cannot draw .bmp; name a file that ends in .png"),
     "sheet place": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/no/s.png"], "make it first"),
     "sheet of index": (["retrieve", "--checkpoint", "r", "--index", "i", "--text", "t", "--sheet", "s.png"], "no frames"),
     "index folder": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/data", "--text", "t"], "is a folder"),
     "index gone": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "i", "--text", "t"], "does not exist"),
     "index kind": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/broken.mp4", "--text", "t"], "as an index"),
-    "flag": (["classify", "--chekpoint", "r", "--video", "a"], "--chekpoint: no such flag; did you mean --checkpoint?"),
-    "command": (["clasify", "--checkpoint", "r", "--video", "a"], "clasify: no such command; did you mean classify?"),
+    "flag": (["classify", "--chekpoint", "r", "--video", "a"], "--chekpoint: unknown flag; did you mean --checkpoint?"),
+    "command": (["clasify", "--checkpoint", "r", "--video", "a"], "clasify: unknown command; did you mean classify?"),
     "value": (["classify", "--checkpoint"], "--checkpoint: expected one argument"),
     "missing": (["classify", "--video", "a"], "required: --checkpoint"),
 }  # fmt: skip
@@ -496,7 +476,7 @@ def test_a_folder_without_videos_is_one_line(home: Path, ask: Callable, monkeypa
     code, out, err = ask("caption", "--checkpoint", home / "caption", "--video", home / "data")
     count = len(list((home / "data").iterdir()))
     assert code == 2 and out == [] and len(err) == 1 and count > 2
-    assert f"no videos in this folder: {count} of {count} files" in err[0]
+    assert f"--video: {count} of {count} files are not videos" in err[0]
 
 
 def test_an_index_that_is_not_this_runs_is_refused(home: Path, ask: Callable) -> None:
