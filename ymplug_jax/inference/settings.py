@@ -5,7 +5,6 @@ Everything here is checked before a weight is read.
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -66,9 +65,9 @@ def of_run(folder: epath.Path, needs: str = "") -> Source:
 
 def of_conversion(
     folder: epath.Path,
-    given: str | Path | Mapping[str, Any] | None,
-    tokenizer: str | Path | None,
-    classes: str | Path | None,
+    given: str | Mapping[str, Any] | None,
+    tokenizer: str,
+    classes: str,
     needs: str = "",
 ) -> Source:
     """The settings that the caller gives for converted parameters.
@@ -76,8 +75,8 @@ def of_conversion(
     Args:
       folder: of the conversion.
       given: config file, as `--config` takes it, or the settings that its `get_config` returns.
-      tokenizer: file; None: the one that the settings name.
-      classes: file of class names; None: the one that the settings name.
+      tokenizer: file; "": the one that the settings name.
+      classes: file of class names; "": the one that the settings name.
       needs: as in `of_run`.
 
     Raises:
@@ -89,15 +88,15 @@ def of_conversion(
             f"{folder}: a converted checkpoint has no config.json and no tokenizer; fine-tune it with --config.train.init_from and use "
             "that run, or load it in Python with ymplug_jax.load(folder, config=..., tokenizer=...)"
         )
-    made = config_file.load(str(given)) if isinstance(given, str | Path) else given
+    made = config_file.load(given) if isinstance(given, str) else given
     experiment = options.completed(config.from_config_dict(made))
     check_task(experiment.task, folder, needs)
-    own = str(tokenizer or experiment.data.tokenizer)
+    own = tokenizer or experiment.data.tokenizer
     if not own:
         raise Mistake(
             f"{folder}: a converted checkpoint has no tokenizer; give tokenizer=FILE, that of the source model"
         )
-    listed = str(classes or experiment.data.classes)
+    listed = classes or experiment.data.classes
     for name, file in (("tokenizer", own), ("classes", listed)):
         if file and not checkpoint_files.folder_of(file).is_file():
             raise Mistake(f"{name}={file}: no such file; give the {name} file of the source model")
