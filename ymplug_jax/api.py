@@ -153,7 +153,7 @@ class VideoModel:
           The classes of each file, in order.
 
         Raises:
-          Mistake: the task has no classes, a file cannot be read, or the titles are not as many as the files.
+          Mistake: the task has no classes, a file cannot be read, or the number of titles differs from that of the files.
           PlaceFailed: the decoder cannot start.
         """
         self._must_offer("classify")
@@ -221,7 +221,7 @@ class VideoModel:
         """Decode the files in order, in lists of at most one batch.
 
         Raises:
-          Mistake: a file cannot be read, or the titles are not as many as the files.
+          Mistake: a file cannot be read, or the number of titles differs from that of the files.
           PlaceFailed: the decoder cannot start.
         """
         from ymplug_jax.inference import clip_stream

@@ -103,7 +103,7 @@ def test_a_card_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pyte
     assert len(caplog.records) == 2 and all("MODEL_CARD.md: cannot be written" in r.message for r in caplog.records)
 
 
-def test_a_run_of_before_gets_a_card_that_says_so(tmp_path: Path) -> None:
+def test_an_older_run_gets_a_card_on_resume(tmp_path: Path) -> None:
     run, folder = begun(tmp_path), checkpoint_files.folder_of(str(tmp_path))
     model_card.add_evaluation(run, folder / "data")
     assert not (tmp_path / "data" / model_card.NAME).exists(), "no run, no card"
@@ -112,4 +112,4 @@ def test_a_run_of_before_gets_a_card_that_says_so(tmp_path: Path) -> None:
     model_card.add_scores(run, folder, 8, {"loss": 1.25, "odd | name": 0.5}, best=False)
     model_card.add_scores(run, folder, 9, {"loss": 1.0}, best=False)
     rows = [line for line in section(tmp_path, "Scores").splitlines() if line.endswith(("| 8 |", "| 9 |"))]
-    assert len(rows) == 2 and rows[0].endswith("1.00 | 9 |") and rows[1].endswith("0.500 | 8 |")
+    assert len(rows) == 2 and rows[0] == "| loss | 1.00 nats | 9 |" and rows[1] == r"| odd \| name | 0.500 | 8 |"

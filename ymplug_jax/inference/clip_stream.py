@@ -28,7 +28,7 @@ STORED = 16  # frames read from a file, as many as data_prep stores by default; 
 TIME_LIMIT = 120  # seconds to decode one file
 AHEAD = 16  # decoded clips that wait for the model, about 0.6 MB each
 PATIENCE = 1.0  # seconds that decoded clips wait for the next one to fill their batch
-# Reject reasons of a file that is no video. Such a file in a folder is skipped, unless it is named like a video.
+# Reject reasons of files that are not videos. Such a file in a folder is skipped, unless it is named like a video.
 NO_VIDEO = ("not_a_video", "no_video_stream", "empty_file")
 VIDEO_NAMES = (
     ".mp4", ".flv", ".f4v", ".mkv", ".avi", ".mov", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".vob", ".m4v",

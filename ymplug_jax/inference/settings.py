@@ -52,13 +52,13 @@ def of_run(folder: epath.Path, needs: str = "") -> Source:
         tokenizer = folder / run_folder.TOKENIZER / epath.Path(experiment.data.tokenizer).name
         if not tokenizer.is_file():
             raise Mistake(
-                f"{tokenizer}: the run's copy of its tokenizer is missing; copy the tokenizer of the training there"
+                f"{tokenizer}: the run's copy of its tokenizer is missing; copy the tokenizer that the run was trained with there"
             )
     if (folder / run_folder.CLASSES).is_file():
         classes = folder / run_folder.CLASSES
     elif experiment.data.classes:
         raise Mistake(
-            f"{folder / run_folder.CLASSES}: the run's class names are missing; copy the class names of the training there"
+            f"{folder / run_folder.CLASSES}: the run's class names are missing; copy the file that the run was trained with there"
         )
     return Source(folder, experiment, tokenizer, classes)
 

@@ -301,7 +301,7 @@ def _during(sections: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     rows = [
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines() if line.startswith("|")
     ]
-    return {row[0]: (row[1], row[2]) for row in rows[2:] if len(row) == 3}
+    return {row[0].replace("\\|", "|"): (row[1], row[2]) for row in rows[2:] if len(row) == 3}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
