@@ -16,10 +16,11 @@ import pytest
 import answering
 import ymplug_jax
 from configs.tiny import caption as caption_config
-from ymplug_jax import predict
+from ymplug_jax import api, predict
 from ymplug_jax.convert.store import Store
 from ymplug_jax.core import config, state
 from ymplug_jax.core.exits import Mistake
+from ymplug_jax.tasks import names
 from ymplug_jax.training import setup
 
 DOCS = answering.ROOT / "docs" / "python.md"
@@ -183,13 +184,22 @@ def test_a_script_needs_no_main_guard(home: Path) -> None:
         assert done.returncode == 0 and done.stdout.count("begin") == 1, done.stderr
 
 
+def test_the_documentation_names_the_methods_of_every_task() -> None:
+    lines = re.findall(r"^\| (`[a-z_`, ]+) \| (`.*`) \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    found = {task: re.findall(r"`(\w+)\(", offered) for tasks, offered in lines for task in re.findall(r"\w+", tasks)}
+    expected = {name: getattr(module, "ANSWERS", ()) for name, module in names.tasks().items()}
+    assert {task: list(api.METHODS[command]) for task, commands in expected.items() for command in commands} == {
+        task: methods for task, methods in found.items() if methods
+    }
+
+
 def test_the_examples_of_the_documentation_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """In their order, in one session, with the tiny model's settings in place of the released one's."""
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 7 and any("embed_videos" in block for block in blocks)
     shutil.copy("t.model", "tokenizer.model")
     Path("settings.py").write_text("import test_api\n\ndef get_config():\n    return test_api.tiny()\n")
-    names = {
+    stand_ins = {
         "configs/mplug_video/caption.py:1.3b": "settings.py",
         "from configs.mplug_video import caption": "from configs.tiny import caption",
         'get_config("1.3b")': "get_config()",
@@ -197,7 +207,7 @@ def test_the_examples_of_the_documentation_run(monkeypatch: pytest.MonkeyPatch, 
     }
     session: dict[str, Any] = {}
     for block in blocks:
-        for name, own in names.items():
+        for name, own in stand_ins.items():
             block = block.replace(name, own)
         exec(compile(block, str(DOCS), "exec"), session)
     printed = capsys.readouterr().out
