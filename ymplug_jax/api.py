@@ -79,8 +79,8 @@ def load(
     place = checkpoint_files.folder_of(os.fspath(folder))
     if settings.is_conversion(place):
         given = config if config is None or isinstance(config, Mapping) else _plain(config)
-        files = ("" if file is None else os.fspath(file) for file in (tokenizer, classes))
-        return VideoModel(Predictor(settings.of_conversion(place, given, *files, needs)))
+        vocabulary, listed = ("" if file is None else os.fspath(file) for file in (tokenizer, classes))
+        return VideoModel(Predictor(settings.of_conversion(place, given, vocabulary, listed, needs)))
     source = settings.of_run(place, needs)
     for name, value in (("config", config), ("tokenizer", tokenizer), ("classes", classes)):
         if value is not None:
