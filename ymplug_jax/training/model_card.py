@@ -134,10 +134,9 @@ def _weights(run: Run, origin: Mapping[str, str]) -> str:
     rows = [(f"`{key[0]}`", *key[1:3], f"{size:,}", key[3]) for key, size in sorted(count.items())]
     parts = [_table(("Subtree", "", "Type", "Parameters", "Initial values"), rows)]
     for subtree, stored_as, folder in checkpoint_files.sources(run.experiment.train.init_from):
-        taken = (
-            f"`{subtree}`" + (f" (there `{stored_as or 'all'}`)" if stored_as != subtree else "") if subtree else "All"
-        )
-        parts.append(f"{taken} from `{folder}`: {_source(checkpoint_files.folder_of(folder))}")
+        part = "" if stored_as == subtree else f"`{stored_as}` of " if stored_as else "all of "
+        taken = f"`{subtree}`" if subtree else "All"
+        parts.append(f"{taken} from {part}`{folder}`: {_source(checkpoint_files.folder_of(folder))}")
     return "\n\n".join(parts)
 
 
