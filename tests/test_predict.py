@@ -1,4 +1,4 @@
-"""Answers about video files from checkpoints of real runs: classify, caption, retrieve, and mistakes in one line."""
+"""`ymplug_jax.predict` on checkpoints of tiny runs: classify, caption, retrieve, and mistakes that end in one line."""
 
 import contextlib
 import io
@@ -17,42 +17,22 @@ import pytest
 
 import runs
 import shards
+from answering import ROOT, SMALL, draw_videos, python, train, videos
 from ymplug_jax import predict as predict_lib
 from ymplug_jax.core import checkpoint_files
 from ymplug_jax.data import schema
 from ymplug_jax.inference import clip_stream, predictor
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent / "data_prep"))
-import videos  # noqa: E402  the drawn test videos
-
-SMALL = [flag for flag in runs.SMALL if "max_tokens" not in flag and "vocab" not in flag]
-SMALL += ["--config.model.llm.vocab=300", "--config.data.max_tokens=40", "--config.train.duration=3 steps"]
-
-
-def python(*command: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=runs.environment(), text=True, capture_output=True, timeout=300
-    )
-    assert done.returncode == code, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of three tasks, and a folder of videos."""
     home = tmp_path_factory.mktemp("predict")
-    data = runs.make_data(home)
-    for task, kind in (("classify", "classification"), ("caption", "captioning"), ("retrieve", "retrieval")):
-        shards.call(home / "data", kind)
-        more = ["--config.options.new_tokens=6"] if task == "caption" else []
-        python(
-            "ymplug_jax.main", f"--config=configs/tiny/{task}.py", f"--workdir={home / task}", *data, *SMALL, *more
-        )  # fmt: skip
-    (home / "t.model").unlink()  # a run keeps its tokenizer
-    (home / "videos").mkdir()
-    for name in ("a.mp4", "b.mkv"):
-        videos.write(home / "videos" / name)
+    data = None
+    for task in ("classify", "caption", "retrieve"):
+        data = train(home, task, data=data)
+    (home / "t.model").unlink()  # the runs have their own copies
+    draw_videos(home / "videos", "a.mp4", "b.mkv")
     (home / "broken.mp4").write_bytes(b"")
     return home
 
@@ -70,7 +50,7 @@ def ask(capsys: pytest.CaptureFixture) -> Callable:
     return run
 
 
-def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_broken_link_is_reported_as_a_missing_file(tmp_path: Path) -> None:
     videos.write(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").symlink_to("gone.mp4")
     os.mkfifo(tmp_path / "c.mp4")
@@ -80,7 +60,7 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path) -> None:
     assert reads[1].clip.reason == "missing_file" and not clip_stream.left_out(reads[1])
 
 
-def test_flags_that_take_several_can_be_given_again() -> None:
+def test_flags_with_several_values_can_be_repeated() -> None:
     args = predict_lib.parse(
         [
             "retrieve",
@@ -125,8 +105,8 @@ def test_classify_a_file_and_a_folder(home: Path, ask: Callable) -> None:
     assert sheet.read_bytes().startswith(b"\x89PNG")
 
 
-def test_caption_goes_on_past_a_broken_file(home: Path) -> None:
-    """In a process of its own, as a user would, with nothing installed beyond the core: nor in the decoding processes."""
+def test_caption_continues_after_a_broken_file(home: Path) -> None:
+    """In a subprocess where only the core dependencies can be imported, in its decoding processes too."""
     (home / "core").mkdir()
     extras = ("tensorflow", "tensorflow_datasets", "apache_beam", "torch", "transformers", "safetensors")
     (home / "core" / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({extras})\n")
@@ -147,7 +127,9 @@ def test_caption_goes_on_past_a_broken_file(home: Path) -> None:
     assert done.stderr == f"error: {home / 'broken.mp4'}: empty_file: zero bytes\n"  # and no control codes
 
 
-def test_titles_stay_with_their_files(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_title_belongs_to_its_file_when_others_fail(
+    home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answered, asked = predictor.Predictor.rows, []
 
     def rows(self: predictor.Predictor, records: Sequence) -> list:
@@ -169,10 +151,10 @@ def test_titles_stay_with_their_files(home: Path, ask: Callable, monkeypatch: py
     ]
 
 
-def test_a_folder_is_what_the_reader_can_read(home: Path, ask: Callable) -> None:
+def test_a_folder_stands_for_the_files_that_can_be_decoded(home: Path, ask: Callable) -> None:
     classify = ["classify", "--checkpoint", home / "classify", "--json"]
     folder = home / "mixed"
-    # As bytes: "B" before "a", "a.mp4" before "ab", the folder "a.d" before the file "a.mp4", 中 behind all of ASCII.
+    # Sorted by bytes: "B" before "a", "a.mp4" before "ab", the folder "a.d" before the file "a.mp4", 中 after ASCII.
     names = ["中.mp4", "ab", "a.mp4", "B.ogv", "a.d/z"]
     (folder / "a.d").mkdir(parents=True)
     for name in names:
@@ -183,8 +165,8 @@ def test_a_folder_is_what_the_reader_can_read(home: Path, ask: Callable) -> None
     found = [str(Path(json.loads(line)["video"]).relative_to(folder)) for line in out]
     assert code == 0 and found == ["B.ogv", "a.d/z", "a.mp4", "ab", "中.mp4"]
     listed = ", ".join(str(folder / name) for name in ("a.json", "a.srt", "empty.txt", "notes.txt"))
-    assert err == [f"4 of 9 files are no videos: {listed}"]
-    # What is named itself, or named like a video, is missed.
+    assert err == [f"4 of 9 files are not videos: {listed}"]
+    # A file that is given itself, or that is named like a video, is an error.
     code, out, err = ask(*classify, "--video", folder / "notes.txt", folder / "ab")
     assert code == 1 and len(out) == 1 and err[0].startswith(f"error: {folder / 'notes.txt'}: not_a_video")
     (folder / "broken.ogv").write_bytes(b"")
@@ -211,7 +193,7 @@ def test_retrieve_from_files_and_from_an_index(home: Path, ask: Callable) -> Non
     assert code == 0 and [json.loads(line) for line in out] == from_files
     scores = {(a["text"], video): score for a in from_files for video, score in a["ranking"]}
     assert scores[texts[0], from_files[0]["ranking"][0][0]] == max(v for (t, _), v in scores.items() if t == texts[0])
-    # The other way round, from files at once and from the index: the same four scores.
+    # Ranking texts for each video gives the same four scores, from files and from the index.
     for source in (["--video", home / "videos"], ["--index", index]):
         code, out, _ = ask(*run, *source, "--text", *texts, "--rank", "texts", "--json", "--best", 1)
         answers = [json.loads(line) for line in out]
@@ -234,7 +216,7 @@ def test_an_answer_does_not_depend_on_the_batch(home: Path, ask: Callable) -> No
 
 
 def test_names_and_terminals(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gbk = b"\xbc\xfc\xc5\xcc.mp4"  # 键盘 in GBK: no UTF-8
+    gbk = b"\xbc\xfc\xc5\xcc.mp4"  # 键盘 in GBK, which is not valid UTF-8
     folder = os.fsencode(home / "names")
     os.mkdir(folder)
     for name in (gbk, "😀.mp4".encode(), b"\x1b[31m.mp4"):
@@ -259,7 +241,7 @@ def test_names_and_terminals(home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_utf8_text_under_the_c_locale(home: Path, ask: Callable) -> None:
-    """Python hands over bytes that the locale cannot decode as \\udc80 to \\udcff."""
+    """Python represents bytes that the locale cannot decode as \\udc80 to \\udcff."""
     bytes_of = "红色".encode().decode("ascii", "surrogateescape")
     run = ["retrieve", "--checkpoint", home / "retrieve", "--json", "--video", home / "videos" / "a.mp4", "--text"]
     assert ask(*run, bytes_of) == ask(*run, "红色")
@@ -281,11 +263,11 @@ def test_a_full_disk_is_one_line(home: Path, capsys: pytest.CaptureFixture, monk
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: standard output: No space left")
         with contextlib.suppress(OSError):
-            full.close()  # what is buffered finds no space either
+            full.close()  # flushing the buffer fails again
 
 
 @pytest.mark.slow
-def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_export_continues(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     files = copies(home / "gallery", home / "videos" / "a.mp4", [f"{i:02d}.mp4" for i in range(20)])
     files[13].unlink()
     files[13].hardlink_to(home / "videos" / "b.mkv")
@@ -311,23 +293,23 @@ def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pyt
     stop_after(1)
     assert ask(*export)[0] == 130 and part.exists() and not index.exists()
     with part.open("ab") as file:
-        file.write(b'{"video": "half a li')  # as a kill leaves it
+        file.write(b'{"video": "half a li')  # cut off, as after a kill
     stop_after(1)
     code, _, err = ask(*export)
-    assert code == 130 and err[0] == f"{part}: 8 videos are there already" and not index.exists()
-    # A file that has changed meanwhile is computed again.
+    assert code == 130 and err[0] == f"{part}: 8 videos are already exported" and not index.exists()
+    # A file that changed in the meantime is computed again.
     files[0].unlink()
     files[0].write_bytes((home / "videos" / "b.mkv").read_bytes())
     stop_after(99)
     code, _, err = ask(*export)
-    assert code == 0 and err[0] == f"{part}: 15 videos are there already" and sum(seen) == 5
+    assert code == 0 and err[0] == f"{part}: 15 videos are already exported" and sum(seen) == 5
     assert err[1] == f"index of 20 videos: {index}" and sorted(home.glob("gallery.npz*")) == [index]
     again = dict(np.load(index))
     assert [Path(str(name)).name for name in again["video_id"]] == [f"{i:02d}.mp4" for i in range(20)]
     np.testing.assert_allclose(again["video"][1:], whole["video"][1:], atol=1e-5)
     np.testing.assert_allclose(again["video"][0], whole["video"][13], atol=1e-5)
 
-    # A file that has changed and cannot be read any more has no vector: that of its old content must not stay.
+    # A file that changed and can no longer be read has no vector: the one of its old content is dropped.
     index.unlink()
     stop_after(1)
     assert ask(*export)[0] == 130 and '"' + str(files[2]) + '"' in part.read_text()
@@ -346,7 +328,7 @@ def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pyt
     stop_after(99)
     assert ask(*export)[0] == 0
 
-    # Partial results of other weights are refused and stay; an index is replaced when the new one is whole.
+    # A partial export of other weights is refused and kept. An index is replaced when the new one is complete.
     stop_after(1)
     assert ask(*export)[0] == 130 and np.load(index)["video"].shape[0] == 20
     lines = part.read_text().splitlines(keepends=True)
@@ -360,7 +342,7 @@ def test_export_goes_on_after_a_stop(home: Path, ask: Callable, monkeypatch: pyt
     part.unlink()
 
 
-def test_decoding_is_read_ahead_by_so_much_only(tmp_path: Path) -> None:
+def test_decoding_runs_ahead_by_a_limited_number_of_clips(tmp_path: Path) -> None:
     clip = videos.write(tmp_path / "a.mp4")
     files = [clip_stream.File(str(path), True) for path in copies(tmp_path / "many", clip, [str(i) for i in range(90)])]
     places = clip_stream.read_all(files, 8, 2)
@@ -376,7 +358,7 @@ def test_decoding_is_read_ahead_by_so_much_only(tmp_path: Path) -> None:
     assert all(isinstance(read.clip, clip_stream.Clip) for read in rest)
 
 
-def test_a_file_that_hangs_does_not_keep_answers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_hangs_does_not_delay_earlier_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
 
     class Slow:
@@ -401,9 +383,11 @@ def test_a_file_that_hangs_does_not_keep_answers_back(tmp_path: Path, monkeypatc
     assert [read.file.name for read in next(places)] == [str(tmp_path / name) for name in ("slow", "b")]
 
 
-def test_a_decoder_that_cannot_start_is_one_line(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_cannot_start_ends_in_one_line(
+    home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object) -> None:
-        raise BrokenPipeError(32, "Broken pipe")  # which must not be taken for a reader of the answers that has gone
+        raise BrokenPipeError(32, "Broken pipe")  # must not be mistaken for a closed stdout
 
     monkeypatch.setattr(clip_stream.Reader, "read", fail)
     code, out, (line,) = ask("caption", "--checkpoint", home / "caption", "--video", home / "videos")
@@ -413,9 +397,9 @@ def test_a_decoder_that_cannot_start_is_one_line(home: Path, ask: Callable, monk
 MISTAKES = {
     "no folder": (["classify", "--checkpoint", "nowhere", "--video", "x.mp4"], "nowhere: no config.json here"),
     "a file": (["classify", "--checkpoint", "{home}/broken.mp4", "--video", "x.mp4"], "broken.mp4: a file;"),
-    "empty name": (["classify", "--checkpoint", "", "--video", "x.mp4"], "--checkpoint: an empty name"),
+    "empty name": (["classify", "--checkpoint", "", "--video", "x.mp4"], "--checkpoint: the name is empty"),
     "empty folder": (["classify", "--checkpoint", "{home}/videos", "--video", "x.mp4"], "videos: no config.json here"),
-    "below": (["classify", "--checkpoint", "{home}/classify/checkpoints", "--video", "x"], "{home}/classify is one"),
+    "below": (["classify", "--checkpoint", "{home}/classify/checkpoints", "--video", "x"], "such as {home}/classify"),
     "conversion": (["classify", "--checkpoint", "{home}/bad/converted", "--video", "x"], "a converted checkpoint"),
     "seeds": (["classify", "--checkpoint", "{home}/bad", "--video", "x.mp4"], "but runs damaged, no_classes, no_step"),
     "damaged": (["classify", "--checkpoint", "{home}/bad/damaged", "--video", "x"], "config.json: damaged, not JSON"),
@@ -423,35 +407,35 @@ MISTAKES = {
     "no tokenizer": (["classify", "--checkpoint", "{home}/bad/no_tokenizer", "--video", "x"], "copy of its tokenizer is"),
     "no classes": (["classify", "--checkpoint", "{home}/bad/no_classes", "--video", "x"], "class names are missing"),
     "task": (["caption", "--checkpoint", "{home}/classify", "--video", "x.mp4"], "is a run of task 'classify'"),
-    "no video": (["classify", "--checkpoint", "{home}/classify"], "classify: give files with --video"),
-    "empty video": (["classify", "--checkpoint", "{home}/classify", "--video", ""], "--video: an empty name"),
+    "no video": (["classify", "--checkpoint", "{home}/classify"], "--video: missing; give the files to classify"),
+    "empty video": (["classify", "--checkpoint", "{home}/classify", "--video", ""], "--video: a name is empty"),
     "twice": (["caption", "--checkpoint", "{home}/caption", "--video", "{home}/videos", "{home}/x/../videos/a.mp4"], "twice"),
     "titles": (["classify", "--checkpoint", "r", "--video", "a", "b", "--title", "t"], "--title: 1 titles for 2 files"),
-    "no search": (["retrieve", "--checkpoint", "{home}/retrieve", "--video", "x.mp4"], "give --text to search"),
+    "no search": (["retrieve", "--checkpoint", "{home}/retrieve", "--video", "x.mp4"], "--text: missing; give texts"),
     "empty folder of videos": (["caption", "--checkpoint", "r", "--video", "{home}/empty"], "no files in this folder"),
-    "empty text": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "a", " "], "--text ' ': nothing to look for"),
-    "marks": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "?!"], "--text '?!': nothing to look for"),
-    "bytes": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "\udcbc"], "nor UTF-8"),
+    "empty text": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "a", " "], "--text ' ': nothing is left"),
+    "marks": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "?!"], "--text '?!': nothing is left"),
+    "bytes": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "\udcbc"], "nor as UTF-8"),
     "best 0": (["classify", "--checkpoint", "r", "--video", "a", "--best", "0"], "--best 0: give 1 or more"),
     "best -1": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "-1"], "--best -1: give 1"),
     "best x": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "x"], "invalid int value: 'x'"),
     "decoders": (["caption", "--checkpoint", "r", "--video", "a", "--decoders", "0"], "--decoders 0: give 1 or more"),
-    "both": (["retrieve", "--checkpoint", "r", "--video", "a", "--index", "i", "--text", "t"], "not both"),
-    "in and out": (["retrieve", "--checkpoint", "r", "--index", "i", "--export", "e"], "leave one of them out"),
-    "rank alone": (["retrieve", "--checkpoint", "r", "--index", "i", "--rank", "texts"], "give --text to search"),
-    "other command": (["classify", "--checkpoint", "r", "--video", "a", "--text", "t"], "--text is for retrieve"),
-    "other title": (["retrieve", "--checkpoint", "r", "--video", "a", "--title", "t"], "--title is for classify"),
-    "export place": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/no/i.npz"], "make it first"),
-    "export folder": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/data"], "is a folder"),
-    "export over": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/videos/a.mp4"], "is no index is there"),
+    "both": (["retrieve", "--checkpoint", "r", "--video", "a", "--index", "i", "--text", "t"], "exclude each other"),
+    "in and out": (["retrieve", "--checkpoint", "r", "--index", "i", "--export", "e"], "give --video with --export"),
+    "rank alone": (["retrieve", "--checkpoint", "r", "--index", "i", "--rank", "texts"], "--text: missing; give texts"),
+    "other command": (["classify", "--checkpoint", "r", "--video", "a", "--text", "t"], "--text: classify does not use it"),
+    "other title": (["retrieve", "--checkpoint", "r", "--video", "a", "--title", "t"], "--title: retrieve does not use it"),
+    "export place": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/no/i.npz"], "create it first"),
+    "export folder": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/data"], "this is a folder"),
+    "export over": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/videos/a.mp4"], "is not an index"),
     "sheet kind": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/s.bmp"], "cannot draw .bmp; name a file that ends in .png"),
     "sheet place": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/no/s.png"], "make it first"),
     "sheet of index": (["retrieve", "--checkpoint", "r", "--index", "i", "--text", "t", "--sheet", "s.png"], "no frames"),
     "index folder": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/data", "--text", "t"], "is a folder"),
     "index gone": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "i", "--text", "t"], "does not exist"),
     "index kind": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/broken.mp4", "--text", "t"], "as an index"),
-    "flag": (["classify", "--chekpoint", "r", "--video", "a"], "--chekpoint: no such flag; did you mean --checkpoint?"),
-    "command": (["clasify", "--checkpoint", "r", "--video", "a"], "clasify: no such command; did you mean classify?"),
+    "flag": (["classify", "--chekpoint", "r", "--video", "a"], "--chekpoint: unknown flag; did you mean --checkpoint?"),
+    "command": (["clasify", "--checkpoint", "r", "--video", "a"], "clasify: unknown command; did you mean classify?"),
     "value": (["classify", "--checkpoint"], "--checkpoint: expected one argument"),
     "missing": (["classify", "--video", "a"], "required: --checkpoint"),
 }  # fmt: skip
@@ -459,7 +443,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def bad(home: Path) -> Path:
-    """Folders that are no runs one can ask."""
+    """Folders that `--checkpoint` refuses."""
     (home / "empty").mkdir()
     for name in ("damaged", "no_step", "no_tokenizer", "no_classes"):
         shutil.copytree(home / "classify", home / "bad" / name, copy_function=os.link)
@@ -491,15 +475,15 @@ def test_mistakes_end_in_one_line(bad: Path, name: str, ask: Callable, monkeypat
     assert sorted(bad.rglob("*")) == before
 
 
-def test_a_folder_without_videos_is_one_line(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_videos_ends_in_one_line(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictor.Predictor, "load", None)
     code, out, err = ask("caption", "--checkpoint", home / "caption", "--video", home / "data")
     count = len(list((home / "data").iterdir()))
     assert code == 2 and out == [] and len(err) == 1 and count > 2
-    assert f"no videos in this folder: {count} of {count} files" in err[0]
+    assert f"--video: {count} of {count} files are not videos" in err[0]
 
 
-def test_an_index_that_is_not_this_runs_is_refused(home: Path, ask: Callable) -> None:
+def test_an_index_of_another_run_is_refused(home: Path, ask: Callable) -> None:
     index = home / "own.npz"
     run = ["retrieve", "--checkpoint", home / "retrieve"]
     assert ask(*run, "--video", home / "videos", "--export", index)[0] == 0
@@ -508,7 +492,7 @@ def test_an_index_that_is_not_this_runs_is_refused(home: Path, ask: Callable) ->
     assert ask("retrieve", "--checkpoint", home / "moved", "--index", index, "--text", "红色")[0] == 0
     own, other = (checkpoint_files.fingerprint(str(home / name)) for name in ("moved", "classify"))
     assert own == checkpoint_files.fingerprint(str(home / "retrieve")) != other and len(own) == 64
-    # An index of before, a damaged one, and one with a NaN.
+    # An index of an older version, a damaged one, and one with a NaN.
     arrays = dict(np.load(index))
     nan = np.where(np.arange(2)[:, None] == 1, np.nan, arrays["video"])
     for changed, message in (
@@ -526,7 +510,7 @@ def test_an_index_that_is_not_this_runs_is_refused(home: Path, ask: Callable) ->
     assert code == 2 and len(err) == 1 and "cannot be read as an index" in err[0]
 
 
-def test_scores_that_are_not_finite_are_no_answer(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_are_not_finite_are_refused(home: Path, ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = predictor.Predictor.rows
     monkeypatch.setattr(
         predictor.Predictor, "rows", lambda self, records: [
@@ -541,8 +525,8 @@ def test_scores_that_are_not_finite_are_no_answer(home: Path, ask: Callable, mon
     assert not list(home.glob("nan.npz*"))
 
 
-def test_the_tokenizer_and_the_class_names_are_the_runs_own(home: Path, ask: Callable) -> None:
-    """The file that the settings name is another by now."""
+def test_the_runs_copies_of_tokenizer_and_class_names_count(home: Path, ask: Callable) -> None:
+    """The file that the settings name has changed since."""
     run = home / "own_names"
     shutil.copytree(home / "classify", run, copy_function=os.link)
     names = [f"第{i}类" for i in range(45)]
@@ -577,7 +561,7 @@ def test_evaluation_writes_a_page_and_an_index(home: Path, ask: Callable) -> Non
     with np.load(folder / "index.npz", allow_pickle=False) as index:
         assert set(index) >= {"video", "video_id", "text", "text_of", "text_clip"}
         assert (int(index["step"]), str(index["task"]), str(index["split"])) == (3, "retrieve", "validation")
-    # What an evaluation leaves is an index as any other.
+    # The index of an evaluation can be searched like an exported one.
     flags = ["retrieve", "--checkpoint", home / "retrieve", "--index", folder / "index.npz", "--text", "红色", "--json"]
     code, (line,), _ = ask(*flags)
     assert code == 0 and len(json.loads(line)["ranking"]) == 5
@@ -608,7 +592,7 @@ def test_seeds_give_mean_and_deviation(home: Path, ask: Callable) -> None:
     assert result["seeds"] == [42, 43] and result["t2v_mean_rank"]["mean"] == pytest.approx(np.mean(values))
     assert result["t2v_mean_rank"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert json.loads((home / "many" / "seeds.json").read_text()) == result
-    # Two runs of one width, task and step: the index of one says nothing to the other.
+    # Two runs of the same width, task and step: neither takes the index of the other.
     index, folders = home / "of_42.npz", [home / "many" / f"seed_{seed}" for seed in (42, 43)]
     searched = ["--index", folders[0] / "eval" / "validation" / "index.npz", "--text", "红色"]
     assert ask("retrieve", "--checkpoint", folders[0], "--video", home / "videos", "--export", index)[0] == 0
@@ -636,7 +620,7 @@ def test_a_checkpoint_without_training_is_scored_as_it_stands(home: Path) -> Non
         f"--config.data.path={home / 'data'}",
         f"--config.data.tokenizer={home / 'caption' / 'tokenizer' / 't.model'}",
         f"--config.train.init_from={home / 'caption'}",
-        # More frames than the checkpoint knows: its table of times is stretched.
+        # More frames than the checkpoint has: its temporal embedding is resized.
         "--config.data.frames=4",
         "--config.model.vision.frames=4",
         "--config.options.new_tokens=6",

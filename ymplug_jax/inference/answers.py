@@ -1,11 +1,10 @@
-"""Answers of one run about a stream of clips: what its task says about each, rankings, and the sheet that shows their frames."""
+"""What `ymplug_jax.predict` prints about a stream of clips: answers and rankings; and the sheet that shows their frames."""
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from ymplug_jax.core import index_file
@@ -13,28 +12,23 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Record
 from ymplug_jax.inference.clip_stream import File
 from ymplug_jax.inference.index_build import Export
-from ymplug_jax.inference.predictor import BATCH, Predictor, blank
+from ymplug_jax.inference.predictor import BATCH, Predictor
 from ymplug_jax.inference.wording import readable, shown
 from ymplug_jax.tasks.presentation import Answer
 
-SHEET = 64  # clips on a sheet at most
+SHEET = 64  # largest number of clips on a sheet
 
 
 def describe(args: argparse.Namespace, predictor: Predictor, reading: Any) -> Iterator[Answer]:
-    """The answer of the run's task about each file that can be read, in order.
+    """Yield the answer of the task about each readable file, in order.
 
     Raises:
-      Mistake: predictions that are not finite.
+      Mistake: predictions are not finite.
     """
-    about = predictor.task.describe[args.command]
     drawn: list[tuple[Record, str]] = []
     count = 0
     for records in reading.records(reading.files, BATCH):
-        for row, record in zip(predictor.rows(records), records, strict=True):
-            for values in row.values():
-                if jax.numpy.issubdtype(values.dtype, np.floating):
-                    _finite(values, record.media_id)
-            answer = about(row, record, args.best)
+        for answer, record in zip(predictor.answers(args.command, records, args.best), records, strict=True):
             yield answer
             count += 1
             if args.sheet and len(drawn) < SHEET:
@@ -42,19 +36,11 @@ def describe(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
     draw(args, predictor, drawn, count)
 
 
-def _finite(values: np.ndarray, name: str) -> np.ndarray:
-    if not np.isfinite(values).all():
-        raise Mistake(
-            f"{shown(name)}: the model's scores are not finite; this checkpoint is broken, take an earlier one"
-        )
-    return values
-
-
 def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> Iterator[Answer]:
-    """Rankings; writes the index where asked.
+    """Yield rankings, and write the index if `--export` asks for it.
 
     Raises:
-      Mistake: an index, or partial results of an export, that this run did not compute; vectors that are not finite.
+      Mistake: the index or the partial export comes from other weights, or vectors are not finite.
       PlaceFailed: the index cannot be written.
     """
     origin = index_file.origin(predictor.experiment, str(predictor.folder))
@@ -69,11 +55,8 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
         at_once = args.rank == "texts" and not export
         pool: dict[str, Record] = {}
         for records in reading.records(files, BATCH):
-            rows = predictor.rows(records)
-            new = {
-                record.media_id: _finite(row["video"], record.media_id)
-                for row, record in zip(rows, records, strict=True)
-            }
+            found = predictor.embed_records(records)
+            new = {record.media_id: vector for record, vector in zip(records, found, strict=True)}
             vectors |= new
             if export:
                 export.add(new)
@@ -100,48 +83,47 @@ def retrieve(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
 
 
 def _to_read(args: argparse.Namespace, files: list[File], export: Export | None) -> list[File]:
-    """The files whose vectors an export does not hold yet; it forgets those that changed."""
+    """The files whose vectors the export lacks. Vectors of changed files are dropped from it."""
     if not export:
         return files
     export.drop([file.name for file in files if not export.has(file.name)])
-    # The sheet needs frames, which an earlier start did not keep.
+    # A sheet needs the frames of all files, and an export keeps vectors only.
     wanted = [file for file in files if args.sheet or not export.has(file.name)]
     if len(wanted) < len(files):
-        print(f"{export.part}: {len(files) - len(wanted)} videos are there already", file=sys.stderr)
+        print(f"{export.part}: {len(files) - len(wanted)} videos are already exported", file=sys.stderr)
     return wanted
 
 
 def _from_index(
     args: argparse.Namespace, predictor: Predictor, origin: index_file.Origin
 ) -> tuple[list[str], np.ndarray]:
-    """(names, f32[N, E]) of the index that is searched."""
+    """(names, f32[N, E]) of the index to search."""
     arrays = index_file.read(args.index, ("video", "video_id"), setting="--index")
     index_file.check_origin(args.index, arrays, origin, str(predictor.folder))
     names, vectors = [str(name) for name in arrays["video_id"]], arrays["video"]
     if vectors.ndim != 2 or len(vectors) != len(names) or not names:
         raise Mistake(
-            f"{args.index}: --index holds {len(names)} names and vectors of shape {vectors.shape}; export it again"
+            f"{args.index}: --index has {len(names)} names and vectors of shape {vectors.shape}; export it again"
         )
     return names, vectors
 
 
 def _texts(args: argparse.Namespace, predictor: Predictor) -> np.ndarray:
-    """f32[texts, E] of the questions; they are computed once."""
+    """f32[texts, E] of `--text`, computed once."""
     if not args.text:
         return np.zeros((0, 1), np.float32)
     if not hasattr(args, "text_vectors"):
-        rows = predictor.rows([blank(text) for text in args.text])
-        args.text_vectors = np.stack([_finite(row["text"], text) for row, text in zip(rows, args.text, strict=True)])
+        args.text_vectors = predictor.embed_texts(args.text)
     return args.text_vectors
 
 
 def _rank(args: argparse.Namespace, texts: np.ndarray, vectors: np.ndarray, names: list[str]) -> Iterator[Answer]:
-    """The best videos of each text, or the best texts of each video; equal scores stay in the order given."""
+    """Rank the videos for each text, or the texts for each video. Equal scores keep the order given."""
     if not args.text:
         return
     if texts.shape[1] != vectors.shape[1]:
         raise Mistake(
-            f"{args.index}: vectors of width {vectors.shape[1]}, this run has {texts.shape[1]}; export it again"
+            f"{args.index}: --index has vectors of width {vectors.shape[1]}, this run computes {texts.shape[1]}; export it again"
         )
     scores = texts @ vectors.T  # [texts, videos]
     asked, given, key = (args.text, names, "text") if args.rank == "videos" else (names, args.text, "video")
@@ -155,7 +137,7 @@ def _rank(args: argparse.Namespace, texts: np.ndarray, vectors: np.ndarray, name
 def _to_draw(
     args: argparse.Namespace, predictor: Predictor, vectors: dict[str, np.ndarray], names: list[str]
 ) -> list[str]:
-    """Those of `names` whose frames the sheet may need, given what was seen so far."""
+    """The `names` whose frames the sheet may need, given the videos so far."""
     if not args.text or args.rank == "texts":
         return names[:SHEET]
     scores = _texts(args, predictor) @ np.stack([vectors[name] for name in names]).T
@@ -164,7 +146,7 @@ def _to_draw(
 
 
 def _drawn(args: argparse.Namespace, answers: list[Answer], pool: dict[str, Record]) -> list[tuple[Record, str]]:
-    """(clip, text below it): of each question its best videos, of each video its best texts."""
+    """(clip, text of the sheet): the best videos of each text, or each video with its best texts."""
     if not args.text:
         return [(record, shown(name)) for name, record in pool.items()]
     if args.rank == "texts":
@@ -177,7 +159,7 @@ def _drawn(args: argparse.Namespace, answers: list[Answer], pool: dict[str, Reco
 
 
 def draw(args: argparse.Namespace, predictor: Predictor, drawn: Sequence[tuple[Record, str]], count: int) -> None:
-    """The sheet, where asked for and anything was read; says how many of `count` clips it shows."""
+    """Draw the sheet if `--sheet` asks for it and a clip was read, and print how many of `count` clips it shows."""
     if not args.sheet or not drawn:
         return
     from ymplug_jax.reports import contact_sheet

@@ -1,28 +1,34 @@
-"""Video files on their way to a model: which files a command means, and their frames in the order of the files.
+"""Video files to records: which files a command names, and their frames in the order of the files.
 
-Frames are read ahead by several decoding processes, and at most `AHEAD` clips more than are being decoded wait for the model:
-memory does not grow with the number of files.
+Several processes decode ahead of the model. At most `AHEAD` decoded clips wait for it, so that memory does not grow with the number of
+files.
 """
 
 import contextlib
 import os
 import queue
 import stat
+import sys
 import threading
+import types
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-from ymplug_jax.core.exits import Mistake, PlaceFailed
-from ymplug_jax.data.video_file import Clip, Reader, Reject
+import numpy as np
 
-STORED = 16  # frames that data_prep stores by default, from which a model takes its own
-TIME_LIMIT = 120  # seconds for one file
-AHEAD = 16  # clips that wait decoded, about 0.6 MB each
-PATIENCE = 1.0  # seconds that clips which are ready wait for others to fill their batch
-# Why a file in a folder is left out rather than reported, unless its name claims to be a video.
+from ymplug_jax.core.exits import Mistake, PlaceFailed
+from ymplug_jax.data import video_file
+from ymplug_jax.data.records import Record
+from ymplug_jax.data.video_file import Clip, Reject
+
+STORED = 16  # frames read from a file, as many as data_prep stores by default; the model takes its own from these
+TIME_LIMIT = 120  # seconds to decode one file
+AHEAD = 16  # decoded clips that wait for the model, about 0.6 MB each
+PATIENCE = 1.0  # seconds that decoded clips wait for the next one to fill their batch
+# Reject reasons of files that are not videos. Such a file in a folder is skipped, unless it is named like a video.
 NO_VIDEO = ("not_a_video", "no_video_stream", "empty_file")
 VIDEO_NAMES = (
     ".mp4", ".flv", ".f4v", ".mkv", ".avi", ".mov", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".vob", ".m4v",
@@ -33,81 +39,84 @@ VIDEO_NAMES = (
 class File(NamedTuple):
     """One file to read."""
 
-    name: str  # as the user gave it, or joined to the folder that the user gave
-    named: bool  # given itself, not found in a folder
+    name: str  # as the user gave it, or below the folder that the user gave
+    named: bool  # True: the user gave this file; False: it was found in a folder
 
 
 class Read(NamedTuple):
-    """What came of one file."""
+    """A file and its clip, or the reason why there is none."""
 
-    number: int  # its place in the list of files
+    number: int  # position in the list of files
     file: File
     clip: Clip | Reject
 
 
 def files_of(names: Sequence[str]) -> list[File]:
-    """The files given, and all files in the folders given, in the order of `names`.
+    """List the files of `names` in order; a folder stands for all files below it.
 
-    A folder is walked without following linked folders; hidden files and folders (".name") are left out. Its files are sorted
-    by their path below the folder, part by part, each part by its bytes.
+    Linked folders are not followed; hidden files and folders (".name") are skipped. The files of a folder are sorted by their path
+    below it, part by part, each part by its bytes.
 
     Raises:
-      Mistake: an empty name, a folder that cannot be listed or holds no files, or a file that is given twice.
+      Mistake: a name is empty, a folder cannot be listed or is empty, or a file is given twice.
     """
     files: list[File] = []
     for name in names:
         if not name:
-            raise Mistake("--video: an empty name; give files or folders")
+            raise Mistake("--video: a name is empty; give files or folders")
         files += _files_in(name) if os.path.isdir(name) else [File(name, True)]
     seen: set[str] = set()
     for file in files:
         place = os.path.abspath(file.name)
         if place in seen:
-            raise Mistake(f"--video: {file.name} is given twice; give each file once")
+            raise Mistake(f"--video {file.name}: given twice; give each file once")
         seen.add(place)
     return files
 
 
 def _files_in(folder: str) -> list[File]:
     def stop(error: OSError) -> None:
-        raise Mistake(f"{error.filename}: cannot list this folder ({error.strerror}); change its permissions")
+        raise Mistake(f"--video {error.filename}: cannot list this folder ({error.strerror}); change its permissions")
 
     found: list[str] = []
     for place, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(place, name) for name in names if not name.startswith(".")]
-    # A pipe or socket would block its reader. A link that leads nowhere is reported as a file that is missing.
+    # A pipe or socket would block the reader. A broken link stays in the list and is reported as a missing file.
     found = [file for file in found if os.path.isfile(file) or not os.path.exists(file)]
     if not found:
-        raise Mistake(f"{folder}: no files in this folder; give a folder of videos")
+        raise Mistake(f"--video {folder}: no files in this folder; give a folder of videos")
     found.sort(key=lambda file: tuple(os.fsencode(part) for part in Path(os.path.relpath(file, folder)).parts))
     return [File(file, False) for file in found]
 
 
 def left_out(read: Read) -> bool:
-    """Whether a file that gave no clip is no video at all, and was only met in a folder: subtitles, pictures, notes.
+    """Whether to skip a file silently: it was found in a folder, cannot be read, and is not named like a video.
 
-    The reader decides what is a video. A file that fails and is named like a video is an error all the same.
+    The reader decides what is a video, not the name. Subtitles, pictures and notes in a folder are no errors.
     """
     claims = read.file.name.lower().endswith(VIDEO_NAMES)
     return isinstance(read.clip, Reject) and not read.file.named and read.clip.reason in NO_VIDEO and not claims
 
 
 def decoders() -> int:
-    """How many processes decode: one a core that this process may use, eight at most."""
+    """Default number of decoding processes: one for each core that this process may use, at most eight."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def read_all(files: Sequence[File], size: int, processes: int) -> Iterator[list[Read]]:
-    """What came of every file, in order, in lists of `size` at most.
+    """Yield the results of all files in order, in lists of at most `size`.
 
-    A list is shorter where the next file takes longer than PATIENCE: a file that hangs does not delay answers about
-    the files before it.
+    A list is shorter if the next file takes longer than PATIENCE, so that a file that hangs does not delay the answers about the
+    files before it.
 
     Args:
-      files: to read; nothing is read before the first list is asked for.
-      size: of a full list.
-      processes: that decode, each with one file at a time and TIME_LIMIT seconds for it.
+      files: to read. Reading starts when the first list is requested.
+      size: length of a full list.
+      processes: number of decoding processes. Each decodes one file at a time, within TIME_LIMIT seconds.
+
+    Raises:
+      PlaceFailed: a decoding process cannot start.
     """
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     threads = [
@@ -144,22 +153,46 @@ def read_all(files: Sequence[File], size: int, processes: int) -> Iterator[list[
                 tasks.get_nowait()
         for _ in threads:
             tasks.put(None)
-        # Stopped early, a thread may be inside a file; it ends with the process, which does not wait for it.
+        # After an early stop a thread may still be decoding. It is a daemon thread, so that the process does not wait for it.
         for thread in threads if done else ():
             thread.join()
 
 
+def record_of(clip: Clip, name: str, title: str = "") -> Record:
+    """The record of a decoded file, without captions and label."""
+    return Record(name, clip.frames, np.array(clip.timestamps, np.int64), title, [], "", -1)
+
+
+class Reader(video_file.Reader):
+    """A reader whose process does not import the program's main file again.
+
+    `multiprocessing` imports it in every process that it spawns. A script that calls the Python API at its top level, without
+    `if __name__ == "__main__"`, would then start itself again in each decoder.
+    """
+
+    _main = threading.Lock()  # several threads start readers at once
+
+    def _start(self) -> None:
+        with self._main:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            try:
+                super()._start()
+            finally:
+                sys.modules["__main__"] = main
+
+
 def _work(tasks: queue.SimpleQueue) -> None:
-    """One thread: hands files to its own decoding process until it is given None."""
+    """Body of one thread: decode files in a process of its own until the queue yields None."""
     reader = Reader(TIME_LIMIT)
     try:
         while (task := tasks.get()) is not None:
             name, future = task
             try:
                 future.set_result(_read(reader, name))
-            except (OSError, RuntimeError) as error:  # of the decoding process, not of the file
+            except (OSError, RuntimeError) as error:  # the decoding process failed, not the file
                 future.set_exception(
-                    PlaceFailed(f"{name}: the decoding process failed ({error}); look for free memory and run it again")
+                    PlaceFailed(f"{name}: the decoding process failed ({error}); free some memory and run again")
                 )
             except BaseException as error:
                 future.set_exception(error)

@@ -1,8 +1,8 @@
-"""An index of many videos that is computed over several starts: what is there so far lies in a side file.
+"""An index of many videos that survives interruptions: finished vectors are kept in a side file.
 
-The side file (`index.npz.part`) is JSON lines: first the origin of the vectors, then one line a video. It is only appended to,
-so that it is valid at any time: a line that a kill cut off is dropped. Each vector is bound to the name, size and time of
-its file, and the whole to the weights; the index itself appears when it is whole, and the side file goes.
+The side file (`index.npz.part`) holds JSON lines: the origin of the vectors, then one line per video. Lines are only appended, so that
+the file is valid at any time; a last line that was cut off is dropped. Each vector is bound to name, size and modification time of its
+file, and the side file to the weights. The index is written when all vectors are there, and the side file is removed.
 """
 
 import base64
@@ -24,17 +24,18 @@ KIND = "ymplug_jax export"
 
 
 class Export:
-    """Vectors that are there, and the side file that more are appended to. Used by one process at a time."""
+    """The vectors computed so far and the side file that more are appended to. A lock admits one process at a time."""
 
     def __init__(self, path: Path, origin: Origin):
-        """Open the side file, and read what an earlier start left.
+        """Open the side file and read the vectors of an interrupted export.
 
         Args:
-          path: of the index to be.
+          path: of the index.
           origin: of the vectors that will be added.
 
         Raises:
-          Mistake: the side file belongs to other weights, is no side file, or another process writes it.
+          Mistake: the side file belongs to other weights, is not a side file, or is locked by another process.
+          PlaceFailed: the side file cannot be opened.
         """
         self.path, self.part, self._origin = path, path.with_name(path.name + ".part"), origin
         self.vectors: dict[str, np.ndarray] = {}  # name -> f32[E]
@@ -49,19 +50,19 @@ class Export:
             raise
 
     def has(self, name: str) -> bool:
-        """Whether the vector of this file is there, and the file is still the same."""
+        """Whether the vector of this file is stored and the file has not changed since."""
         return name in self.vectors and self._stamps[name] == _stamp(name)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget the vectors of these files: they changed, and may not be readable any more."""
+        """Remove the vectors of these files, which have changed."""
         for name in names:
             self.vectors.pop(name, None)
 
     def add(self, vectors: Mapping[str, np.ndarray]) -> None:
-        """Keep f32[E] of each file.
+        """Append the vector f32[E] of each file.
 
         Raises:
-          PlaceFailed: the disk failed; what was kept before stays.
+          PlaceFailed: the disk failed; earlier vectors are kept.
         """
         lines = []
         for name, vector in vectors.items():
@@ -74,10 +75,10 @@ class Export:
             self._file.flush()
 
     def finish(self, names: Sequence[str]) -> int:
-        """Write the index of those of `names` that are there, in this order, and remove the side file. Returns their number.
+        """Write the index of the `names` that have a vector, in this order, and remove the side file. Returns their number.
 
         Raises:
-          PlaceFailed: the disk failed; the side file stays.
+          PlaceFailed: the disk failed; the side file is kept.
         """
         there = [name for name in names if name in self.vectors]
         if there:
@@ -89,7 +90,7 @@ class Export:
         return len(there)
 
     def close(self) -> None:
-        """Let go of the side file; one without a single vector is removed."""
+        """Close the side file, and remove it if it has no vectors."""
         if not self._file.closed:
             self._file.close()
             if not self.vectors:
@@ -100,23 +101,25 @@ class Export:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Mistake(
-                f"{self.part}: another process writes this index; wait for it, or give another name"
+                f"{self.part}: another process is writing this index; wait for it, or give --export another name"
             ) from None
         except OSError:  # a file system without locks
             pass
 
     def _read(self) -> None:
-        """Takes over whole lines, and cuts off what follows the first one that is not."""
+        """Read the complete lines and truncate the file behind them."""
         self._file.seek(0)
         head = self._file.readline()
         if head.endswith(b"\n") or len(head) > 4096:
             found = _line(head)
             if found.pop("kind", None) != KIND:
-                raise Mistake(f"{self.part}: in the way of --export, and not written by it; move it away")
+                raise Mistake(
+                    f"{self.part}: --export needs this name, but the file is not a partial export; move it away"
+                )
             if found != self._origin:
                 raise Mistake(
-                    f"{self.part}: what an earlier start left comes from {index_file.describe(found)}, this run is "
-                    f"{index_file.describe(self._origin)}; remove it to begin anew, or give another name"
+                    f"{self.part}: this partial export comes from {index_file.describe(found)}, this run is "
+                    f"{index_file.describe(self._origin)}; remove the file, or give --export another name"
                 )
             whole = self._file.tell()
             for text in self._file:
@@ -127,7 +130,7 @@ class Export:
                 self.vectors[line["video"]], self._stamps[line["video"]] = vector, line.get("stamp") or []
                 whole += len(text)
             self._file.truncate(whole)
-        else:  # new, or killed before the first line was whole
+        else:  # new, or interrupted before the first line was complete
             self._file.truncate(0)
             with _place(self.part):
                 self._file.write(json.dumps({"kind": KIND, **self._origin}).encode() + b"\n")
@@ -135,7 +138,7 @@ class Export:
 
 
 def _stamp(name: str) -> list[int]:
-    """Size and time of a file; [] where it is gone."""
+    """[size, modification time in ns] of a file; [] if it does not exist."""
     try:
         found = os.stat(name)
     except OSError:
@@ -162,10 +165,10 @@ def _vector(text: object) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def _place(path: Path) -> Iterator[None]:
-    """Turns an error of the disk into one line."""
+    """Raise errors of the disk as PlaceFailed."""
     try:
         yield
     except OSError as error:
         raise PlaceFailed(
-            f"{path}: {error.strerror or error}; make room or give another place, then run it again"
+            f"{path}: {error.strerror or error}; free some space or give --export another place, then run again"
         ) from None

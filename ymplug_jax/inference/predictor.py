@@ -1,8 +1,8 @@
-"""A run's newest checkpoint on one device, ready to answer about clips."""
+"""A checkpoint on one device, compiled to answer about clips and texts."""
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -10,61 +10,67 @@ import jax
 import numpy as np
 from etils import epath
 
-from ymplug_jax.core import checkpoint_files, config
-from ymplug_jax.core.config import Experiment
+from ymplug_jax.core import checkpoint, checkpoint_files, config, state
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
-from ymplug_jax.tasks import names, options
+from ymplug_jax.inference.settings import Source
+from ymplug_jax.inference.wording import shown
+from ymplug_jax.tasks import options
+from ymplug_jax.tasks.presentation import Answer
 from ymplug_jax.tasks.task import Batch, Example, Row, Task
-from ymplug_jax.training import evaluate, run_folder, setup
+from ymplug_jax.training import evaluate, setup
 
 BATCH = 8
 
 
 class Predictor:
-    """Settings are checked when it is made, before any video is decoded; `load` reads the weights and compiles."""
+    """The task and model of a checkpoint. Creating it checks the settings; `load` reads the weights and compiles."""
 
-    def __init__(self, name: str, command: str):
-        """Read the settings of a run and lay its model out.
+    def __init__(self, source: Source):
+        """Lay out the model of the settings.
 
         Args:
-          name: the run's folder, local or gs://.
-          command: of `ymplug_jax.predict`.
+          source: folder, settings, tokenizer and class names, see `ymplug_jax.inference.settings`.
 
         Raises:
-          Mistake: no run with a checkpoint there, a run of another task, damaged settings, or a part of the run is missing.
+          Mistake: settings that contradict each other, or converted parameters that do not fit the model of the settings.
         """
-        self.folder = checkpoint_files.folder_of(name)
-        experiment = _settings(self.folder)
-        if experiment.task not in (able := names.answering(command)):
-            wanted = " or ".join(able)
-            raise Mistake(f"{self.folder} is a run of task {experiment.task!r}; {command} needs one of {wanted}")
-        if checkpoint_files.latest_step(str(self.folder)) is None:
-            raise Mistake(f"{self.folder}: this run has no checkpoint yet; train it until its first save")
+        self.folder = source.folder
         self._local = tempfile.TemporaryDirectory(prefix="ymplug_jax_")
         data = dataclasses.replace(
-            experiment.data, path="", examples=BATCH, tokenizer=self._tokenizer(experiment), classes=self._classes(experiment)
-        )  # fmt: skip
-        train = dataclasses.replace(experiment.train, batch_size=BATCH, accumulate=1, init_from="")
-        asked = dataclasses.replace(experiment, data=data, train=train, mesh=config.Mesh())
+            source.experiment.data,
+            path="",
+            examples=BATCH,
+            tokenizer=self._copy(source.tokenizer, "tokenizer"),
+            classes=self._copy(source.classes, "classes"),
+        )
+        train = dataclasses.replace(source.experiment.train, batch_size=BATCH, accumulate=1, init_from="")
+        asked = dataclasses.replace(source.experiment, data=data, train=train, mesh=config.Mesh())
         self.experiment = options.for_predict(asked)
         try:
             self._run = setup.prepare(self.experiment, jax.devices()[:1])
+            if source.converted:  # a run was compared with its settings when it began
+                checkpoint.load_params(str(self.folder), self._abstract, values=False)
         except (ValueError, FileNotFoundError) as error:
             raise Mistake(f"{self.folder}: {error}") from None
         self._ready: tuple[Params, Callable[[Params, Example], dict[str, jax.Array]]] | None = None
 
     @property
     def task(self) -> Task:
-        """The run's task."""
+        """The task of the settings."""
         return self._run.task
 
+    @property
+    def _abstract(self) -> Params:
+        """All parameters as ShapeDtypeStructs."""
+        return state.merge(self._run.state.trainable, self._run.frozen)
+
     def load(self) -> tuple[Params, Callable[[Params, Example], dict[str, jax.Array]]]:
-        """The weights and the compiled predictions; both are kept.
+        """(parameters, compiled predictions). Both are kept after the first call.
 
         Raises:
-          Mistake: weights that are missing or do not fit the run's settings.
+          Mistake: the weights are missing, damaged, or do not fit the settings.
         """
         if self._ready is None:
             try:
@@ -76,16 +82,11 @@ class Predictor:
             self._ready = params, made
         return self._ready
 
-    def _predict(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """The task's predictions but for those that only an evaluation needs."""
-        assert self.task.predict is not None
-        return {name: value for name, value in self.task.predict(params, batch).items() if name not in self.task.kept}
-
     def rows(self, records: Sequence[Record]) -> list[Row]:
-        """Predictions of the task for each record, in order: arrays without a leading axis B.
+        """The task's predictions for each record, in order: arrays without a leading axis B.
 
-        A record's predictions do not depend on the others: rows of a batch are computed apart, and a last batch that is not
-        full is padded, so that one compiled program serves all.
+        The predictions of a record do not depend on the rest of its batch. The last batch is padded, so that one compiled program
+        serves any number of records.
         """
         params, predict = self.load()
         rows = []
@@ -95,72 +96,83 @@ class Predictor:
             rows += [{key: value[i] for key, value in found.items()} for i in range(len(part))]
         return rows
 
+    def answers(self, command: str, records: Sequence[Record], best: int) -> Iterator[Answer]:
+        """Yield the answer of the task about each record.
+
+        Args:
+          command: of `ymplug_jax.predict` that the task answers: "classify" or "caption".
+          records: of the clips.
+          best: number of classes in an answer.
+
+        Raises:
+          Mistake: a prediction is not finite.
+        """
+        about = self.task.describe[command]
+        for row, record in zip(self.rows(records), records, strict=True):
+            for values in row.values():
+                if jax.numpy.issubdtype(values.dtype, np.floating):
+                    _check_finite(values, record.media_id)
+            yield about(row, record, best)
+
+    def embed_records(self, records: Sequence[Record]) -> np.ndarray:
+        """Unit vectors of clips, f32[N, E].
+
+        Raises:
+          Mistake: a vector is not finite.
+        """
+        return self._vectors("video", records, [record.media_id for record in records])
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts, f32[N, E].
+
+        Raises:
+          Mistake: a vector is not finite.
+        """
+        return self._vectors("text", [blank(text) for text in texts], texts)
+
+    def _vectors(self, side: str, records: Sequence[Record], names: Sequence[str]) -> np.ndarray:
+        if not records:
+            found = jax.eval_shape(self._predict, self._abstract, self._batch([blank("")]))
+            return np.zeros((0, found[side].shape[-1]), np.float32)
+        rows = self.rows(records)
+        return np.stack([_check_finite(row[side], name) for row, name in zip(rows, names, strict=True)])
+
+    def _predict(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """The task's predictions without those that only an evaluation needs."""
+        assert self.task.predict is not None
+        return {name: value for name, value in self.task.predict(params, batch).items() if name not in self.task.kept}
+
     def _batch(self, records: Sequence[Record]) -> Example:
-        # Names tell records of one clip apart in training alone, and those of files may hold bytes that are no text.
+        # Only training compares the names of clips, and a file's name may hold bytes that are not UTF-8.
         records = [record._replace(media_id="") for record in records]
         examples = [self.task.example(record, None) | {"valid": np.array(True)} for record in records]
         examples += [examples[0] | {"valid": np.array(False)}] * (BATCH - len(records))
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
-    def _tokenizer(self, experiment: Experiment) -> str:
-        """The run's own copy: the file that the settings name may be gone, or another by now."""
-        if not experiment.data.tokenizer:
+    def _copy(self, file: epath.Path | None, folder: str) -> str:
+        """Path of a local copy that lives as long as this object, "" for None. The file may be in a bucket; tokenizers are read locally."""
+        if file is None:
             return ""
-        kept = self.folder / run_folder.TOKENIZER / epath.Path(experiment.data.tokenizer).name
-        if not kept.is_file():
-            raise Mistake(
-                f"{kept}: the run's copy of its tokenizer is missing; put the file there that the run was trained with"
-            )
-        return self._copy(kept)
-
-    def _classes(self, experiment: Experiment) -> str:
-        kept = self.folder / run_folder.CLASSES
-        if kept.is_file():
-            return self._copy(kept)
-        if experiment.data.classes:
-            raise Mistake(
-                f"{kept}: the run's class names are missing; put the file there that the run was trained with"
-            )
-        return ""
-
-    def _copy(self, file: epath.Path) -> str:
-        """The file on this machine for as long as this object lives: the run may be in a bucket, tokenizers read local files."""
-        copy = Path(self._local.name) / file.name
+        copy = Path(self._local.name) / folder / file.name
+        copy.parent.mkdir()
         copy.write_bytes(file.read_bytes())
         return str(copy)
 
 
 def blank(text: str) -> Record:
-    """A record with this text and a black picture: the text tower does not look at it."""
+    """A record with this text and one black frame, which the text tower does not see."""
     black = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
     return Record("", [black], np.zeros(1, np.int64), text, [], "", -1)
 
 
-def _settings(folder: epath.Path) -> Experiment:
-    """The settings that a run keeps in its folder.
+def _check_finite(values: np.ndarray, name: str) -> np.ndarray:
+    """The values themselves.
 
     Raises:
-      Mistake: no run's folder, named with what it is instead, or settings that cannot be read.
+      Mistake: one of them is not finite.
     """
-    asked = "--checkpoint is the --workdir of a run"
-    try:
-        there = (folder / run_folder.CONFIG).exists()
-    except OSError as error:
-        raise Mistake(f"{folder}: cannot be read ({error.strerror or error}); look at its permissions") from None
-    if not there:
-        if folder.exists() and not folder.is_dir():
-            raise Mistake(f"{folder}: a file; {asked}, which is a folder")
-        if not folder.exists():
-            raise Mistake(f"{folder}: no config.json here, there is no such folder; {asked}")
-        if (folder / "checkpoints" / checkpoint_files.CONVERTED).exists():
-            raise Mistake(
-                f"{folder}: a converted checkpoint has no config.json and answers nothing yet; fine-tune it with "
-                "--config.train.init_from and give the --workdir of that run"
-            )
-        seeds = sorted(part.name for part in folder.iterdir() if (part / run_folder.CONFIG).exists())
-        if seeds:
-            raise Mistake(f"{folder}: no config.json here, but runs {', '.join(seeds)}; {asked}, give one of them")
-        above = next((place for place in folder.parents if (place / run_folder.CONFIG).exists()), None)
-        hint = f"; {above} is one" if above else ""
-        raise Mistake(f"{folder}: no config.json here; {asked}{hint}")
-    return run_folder.read_settings(folder)
+    if not np.isfinite(values).all():
+        raise Mistake(
+            f"{shown(name)}: the model's scores are not finite; this checkpoint is broken, use an earlier one"
+        )
+    return values

@@ -4,13 +4,12 @@ import json
 import unicodedata
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # decoding processes import this module: it stays light
+if TYPE_CHECKING:  # `predict` imports this module before it checks its flags: keep it light
     from ymplug_jax.tasks.presentation import Answer
 
 
 def as_json(answer: "Answer", encoding: str | None) -> str:
-    """One line of JSON. Where `encoding` lacks a character, all beyond ASCII are escaped as JSON does (\\ud83d\\ude00), which is valid
-    JSON in every terminal; Python's own escapes are not."""
+    """One line of JSON. If `encoding` cannot express it, all characters beyond ASCII are written as JSON escapes (\\ud83d\\ude00)."""
     text = json.dumps(answer.json, ensure_ascii=False)
     try:
         text.encode(encoding or "ascii")
@@ -20,11 +19,11 @@ def as_json(answer: "Answer", encoding: str | None) -> str:
 
 
 def shown(text: str) -> str:
-    """Text for one line of a terminal: control characters, line separators and bytes of no encoding are escaped."""
+    """The text with control characters, line separators and undecodable bytes escaped, for one line of a terminal."""
     odd = ("Cc", "Cs", "Zl", "Zp")
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in odd else c for c in text)
 
 
 def readable(answer: "Answer") -> str:
-    """An answer for a person."""
+    """The answer as text for a terminal."""
     return "\n".join(map(shown, answer.lines))

@@ -23,7 +23,7 @@ from ymplug_jax.tasks import names
 from ymplug_jax.tasks.common import task_metrics as metrics_lib
 from ymplug_jax.tasks.kept_rows import KeptRows, first_not_finite
 from ymplug_jax.tasks.task import Batch, Report, Row
-from ymplug_jax.training import setup
+from ymplug_jax.training import model_card, setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
@@ -207,6 +207,7 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
             html, scores, report.rows, records, known=known, page=page, experiment=experiment, workdir=workdir
         )
         logging.info("\n%s\n\nreport: %s", evaluation_report.summary(scores, report.rows, known=known, page=page), html)
+        model_card.add_evaluation(run, workdir)
     return scores
 
 

@@ -22,7 +22,7 @@ from ymplug_jax.data.records import CorruptRecord
 from ymplug_jax.data.source import open_split
 from ymplug_jax.reports.curves import draw_curve
 from ymplug_jax.tasks.task import Batch
-from ymplug_jax.training import evaluate, parameter_table, run_folder, setup
+from ymplug_jax.training import evaluate, model_card, parameter_table, run_folder, setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.best_step import Best
 from ymplug_jax.training.setup import Run
@@ -85,6 +85,7 @@ class _Training:
         if first:
             with place_of(workdir):
                 run_folder.write(run.experiment, workdir)
+        model_card.begin(run, workdir, origin, self._start)
         checkpoints.save_frozen(frozen)
         self._frozen = setup.hold(run, frozen)
         with place_of(workdir):
@@ -145,6 +146,7 @@ class _Training:
         if evaluation is None or (stop.alone and stop.asked(step)):
             return
         data = self._run.experiment.data
+        found: dict[str, float] = {}
         whole: dict[str, Any] = {}
         with self._saved_first(step), stop.at_once(), reading(data.path):
             found, whole = evaluation.at(step, self._state, self._frozen)
@@ -152,8 +154,11 @@ class _Training:
             log.write(step, {f"eval/{name}": value for name, value in found.items()})
             log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
         best, sums = evaluation.best, self._checkpoints.frozen_sums
-        if best and whole and best.offer(self._state, step, self._seen_after(step), whole, sums):
+        kept = bool(best and whole and best.offer(self._state, step, self._seen_after(step), whole, sums))
+        if kept:
             log.say(f"step {step}: best {self._run.experiment.train.best} so far, kept in {self._workdir / BEST}")
+        if found:
+            model_card.add_scores(self._run, self._workdir, step, found, best=kept)
         log.restart_clock()
 
     def _seen_after(self, step: int) -> int:

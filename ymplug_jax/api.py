@@ -1,0 +1,254 @@
+"""The Python API: `ymplug_jax.load` gives a model that captions, classifies and embeds video files. See docs/python.md.
+
+    model = ymplug_jax.load("runs/caption")
+    model.caption(["clip.mp4"])
+
+The answers are those of `python -m ymplug_jax.predict`, which is built on this module.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.training import hosts
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from ymplug_jax.data.records import Record
+    from ymplug_jax.inference.predictor import Predictor
+    from ymplug_jax.tasks.presentation import Answer
+
+Name: TypeAlias = str | os.PathLike[str]
+# Command of `ymplug_jax.predict` -> methods of `VideoModel` that need a task with these answers.
+METHODS = {"caption": ("caption",), "classify": ("classify",), "retrieve": ("embed_videos", "embed_texts")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """The classes of one video."""
+
+    video: str  # path of the file, as given
+    name: str  # most probable class
+    scores: dict[str, float]  # the most probable classes with their probabilities, best first
+    head: str  # class that the classification head chooses
+    shown: str  # what the model saw: "video and title" or "video"
+
+
+def load(
+    folder: Name,
+    *,
+    config: "Name | ConfigDict | Mapping[str, Any] | None" = None,
+    tokenizer: Name | None = None,
+    classes: Name | None = None,
+    needs: str = "",
+) -> "VideoModel":
+    """Open a trained run, its best step, or a conversion.
+
+    A run's folder holds its settings, its tokenizer and its class names. A conversion (`python -m ymplug_jax.convert`) holds parameters
+    only: pass `config` and `tokenizer` for it, and only for it.
+
+    The settings are checked here. The weights are read and the model is compiled at the first question, on the first device of this
+    process.
+
+    Args:
+      folder: a run's folder (its `--workdir`, or `best/` below it) or a conversion's (its `--out`); local or gs://.
+      config: config file of a task, as `--config` takes it ("configs/mplug_video/caption.py:1.3b"), or the settings that its
+        `get_config` returns.
+      tokenizer: tokenizer file of the source model; default: `config.data.tokenizer` of the settings.
+      classes: file of class names, one a line; default: `config.data.classes` of the settings, or the 45 categories.
+      needs: "caption", "classify" or "retrieve" to refuse a folder whose task does not answer it.
+
+    Returns:
+      The model. `model.methods` names what its task offers.
+
+    Raises:
+      Mistake: the folder holds no checkpoint, settings are missing or damaged, the task does not answer `needs`, or converted parameters
+        do not fit the settings.
+    """
+    hosts.without_accelerator()  # before JAX is imported
+    from ymplug_jax.core import checkpoint_files
+    from ymplug_jax.inference import settings
+    from ymplug_jax.inference.predictor import Predictor
+
+    place = checkpoint_files.folder_of(os.fspath(folder))
+    if settings.is_conversion(place):
+        given = config if config is None or isinstance(config, Mapping) else _plain(config)
+        vocabulary, listed = ("" if file is None else os.fspath(file) for file in (tokenizer, classes))
+        return VideoModel(Predictor(settings.of_conversion(place, given, vocabulary, listed, needs)))
+    source = settings.of_run(place, needs)
+    for name, value in (("config", config), ("tokenizer", tokenizer), ("classes", classes)):
+        if value is not None:
+            raise Mistake(f"{name}={value!s:.60}: {place} is a run and keeps its own; leave {name} out")
+    return VideoModel(Predictor(source))
+
+
+def _plain(config: "Name | ConfigDict") -> str | dict[str, Any]:
+    """The name of a config file, or nested dicts."""
+    return os.fspath(config) if isinstance(config, str | os.PathLike) else config.to_dict()
+
+
+class VideoModel:
+    """A model that `load` returns. Its methods decode files as `data_prep` does, so that the model sees what it was trained on.
+
+    Files are decoded in parallel, ahead of the model, and memory does not grow with their number. Each method raises `Mistake` if the
+    task does not offer it, and for the first file that cannot be read.
+
+    Attributes:
+      predictor: the compiled predictions, for programs that stream records.
+    """
+
+    def __init__(self, predictor: "Predictor"):
+        """Wrap the predictions of a checkpoint; use `load`."""
+        self.predictor = predictor
+
+    def __repr__(self) -> str:
+        offered = ", ".join(f"{name}()" for name in self.methods) or "no methods"
+        return f"<VideoModel {self.predictor.folder}: task {self.task!r}, {offered}>"
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.predictor.experiment.task
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that the task offers."""
+        task = self.predictor.task
+        commands = [*task.describe, *(["retrieve"] if task.embeds else [])]
+        return tuple(name for command in commands for name in METHODS[command])
+
+    def caption(self, paths: Sequence[Name]) -> list[str]:
+        """Describe videos in words.
+
+        Args:
+          paths: video files.
+
+        Returns:
+          A caption for each file, in order.
+
+        Raises:
+          Mistake: the task has no captions, or a file cannot be read.
+          PlaceFailed: the decoder cannot start.
+        """
+        self._must_offer("caption")
+        return [answer.json["caption"] for answer in self._answers("caption", paths, None, 1)]
+
+    def classify(
+        self, paths: Sequence[Name], titles: Sequence[str] | None = None, *, best: int = 5
+    ) -> list[Classification]:
+        """Choose a class for each video.
+
+        Args:
+          paths: video files.
+          titles: title of each video, in their order, "" where one has none; None: no titles.
+          best: number of classes in `scores`.
+
+        Returns:
+          The classes of each file, in order.
+
+        Raises:
+          Mistake: the task has no classes, a file cannot be read, or the number of titles differs from that of the files.
+          PlaceFailed: the decoder cannot start.
+        """
+        self._must_offer("classify")
+        if best < 1:
+            raise Mistake(f"best={best}: give 1 or more")
+        found = (answer.json for answer in self._answers("classify", paths, titles, best))
+        return [
+            Classification(answer["video"], answer["class"], answer["best"], answer["head"], answer["shown"])
+            for answer in found
+        ]
+
+    def embed_videos(self, paths: Sequence[Name]) -> np.ndarray:
+        """Compute vectors of videos.
+
+        Args:
+          paths: video files.
+
+        Returns:
+          Unit vectors, f32[N, E]. Their dot products with those of `embed_texts` are cosine similarities.
+
+        Raises:
+          Mistake: the task has no vectors, or a file cannot be read.
+          PlaceFailed: the decoder cannot start.
+        """
+        self._must_offer("embed_videos")
+        found = [self.predictor.embed_records(records) for records in self._records(paths, None)]
+        return np.concatenate(found or [self.predictor.embed_records([])])
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Compute vectors of texts.
+
+        Args:
+          texts: titles, captions or search words.
+
+        Returns:
+          Unit vectors, f32[N, E].
+
+        Raises:
+          Mistake: the task has no vectors, or nothing remains of a text after cleaning.
+        """
+        from ymplug_jax.data.text import clean_text
+
+        self._must_offer("embed_texts")
+        texts = _listed(texts, "texts")
+        for text in texts:
+            if not clean_text(text, 30):
+                raise Mistake(f"texts: {text!r}: nothing is left after cleaning; give words")
+        return self.predictor.embed_texts(texts)
+
+    def _must_offer(self, method: str) -> None:
+        if method in self.methods:
+            return
+        offered = " and ".join(f"{name}()" for name in self.methods) or "none of the methods of a VideoModel"
+        raise Mistake(
+            f"{method}(): {self.predictor.folder} is a run of task {self.task!r}, which offers {offered}; load another run"
+        )
+
+    def _answers(
+        self, command: str, paths: Sequence[Name], titles: Sequence[str] | None, best: int
+    ) -> "Iterator[Answer]":
+        for records in self._records(paths, titles):
+            yield from self.predictor.answers(command, records, best)
+
+    def _records(self, paths: Sequence[Name], titles: Sequence[str] | None) -> "Iterator[list[Record]]":
+        """Decode the files in order, in lists of at most one batch.
+
+        Raises:
+          Mistake: a file cannot be read, or the number of titles differs from that of the files.
+          PlaceFailed: the decoder cannot start.
+        """
+        from ymplug_jax.inference import clip_stream
+        from ymplug_jax.inference.predictor import BATCH
+
+        names = [os.fspath(path) for path in _listed(paths, "paths")]
+        given = [""] * len(names) if titles is None else _listed(titles, "titles")
+        if len(given) != len(names):
+            raise Mistake(f"titles: {len(given)} titles for {len(names)} files; give one for each, in their order")
+        if folder := next((name for name in names if os.path.isdir(name)), None):
+            raise Mistake(f"{folder}: a folder; list the video files in it")
+        files = [clip_stream.File(name, True) for name in names]
+        for reads in clip_stream.read_all(files, BATCH, clip_stream.decoders()):
+            records = []
+            for read in reads:
+                if isinstance(read.clip, clip_stream.Reject):
+                    raise Mistake(f"{read.file.name}: {read.clip.reason}: {read.clip.detail}; leave this file out")
+                records.append(clip_stream.record_of(read.clip, read.file.name, given[read.number]))
+            yield records
+
+
+def _listed(values: Sequence[Any], name: str) -> list[Any]:
+    """The values as a list.
+
+    Raises:
+      Mistake: a single one was given, whose characters would be taken for names.
+    """
+    if isinstance(values, str | bytes | Path):
+        raise Mistake(f"{name}: {values!r} is a single value; give a list, such as [{values!r}]")
+    return list(values)
