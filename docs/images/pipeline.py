@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 1120, 300
 TRAINED, FROZEN, DATA, LINE, INK = "#dbeafe", "#e5e7eb", "#dcfce7", "#475569", "#0f172a"
-BOX_WIDTH, TOP = 160, 40
+WIDE, TOP = 160, 40
 
 
 class Box(NamedTuple):
@@ -21,10 +21,10 @@ class Box(NamedTuple):
 
 
 STAGES = (
-    Box("Videos + CSV", ("mp4, flv, mkv, ...", "titles, captions,", "classes, questions"), 20, TOP, BOX_WIDTH, 100, DATA),
-    Box("TFRecord shards", ("16 JPEG frames a clip", "index, manifest,", "rejects.jsonl"), 220, TOP, BOX_WIDTH, 100, DATA),
-    Box("Loader", ("order and augmentation", "are a function of", "(seed, position)"), 420, TOP, BOX_WIDTH, 100, DATA),
-    Box("Checkpoint", ("trained half per step,", "frozen half once,", "checksums, exact resume"), 920, TOP, 180, 100, DATA),
+    Box("Videos + CSV", ("mp4, flv, mkv, ...", "titles, classes, ..."), 20, TOP, WIDE, 100, DATA),
+    Box("TFRecord shards", ("16 JPEG frames a clip", "manifest, rejects"), 220, TOP, WIDE, 100, DATA),
+    Box("Loader", ("order and augmentation", "are a function of", "(seed, position)"), 420, TOP, WIDE, 100, DATA),
+    Box("Checkpoint", ("trained half per save,", "frozen half once,", "exact resume"), 920, TOP, 180, 100, DATA),
     Box("Video encoder", ("lr x 0.1",), 640, TOP, 110, 44, TRAINED),
     Box("Abstractor", ("queries, heads",), 760, TOP, 110, 44, TRAINED),
     Box("Language model: frozen", ("bf16 or int8, no gradient, no optimizer state",), 640, TOP + 54, 230, 46, FROZEN),
