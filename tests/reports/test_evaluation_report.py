@@ -144,11 +144,10 @@ def test_captions(tmp_path: Path):
     assert "BLEU-4 12.3 %" in found.text and "CIDEr 1.50" in found.text
     assert "Worst by CIDEr (12 of 40 shown)" in found.text and "Best by CIDEr (12 of 40 shown)" in found.text
     assert (
-        "Drawn at random from the rest (12 of 16 shown)" in found.text
-        and "Without references (2 of 2 shown)" in found.text
+        "Random sample of the rest (12 of 16 shown)" in found.text and "Without references (2 of 2 shown)" in found.text
     )
     assert "7 references, 5 of them shown" in found.text and "2 more" in found.text
-    assert "125 references of 41 clips, 1 to 7 a clip" in found.text and "(empty)" in found.text
+    assert "125 references for 41 clips, 1 to 7 per clip" in found.text and "(empty)" in found.text
     places = [int(a["data-place"]) for tag, a in found.tags if a.get("class") == "card"]
     assert places[:12] == list(range(12)) and places[24:36] == list(range(39, 27, -1))
     assert sorted(set(places)) == sorted(places) and places == [
@@ -161,7 +160,7 @@ def test_three_captions_are_shown_once_each(tmp_path: Path):
     parts = {
         part.title: [card["index"] for card in part.cards] for part in examples.sections(CAPTIONS, rows, lambda *_: [])
     }
-    assert parts == {"Worst by CIDEr": [0], "Drawn at random from the rest": [1], "Best by CIDEr": [2]}
+    assert parts == {"Worst by CIDEr": [0], "Random sample of the rest": [1], "Best by CIDEr": [2]}
     assert [len(p.cards) for p in examples.sections(CAPTIONS, rows[:1], lambda *_: [])] == [1]
     assert [len(p.cards) for p in examples.sections(CAPTIONS, rows[:2], lambda *_: [])] == [1, 1]
 
@@ -188,7 +187,7 @@ def test_retrieval_shows_both_directions_with_similarities(tmp_path: Path):
     assert (
         "Video to text, not first (1 of 1 shown)" in found.text and "Video to text, first (1 of 1 shown)" in found.text
     )
-    assert "R@1 50.0 % 50.0 %" in found.text and "a clip with several texts is found by any of them" in found.text
+    assert "R@1 50.0 % 50.0 %" in found.text and "any text of a clip counts as correct" in found.text
     hits = [a for tag, a in found.tags if tag == "figure" and a["class"] == "hit"]
     assert len(hits) == 3
 

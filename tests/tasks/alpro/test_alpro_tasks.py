@@ -395,7 +395,9 @@ def test_mistakes_name_the_setting(data: Data) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make(name, model)
-    with pytest.raises(ValueError, match=r"config\.options\.group is 3; it must be 2 or more and divide"):
+    with pytest.raises(
+        ValueError, match=r"config\.options\.group: 3 does not fit a micro-batch of 8 rows; give a divisor"
+    ):
         make("alpro_retrieve", BASE, options={"group": 3})
     sentencepiece = shards.tokenizer(Path(data.path).parent / "t.model")
     with pytest.raises(ValueError, match=r"has no \[MASK\]"):
