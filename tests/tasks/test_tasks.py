@@ -186,7 +186,7 @@ def test_every_search_writes_captions(search: str, data: Data) -> None:
     report = task.score(rows_of(task, params, records), records)
     assert report.scores["search"] == search and report.scores["clips"] == 10
     assert {"bleu4", "meteor", "rouge_l", "cider"} <= set(report.scores)
-    with pytest.raises(ValueError, match=r"config\.options\.search is 'best'; there are beam,"):
+    with pytest.raises(ValueError, match=r"config\.options\.search: unknown search 'best'; choose one of beam,"):
         prepared("caption", data, search="best")
 
 
