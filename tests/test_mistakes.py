@@ -389,7 +389,7 @@ def test_prompts_that_are_none(tmp_path: Path, refused: Refused):
     """They are read when the scores are made, after all else."""
     (tmp_path / "prompts.json").write_text("[]", encoding="utf-8")
     line = refused(f"--config.options.prompts={tmp_path}/prompts.json", task="alpro_prompter")
-    assert line.startswith(f"{tmp_path}/prompts.json (config.options.prompts) is no file of data_prep.entity_prompts")
+    assert line.startswith(f"{tmp_path}/prompts.json (config.options.prompts): not readable as entity prompts")
 
 
 def test_the_folder_of_another_task(home: Path, tmp_path: Path, refused: Refused):

@@ -388,8 +388,12 @@ def test_mistakes_name_the_setting(data: Data) -> None:
         ("alpro_retrieve", BASE.clone(contrastive_width=0), "needs contrastive_width and matching"),
         ("alpro_classify", BASE, "config.model.classes is 0"),
         ("alpro_classify", BASE.clone(classes=44), "config.model.classes is 44, but there are 45 names"),
-        ("alpro_prompter", BASE, "contrastive heads alone"),
-        ("alpro_retrieve", BASE.clone(variant="other"), "config.model.variant is 'other'; there are youku, salesforce"),
+        ("alpro_prompter", BASE, "contrastive heads only"),
+        (
+            "alpro_retrieve",
+            BASE.clone(variant="other"),
+            "config.model.variant: unknown variant 'other'; choose one of youku, salesforce",
+        ),
         ("alpro_retrieve", BASE.clone(text=BASE.text.clone(max_positions=8)), "max_positions 8"),
         ("alpro_retrieve", BASE.clone(text=BASE.text.clone(vocab=8)), "raise config.model.text.vocab"),
     ):

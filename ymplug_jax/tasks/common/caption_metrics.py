@@ -2,7 +2,7 @@
 
 Each item has one predicted text and one or more references. Texts are normalised first, so that a token is one Chinese character.
 BLEU comes from sacrebleu. The other three are implemented here because no maintained library computes the COCO versions without a
-Java runtime. The tests compare all four with stored outputs of the toolkit.
+Java runtime. The tests compare all four with stored outputs of the toolkit. See docs/models/mplug_video.md, "Caption metrics".
 """
 
 import math

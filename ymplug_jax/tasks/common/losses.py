@@ -130,7 +130,7 @@ def contrastive(
     """Video-text contrastive loss with label smoothing, both directions, over the global batch.
 
     Under `jax.jit` with a batch sharded over devices, the negatives of a row are all other rows of the global batch and the
-    gradients are exact; no explicit gather is needed. See docs/models/mplug_video.md.
+    gradients are exact; no explicit gather is needed. See docs/models/mplug_video.md, "Contrastive loss".
 
     Args:
       video: f32[B, Q, E], unit vectors; the similarity to a text is the maximum over the Q queries.

@@ -1,7 +1,7 @@
 """Losses of models that fuse text and video: matching with hard negatives, masked language modelling, entities of a region.
 
 Random draws come from a key or from an argument, so the losses are pure functions that do not depend on the mesh.
-See docs/models/alpro.md.
+See docs/models/alpro.md, "Matching loss", "Masked words" and "Entity prompts".
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """Video captioning: train through the frozen decoder on captions, then generate captions by search.
 
-Beam search and metrics follow the reference, see `decode.beam`, `caption_metrics` and docs/models/mplug_video.md.
+Beam search and metrics follow the reference, see `decode.beam`, `caption_metrics` and docs/models/mplug_video.md, "Captioning".
 """
 
 import dataclasses

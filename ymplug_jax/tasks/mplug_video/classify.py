@@ -2,7 +2,7 @@
 
 Evaluation scores all class names (the 45 categories, or those of `config.data.classes`) by log-probability and by the head. It does so
 with video and title, the video alone and the title alone, because titles alone already score high on this data.
-See docs/models/mplug_video.md.
+See docs/models/mplug_video.md, "Classification head".
 """
 
 from collections.abc import Sequence

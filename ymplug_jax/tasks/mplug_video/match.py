@@ -2,7 +2,7 @@
 
 In training each title is paired with its own video and with two negative videos from its group of `config.options.group` rows. The
 reference permutes titles together with videos, so its "negatives" are matching pairs. Here only the videos are permuted;
-`config.options.reference_negatives` restores the reference's behaviour. See docs/models/mplug_video.md.
+`config.options.reference_negatives` restores the reference's behaviour. See docs/models/mplug_video.md, "Matching head".
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Pre-training of mPLUG-video: generate the title with the frozen language model, optionally with a contrastive loss.
 
 The caption loss is the mean over the target tokens of the global batch. The reference averages per process first, which gives
-processes with short titles more weight; on one process both are the same. See docs/models/mplug_video.md.
+processes with short titles more weight; on one process both are the same. See docs/models/mplug_video.md, "Pre-training".
 """
 
 import dataclasses

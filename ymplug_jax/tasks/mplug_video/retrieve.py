@@ -2,7 +2,7 @@
 
 The negatives of the contrastive loss are all rows of the global batch except those of the same clip, which are positives. Evaluation
 ranks the full gallery in both directions and writes `index.npz`, which `predict retrieve` and the task "match" read.
-See docs/models/mplug_video.md.
+See docs/models/mplug_video.md, "Retrieval head".
 """
 
 import jax
