@@ -66,7 +66,7 @@ def test_only_what_is_comparable_is_compared(tmp_path: Path, capsys: pytest.Capt
     assert "different numbers of examples: no best score is marked" in out and " *" not in out and err == ""
     assert "fresh: no evaluation yet" in out and "caption on validation" in out
     html = (tmp_path / "c.html").read_text(encoding="utf-8")
-    assert "Nothing was logged by" in html and "not yet" in html
+    assert "No loss was logged by" in html and "not yet" in html
     out, _ = call(capsys, fresh, "--out", tmp_path / "c.html")
     assert "no evaluation yet" in out and "settings that differ" not in out
 

@@ -119,7 +119,7 @@ def test_one_class_and_no_label(tmp_path: Path):
     assert (
         "Confusion" not in found.text and "Without a label (3 of 3 shown)" in found.text and "no labels" in found.text
     )
-    assert "true <b>" not in html and "answered 猫" in found.text
+    assert "true <b>" not in html and "predicted 猫" in found.text
 
 
 def test_two_thousand_examples_stay_small(tmp_path: Path):
@@ -127,7 +127,7 @@ def test_two_thousand_examples_stay_small(tmp_path: Path):
     rows = [classified(i, f"类{i % 60}", f"类{i % 50}", f"类{i % 70}", title="标题" * 40) for i in range(2000)]
     found, html = write(tmp_path / "r.html", {"classes": 100, "labelled": 2000}, rows, held)
     assert "12 of" in found.text and "All examples (1000 of 2000 shown; all are in predictions.jsonl)" in found.text
-    assert "70 of 70 classes shown" in found.text and "rarer classes are left out" in found.text
+    assert "70 of 70 classes shown" in found.text and "rarer classes are not shown" in found.text
     assert len(html) < 2_000_000 and html.count("data:image/jpeg") == 24 * 4
 
 
