@@ -65,7 +65,7 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
       ValueError: The slice is unknown or has no layout for the size.
     """
     if name not in SLICES:
-        raise ValueError(f"slice {name!r} is unknown; choose one of {', '.join(SLICES)}")
+        raise ValueError(f"slice {name!r} is unknown; there are {', '.join(SLICES)}")
     layout, model, run = SLICES[name], experiment.model, f"{experiment.task} {size}"
     there = layout.sizes(experiment.task)
     if size not in there:

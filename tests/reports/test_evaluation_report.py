@@ -1,4 +1,4 @@
-"""The page of an evaluation: whatever the rows hold, it is one valid, self-contained file that says what is shown."""
+"""The HTML report is valid and self-contained for any rows, and its text and pictures match them."""
 
 import json
 from html.parser import HTMLParser
@@ -30,7 +30,7 @@ NASTY = "videos/很长的名字" * 30 + "/a b'\"<script>alert(1)</script>&amp;\u
 
 
 class Reader(HTMLParser):
-    """Text, and the elements that are open: an HTML parser as strict as needed to find broken nesting."""
+    """HTML parser that collects text and tags and asserts that elements are nested correctly."""
 
     VOID = ("meta", "img", "input", "br")
 
@@ -122,7 +122,7 @@ def test_one_class_and_no_label(tmp_path: Path):
     assert "true <b>" not in html and "predicted 猫" in found.text
 
 
-def test_two_thousand_examples_stay_small(tmp_path: Path):
+def test_a_page_of_two_thousand_examples_is_small(tmp_path: Path):
     held = records(2000)
     rows = [classified(i, f"类{i % 60}", f"类{i % 50}", f"类{i % 70}", title="标题" * 40) for i in range(2000)]
     found, html = write(tmp_path / "r.html", {"classes": 100, "labelled": 2000}, rows, held)
@@ -166,7 +166,7 @@ def test_three_captions_are_shown_once_each(tmp_path: Path):
 
 
 def ranked() -> tuple[list[dict], list]:
-    """Two clips, the second with two texts, as the task ranks them."""
+    """Rows and records of two clips, the second with two texts."""
     names, texts = ["a.mp4", "b.mp4", "b.mp4"], ["甲", "乙", "丙"]
     video = np.eye(4, dtype=np.float32)[[0, 1, 1]]
     text = np.array([[0.6, 0.8, 0, 0], [0, 1, 0, 0], [0.8, 0.6, 0, 0]], np.float32)
@@ -192,7 +192,7 @@ def test_retrieval_shows_both_directions_with_similarities(tmp_path: Path):
     assert len(hits) == 3
 
 
-def test_matching_shows_its_scores(tmp_path: Path):
+def test_matching_shows_match_scores(tmp_path: Path):
     _, held = ranked()
     head = np.array([[0.25, 0.5, -np.inf], [0.75, 0.125, 1.0]], np.float32)
     rows = [
@@ -252,7 +252,7 @@ def test_curve_settings_and_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert html.count("data:image/png;base64,") == 1 and "50.0 % 1.56 %" in found.text
 
 
-def test_what_an_evaluation_writes_and_prints(tmp_path: Path):
+def test_written_and_printed_results(tmp_path: Path):
     rows = [classified(i, "猫", "猫", "狗", extra=float("nan")) for i in range(21)]
     said = evaluation_report.summary(
         FACTS | {"examples": 21, "both/head_top1": 4.7619, "classes": 45}, rows, known=KNOWN, page=CLASSES
@@ -277,6 +277,6 @@ def test_seeds_are_printed_with_units():
     ]
 
 
-def test_a_long_text_is_cut(tmp_path: Path):
+def test_a_long_text_is_truncated(tmp_path: Path):
     found, _ = write(tmp_path / "r.html", {}, [{"caption": "长" * 5000, "references": ["对" * 5000]}], None, CAPTIONS)
     assert max(map(len, found.text.split())) == 400 and "长…" in found.text
