@@ -36,7 +36,7 @@ def report(rows: list[Row], records: Split, names: Sequence[str], by: Sequence[s
     if unlisted:
         scores["unlisted"] = unlisted
     if not labelled:
-        scores["note"] = "This split has no labels: predictions are written, nothing is scored."
+        scores["note"] = "this split has no labels: predictions are written, nothing is scored"
     for m, modality in enumerate(MODALITIES):
         for kind in by if labelled else ():
             ranks = np.full(labelled, np.inf)  # unlisted labels keep the rank inf and count as missed

@@ -33,7 +33,7 @@ def gallery_of(records: Sequence[Record], videos: int) -> dict[str, object]:
     if more := sum(len(record.captions) > 1 for record in records):
         scores["note"] = (
             f"{more} rows have several captions and only the first is a query; build the shards with one caption per row to "
-            "score all of them."
+            "score all of them"
         )
     return scores
 

@@ -142,9 +142,9 @@ def report_of(said: list[str], rows: list[Row], records: Split) -> tuple[dict[st
     count = sum(len(answer["references"]) for answer in told)
     found: dict[str, object] = {"rows": len(rows), "clips": len(answers), "labelled": len(told), "references": count}
     if not told:
-        return found | {"note": "This split has no captions: predictions are written, nothing is scored."}, answers
+        return found | {"note": "this split has no captions: predictions are written, nothing is scored"}, answers
     if len(told) == 1:
-        found["note"] = "Only one clip has references: CIDEr is 0, because it weighs words by their rarity among clips."
+        found["note"] = "only one clip has references: CIDEr is 0, because it weighs words by their rarity among clips"
     texts = [[reference.lower() for reference in answer["references"]] for answer in told]
     total, each = caption_metrics.score([answer["caption"] for answer in told], texts)
     for answer, values in zip(told, each, strict=True):
