@@ -354,7 +354,7 @@ def test_eight_devices_equal_one(name: str, data: Data) -> None:
 
 def test_wrong_heads_are_named(data: Data) -> None:
     for name, model, message in (
-        ("classify", BASE, "config.model.classes is 0; set it to the number of categories, 45"),
+        ("classify", BASE, "config.model.classes is 0; the categories are 45: set config.model.classes=45"),
         ("match", BASE, "matching has two"),
         ("retrieve", BASE, "contrastive_width is 0"),
     ):
