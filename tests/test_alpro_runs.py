@@ -103,4 +103,4 @@ def test_answers_about_files(home: Path, capsys: pytest.CaptureFixture) -> None:
 def test_mistakes_end_in_one_line(home: Path) -> None:
     done = main(home, "alpro_retrieve", "x", "--config.options.group=3", code=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "config.options.group is 3" in line and "Traceback" not in done.stderr
+    assert "config.options.group: 3 does not fit" in line and "Traceback" not in done.stderr

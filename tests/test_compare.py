@@ -1,4 +1,4 @@
-"""Several runs on one page: what is best, what differs, and every mistake in one line."""
+"""Comparison of runs: best scores, differing settings, seeds, and errors in one line."""
 
 import json
 from pathlib import Path
@@ -42,8 +42,8 @@ def test_scores_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture):
     lines = [" ".join(line.split()) for line in out.split("\n")]
     assert "classify on validation a 乙 <b>" in lines and "classify on test 乙 <b>" in lines
     assert "loss 2.00 nats 1.50 nats *" in lines and "both: head top-1 50.0 % * 25.0 %" in lines
-    assert "text to video: median rank 3.00 3.00" in lines  # equal: none is the best
-    assert "odd 1.00 2.00" in lines  # nobody knows what is better
+    assert "text to video: median rank 3.00 3.00" in lines  # equal values: none is marked
+    assert "odd 1.00 2.00" in lines  # an unknown score has no direction
     assert "config.optim.lr 0.001 0.003" in lines and "config.train.seed 42 42" in lines
     assert not any("config.data.path" in line for line in lines)
     found = json.loads(out.strip().split("\n")[-1])
@@ -57,7 +57,7 @@ def test_scores_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert html.count("data:image/png;base64,") == 1 and html.count('class="number best"') == 2
 
 
-def test_only_what_is_comparable_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_only_comparable_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture):
     a = run(tmp_path / "a", validation={"loss": 2.0})
     few = run(tmp_path / "few", validation={"loss": 1.0, "examples": 3})
     other = run(tmp_path / "other", task="caption", validation={"loss": 0.5, "cider": 1.0})
@@ -66,7 +66,7 @@ def test_only_what_is_comparable_is_compared(tmp_path: Path, capsys: pytest.Capt
     assert "different numbers of examples: no best score is marked" in out and " *" not in out and err == ""
     assert "fresh: no evaluation yet" in out and "caption on validation" in out
     html = (tmp_path / "c.html").read_text(encoding="utf-8")
-    assert "Nothing was logged by" in html and "not yet" in html
+    assert "No loss was logged by" in html and "not yet" in html
     out, _ = call(capsys, fresh, "--out", tmp_path / "c.html")
     assert "no evaluation yet" in out and "settings that differ" not in out
 
@@ -81,7 +81,7 @@ def test_seeds_give_mean_and_deviation(tmp_path: Path, capsys: pytest.CaptureFix
     assert "over seeds 9, 10, 11" in (tmp_path / "c.html").read_text(encoding="utf-8")
 
 
-def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
     a = run(tmp_path / "a", validation={"loss": 1.0})
     (tmp_path / "link").symlink_to(a)
     (tmp_path / "empty").mkdir()

@@ -1,6 +1,6 @@
-"""Every config builds; its parameters and its resolved settings stand under review: a change shows up as a diff of a text file.
+"""Every config builds, and its parameters and resolved settings equal golden files, so that a change shows up as a diff.
 
-After a change that is meant, write them again with `UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py`.
+After an intended change, rewrite the golden files with `UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py`.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ GOLDEN = Path(__file__).parent / "golden" / "params"
 SETTINGS = Path(__file__).parent / "golden" / "configs"
 FILES = sorted(
     p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("recipe", "slices")
-)  # shared by the runs of a model
-# file and argument -> mesh of the table
+)  # recipe and slices are not configs
+# (config, argument) -> mesh of its parameter table
 VARIANTS = {
     ("mplug_video/pretrain", "1.3b"): {"fsdp": 8},
     ("mplug_video/pretrain", "2.7b"): {"fsdp": 4, "tensor": 2},
@@ -64,7 +64,7 @@ VARIANTS = {
 }
 
 
-# Frozen parameters of the released decoders, as Hugging Face counts them: see tests/convert/test_decoders.py.
+# Parameter counts of the released decoders on Hugging Face, see tests/convert/test_decoders.py.
 FROZEN = {
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,
@@ -84,7 +84,7 @@ def resolved(name: str, argument: str | None) -> config.Experiment:
 
 
 def load(name: str, argument: str | None) -> config.Experiment:
-    """For a run without data."""
+    """The config with a number of examples, so that it needs no shards."""
     experiment = resolved(name, argument)
     return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, examples=10_000_000))
 
@@ -116,7 +116,7 @@ def test_parameter_table(name: str, argument: str | None):
 
 
 def arguments(name: str) -> Iterator[str | None]:
-    """All that a config takes; its settings in full are those of the first."""
+    """All arguments that a config accepts. The golden file holds the full settings of the first."""
     family, _, task = name.partition("/")
     if family == "mplug_video":
         for size in recipe.LLMS:
@@ -130,7 +130,7 @@ def arguments(name: str) -> Iterator[str | None]:
 
 
 def flat(settings: object, before: str = "") -> dict[str, object]:
-    """{"train.batch_size": 8, ...}."""
+    """Flatten nested settings: {"train.batch_size": 8, ...}."""
     if not isinstance(settings, dict):
         return {before: settings}
     return {k: v for key, part in settings.items() for k, v in flat(part, f"{before}.{key}" if before else key).items()}
@@ -138,7 +138,7 @@ def flat(settings: object, before: str = "") -> dict[str, object]:
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in VARIANTS}))
 def test_resolved_settings(name: str):
-    """Of the first argument in full, of the others what differs; null where a setting is not there."""
+    """The golden file holds the full settings of the first argument and the differences of the others (null: no such setting)."""
     first, *others = arguments(name)
     full = json.loads(config.to_json(resolved(name, first)))
     changes = {}
@@ -170,7 +170,7 @@ def test_unknown_sizes_are_named():
 @pytest.mark.parametrize("size", ["1.3b", "2.7b"])
 @pytest.mark.parametrize("name", slices.SLICES)
 def test_matching_on_a_slice_keeps_negatives_near(size: str, name: str) -> None:
-    """Groups of 8 rows or more that are whole chips' rows, and as many as the batch has room for."""
+    """A group has 8 rows or more, consists of the rows of whole chips, and divides the batch."""
     experiment, chips = load("mplug_video/match", f"{size}@{name}"), slices.SLICES[name].chips
     group, each = experiment.options["group"], experiment.train.batch_size // chips
     assert group >= 8 and group % each == 0 and experiment.train.batch_size % group == 0

@@ -1,4 +1,4 @@
-"""What the demo does, and what its report says of the titles that a model wrote."""
+"""Steps of the demo, and the errors that its report counts in generated titles."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from ymplug_jax.demo import LLMS, steps, wrong_parts
 
 
-def test_wrong_parts_of_titles_are_told_apart() -> None:
+def test_wrong_parts_of_titles_are_counted() -> None:
     pairs = [
         ("红色的圆形在向上移动", "红色的圆形在向上移动"),
         ("红色的圆形在向上移动", "红色的圆形在向下移动"),
@@ -22,7 +22,7 @@ def test_wrong_parts_of_titles_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("llm", LLMS)
-def test_every_training_step_takes_the_kind_that_was_asked_for(llm: str, tmp_path: Path) -> None:
+def test_every_training_step_uses_the_given_language_model(llm: str, tmp_path: Path) -> None:
     runs = [step.command for step in steps(tmp_path, 8, llm) if step.command[0] == "ymplug_jax.main"]
     assert len(runs) == 10
     assert {re.search(r":(\w+)$", command[1])[1] for command in runs} == {llm}

@@ -172,14 +172,14 @@ SETTINGS = {
     "warm-up": (["--config.optim.warmup=10"], "config.optim.warmup: cannot read the duration '10'"),
     "no layer": (["--config.model.llm.depth=0"], "config.model.llm.depth: 0 is too small; give 1 or more"),
     "no head": (["--config.model.vision.heads=0"], "config.model.vision.heads: 0 is too small; give 1 or more"),
-    "heads that do not fit": (["--config.model.llm.heads=5"], "config.model.llm.width: 32 cannot be cut into 5 heads; choose"),
-    "dtype of the model": (["--config.model.llm.dtype=fp16"], "config.model.llm.dtype is 'fp16'; there are float32, bfloat16"),
-    "dropout": (["--config.model.llm.dropout=1.5"], "config.model.llm.dropout: 1.5 is no share; give 0 or more"),
+    "heads that do not fit": (["--config.model.llm.heads=5"], "config.model.llm.width: 32 is not divisible by 5 heads; choose"),
+    "dtype of the model": (["--config.model.llm.dtype=fp16"], "config.model.llm.dtype: unknown dtype 'fp16'; choose one of float32, bfloat16"),
+    "dropout": (["--config.model.llm.dropout=1.5"], "config.model.llm.dropout: 1.5 is out of range; give 0 or more"),
     "beta": (["--config.optim.b1=1"], "config.optim.b1: 1.0 is out of range; give less than 1"),
     "seed": (["--config.train.seed=4294967296"], "config.train.seed: 4294967296 is out of range; give at most 4294967295"),
     "mesh rule": (["--config.mesh.rules=(('embed', 'fdsp'),)"], "config.mesh.rules: no mesh axis 'fdsp'; there are data, fsdp"),
     "schedule": (["--config.optim.schedule=cosin"], "config.optim.schedule is 'cosin'; write"),
-    "task": (["--config.task=dance"], "config.task is 'dance'; there are alpro_classify, "),
+    "task": (["--config.task=dance"], "config.task: unknown task 'dance'; choose one of alpro_classify, "),
     "frozen pattern": (["--config.train.frozen=lm/.*"], "config.train.frozen: the pattern 'lm/.*' matches no parameter"),
     "frozen dtype": (["--config.train.frozen_dtype=int4"], "config.train.frozen_dtype is 'int4'; there are float32, "),
     "best": (
@@ -389,7 +389,7 @@ def test_prompts_that_are_none(tmp_path: Path, refused: Refused):
     """They are read when the scores are made, after all else."""
     (tmp_path / "prompts.json").write_text("[]", encoding="utf-8")
     line = refused(f"--config.options.prompts={tmp_path}/prompts.json", task="alpro_prompter")
-    assert line.startswith(f"{tmp_path}/prompts.json (config.options.prompts) is no file of data_prep.entity_prompts")
+    assert line.startswith(f"{tmp_path}/prompts.json (config.options.prompts): not readable as entity prompts")
 
 
 def test_the_folder_of_another_task(home: Path, tmp_path: Path, refused: Refused):

@@ -1,11 +1,11 @@
-"""Several runs side by side, as one self-contained HTML page and as a table.
+"""Compare several runs on one self-contained HTML page and as a table.
 
     python -m ymplug_jax.compare runs/classify runs/classify_lr3 --out compare.html
 
-Scores stand side by side by task and split, the best one marked; below them the loss curves over one another and the
-settings that differ. A folder of --seeds stands for its runs; runs that differ in nothing but the seed also get their mean and
-standard deviation. A run without an evaluation keeps its curve and settings. `--json` prints the comparison as one JSON
-object in the last line.
+The page shows the scores side by side by task and split, with the best value marked, then the loss curves and the settings that
+differ. The folder of a run with --seeds stands for the runs in it. Runs that differ only in the seed also get a mean and standard
+deviation. A run without an evaluation appears with its curve and settings. `--json` prints the comparison as one JSON object on the
+last line.
 """
 
 import argparse
@@ -29,16 +29,16 @@ SEED = "train.seed"
 
 
 class Run(NamedTuple):
-    """What is compared of one run."""
+    """Data of one run to compare."""
 
-    name: str  # as it was given
+    name: str  # as given on the command line
     settings: dict[str, Any]  # path -> value
     scores: dict[str, dict[str, Any]]  # split -> scores.json
     curve: curves.Curve
 
     @property
     def task(self) -> str:
-        """Its name."""
+        """Name of the run's task."""
         return str(self.settings.get("task"))
 
 
@@ -47,39 +47,39 @@ class Line(NamedTuple):
 
     group: str
     name: str
-    texts: list[str]  # one a run
+    texts: list[str]  # one per run
     values: list[float | None]  # in the shown unit
     best: list[bool]
 
 
 class Group(NamedTuple):
-    """Runs of one task that were evaluated on one split."""
+    """Runs of one task evaluated on the same split."""
 
     task: str
     split: str
     runs: list[str]
-    facts: dict[str, list[str]]  # step, examples: one text a run
+    facts: dict[str, list[str]]  # "step" and "examples": one text per run
     lines: list[Line]
     note: str
 
 
 class Quiet(argparse.ArgumentParser):
-    """Says a mistake in one line."""
+    """Argument parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """As a `Mistake`."""
+        """Raise a `Mistake`."""
         raise Mistake(f"{self.prog}: {message}; --help lists the flags")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare the runs that are named. Returns 0, or 2 for a mistake in the command."""
+    """Compare the given runs. Returns the exit code: 0, or 2 for an error in the command line."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     parser = Quiet(
         prog="python -m ymplug_jax.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (its --workdir), local or gs://")
-    parser.add_argument("--out", default="compare.html", help="file of the page (default compare.html)")
-    parser.add_argument("--json", action="store_true", help="print the comparison as one JSON object in the last line")
+    parser.add_argument("--out", default="compare.html", help="HTML file to write (default compare.html)")
+    parser.add_argument("--json", action="store_true", help="print the comparison as one JSON object on the last line")
     try:
         args = parser.parse_args(argv)
         runs = read(args.runs)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             out.write_bytes(html.encode("utf-8", "replace"))
         except OSError as error:
-            raise Mistake(f"--out {out}: cannot be written: {error.strerror or error}; name another file") from None
+            raise Mistake(f"--out {out}: cannot be written: {error.strerror or error}; give another file") from None
     except Mistake as error:
         print(f"error: {error}", file=sys.stderr)
         return exits.MISTAKE
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_out(out: epath.Path) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
-        raise Mistake(f"--out {out}: the page is HTML; give a name that ends in .html")
+        raise Mistake(f"--out {out}: the page is HTML; give a file name that ends in .html")
     if out.is_dir():
         raise Mistake(f"--out {out}: is a folder; name a file in it")
     if not out.parent.is_dir():
@@ -111,17 +111,17 @@ def _check_out(out: epath.Path) -> None:
 
 
 def read(names: Sequence[str]) -> list[Run]:
-    """The runs in the folders named; a folder of --seeds stands for the runs in it.
+    """Read the runs in the given folders; the folder of a run with --seeds stands for the runs in it.
 
     Raises:
-      Mistake: no run there, a damaged file, or the same run twice.
+      Mistake: A folder holds no run, a file is damaged, or a run is given twice.
     """
     folders: dict[str, tuple[str, epath.Path]] = {}
     for name in names:
         for shown, folder in _folders(name):
             whole = str(folder) if "://" in name else str(Path(folder).resolve())
             if whole in folders:
-                raise Mistake(f"{shown}: the same run as {folders[whole][0]}; name each run once")
+                raise Mistake(f"{shown}: the same run as {folders[whole][0]}; give each run once")
             folders[whole] = shown, folder
     return [_run(shown, folder) for shown, folder in folders.values()]
 
@@ -158,7 +158,7 @@ def _json(file: epath.Path) -> dict[str, Any]:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Scores by task and split: only such scores can be compared."""
+    """Group the runs by task and split; only scores within a group are comparable."""
     keys = dict.fromkeys((run.task, split) for run in runs for split in run.scores)
     return [
         _group(task, split, [run for run in runs if run.task == task and split in run.scores]) for task, split in keys
@@ -166,7 +166,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def _group(task: str, split: str, runs: list[Run]) -> Group:
-    from ymplug_jax.tasks import names  # imports all models: only where scores are compared
+    from ymplug_jax.tasks import names  # imports all models, so only when scores are compared
 
     known = names.scores_of(task)
     tables = [
@@ -175,9 +175,9 @@ def _group(task: str, split: str, runs: list[Run]) -> Group:
     ]
     facts = {name: [str(run.scores[split].get(name, "–")) for run in runs] for name in ("step", "examples")}
     fair = len(set(facts["examples"])) == 1
-    note = "" if fair else "Taken over different numbers of examples: no best score is marked."
+    note = "" if fair else "The runs were scored on different numbers of examples: no best score is marked."
     if len({str(run.settings.get("data.path")) for run in runs}) > 1:
-        note += (" " if note else "") + "The runs name different data (config.data.path)."
+        note += (" " if note else "") + "The runs used different data (config.data.path)."
     lines = []
     for key in dict.fromkeys(key for table in tables for key in table):
         own = [table.get(key) for table in tables]
@@ -189,7 +189,7 @@ def _group(task: str, split: str, runs: list[Run]) -> Group:
 
 
 def _floats(scores: dict[str, Any], known: Sequence[Score]) -> dict[str, Any]:
-    """Whole numbers that a score happens to be are scores all the same."""
+    """Convert scores stored as integers to floats."""
     named = {score.name for score in known}
     return {
         key: float(value) if key in named and isinstance(value, int) and not isinstance(value, bool) else value
@@ -198,7 +198,7 @@ def _floats(scores: dict[str, Any], known: Sequence[Score]) -> dict[str, Any]:
 
 
 def _best(values: Sequence[float | None], higher: bool | None) -> list[bool]:
-    """Which values are the best: all that are equal to it; none where fewer than two differ or nobody knows what is better."""
+    """Mark the best values. None is marked if all are equal or `higher` is None (not comparable)."""
     known = [value for value in values if value is not None]
     if higher is None or len(set(known)) < 2:
         return [False] * len(values)
@@ -207,7 +207,7 @@ def _best(values: Sequence[float | None], higher: bool | None) -> list[bool]:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Settings that are not the same in all runs; the seed is always among them."""
+    """Settings that differ between the runs, and always the seed."""
     paths = dict.fromkeys(path for run in runs for path in run.settings)
     shown = {}
     for path in paths:
@@ -218,7 +218,7 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Runs that differ in nothing but the seed, with mean and deviation (of a sample) of their scores by split."""
+    """Groups of runs that differ only in the seed, with mean and sample standard deviation of their scores per split."""
     import numpy as np
 
     alike: dict[str, list[Run]] = {}
@@ -263,7 +263,7 @@ def _page(runs: Sequence[Run], found: Sequence[Group]) -> dict[str, Any]:
 
 
 def short(names: Sequence[str]) -> dict[str, str]:
-    """Names without the folders that all of them share."""
+    """Shorten names by the parent folders that all of them share."""
     parts = [name.split("/") for name in names]
     shared = 0
     while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
@@ -274,7 +274,7 @@ def short(names: Sequence[str]) -> dict[str, str]:
 
 
 def text(runs: Sequence[Run], found: Sequence[Group]) -> str:
-    """The comparison for a terminal; * marks the best."""
+    """Format the comparison for a terminal; * marks the best value."""
     names = short([run.name for run in runs])
     parts = []
     for group in found:
@@ -289,8 +289,8 @@ def text(runs: Sequence[Run], found: Sequence[Group]) -> str:
             [f"{row['group']}: {row['name']}" if row["group"] else row["name"], row["text"]] for row in one["rows"]
         ]
         name = f"{one['task']} on {one['split']}, seeds {', '.join(map(str, one['seeds']))}"
-        parts.append(_columns([[name, "mean and deviation"], *means]))
-    parts += [f"{run.name}: no evaluation yet (--mode eval writes one)" for run in runs if not run.scores]
+        parts.append(_columns([[name, "mean and standard deviation"], *means]))
+    parts += [f"{run.name}: no evaluation yet; run --mode eval" for run in runs if not run.scores]
     if len(runs) > 1:
         rows = [[f"config.{path}", *map(_brief, texts)] for path, texts in differing(runs).items()]
         parts.append(_columns([["settings that differ", *names.values()], *rows]))
@@ -302,7 +302,7 @@ def _brief(text: str, most: int = 30) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned by what a character takes on a terminal."""
+    """Format rows as aligned columns, by the width of characters on a terminal."""
     widths = [max(score_table.columns_of(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -317,7 +317,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_json(runs: Sequence[Run], found: Sequence[Group]) -> dict[str, Any]:
-    """What was compared, for programs; scores as they stand in scores.json."""
+    """The comparison for programs; scores are those of scores.json."""
     return {
         "runs": [
             {"name": run.name, "task": run.task, "seed": run.settings.get(SEED), "eval": run.scores} for run in runs

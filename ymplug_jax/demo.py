@@ -1,9 +1,8 @@
-"""The whole path on a laptop: `python -m ymplug_jax.demo --out runs/demo` (what `make demo` runs).
+"""The whole pipeline on a laptop: `python -m ymplug_jax.demo --out runs/demo` (`make demo`).
 
-Draws real mp4 files with Chinese titles, trains a tokenizer, builds shards, trains a tiny language model on text alone,
-freezes it, pre-trains a tiny mPLUG-video through it, fine-tunes the three benchmarks, and reports what the models say about
-clips they have never seen. Every step is a command of the README, printed before it runs; a second call goes on where the
-first one stopped.
+The demo draws mp4 files with Chinese titles, trains a tokenizer, builds shards, trains a tiny language model on text only, freezes it,
+pre-trains a tiny mPLUG-video through it, fine-tunes the three benchmarks, and reports the results on unseen clips. Each step is an
+ordinary command that is printed before it runs. Running the demo again resumes where it stopped.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from ymplug_jax.core import text_files
 from ymplug_jax.core.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
-# Where a title of data_prep.draw_shapes says what.
+# Parts of a title written by data_prep.draw_shapes.
 PARTS = {"colour": r"^(.*?)的", "shape": r"的(.*?)在", "motion": r"在(.*)$"}
 LLMS = ("gpt3", "bloom", "qwen")  # arguments of configs/tiny
 BENCHMARKS = {"classify": "classification", "caption": "captioning", "retrieve": "retrieval"}  # task -> kind of CSV
@@ -33,12 +32,12 @@ class Step(NamedTuple):
 
 
 def steps(out: Path, clips: int, llm: str = "gpt3") -> list[Step]:
-    """Everything that the demo does, in order.
+    """Steps of the demo, in order.
 
     Args:
-      out: folder for everything.
-      clips: videos to draw.
-      llm: kind of the tiny language model, one of `LLMS`.
+      out: Folder for all outputs.
+      clips: Number of videos to draw.
+      llm: Kind of the tiny language model, one of `LLMS`.
     """
     corpus, tokenizer = out / "corpus", out / "titles.model"
 
@@ -66,7 +65,7 @@ def steps(out: Path, clips: int, llm: str = "gpt3") -> list[Step]:
     def shards(kind: str) -> Path:
         return out / "shards" / kind
 
-    # Titles of this corpus are short; the default leaves room for real ones.
+    # The titles of this corpus are short; the default leaves room for real titles.
     pretrain = [f"--config.train.init_from=llm={out / 'language'}", "--config.data.max_tokens=12"]
     plan = [
         Step("draw the videos", ["data_prep.draw_shapes", f"--out={corpus}", f"--clips={clips}"]),
@@ -75,7 +74,7 @@ def steps(out: Path, clips: int, llm: str = "gpt3") -> list[Step]:
             ["data_prep.train_tokenizer", f"--csv={corpus / 'texts.txt'}", f"--out={tokenizer}"],
         ),
         *build("pretrain"),
-        Step("train a tiny language model on text alone", main("language", corpus / "texts.txt")),
+        Step("train a tiny language model on text only", main("language", corpus / "texts.txt")),
         Step("freeze it and pre-train mPLUG-video", main("pretrain", shards("pretrain"), *pretrain)),
         Step("write titles for the validation clips", main("pretrain", shards("pretrain"), *pretrain, "--mode=eval")),
     ]
@@ -87,7 +86,7 @@ def steps(out: Path, clips: int, llm: str = "gpt3") -> list[Step]:
     more = [f"--config.train.init_from=llm={out / 'language'}", "--mode=eval"]
     plan.append(
         Step(
-            "for comparison: captions of an untrained model",
+            "score captions of an untrained model for comparison",
             main("caption", shards("captioning"), *more, workdir="untrained"),
         )
     )
@@ -95,15 +94,15 @@ def steps(out: Path, clips: int, llm: str = "gpt3") -> list[Step]:
 
 
 def scores_of(out: Path, run: str) -> dict:
-    """What the evaluation of a run wrote."""
+    """Scores that the evaluation of a run wrote."""
     return json.loads((out / run / "eval" / "validation" / "scores.json").read_text(encoding="utf-8"))
 
 
 def wrong_parts(rows: list[dict[str, str]]) -> dict[str, int]:
-    """How many generated titles have a wrong colour, shape, motion; one that lacks a part has it wrong.
+    """Number of generated titles with a wrong colour, shape or motion. A missing part counts as wrong.
 
     Args:
-      rows: lines of predictions.jsonl with `title`, the true one, and `generated`.
+      rows: Lines of predictions.jsonl, with the true `title` and the `generated` one.
     """
 
     def says(pattern: str, title: str) -> str | None:
@@ -117,7 +116,7 @@ def wrong_parts(rows: list[dict[str, str]]) -> dict[str, int]:
 
 
 def report(out: Path) -> str:
-    """What was learned, from the files that the steps left."""
+    """Report the results from the files that the steps wrote."""
     evals = [line for line in read_metrics(out / "pretrain") if "eval/loss" in line]
     folder = out / "pretrain" / "eval" / "validation"
     scores = scores_of(out, "pretrain")
@@ -134,27 +133,27 @@ def report(out: Path) -> str:
     return (
         f"Validation loss {evals[0]['eval/loss']:.3f} before pre-training (step {evals[0]['step']}), "
         f"{evals[-1]['eval/loss']:.3f} after (step {evals[-1]['step']}).\n"
-        f"Titles of clips whose shape, colour and motion were never seen together (true -> generated):\n{shown}\n"
-        f"{scores['exact_titles']:.0f} of {scores['examples']} validation titles are right to the last character "
+        f"Titles of clips with unseen combinations of shape, colour and motion (true -> generated):\n{shown}\n"
+        f"{scores['exact_titles']:.0f} of {scores['examples']} validation titles are exactly right "
         f"({100 * scores['exact_share']:.0f} %), with a frozen language model; wrong: {wrong}.\n\n"
-        f"Classification, {classes['examples']} clips of combinations never seen, 45 classes of which 4 occur "
-        f"(chance 2 %, 25 % for who knows the four):\n"
-        f"  by likelihood, video and title {classes['both/likelihood_top1']:.0f} %, video alone "
-        f"{classes['video/likelihood_top1']:.0f} %, title alone {classes['title/likelihood_top1']:.0f} %; "
+        f"Classification, {classes['examples']} clips of unseen combinations, 45 classes of which 4 occur "
+        f"(chance level 2 %, or 25 % among the four):\n"
+        f"  by likelihood, video and title {classes['both/likelihood_top1']:.0f} %, video only "
+        f"{classes['video/likelihood_top1']:.0f} %, title only {classes['title/likelihood_top1']:.0f} %; "
         f"by the head {classes['both/head_top1']:.0f} %\n"
         f"Captioning, {captions['clips']} clips: CIDEr {captions['cider']:.2f}, BLEU-4 {captions['bleu4']:.2f}, METEOR "
         f"{captions['meteor']:.2f}, ROUGE-L {captions['rouge_l']:.2f}; untrained: CIDEr {untrained['cider']:.2f}\n"
-        f"Retrieval, {pairs['videos']} clips, a title each (chance R@1 {100 / pairs['videos']:.1f} %): text to video "
+        f"Retrieval, {pairs['videos']} clips, one title each (chance level of R@1 {100 / pairs['videos']:.1f} %): text to video "
         f"R@1 {pairs['t2v_r1']:.1f} %, R@10 {pairs['t2v_r10']:.1f} %; video to text R@1 {pairs['v2t_r1']:.1f} %\n\n"
-        f"Loss curve: {out / 'pretrain' / 'loss.png'}\nPages to open in a browser:\n{pages}"
+        f"Loss curve: {out / 'pretrain' / 'loss.png'}\nReports to open in a browser:\n{pages}"
     )
 
 
 def main() -> int:
     """Run every step, then print the report. Returns the exit code of the first step that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything the demo makes")
-    parser.add_argument("--clips", type=int, default=2400, help="videos to draw")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all outputs")
+    parser.add_argument("--clips", type=int, default=2400, help="number of videos to draw")
     parser.add_argument("--llm", choices=LLMS, default="gpt3", help="kind of the tiny language model")
     args = parser.parse_args()
     out = args.out.absolute()
@@ -166,7 +165,7 @@ def main() -> int:
         started = time.perf_counter()
         code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
         if code:
-            print(f"this step failed with exit code {code}; its message stands above", file=sys.stderr)
+            print(f"this step failed with exit code {code}; see its message above", file=sys.stderr)
             return code
         print(f"   {time.perf_counter() - started:.0f} s", flush=True)
     print(f"\n== report ({time.perf_counter() - begin:.0f} s in all)\n{report(out)}", flush=True)

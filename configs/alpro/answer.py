@@ -1,9 +1,10 @@
-"""Open-ended video QA with ALPRO, from a pre-trained run: the question is read with 16 frames, the answer is one of a list.
+"""Open-ended video QA with ALPRO, from a pre-trained run: read a question with 16 frames and choose an answer from a list.
 
-`configs/alpro/answer.py`, with
+Use `configs/alpro/answer.py` with
     --config.data.path=SHARDS --config.data.tokenizer=vocab.txt --config.options.answers=answers.txt
     --config.train.init_from=PRETRAINED_RUN
-Shards of questions: data_prep.build_shards --config question. More than 1,500 answers: --config.model.classes=2423.
+Build the shards with data_prep.build_shards --config question. For more than 1,500 answers, e.g. 2,423, set --config.model.classes=2423.
+See docs/models/alpro.md, "Recipe".
 """
 
 from ml_collections import ConfigDict
@@ -14,12 +15,14 @@ from ymplug_jax.tasks.alpro.classify import Options
 
 
 def get_config(arg: str = "salesforce") -> ConfigDict:
-    """Settings by variant and vision tower: Salesforce's for MSRVTT-QA."""
+    """Settings by variant and vision tower, as Salesforce published them for MSRVTT-QA."""
     heads = {"contrastive_width": 0, "matching": False, "masked": False, "classes": 1500}
     experiment = Experiment(
         task="alpro_classify",
         model=recipe.model(arg, frames=16, **heads),
-        data=Data(examples=158_581, frames=16, max_tokens=40, max_words=80),  # questions of MSRVTT-QA, for --mode=plan
+        data=Data(
+            examples=158_581, frames=16, max_tokens=40, max_words=80
+        ),  # size of MSRVTT-QA, for --mode=plan without shards
         optim=recipe.salesforce_optim(5e-5, "10%", clip=5.0),
         train=Train(batch_size=12 * 8 * 2, accumulate=2, duration="10 epochs"),
         options=Options(answers="answers.txt"),

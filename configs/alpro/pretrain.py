@@ -1,12 +1,13 @@
-"""Pre-training of ALPRO on video-title pairs: contrastive, matching, masked words; variant "salesforce" with entities.
+"""Pre-training of ALPRO on video-title pairs: contrastive, matching, masked words; variant "salesforce" adds entities.
 
-`configs/alpro/pretrain.py:youku` or `:salesforce`, and the vision tower after a comma: `:youku,clip_b16`, `:youku,clip_l14`. With
+Use `configs/alpro/pretrain.py:youku` or `:salesforce`, with the vision tower after a comma: `:youku,clip_b16`, `:youku,clip_l14`. Set
     --config.data.path=SHARDS --config.data.tokenizer=vocab.txt
     --config.train.init_from=vision=VIT_DIR,text=BERT_DIR,fusion=BERT_DIR,mlm=BERT_DIR
-(Salesforce starts attention over time from that over space: there also vision/blocks/temporal_attn:vision/blocks/attn=VIT_DIR and
-vision/blocks/temporal_norm:vision/blocks/attn_norm=VIT_DIR.)
-and for entities also `prompter:=PROMPTER_RUN` there and --config.options.entities=PROMPTER_RUN/eval/validation/index.npz.
-The released English models have 30,522 words: --config.model.text.vocab=30522.
+Salesforce initialises temporal attention from spatial attention: add to init_from vision/blocks/temporal_attn:vision/blocks/attn=VIT_DIR
+and vision/blocks/temporal_norm:vision/blocks/attn_norm=VIT_DIR.
+For entities, add `prompter:=PROMPTER_RUN` to init_from and set --config.options.entities=PROMPTER_RUN/eval/validation/index.npz.
+For the released English models, with a vocabulary of 30,522, set --config.model.text.vocab=30522.
+See docs/models/alpro.md, "Recipe".
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +27,7 @@ def get_config(arg: str = "youku") -> ConfigDict:
             task="alpro_pretrain",
             model=recipe.model(arg),
             data=Data(examples=EXAMPLES),
-            # All of it assumed: rates, batch, warm-up; the share of masked words as well.
+            # Learning rates, batch size, warm-up and masked share are not published but assumed.
             optim=recipe.optim(1e-4, 1e-6, "2000 steps", clip=vision != "b16"),
             train=Train(
                 batch_size=recipe.DEVICES * 48, duration="10 epochs", save_every="2000 steps", eval_every="2000 steps"

@@ -1,8 +1,10 @@
-"""ALPRO's teacher of entities by itself: the contrastive loss alone, with Salesforce's recipe.
+"""Training of ALPRO's prompter, the teacher of entity prediction: the contrastive loss only, with Salesforce's recipe.
 
-`configs/alpro/prompter.py`, with
+Use `configs/alpro/prompter.py` with
     --config.data.path=SHARDS --config.data.tokenizer=vocab.txt --config.train.init_from=vision=VIT_DIR,text=BERT_DIR
-    --config.options.prompts=prompts.json (of data_prep.entity_prompts), which --mode=eval turns into the table of entities
+    --config.options.prompts=prompts.json
+where prompts.json comes from data_prep.entity_prompts; --mode=eval embeds it as the table of entities.
+See docs/models/alpro.md, "Entity prompts".
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +17,7 @@ from ymplug_jax.tasks.alpro.prompter import Options
 
 
 def get_config(arg: str = "salesforce") -> ConfigDict:
-    """Settings by variant and vision tower, as of the model that it teaches."""
+    """Settings by variant and vision tower, which must be those of the model that it teaches."""
     experiment = Experiment(
         task="alpro_prompter",
         model=alpro.prompter_of(recipe.model(arg)),

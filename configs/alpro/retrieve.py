@@ -1,8 +1,8 @@
-"""Video-text retrieval with ALPRO, from a pre-trained run: contrastive and matching; the best 32 pairs are matched in evaluation.
+"""Video-text retrieval with ALPRO, from a pre-trained run: contrastive and matching loss; evaluation re-ranks the best 32 pairs.
 
-`configs/alpro/retrieve.py:youku` (towers as in pretrain.py) or `:salesforce`, with
+Use `configs/alpro/retrieve.py:youku` (vision towers as in pretrain.py) or `:salesforce` with
     --config.data.path=SHARDS --config.data.tokenizer=vocab.txt --config.train.init_from=PRETRAINED_RUN
-All pairs instead of the best: --config.options.best=0
+To score all pairs instead of the best, set --config.options.best=0. See docs/models/alpro.md, "Recipe".
 """
 
 from ml_collections import ConfigDict
@@ -11,11 +11,11 @@ from configs.alpro import recipe
 from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 from ymplug_jax.tasks.alpro.retrieve import Options
 
-EXAMPLES = 38_000  # about so many are released, for --mode=plan
+EXAMPLES = 38_000  # approximate size of the release, for --mode=plan without shards
 
 
 def get_config(arg: str = "youku") -> ConfigDict:
-    """Settings by variant and vision tower; Youku's are assumed, Salesforce's are those of MSRVTT."""
+    """Settings by variant and vision tower; Youku's are assumed, Salesforce's are published for MSRVTT."""
     variant, vision = recipe.split_arg(arg)
     if variant == "youku":
         experiment = Experiment(

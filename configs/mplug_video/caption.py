@@ -1,8 +1,8 @@
-"""Captioning with mPLUG-video, from a pre-trained run: 16 frames, beam search of 5 with the reference's rule.
+"""Captioning with mPLUG-video, from a pre-trained run: 16 frames, the reference's beam search with 5 beams.
 
-`configs/mplug_video/caption.py:1.3b` (sizes and slices as in pretrain.py), with
+Use `configs/mplug_video/caption.py:1.3b` (sizes and slices as in pretrain.py) with
     --config.data.path=SHARDS --config.data.tokenizer=tokenizer.json --config.train.init_from=PRETRAINED_RUN
-A search that does not favour short captions: --config.options.search=beam_by_length.
+For a search that does not favour short captions, set --config.options.search=beam_by_length. See docs/models/mplug_video.md, "Recipe".
 """
 
 from ml_collections import ConfigDict
@@ -15,13 +15,15 @@ PER_DEVICE = {"1.3b": 24, "2.7b": 36}
 
 
 def get_config(arg: str = "1.3b") -> ConfigDict:
-    """Settings by size; with "@SLICE" for a TPU slice."""
+    """Settings by size, e.g. "1.3b"; "1.3b@SLICE" adds the layout of a TPU slice."""
     arg, _, place = arg.partition("@")
     size = recipe.split_arg(arg)[0]
     experiment = Experiment(
         task="caption",
         model=recipe.model(arg, frames=16),
-        data=Data(examples=171_000, frames=16, max_words=80),  # about so many are released, for --mode=plan
+        data=Data(
+            examples=171_000, frames=16, max_words=80
+        ),  # approximate size of the release, for --mode=plan without shards
         optim=recipe.optim(2e-5, 1e-6, "100 steps"),
         train=Train(batch_size=recipe.batch_size(PER_DEVICE, size), duration="10 epochs"),
         options=Options(),

@@ -1,7 +1,8 @@
-"""Category classification with mPLUG-video, from a pre-trained run: 8 frames, 45 classes, generative loss and head.
+"""Category classification with mPLUG-video, from a pre-trained run: 8 frames, 45 classes, generative loss and classification head.
 
-`configs/mplug_video/classify.py:1.3b` (sizes and slices as in pretrain.py), with
+Use `configs/mplug_video/classify.py:1.3b` (sizes and slices as in pretrain.py) with
     --config.data.path=SHARDS --config.data.tokenizer=tokenizer.json --config.train.init_from=PRETRAINED_RUN
+See docs/models/mplug_video.md, "Recipe".
 """
 
 from ml_collections import ConfigDict
@@ -14,13 +15,15 @@ PER_DEVICE = {"1.3b": 32, "2.7b": 24}
 
 
 def get_config(arg: str = "1.3b") -> ConfigDict:
-    """Settings by size; with "@SLICE" for a TPU slice."""
+    """Settings by size, e.g. "1.3b"; "1.3b@SLICE" adds the layout of a TPU slice."""
     arg, _, place = arg.partition("@")
     size = recipe.split_arg(arg)[0]
     experiment = Experiment(
         task="classify",
         model=recipe.model(arg, frames=8, classes=len(CLASS_NAMES)),
-        data=Data(examples=100_000, frames=8, max_words=80),  # about so many are released, for --mode=plan
+        data=Data(
+            examples=100_000, frames=8, max_words=80
+        ),  # approximate size of the release, for --mode=plan without shards
         optim=recipe.optim(2e-5, 1e-6, "100 steps"),
         train=Train(batch_size=recipe.batch_size(PER_DEVICE, size), duration="10 epochs"),
     )

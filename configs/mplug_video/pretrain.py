@@ -1,11 +1,12 @@
 """Pre-training of mPLUG-video on video-title pairs with the published recipe.
 
-`configs/mplug_video/pretrain.py:SIZE`, and the vision tower after a comma: `:1.3b,l14` (default b16). SIZE is that of the language
-model: 1.3b, 2.7b (GPT-3, the published runs), bloomz-1b7, bloomz-7b1, qwen2.5-1.5b, qwen2.5-7b, qwen3-1.7b, qwen3-8b. The new ones
-take the batch of the nearest published run.
-`@` and a slice lays the run out for it, with a batch to match: `:1.3b@v5p-64`; see slices.py.
-Give the data and the weights on the command line:
+Use `configs/mplug_video/pretrain.py:SIZE`, with the vision tower after a comma: `:1.3b,l14` (default b16). SIZE names the language
+model: 1.3b, 2.7b (GPT-3, the published runs), bloomz-1b7, bloomz-7b1, qwen2.5-1.5b, qwen2.5-7b, qwen3-1.7b, qwen3-8b. Sizes without
+a published run use the batch size of the nearest published one.
+`@SLICE` adds the layout and batch size for a TPU slice: `:1.3b@v5p-64`; see slices.py.
+Set the data and the weights on the command line:
     --config.data.path=SHARDS --config.data.tokenizer=tokenizer.json --config.train.init_from=llm=LLM_DIR,vision=CLIP_DIR
+See docs/models/mplug_video.md, "Recipe".
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ PER_DEVICE = {"1.3b": 48, "2.7b": 32}
 
 
 def get_config(arg: str = "1.3b") -> ConfigDict:
-    """Settings by size, as in "1.3b" or "qwen2.5-1.5b,l14"; with "@SLICE" for a TPU slice."""
+    """Settings by size, e.g. "1.3b" or "qwen2.5-1.5b,l14"; "1.3b@SLICE" adds the layout of a TPU slice."""
     arg, _, place = arg.partition("@")
     size = recipe.split_arg(arg)[0]
     experiment = Experiment(

@@ -1,10 +1,10 @@
-"""Settings by TPU slice: how a run is laid out over the chips, tuned with `--mode compile`.
+"""Layouts of runs on TPU slices, tuned with `--mode compile`.
 
-The frozen decoder in bf16 (2.6 or 5.3 GB) fits on every chip, so all chips are replicas: the only thing they send is the
-gradient of the trained parameters. The batch grows with the slice; the rates of the recipe are for 384 and 256 examples.
+The frozen decoder in bf16 (2.6 or 5.3 GB) fits on every chip, so it is replicated and chips exchange only the gradient of the trained
+parameters. The batch size grows with the slice, but the learning rates of the recipe are for batches of 384 and 256.
 
-The frozen decoder is run without the recipe's dropout: it draws as many random numbers as there are attention weights, and
-keeps attention from being one kernel. `--config.model.llm.dropout=0.1` brings it back.
+The frozen decoder runs without the recipe's dropout, which draws a random number per attention weight and prevents a fused attention
+kernel. `--config.model.llm.dropout=0.1` restores it.
 """
 
 import dataclasses
@@ -16,26 +16,26 @@ from ymplug_jax.tasks.mplug_video import match
 
 
 class Layout(NamedTuple):
-    """One slice: pre-training's examples a step on each chip, and what the backward pass recomputes.
+    """Layout of one slice: batch size per chip, and what the backward pass rematerialises.
 
-    Of the decoder that is all but its products, unless a run is named in `whole`.
+    The decoder saves its matrix products ("dots") and rematerialises the rest, unless a run is listed in `whole`.
     """
 
     topology: str
     chips: int
-    batch: dict[str, int]  # size -> examples a chip
+    batch: dict[str, int]  # size -> examples per chip in pre-training
     vision_remat: str
     frozen_dtype: str = "bfloat16"
-    whole: tuple[str, ...] = ()  # "task size": rows so many or so long that all of the decoder is recomputed
-    most: dict[str, int] = {}  # "task size" -> examples a chip of fine-tuning where the recipe's do not fit
+    whole: tuple[str, ...] = ()  # "task size" of runs that must rematerialise the whole decoder
+    most: dict[str, int] = {}  # "task size" -> examples per chip in fine-tuning, if the recipe's do not fit
 
     def sizes(self, task: str) -> list[str]:
-        """Sizes that a task has been laid out for: of fine-tuning those of the published runs."""
+        """Sizes with a layout for a task; fine-tuning has layouts only for the published sizes."""
         return [size for size in self.batch if task == "pretrain" or size in ("1.3b", "2.7b")]
 
 
-# Of the sizes without a published run only pre-training on v5e has been compiled: 7.4 of 15.75 GiB a chip with Qwen2.5-1.5B, 7.9
-# with BLOOMZ-1B7.
+# Sizes without a published run have been compiled only for pre-training on v5e: they use 7.4 (Qwen2.5-1.5B) and 7.9 (BLOOMZ-1B7) of
+# 15.75 GiB per chip.
 NEW = {"qwen2.5-1.5b": 24, "bloomz-1b7": 24}
 NEW_WHOLE = tuple(f"pretrain {size}" for size in NEW)
 SLICES = {
@@ -47,7 +47,7 @@ SLICES = {
     "v5e-64": Layout(
         "v5e:8x8", 64, {"1.3b": 32, "2.7b": 16, **NEW}, "full", whole=("match 1.3b", "match 2.7b", *NEW_WHOLE)
     ),
-    # The decoder in eight bits makes room for larger batches, or for a larger vision tower.
+    # An int8 decoder leaves room for larger batches or a larger vision tower.
     "v5e-16-int8": Layout("v5e:4x4", 16, {"1.3b": 40, "2.7b": 24}, "full", "int8"),
     "v5p-64": Layout("v5p:4x4x4", 64, {"1.3b": 32, "2.7b": 32}, "dots"),
     "v5p-256": Layout("v5p:4x8x8", 256, {"1.3b": 32, "2.7b": 32}, "dots"),
@@ -56,12 +56,13 @@ SLICES = {
 
 
 def on(experiment: Experiment, size: str, name: str) -> Experiment:
-    """The experiment laid out for a slice: chips counted as devices, e.g. "v5p-256" is a slice of 256 chips.
+    """Apply the layout of a slice to an experiment. Names count chips: "v5p-256" has 256 chips.
 
-    Pre-training takes the slice's batch. Fine-tuning keeps its recipe's, raised to a multiple of the chips, or what fits.
+    Pre-training uses the batch size of the layout. Fine-tuning keeps the batch size of its recipe, rounded up to a multiple of
+    the chips, or uses the largest that fits.
 
     Raises:
-      ValueError: an unknown slice, or one that has no layout for the size.
+      ValueError: The slice is unknown or has no layout for the size.
     """
     if name not in SLICES:
         raise ValueError(f"slice {name!r} is unknown; there are {', '.join(SLICES)}")
@@ -69,8 +70,8 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
     there = layout.sizes(experiment.task)
     if size not in there:
         raise ValueError(
-            f"slice {name!r} has no layout for {experiment.task} with {size}; there are {', '.join(there)}. Take :{size} without a "
-            f"slice, and choose config.train.batch_size and config.mesh.fsdp by --mode compile --topology {layout.topology}"
+            f"slice {name!r} has no layout for {experiment.task} with {size}; there are {', '.join(there)}. Use :{size} without a "
+            f"slice and choose config.train.batch_size and config.mesh.fsdp by --mode compile --topology {layout.topology}"
         )
     each = layout.batch[size]
     if experiment.task != "pretrain":
@@ -83,6 +84,6 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
     train = dataclasses.replace(experiment.train, batch_size=layout.chips * each, frozen_dtype=layout.frozen_dtype)
     options = experiment.options
     if isinstance(options, match.Options):
-        # Negatives from the own chip are not sent; where it has few rows, they come from its neighbours.
+        # Negatives from the same chip need no communication; with fewer than 8 rows per chip, neighbouring chips share them.
         options = dataclasses.replace(options, group=next(each * n for n in (1, 2, 4, 8) if each * n >= 8))
     return dataclasses.replace(experiment, model=model, train=train, options=options)

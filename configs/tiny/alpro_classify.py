@@ -1,4 +1,4 @@
-"""Category classification small enough for a laptop: the same task and code as configs/alpro/classify.py."""
+"""Tiny category classification with ALPRO for a laptop, with the same task and code as configs/alpro/classify.py."""
 
 from ml_collections import ConfigDict
 
@@ -10,7 +10,7 @@ from ymplug_jax.tasks.alpro.classify import Options
 
 
 def get_config() -> ConfigDict:
-    """Give --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (configs/tiny/alpro_pretrain.py)."""
+    """Set --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/alpro_pretrain.py)."""
     heads = {"contrastive_width": 0, "matching": False, "masked": False, "classes": len(CLASS_NAMES)}
     short = {
         "max_tokens": 24,

@@ -1,4 +1,4 @@
-"""Retrieval small enough for a laptop: the same task and code as configs/alpro/retrieve.py."""
+"""Tiny retrieval with ALPRO for a laptop, with the same task and code as configs/alpro/retrieve.py."""
 
 from ml_collections import ConfigDict
 
@@ -9,7 +9,7 @@ from ymplug_jax.tasks.alpro.retrieve import Options
 
 
 def get_config() -> ConfigDict:
-    """Give --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (configs/tiny/alpro_pretrain.py)."""
+    """Set --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/alpro_pretrain.py)."""
     short = {
         "max_tokens": 24,
         "batch_size": 32,

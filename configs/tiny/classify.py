@@ -1,4 +1,4 @@
-"""Category classification small enough for a laptop: the same task and code as configs/mplug_video/classify.py."""
+"""Tiny category classification for a laptop, with the same task and code as configs/mplug_video/classify.py."""
 
 from ml_collections import ConfigDict
 
@@ -9,9 +9,9 @@ from ymplug_jax.models import mplug_video
 
 
 def get_config(llm: str = "gpt3") -> ConfigDict:
-    """By kind of the language model: "gpt3", "bloom" or "qwen".
+    """Settings by kind of language model: "gpt3", "bloom" or "qwen".
 
-    Give --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/pretrain.py).
+    Set --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/pretrain.py).
     """
     model = mplug_video.sized(recipe.tiny(llm), "tiny", queries=8, classes=len(CLASS_NAMES))
     return settings("classify", model)

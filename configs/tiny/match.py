@@ -1,4 +1,4 @@
-"""Video-text matching small enough for a laptop: the same task and code as configs/mplug_video/match.py."""
+"""Tiny video-text matching for a laptop, with the same task and code as configs/mplug_video/match.py."""
 
 from ml_collections import ConfigDict
 
@@ -9,8 +9,8 @@ from ymplug_jax.tasks.mplug_video.match import Options
 
 
 def get_config(llm: str = "gpt3") -> ConfigDict:
-    """By kind of the language model: "gpt3", "bloom" or "qwen".
+    """Settings by kind of language model: "gpt3", "bloom" or "qwen".
 
-    Give --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/pretrain.py).
+    Set --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/pretrain.py).
     """
     return settings("match", mplug_video.sized(recipe.tiny(llm), "tiny", queries=8, classes=2), Options())

@@ -1,4 +1,4 @@
-"""What all tiny runs share: frames of 64 pixels, few of them, and the optimizer for a short run."""
+"""Settings shared by all tiny runs: 4 frames of 64 pixels and an optimizer for short runs."""
 
 from typing import Any
 
@@ -22,20 +22,20 @@ def settings(
     every: str = "500 steps",
     frozen_dtype: str = "float32",
 ) -> ConfigDict:
-    """Resolved settings of a task.
+    """Settings of a tiny run.
 
     Args:
-      task: its name.
-      model: a linen module.
-      options: of the task; None: it has none.
-      max_tokens: of a text.
-      lr: peak of the rate.
-      warmup: from 0 to the peak.
-      no_decay: patterns of the parameters without weight decay.
-      batch_size: examples a step.
-      duration: of the run.
-      every: between checkpoints, and between evaluations.
-      frozen_dtype: in which frozen parameters are kept.
+      task: Name of the task.
+      model: A linen module.
+      options: Options of the task; None: the task's defaults.
+      max_tokens: Tokens per text.
+      lr: Peak learning rate.
+      warmup: Duration of the warm-up from 0 to the peak.
+      no_decay: Path patterns of the parameters without weight decay.
+      batch_size: Global batch size.
+      duration: Duration of the run.
+      every: Interval of checkpoints and of evaluations.
+      frozen_dtype: Dtype of the frozen parameters.
     """
     experiment = Experiment(
         task=task,

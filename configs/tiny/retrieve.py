@@ -1,4 +1,4 @@
-"""Video-text retrieval small enough for a laptop: the same task and code as configs/mplug_video/retrieve.py."""
+"""Tiny video-text retrieval for a laptop, with the same task and code as configs/mplug_video/retrieve.py."""
 
 from ml_collections import ConfigDict
 
@@ -9,9 +9,9 @@ from ymplug_jax.models import mplug_video
 
 
 def get_config(llm: str = "gpt3") -> ConfigDict:
-    """By kind of the language model: "gpt3", "bloom" or "qwen".
+    """Settings by kind of language model: "gpt3", "bloom" or "qwen".
 
-    Give --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/pretrain.py).
+    Set --config.data.path, --config.data.tokenizer and --config.train.init_from=DIR (a run of configs/tiny/pretrain.py).
     """
     model = mplug_video.sized(recipe.tiny(llm), "tiny", queries=8, contrastive_width=32)
     return settings("retrieve", model, lr=1e-3, no_decay=NO_DECAY)

@@ -185,9 +185,9 @@ def test_a_run_without_a_kind_has_a_gpt3():
 @pytest.mark.parametrize(
     ("llm", "message"),
     [
-        ({"kind": "llama"}, "config.model.llm.kind is 'llama'; there are gpt3, bloom, qwen"),
-        ({"width": 8}, "config.model.llm.kind is None; there are gpt3, bloom, qwen"),
-        (7, "config.model.llm: 7 are no settings of a language model"),
+        ({"kind": "llama"}, "config.model.llm.kind: unknown kind 'llama'; choose one of gpt3, bloom, qwen"),
+        ({"width": 8}, "config.model.llm.kind: unknown kind None; choose one of gpt3, bloom, qwen"),
+        (7, "config.model.llm: 7 is not a mapping; give kind and the fields of that language model"),
         (
             {"kind": "qwen", "dropout": 0.1},
             "config.model.llm: no setting named 'dropout'; there are depth, dtype, head_dim, heads, kv_heads, max_positions, "
@@ -195,11 +195,11 @@ def test_a_run_without_a_kind_has_a_gpt3():
         ),
         (
             {"kind": "qwen", "heads": 6, "kv_heads": 4},
-            "config.model.llm.kv_heads: 6 heads cannot share 4; choose a divisor of config.model.llm.heads",
+            "config.model.llm.kv_heads: 4 does not divide 6 heads; choose a divisor of config.model.llm.heads",
         ),
         (
             {"kind": "qwen", "head_dim": 15},
-            "config.model.llm.head_dim: 15 is odd; rotary positions need an even number",
+            "config.model.llm.head_dim: 15 is odd; give an even number, as rotary positions need",
         ),
         ({"kind": "qwen", "norm_eps": 0.0}, "config.model.llm.norm_eps: 0.0 is too small; it must be above 0"),
         ({"kind": "qwen", "mlp": 0}, "config.model.llm.mlp: 0 is too small; give 1 or more"),

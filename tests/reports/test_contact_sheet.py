@@ -1,4 +1,4 @@
-"""Contact sheets: lines of text for each clip, in any script, in files that can be drawn."""
+"""Contact sheets: text in any script, wrapping, size limits, supported files and errors."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ def record(i: int, frames: int = 4) -> Record:
     return Record(f"{i}.mp4", pictures, np.arange(frames) * 100_000, "", [], "", -1)
 
 
-def test_each_clip_stands_under_its_own_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_each_clip_is_below_its_own_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = {}
     monkeypatch.setattr(
         contact_sheet, "_compose", lambda width, height, pictures, words, form: seen.update(w=words, p=pictures) or b"x"
@@ -33,7 +33,7 @@ def test_each_clip_stands_under_its_own_lines(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "s.png").read_bytes() == b"x" and [p.name for p in tmp_path.iterdir()] == ["s.png"]
 
 
-def test_pictures_of_odd_texts_and_frames(tmp_path: Path):
+def test_unusual_texts_and_broken_frames_are_drawn(tmp_path: Path):
     broken = record(3)
     broken = broken._replace(frames=[b"", b"no picture", *broken.frames[2:]])
     texts = [["a $ sign, 100 % and \\frac{", "两行\t制表符\x07"], [], ["很长的名字" * 60]]
@@ -54,14 +54,14 @@ def test_lines_are_wrapped_to_the_width():
     assert len(many) == 12 and many[0] == "0" and many[-1] == "…"
 
 
-def test_a_sheet_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_size_of_a_sheet_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(contact_sheet, "_compose", lambda width, height, *_: height.to_bytes(4, "big"))
     assert contact_sheet.draw(tmp_path / "s.png", [record(1)] * 500, ["x"] * 500, 2) == 64
     assert contact_sheet.draw(tmp_path / "s.png", [record(1)] * 64, [["x"] * 12] * 64, 64) < 64
     assert int.from_bytes((tmp_path / "s.png").read_bytes(), "big") < 65_536
 
 
-def test_what_cannot_be_drawn_is_refused_at_once(tmp_path: Path):
+def test_files_that_cannot_be_written_are_refused_early(tmp_path: Path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
     for name, message in (
@@ -79,7 +79,7 @@ def test_what_cannot_be_drawn_is_refused_at_once(tmp_path: Path):
         contact_sheet.check(tmp_path / name)
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(self: Path, data: bytes) -> int:
         self.touch()
         raise OSError(28, "No space left on device")
@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_chinese_font_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_missing_chinese_font_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     fonts.families.cache_clear()
     monkeypatch.setattr(fonts, "_chinese", lambda manager: None)
     with caplog.at_level(logging.ERROR):
@@ -102,7 +102,7 @@ def test_without_a_chinese_font_one_line_says_so(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_font_is_found_by_its_characters():
-    """Matplotlib's own font has no Chinese, whatever it is called."""
+    """Fonts are tested by their glyphs: Matplotlib's default font has no Chinese characters."""
     from matplotlib import font_manager
 
     assert not fonts._draws(font_manager, font_manager.findfont("DejaVu Sans")) and not fonts._draws(

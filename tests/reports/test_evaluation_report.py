@@ -1,4 +1,4 @@
-"""The page of an evaluation: whatever the rows hold, it is one valid, self-contained file that says what is shown."""
+"""The HTML report is valid and self-contained for any rows, and its text and pictures match them."""
 
 import json
 from html.parser import HTMLParser
@@ -30,7 +30,7 @@ NASTY = "videos/很长的名字" * 30 + "/a b'\"<script>alert(1)</script>&amp;\u
 
 
 class Reader(HTMLParser):
-    """Text, and the elements that are open: an HTML parser as strict as needed to find broken nesting."""
+    """HTML parser that collects text and tags and asserts that elements are nested correctly."""
 
     VOID = ("meta", "img", "input", "br")
 
@@ -119,15 +119,15 @@ def test_one_class_and_no_label(tmp_path: Path):
     assert (
         "Confusion" not in found.text and "Without a label (3 of 3 shown)" in found.text and "no labels" in found.text
     )
-    assert "true <b>" not in html and "answered 猫" in found.text
+    assert "true <b>" not in html and "predicted 猫" in found.text
 
 
-def test_two_thousand_examples_stay_small(tmp_path: Path):
+def test_a_page_of_two_thousand_examples_is_small(tmp_path: Path):
     held = records(2000)
     rows = [classified(i, f"类{i % 60}", f"类{i % 50}", f"类{i % 70}", title="标题" * 40) for i in range(2000)]
     found, html = write(tmp_path / "r.html", {"classes": 100, "labelled": 2000}, rows, held)
     assert "12 of" in found.text and "All examples (1000 of 2000 shown; all are in predictions.jsonl)" in found.text
-    assert "70 of 70 classes shown" in found.text and "rarer classes are left out" in found.text
+    assert "70 of 70 classes shown" in found.text and "rarer classes are not shown" in found.text
     assert len(html) < 2_000_000 and html.count("data:image/jpeg") == 24 * 4
 
 
@@ -144,11 +144,10 @@ def test_captions(tmp_path: Path):
     assert "BLEU-4 12.3 %" in found.text and "CIDEr 1.50" in found.text
     assert "Worst by CIDEr (12 of 40 shown)" in found.text and "Best by CIDEr (12 of 40 shown)" in found.text
     assert (
-        "Drawn at random from the rest (12 of 16 shown)" in found.text
-        and "Without references (2 of 2 shown)" in found.text
+        "Random sample of the rest (12 of 16 shown)" in found.text and "Without references (2 of 2 shown)" in found.text
     )
     assert "7 references, 5 of them shown" in found.text and "2 more" in found.text
-    assert "125 references of 41 clips, 1 to 7 a clip" in found.text and "(empty)" in found.text
+    assert "125 references for 41 clips, 1 to 7 per clip" in found.text and "(empty)" in found.text
     places = [int(a["data-place"]) for tag, a in found.tags if a.get("class") == "card"]
     assert places[:12] == list(range(12)) and places[24:36] == list(range(39, 27, -1))
     assert sorted(set(places)) == sorted(places) and places == [
@@ -161,13 +160,13 @@ def test_three_captions_are_shown_once_each(tmp_path: Path):
     parts = {
         part.title: [card["index"] for card in part.cards] for part in examples.sections(CAPTIONS, rows, lambda *_: [])
     }
-    assert parts == {"Worst by CIDEr": [0], "Drawn at random from the rest": [1], "Best by CIDEr": [2]}
+    assert parts == {"Worst by CIDEr": [0], "Random sample of the rest": [1], "Best by CIDEr": [2]}
     assert [len(p.cards) for p in examples.sections(CAPTIONS, rows[:1], lambda *_: [])] == [1]
     assert [len(p.cards) for p in examples.sections(CAPTIONS, rows[:2], lambda *_: [])] == [1, 1]
 
 
 def ranked() -> tuple[list[dict], list]:
-    """Two clips, the second with two texts, as the task ranks them."""
+    """Rows and records of two clips, the second with two texts."""
     names, texts = ["a.mp4", "b.mp4", "b.mp4"], ["甲", "乙", "丙"]
     video = np.eye(4, dtype=np.float32)[[0, 1, 1]]
     text = np.array([[0.6, 0.8, 0, 0], [0, 1, 0, 0], [0.8, 0.6, 0, 0]], np.float32)
@@ -188,12 +187,12 @@ def test_retrieval_shows_both_directions_with_similarities(tmp_path: Path):
     assert (
         "Video to text, not first (1 of 1 shown)" in found.text and "Video to text, first (1 of 1 shown)" in found.text
     )
-    assert "R@1 50.0 % 50.0 %" in found.text and "a clip with several texts is found by any of them" in found.text
+    assert "R@1 50.0 % 50.0 %" in found.text and "any text of a clip counts as correct" in found.text
     hits = [a for tag, a in found.tags if tag == "figure" and a["class"] == "hit"]
     assert len(hits) == 3
 
 
-def test_matching_shows_its_scores(tmp_path: Path):
+def test_matching_shows_match_scores(tmp_path: Path):
     _, held = ranked()
     head = np.array([[0.25, 0.5, -np.inf], [0.75, 0.125, 1.0]], np.float32)
     rows = [
@@ -253,7 +252,7 @@ def test_curve_settings_and_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert html.count("data:image/png;base64,") == 1 and "50.0 % 1.56 %" in found.text
 
 
-def test_what_an_evaluation_writes_and_prints(tmp_path: Path):
+def test_written_and_printed_results(tmp_path: Path):
     rows = [classified(i, "猫", "猫", "狗", extra=float("nan")) for i in range(21)]
     said = evaluation_report.summary(
         FACTS | {"examples": 21, "both/head_top1": 4.7619, "classes": 45}, rows, known=KNOWN, page=CLASSES
@@ -278,6 +277,6 @@ def test_seeds_are_printed_with_units():
     ]
 
 
-def test_a_long_text_is_cut(tmp_path: Path):
+def test_a_long_text_is_truncated(tmp_path: Path):
     found, _ = write(tmp_path / "r.html", {}, [{"caption": "长" * 5000, "references": ["对" * 5000]}], None, CAPTIONS)
     assert max(map(len, found.text.split())) == 400 and "长…" in found.text

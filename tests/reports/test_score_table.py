@@ -1,4 +1,4 @@
-"""Scores as they are shown, and what chance would score; right values counted by hand or drawn at random."""
+"""Displayed scores and chance levels, compared with values counted by hand or simulated."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_chance_of_classes_counts_unlisted_labels_as_missed():
 
 
 def test_chance_of_recalls_with_several_right_texts():
-    """Against random orders: 5 clips with 1, 1, 2, 3 and 4 texts."""
+    """Compared with 4,000 random orders of 5 clips with 1, 1, 2, 3 and 4 texts."""
     ids = [name for name, count in zip("abcde", (1, 1, 2, 3, 4), strict=True) for _ in range(count)]
     keys = [f"{side}_r{k}" for side in ("v2t", "t2v") for k in (1, 5, 10)] + [
         "v2t_mean_rank",
@@ -100,7 +100,7 @@ def test_chance_of_titles_and_tokens():
     assert chance.titles({}, []).scores == chance.tokens({}, 512, "token_accuracy").scores == {}
 
 
-def test_a_score_that_its_task_does_not_know_has_its_own_name() -> None:
+def test_an_unknown_score_keeps_its_own_name() -> None:
     (known, other) = score_table.table({"other": 0.5, "loss": 1.0, "step": 3, "note": None}, score_lib.losses("loss"))
     assert (known.name, known.text, known.higher_is_better) == ("loss", "1.00 nats", False)
     assert (other.name, other.text, other.higher_is_better) == ("other", "0.500", None)

@@ -1,4 +1,4 @@
-"""Class names of one's own: read from a file, compared with those of the shards, and counted in everywhere."""
+"""Custom class names: read from a file, compared with those of the shards, and used by every task."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ NAMES = ("圆形", "方形", "三角形")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Shards whose manifest names three classes, their names in a file, and two tokenizers."""
+    """Folder with shards whose manifest names three classes, a file with the names, and two tokenizers."""
     shards.write(tmp_path / "data", (4,))
     manifest(tmp_path, NAMES)
     (tmp_path / "names.txt").write_bytes("\ufeff圆形\r\n方形\n三角形".encode())
@@ -75,7 +75,7 @@ def record(index: int, text: str) -> Record:
     return Record("a.mp4", [shards.jpeg(0)] * 4, np.arange(4), "红色的圆形在移动", [], text, index)
 
 
-def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     assert preprocess.class_names(Data()) == schema.CLASS_NAMES and len(schema.CLASS_NAMES) == 45
     file = tmp_path / "names.txt"
     file.write_bytes("\ufeff猫 和 狗\r\n一\u2028二\n三\x0b四\n".encode())
@@ -106,7 +106,7 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
         ("猫\n狗\r\n猫\n", "line 3: class name '猫' stands in line 1 already"),
     ],
 )
-def test_builder_training_and_run_folder_read_alike(
+def test_builder_training_and_run_folder_read_names_alike(
     content: str, names: tuple[str, ...] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -130,7 +130,7 @@ def test_builder_training_and_run_folder_read_alike(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tasks_count_in_the_names_of_the_run(name: str, folder: Path) -> None:
+def test_tasks_use_the_names_of_the_run(name: str, folder: Path) -> None:
     task = task_lib.get(experiment(name, folder))
     records = [record(2, "三角形"), record(0, "圆形"), record(-1, ""), record(-1, "星形")]
     examples = [task.example(one, None) for one in records]
@@ -147,7 +147,7 @@ def test_tasks_count_in_the_names_of_the_run(name: str, folder: Path) -> None:
     ]
     report = task.score(rows, records)
     assert (report.scores["labelled"], report.scores["unlisted"]) == (3, 1)
-    assert report.scores["both/head_top1"] == pytest.approx(100 / 3)  # one right, one wrong, one not in the list
+    assert report.scores["both/head_top1"] == pytest.approx(100 / 3)  # one correct, one wrong, one unlisted
     assert report.scores["both/head_top5"] == pytest.approx(200 / 3)
     assert [row["predicted"] for row in report.rows] == ["三角形", "方形", "圆形", "圆形"]
     assert [row["label"] for row in report.rows] == ["三角形", "圆形", None, "星形"]
@@ -156,7 +156,7 @@ def test_tasks_count_in_the_names_of_the_run(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_names_that_do_not_fit_are_refused(name: str, folder: Path) -> None:
+def test_names_that_do_not_fit_model_or_shards_are_refused(name: str, folder: Path) -> None:
     wide = MODELS[name].clone(classes=45)
     with pytest.raises(
         exits.Mistake, match=r"config\.model\.classes is 45; the names in .* are 3: set config\.model\.classes=3"
@@ -172,7 +172,7 @@ def test_names_that_do_not_fit_are_refused(name: str, folder: Path) -> None:
     manifest(folder, (*NAMES, "星形"))
     with pytest.raises(exits.Mistake, match=r"4 classes, class 3 is '星形', but .* 3, class 3 is 'nothing'"):
         task_lib.get(experiment(name, folder))
-    manifest(folder, None)  # shards from before there were other names have the 45
+    manifest(folder, None)  # older manifests name no classes and mean the 45 categories
     with pytest.raises(exits.Mistake, match="45 classes, class 0 is '翻唱'"):
         task_lib.get(experiment(name, folder))
     task_lib.get(experiment(name, folder, wide, classes=""))

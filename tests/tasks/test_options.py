@@ -1,4 +1,4 @@
-"""Options belong to their task: what is read, refused, completed, and of runs from before each task had its own."""
+"""Task options: reading, checking, completing, and run folders of older versions."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from ymplug_jax.tasks.mplug_video import caption, match
 from ymplug_jax.training import run_folder
 
 ROOT = Path(__file__).parent.parent.parent
-# All that the options of all tasks were, with the values that a run of task "match" had.
+# Options that an older version wrote for a run of task "match": those of all tasks.
 OLD = {
     "prompt": "", "search": "beam", "beams": 5, "prompt_tokens": 20, "new_tokens": 100, "top_k": 5, "top_p": 0.0, "temperature": 1.0,
     "reference_negatives": True, "candidates": "", "best": 16, "group": 4, "masked_share": 0.15, "entities": "",
@@ -35,7 +35,7 @@ def run_with(folder: Path, task: str, given: dict) -> Path:
     return folder
 
 
-def test_a_config_has_the_options_of_its_task_alone() -> None:
+def test_a_config_has_only_the_options_of_its_task() -> None:
     made = read("--config", str(ROOT / "configs/tiny/caption.py"), "--config.options.search=greedy")
     assert made.options == dataclasses.asdict(caption.Options(prompt_tokens=4, new_tokens=24, search="greedy"))
     assert read("--config", str(ROOT / "configs/tiny/pretrain.py")).options == {}
@@ -47,7 +47,7 @@ def test_a_config_has_the_options_of_its_task_alone() -> None:
         read("--config", str(ROOT / "configs/tiny/caption.py"), "--config.options.beams=many")
 
 
-def test_a_config_that_gives_none_has_them_all(tmp_path: Path) -> None:
+def test_missing_options_are_completed_with_defaults(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(
         "from ymplug_jax.core import config\n"
@@ -72,14 +72,14 @@ def test_a_config_that_gives_none_has_them_all(tmp_path: Path) -> None:
         (match.Options(), "config.options: options of another task"),
     ],
 )
-def test_options_that_cannot_be(given: object, message: str) -> None:
+def test_invalid_options_are_refused(given: object, message: str) -> None:
     with pytest.raises(exits.Mistake, match=message):
         options.build(caption.Options, given)
     with pytest.raises(exits.Mistake, match=message):
         options.completed(Experiment("caption", {}, options=given))
 
 
-def test_a_run_from_before_each_task_had_its_own_goes_on(tmp_path: Path) -> None:
+def test_a_run_folder_of_an_older_version_is_read(tmp_path: Path) -> None:
     kept = run_folder.read_settings(run_with(tmp_path, "match", OLD))
     assert kept.options == {"reference_negatives": True, "candidates": "", "best": 16, "group": 4}
     assert read("--workdir", str(tmp_path), "--config.options.best=8").options["best"] == 8
@@ -92,7 +92,7 @@ def test_a_run_from_before_each_task_had_its_own_goes_on(tmp_path: Path) -> None
             run_folder.read_settings(run_with(tmp_path, "match", given))
 
 
-def test_files_are_named_by_the_field() -> None:
+def test_options_that_name_files() -> None:
     found = {
         (task, field.name): field.metadata["arrays"]
         for task, module in names.tasks().items()
@@ -110,15 +110,15 @@ def test_files_are_named_by_the_field() -> None:
     assert options.files(Experiment("match", {})) == []
 
 
-def test_predict_forgets_what_is_of_training_alone() -> None:
+def test_predict_resets_options_that_only_training_uses() -> None:
     asked = options.for_predict(Experiment("alpro_pretrain", {}, options={"group": 3, "entities": "gone.npz"}))
     assert asked.options == dataclasses.asdict(alpro_pretrain.Options())
     asked = options.for_predict(Experiment("caption", {}, options={"search": "sample", "top_k": 3}))
     assert (asked.options["search"], asked.options["top_k"]) == ("sample", 3)
 
 
-def test_options_are_light_to_declare() -> None:
-    """The core knows no task: its settings are read without any."""
+def test_the_core_imports_no_task() -> None:
+    """Settings are read without importing any task."""
     code = "import sys, ymplug_jax.core.config; print([m for m in sys.modules if m.startswith('ymplug_jax.tasks')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout) == []

@@ -1,4 +1,4 @@
-"""What the scores of a task are made of, on rows made by hand: ties, several rows of a clip, answers that are no numbers."""
+"""Scores on hand-made rows: ties, several rows of a clip, and values that are not finite."""
 
 from collections.abc import Callable
 
@@ -30,12 +30,12 @@ def record(name: str, *captions: str, title: str = "", label: str = "") -> Recor
 
 
 def recalls_of(rows: list[dict], name: str) -> list[float]:
-    """R@1, R@5 and R@10 in percent by the ranks of readable rows."""
+    """R@1, R@5 and R@10 in percent from the ranks of readable rows."""
     return [100 * sum(row[name] <= k for row in rows) / len(rows) for k in (1, 5, 10)]
 
 
 def pairs_of(records: list[Record], scores: np.ndarray, scored: np.ndarray, **more) -> list[dict]:
-    """Rows of a matching task: f32[videos, texts] of clips that are numbered by first appearance."""
+    """Rows of a matching task from scores f32[videos, texts]; clips are numbered by first appearance."""
     clip = gallery.clips_of([one.media_id for one in records])[0]
     return [
         {"index": i, "match": scores[c], "scored": scored[c], "fallback": np.zeros(len(records), np.float32)}
@@ -45,10 +45,10 @@ def pairs_of(records: list[Record], scores: np.ndarray, scored: np.ndarray, **mo
 
 
 def test_retrieval_counts_by_clip_and_ties_against_the_model() -> None:
-    """Clip a has two texts; b and c have the same words, so that nothing can tell them apart: neither is found first."""
+    """Clip a has two texts; b and c have the same text and tie, so neither has rank 1."""
     records = [record("a", "甲"), record("b", "乙"), record("a", "丙"), record("c", "乙")]
     text = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]], np.float32)
-    video = np.array([[0.8, 0.6, 0], [0, 0, 1], [9, 9, 9], [0, 0, 1]], np.float32)  # of a clip the first row's counts
+    video = np.array([[0.8, 0.6, 0], [0, 0, 1], [9, 9, 9], [0, 0, 1]], np.float32)  # the first row of a clip counts
     rows = [{"index": i, "text": text[i], "video": video[i]} for i in range(4)]
     report = gallery.rank_all(rows, records)
     assert [row["t2v_rank"] for row in report.rows] == [1, 2, 1, 2]
@@ -61,12 +61,12 @@ def test_retrieval_counts_by_clip_and_ties_against_the_model() -> None:
     assert "4 rows have several captions" in gallery.rank_all(rows, several).scores["note"]
 
 
-def test_one_example_is_found() -> None:
+def test_a_single_example_has_rank_one() -> None:
     report = gallery.rank_all([{"index": 0, "text": np.ones(2), "video": np.ones(2)}], [record("a", "甲")])
     assert report.scores["r_mean"] == 100 and report.rows[0]["t2v_rank"] == 1
 
 
-def test_vectors_that_are_no_numbers_name_their_video() -> None:
+def test_the_video_of_a_vector_that_is_not_finite_is_named() -> None:
     records = [record(name, "甲") for name in "abc"]
     for key in ("text", "video"):
         rows = [{"index": i, "text": np.ones(2), "video": np.ones(2)} for i in range(3)]
@@ -82,7 +82,7 @@ def test_matching_counts_by_clip_and_ties_against_the_model() -> None:
     scores = np.array([[2, 0, 1], [0, 0, 1]], np.float32)
     report = pair_ranking.score(pairs_of(records, scores, np.ones((2, 3), bool)), records, ("match",))
     assert [row["t2v_rank"] for row in report.rows] == [1, 2, 2]
-    assert [row["v2t_rank"] for row in report.rows] == [1, 3, 1]  # of b: another text is better, and one is as good
+    assert [row["v2t_rank"] for row in report.rows] == [1, 3, 1]  # for b one text scores higher and one ties
     assert report.scores["match/t2v_r1"] == pytest.approx(100 / 3) and report.scores["match/v2t_r1"] == 50
     assert report.scores["match/v2t_mean_rank"] == 2
     assert [row["retrieved"] for row in report.rows] == [["a", "b"]] * 3
@@ -91,8 +91,8 @@ def test_matching_counts_by_clip_and_ties_against_the_model() -> None:
     assert report.rows[1]["text_match_score"] == [1, 0, 0]
 
 
-def test_pairs_that_were_not_scored_come_last_in_the_order_of_the_similarity() -> None:
-    """Similarities of nearly one value keep their order; float32 cannot hold it beside scores of thousands."""
+def test_unscored_pairs_come_last_ordered_by_similarity() -> None:
+    """Close similarities keep their order below scores of thousands, which float32 could not represent."""
     records = [record(str(i), "甲") for i in range(4)]
     scores = np.full((4, 4), -np.inf, np.float32)
     scores[0], scored = [-5000, -9000, -7000, 3], np.zeros((4, 4), bool)
@@ -102,12 +102,12 @@ def test_pairs_that_were_not_scored_come_last_in_the_order_of_the_similarity() -
     )
     report = pair_ranking.score(pairs_of(records, scores, scored, fallback=fallback), records, ("match",))
     assert report.rows[1]["retrieved"] == ["0", "1", "2", "3"] and report.rows[1]["t2v_rank"] == 2
-    assert report.rows[1]["match_score"] == [-9000, None, None, None]  # the page says that they were not scored
+    assert report.rows[1]["match_score"] == [-9000, None, None, None]  # None: shown as "not scored"
     assert report.rows[3]["t2v_rank"] == 4  # one video was scored, and two tie with it
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_model_that_gives_no_number_is_not_taken_for_a_pair_without_a_score(bad: float) -> None:
+def test_a_score_that_is_not_finite_is_not_an_unscored_pair(bad: float) -> None:
     records = [record(name, "甲") for name in "abc"]
     scores, scored = np.full((3, 3), -np.inf, np.float32), np.eye(3, dtype=bool)
     scores[scored] = 1
@@ -133,7 +133,7 @@ def test_both_stages_of_retrieval_agree_with_their_rows() -> None:
     assert recalls_of(report.rows, "t2v_rank") == [report.scores[f"match/t2v_r{k}"] for k in (1, 5, 10)]
     assert recalls_of(report.rows, "v2t_rank") == [report.scores[f"match/v2t_r{k}"] for k in (1, 5, 10)]
     assert report.rows[1]["retrieved"] == ["a", "b", "c", "d"]
-    assert report.rows[1]["similarity"] == [0.0625, 0.3125, 0.5625, 0.8125]  # of the videos beside it
+    assert report.rows[1]["similarity"] == [0.0625, 0.3125, 0.5625, 0.8125]  # similarities of the retrieved videos
 
 
 def test_an_index_of_other_videos_is_refused(tmp_path) -> None:
@@ -158,8 +158,8 @@ def votes_of(head: np.ndarray, labels: list[int]) -> list[dict]:
     return [{"index": i, "label": labels[i], "head": np.stack([line] * 3)} for i, line in enumerate(head)]
 
 
-def test_classes_are_told_by_one_rule_in_scores_and_rows() -> None:
-    """A tie is missed in the top-1, in what is "predicted" and so in the confusion matrix."""
+def test_scores_and_rows_treat_ties_alike() -> None:
+    """A tie counts as missed in top-1, in "predicted" and therefore in the confusion matrix."""
     records = [record(str(i), label=label) for i, label in enumerate(("猫", "狗", "鸟", "狗"))]
     votes = np.array([[3, 3, 0], [1, 2, 0], [3, 2, 2], [1, 1, 1]], np.float32)
     report = class_votes.report(votes_of(votes, [0, 1, 2, 1]), records, NAMES, ("head",))
@@ -170,21 +170,21 @@ def test_classes_are_told_by_one_rule_in_scores_and_rows() -> None:
     assert bool(jnp.all(losses.chosen(votes, np.array([0, 1, 2, 1])) == np.array([False, True, False, False])))
 
 
-def test_votes_whose_shares_vanish_keep_their_order() -> None:
+def test_votes_with_underflowing_shares_keep_their_order() -> None:
     report = class_votes.report(
         votes_of(np.array([[-900.0, 0, -800]]), [2]), [record("a", label="鸟")], NAMES, ("head",)
     )
     assert list(report.rows[0]["top5"]) == ["狗", "鸟", "猫"]
 
 
-def test_a_split_whose_labels_are_all_unlisted_is_missed_throughout() -> None:
+def test_unlisted_labels_count_as_missed() -> None:
     records = [record("a")._replace(label_text="鱼")] * 2
     report = class_votes.report(votes_of(np.eye(3)[:2], [-1, -1]), records, NAMES, ("head",))
     assert (report.scores["labelled"], report.scores["unlisted"], report.scores["both/head_top5"]) == (2, 2, 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_votes_that_are_no_numbers_name_their_video(bad: float) -> None:
+def test_the_video_of_a_vote_that_is_not_finite_is_named(bad: float) -> None:
     records = [record(name, label="猫") for name in "abc"]
     rows = votes_of(np.eye(3), [0, 0, 0])
     rows[2]["head"] = np.full((3, 3), bad)
@@ -207,7 +207,7 @@ def test_accuracies_of_a_loss_count_ties_against_the_model() -> None:
 
 
 def test_references_of_all_rows_of_a_clip_count() -> None:
-    """One prediction a clip against all its references, as if they stood in one row; rows of a clip need not be neighbours."""
+    """One prediction per clip is scored against the references of all its rows, which need not be neighbours."""
     rows = [{"index": i} for i in range(4)]
     records = [
         record("a", "黑色的键盘"),
@@ -220,12 +220,12 @@ def test_references_of_all_rows_of_a_clip_count() -> None:
     assert (scores["rows"], scores["clips"], scores["labelled"], scores["references"]) == (4, 2, 2, 4)
     assert [answer["references"] for answer in answers] == [["黑色的键盘", "一块键盘的特写", "键盘"], ["一只猫在睡觉"]]
     assert [(answer["index"], answer["caption"]) for answer in answers] == [(0, "一块键盘的特写"), (1, "一只狗")]
-    assert answers[0]["rouge_l"] == answers[0]["meteor"] == 1  # the reference of another row than the first
-    # By hand: 7 of 7 and 2 of 3 characters are right, 9 of 10 with a brevity penalty for 10 against 7 + 6.
+    assert answers[0]["rouge_l"] == answers[0]["meteor"] == 1  # matches the reference of a later row
+    # Computed by hand: 9 of 10 characters match, with a brevity penalty for length 10 against 7 + 6.
     assert scores["bleu1"] == pytest.approx(0.9 * np.exp(1 - 13 / 10))
 
 
-def test_one_clip_has_no_cider_and_says_so() -> None:
+def test_one_clip_has_cider_zero_and_a_note() -> None:
     scores, answers = caption.report_of(["键盘"], [{"index": 0}], [record("a", "键盘")])
     assert scores["bleu1"] == pytest.approx(1) and scores["cider"] == 0 and "CIDEr" in scores["note"]
     scores, answers = caption.report_of(["键盘"], [{"index": 0}], [record("a")])
@@ -240,10 +240,12 @@ def test_references_without_chinese_are_refused() -> None:
         caption.report_of(["", ""], [{"index": 0}, {"index": 1}], records)
     with pytest.raises(ValueError, match="item 1: the reference 'cat' has no Chinese character"):
         caption_metrics.score(["一", "二"], [["一"], ["二", "cat"]])
-    assert caption.report_of(["hello"], [{"index": 0}], records)[0]["bleu1"] == 0  # a caption may be anything
+    assert (
+        caption.report_of(["hello"], [{"index": 0}], records)[0]["bleu1"] == 0
+    )  # a caption without Chinese characters is allowed
 
 
-def test_titles_of_all_rows_of_a_clip_are_right() -> None:
+def test_titles_of_all_rows_of_a_clip_count_as_correct() -> None:
     texts: Callable[[np.ndarray], str] = "甲乙丙丁".__getitem__
     records = [record("a"), record("b"), record("a")]
     rows = [{"index": i, "ids": ids, "generated": said} for i, (ids, said) in enumerate([(0, 2), (1, 3), (2, 2)])]

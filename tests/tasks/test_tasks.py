@@ -1,4 +1,4 @@
-"""The benchmark tasks from shards to scores on a tiny model: what goes in, what counts, what is said where labels lack."""
+"""The mPLUG-video tasks from shards to scores on a tiny model: examples, losses, predictions and missing labels."""
 
 import dataclasses
 from pathlib import Path
@@ -75,21 +75,21 @@ def test_examples_keep_their_spec_and_the_loss_is_finite(name: str, data: Data) 
     }
     total, metrics = jax.jit(task.loss)(params, batch, jax.random.key(1))
     assert np.isfinite(total) and float(metrics["loss"].weight) > 0
-    # A row that is invalid counts for nothing: other values in it change nothing.
+    # Changing the values of an invalid row must not change the loss.
     batch["valid"][1] = False
     other = {key: value.copy() for key, value in batch.items()}
     for key in ("video", "ids", "plain"):
         if key in other:
             other[key][1] = 0
     for key in ("contrastive_loss", "generation_loss", "caption_loss"):
-        if key in metrics and name != "match":  # matching pairs rows with each other
+        if key in metrics and name != "match":  # matching draws pairs across rows
             values = [jax.jit(task.loss)(params, b, None)[1][key].value() for b in (batch, other)]
             assert values[0] == pytest.approx(values[1], rel=1e-5), key
 
 
 @pytest.mark.slow
-def test_classification_scores_equal_the_long_way(data: Data) -> None:
-    """The video and the prompt read once and 45 branches, against 45 whole rows."""
+def test_classification_scores_equal_separate_forward_passes(data: Data) -> None:
+    """A shared prefill with 45 branches equals 45 full rows."""
     task, params = prepared("classify", data)
     records = Records(data.path, "validation")
     batch = batch_of(task, records, None, range(2))
@@ -114,8 +114,8 @@ def test_classification_scores_equal_the_long_way(data: Data) -> None:
         )
 
 
-def test_candidates_whose_prompts_are_cut_differently() -> None:
-    """A long answer cuts more of the prompt: the shared part is what all of them keep."""
+def test_candidates_with_differently_truncated_prompts() -> None:
+    """A longer answer truncates more of the prompt; the shared part is what all rows keep."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(3, 50, 9).tolist()
     answers = [rng.integers(3, 50, n).tolist() for n in (1, 4, 2)]
@@ -148,8 +148,8 @@ def test_classification_reports_every_modality(data: Data) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_task_says_which_scores_it_has(name: str, data: Data) -> None:
-    """What an evaluation finds is what the record lists, in that order, and the record says no more than its file."""
+def test_a_task_lists_its_scores(name: str, data: Data) -> None:
+    """An evaluation reports the scores of the record, in that order, and all of them are in the module's SCORES."""
     task, params = prepared(name, data)
     records = Records(data.path, "validation")
     means = jax.jit(task.loss)(params, batch_of(task, records, None, range(4)), None)[1]
@@ -167,7 +167,7 @@ def test_a_task_says_which_scores_it_has(name: str, data: Data) -> None:
 
 
 @pytest.mark.parametrize("name", ["classify", "caption"])
-def test_splits_without_labels_say_so(name: str, data: Data) -> None:
+def test_splits_without_labels_have_a_note(name: str, data: Data) -> None:
     task, params = prepared(name, data)
     hidden = [r._replace(label_index=-1, label_text="", captions=[]) for r in Records(data.path, "validation")]
     rows = rows_of(task, params, hidden)
@@ -186,11 +186,11 @@ def test_every_search_writes_captions(search: str, data: Data) -> None:
     report = task.score(rows_of(task, params, records), records)
     assert report.scores["search"] == search and report.scores["clips"] == 10
     assert {"bleu4", "meteor", "rouge_l", "cider"} <= set(report.scores)
-    with pytest.raises(ValueError, match=r"config\.options\.search is 'best'; there are beam,"):
+    with pytest.raises(ValueError, match=r"config\.options\.search: unknown search 'best'; choose one of beam,"):
         prepared("caption", data, search="best")
 
 
-def test_clips_of_one_name_stand_in_the_gallery_once(data: Data) -> None:
+def test_rows_of_one_clip_are_in_the_gallery_once(data: Data) -> None:
     records = [r._replace(media_id="a" if i < 3 else str(i)) for i, r in enumerate(Records(data.path, "validation"))]
     task, params = prepared("retrieve", data)
     report = task.score(rows_of(task, params, records), records)
@@ -220,7 +220,7 @@ def test_matching_scores_all_pairs_or_the_best_of_an_index(data: Data, tmp_path:
     records = Records(data.path, "validation")
     rows = rows_of(task, params, records)
     full = task.rescore(params, rows, kept_of(task, rows))
-    cut = task.rescore(params, rows, kept_of(task, rows, devices=8, batch=8))  # each row is on one device of eight
+    cut = task.rescore(params, rows, kept_of(task, rows, devices=8, batch=8))  # each row is on one of eight devices
     for one, other in zip(full, cut, strict=True):
         for name in match.NAMES:
             np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-6)
@@ -229,7 +229,7 @@ def test_matching_scores_all_pairs_or_the_best_of_an_index(data: Data, tmp_path:
     assert {"generation/t2v_r1", "head/v2t_r10", "head/r_mean"} <= set(report.scores)
     matrix = np.stack([row["head"] for row in full])
     assert np.isfinite(matrix).all() and (matrix >= 0).all() and (matrix <= 1).all()
-    # One pair by itself, the long way.
+    # One pair in a separate forward pass.
     model = MODELS["match"]
     run = model.bind({"params": params})
     prefix = rows[3]["prefix"][None]
@@ -253,21 +253,21 @@ def test_matching_scores_all_pairs_or_the_best_of_an_index(data: Data, tmp_path:
         some.rescore(params, rows, kept_of(some, rows))
 
 
-def test_negatives_are_true_ones_unless_the_reference_is_asked_for(data: Data) -> None:
-    """Labels know another title of the same clip; in the reference's rows the negatives are pairs that match."""
-    records = [r._replace(captions=[]) for r in Records(data.path, "train")]  # told apart by their titles
+def test_reference_negatives_restores_the_matching_pairs_of_the_reference(data: Data) -> None:
+    """Another title of the same clip is labelled as a match; the reference's "negatives" are matching pairs."""
+    records = [r._replace(captions=[]) for r in Records(data.path, "train")]  # the titles differ, the captions do not
     task, params = prepared("match", data)
     batch = batch_of(task, records, None, range(4))
     reference, _ = prepared("match", data, reference_negatives=True)
-    rng = np.random.default_rng(0)  # at the start the video hardly shows in the logits
+    rng = np.random.default_rng(0)  # at initialisation the video hardly affects the logits
     params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.3, leaf.shape).astype(np.float32), params)
     key = jax.random.key(0)
     ours, theirs = (jax.jit(t.loss)(params, batch, key)[1] for t in (task, reference))
     assert float(ours["head_loss"].weight) == float(theirs["head_loss"].weight) == 12
     assert ours["head_loss"].value() != theirs["head_loss"].value()
-    same = batch | {"clip": np.zeros_like(batch["clip"])}  # all of one clip: every row is a match
+    same = batch | {"clip": np.zeros_like(batch["clip"])}  # one clip: every row is a match
     other = batch | {"clip": np.arange(8, dtype=np.int32).reshape(4, 2)}
-    params["head"]["out"]["bias"] += np.array([0.0, 50.0], np.float32)  # always yes
+    params["head"]["out"]["bias"] += np.array([0.0, 50.0], np.float32)  # always answers yes
     shares = [jax.jit(task.loss)(params, b, key)[1]["head_accuracy"].value() for b in (same, other)]
     assert shares == [1.0, pytest.approx(1 / 3)]
     wrong = experiment("match", data)
@@ -277,12 +277,14 @@ def test_negatives_are_true_ones_unless_the_reference_is_asked_for(data: Data) -
 
 
 @pytest.mark.parametrize("group", [2, 3, 12])
-def test_negatives_come_from_the_own_group(group: int) -> None:
+def test_negatives_come_from_the_same_group(group: int) -> None:
     videos, texts, others = match.rows(jax.random.key(0), 12 // group, group, match.Options())
     assert videos.shape == texts.shape == others.shape == (12 // group, group, 3)
     own = np.broadcast_to(np.arange(group)[:, None], videos[..., :1].shape)
-    np.testing.assert_array_equal(videos[..., :1], own)  # its own pair first
-    np.testing.assert_array_equal(np.sort(videos, axis=1), np.broadcast_to(own, videos.shape))  # each video thrice
+    np.testing.assert_array_equal(videos[..., :1], own)  # the first pair is its own
+    np.testing.assert_array_equal(
+        np.sort(videos, axis=1), np.broadcast_to(own, videos.shape)
+    )  # each video occurs three times
     assert np.all(videos[..., 1:] != own)
     np.testing.assert_array_equal(texts, np.broadcast_to(own, texts.shape))
     np.testing.assert_array_equal(texts, others)
@@ -294,10 +296,10 @@ def test_negatives_come_from_the_own_group(group: int) -> None:
     np.testing.assert_array_equal(taken, x[starts[:, None] + np.asarray(videos).reshape(12, 3)])
 
 
-def test_matching_of_groups_is_the_mean_of_groups(data: Data) -> None:
-    """Each group of a batch by itself, with its draws, gives the sums of the batch."""
+def test_matching_over_groups_is_the_sum_of_the_groups(data: Data) -> None:
+    """The loss sums of a batch equal those of its groups evaluated separately."""
     task, params = prepared("match", data, group=2)
-    batch = batch_of(task, Records(data.path, "train"), None, range(4))  # two rows have one derangement: no luck in it
+    batch = batch_of(task, Records(data.path, "train"), None, range(4))  # two rows have only one derangement
     whole, *halves = (
         jax.jit(task.loss)(params, {name: x[part] for name, x in batch.items()}, None)[1]
         for part in (slice(4), slice(2), slice(2, 4))
@@ -307,7 +309,7 @@ def test_matching_of_groups_is_the_mean_of_groups(data: Data) -> None:
         assert float(whole[name].total) == pytest.approx(sum(float(half[name].total) for half in halves), rel=1e-5)
 
 
-def test_the_same_rows_stand_side_by_side_on_any_mesh(data: Data) -> None:
+def test_pairs_do_not_depend_on_the_mesh(data: Data) -> None:
     task, params = prepared("match", data, group=4)
     batch = batch_of(task, Records(data.path, "train"), None, range(8))
     found = []
@@ -321,7 +323,7 @@ def test_the_same_rows_stand_side_by_side_on_any_mesh(data: Data) -> None:
         assert found[1][name].value() == pytest.approx(mean.value(), rel=1e-5), name
 
 
-def test_retrieval_leaves_the_abstractor_alone(data: Data) -> None:
+def test_retrieval_freezes_the_abstractor(data: Data) -> None:
     run = setup.prepare(experiment("retrieve", data), jax.devices()[:1])
     assert {"abstractor", "connector", "llm"} == set(run.frozen)
     assert set(run.state.trainable) == {"vision", "vision_proj", "text_proj", "temperature"}
@@ -330,7 +332,7 @@ def test_retrieval_leaves_the_abstractor_alone(data: Data) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_eight_devices_equal_one(name: str, data: Data) -> None:
-    """Negatives and candidates come from the whole global batch, wherever its rows lie; generation does not mind either."""
+    """Losses and predictions of a sharded batch equal those on one device."""
     task, params = prepared(name, data)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.05, leaf.shape).astype(np.float32), params)
@@ -352,7 +354,7 @@ def test_eight_devices_equal_one(name: str, data: Data) -> None:
 
 def test_wrong_heads_are_named(data: Data) -> None:
     for name, model, message in (
-        ("classify", BASE, "config.model.classes is 0; the categories are 45"),
+        ("classify", BASE, "config.model.classes is 0; the categories are 45: set config.model.classes=45"),
         ("match", BASE, "matching has two"),
         ("retrieve", BASE, "contrastive_width is 0"),
     ):

@@ -1,1 +1,1 @@
-"""What an evaluation or a run looks like: the HTML report, contact sheets and loss curves."""
+"""Reports of evaluations and runs: HTML report, contact sheets and loss curves."""

@@ -1,43 +1,43 @@
-"""Classification by class: confusion matrices, precision and recall."""
+"""Per-class results: confusion matrices, precision and recall."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-MATRIX = 45  # classes of a matrix at most, the commonest ones
-TABLE = 500  # classes of the table at most
+MATRIX = 45  # most frequent classes shown in a matrix
+TABLE = 500  # classes shown in the table
 
 
 class Matrix(NamedTuple):
-    """Rows: true classes that occur, commonest first. Columns: these, then classes that were only answered."""
+    """Confusion matrix. Rows: true classes, most frequent first. Columns: the same, then classes that were only predicted."""
 
     title: str
     names: list[str]
     answers: list[str | None]
-    cells: list[tuple[str, list[tuple[int, float]]]]  # true class, then of each answer its count and share of the row
+    cells: list[tuple[str, list[tuple[int, float]]]]  # true class; per column the count and its share of the row
     right: int
     labelled: int
-    left_out: int  # true and answered classes that the picture has no room for
+    left_out: int  # true and predicted classes that are not shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One class. Shares are fractions; None where there is nothing to divide by."""
+    """Row of the class table. Shares are fractions; None if the denominator is 0."""
 
     name: str
     count: int
     share: float
-    by: list[tuple[int, float | None, float | None]]  # of each kind of vote: times answered, precision, recall
+    by: list[tuple[int, float | None, float | None]]  # per kind of vote: times predicted, precision, recall
 
 
 def matrix(rows: Sequence[Mapping[str, Any]], key: str, title: str) -> Matrix | None:
-    """The confusion matrix of one kind of vote over the labelled rows; None if there are none.
+    """Confusion matrix of one kind of vote over the labelled rows; None if there are none.
 
     Args:
-      rows: with "label" (None: not labelled) and `key`.
-      key: of the answer in a row.
-      title: in words.
+      rows: Readable rows with "label" (None: not labelled) and `key`.
+      key: Key of the predicted class in a row.
+      title: Title of the matrix.
     """
     pairs = Counter((row["label"], row.get(key)) for row in rows if row.get("label"))
     if not pairs:
@@ -60,11 +60,11 @@ def matrix(rows: Sequence[Mapping[str, Any]], key: str, title: str) -> Matrix | 
 
 
 def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[Line]:
-    """Precision, recall and count of every class that occurs or was answered, commonest first.
+    """Precision, recall and count of every class that occurs or was predicted, most frequent first.
 
     Args:
-      rows: with "label" (None: not labelled) and the answers under `keys`.
-      keys: kinds of vote.
+      rows: Readable rows with "label" (None: not labelled) and the predicted classes under `keys`.
+      keys: Kinds of votes.
     """
     known = [row for row in rows if row.get("label")]
     truths = Counter(row["label"] for row in known)

@@ -1,4 +1,4 @@
-"""Contact sheet: the frames that a model saw of each clip, with lines of text above them, as one picture."""
+"""Contact sheet: one image with the frames that the model saw of each clip, below lines of text."""
 
 import io
 import os
@@ -15,22 +15,22 @@ from ymplug_jax.data import frames as frames_lib
 from ymplug_jax.reports import fonts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
-MOST = 64  # clips on a sheet
-HIGHEST = 60_000  # pixels: pictures of 65,536 and more cannot be written
-NARROWEST = 620  # pixels, so that text has room beside a single frame
-LINES = 12  # lines of text of a clip
-COLUMNS = 8  # frames beside each other at most
+MOST = 64  # clips per sheet
+HIGHEST = 60_000  # height in pixels; Matplotlib cannot write 65,536 or more
+NARROWEST = 620  # width in pixels, so that text fits beside a single frame
+LINES = 12  # lines of text per clip
+COLUMNS = 8  # frames per row
 DPI = 110
-FRAME = (220, 150)  # pixels of a frame's place, width and height
-MARGIN, LINE, STAMP = 12, 21, 17  # pixels: around everything, a line of text, the time under a frame
-POINTS = 10  # of the text
+FRAME = (220, 150)  # width and height of a frame's cell in pixels
+MARGIN, LINE, STAMP = 12, 21, 17  # pixels: outer margin, height of a text line, height of a time stamp
+POINTS = 10  # font size of the text
 
 
 def check(path: Path) -> None:
-    """Refuse a file that `draw` could not write, before anything is decoded.
+    """Check that `draw` can write the file, before any video is decoded.
 
     Raises:
-      Mistake: a suffix that cannot be drawn, a folder of that name, or no folder to write to.
+      Mistake: The suffix is not supported, the path is a folder, or its folder does not exist or is not writable.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -41,29 +41,29 @@ def check(path: Path) -> None:
     if not path.parent.is_dir():
         raise Mistake(f"--sheet {path}: no such folder {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise Mistake(f"--sheet {path}: no permission to write there; name another place")
+        raise Mistake(f"--sheet {path}: no permission to write there; give another path")
 
 
 def draw(path: Path, records: Sequence[Any], texts: Sequence[str | Sequence[str]], frames: int) -> int:
-    """Draw `frames` frames of every record, chosen as in evaluation, under its lines of text.
+    """Draw `frames` frames of every record, chosen as in evaluation, below its lines of text.
 
-    Long lines are wrapped; a clip's text is cut after LINES lines, and no more than MOST clips are drawn.
+    Long lines are wrapped, the text of a clip is truncated to LINES lines, and at most MOST clips are drawn.
 
     Args:
-      path: of the picture, see `check`.
-      records: data.records.Record each.
-      texts: for each record its lines, first the most important one, as a sequence or as one string; Chinese is fine.
-      frames: T of the model.
+      path: Path of the image, see `check`.
+      records: Records to draw.
+      texts: Lines of text of each record, the most important first, as a sequence or as one string; may be Chinese.
+      frames: Frames per clip, T of the model.
 
     Returns:
-      The number of clips that were drawn.
+      The number of clips drawn.
 
     Raises:
-      Mistake: the place cannot be written to.
-      ValueError: not as many texts as records, or no records.
+      Mistake: The file cannot be written.
+      ValueError: The number of texts differs from the number of records, or there are no records.
     """
     if len(records) != len(texts) or not len(records):
-        raise ValueError(f"{len(texts)} texts for {len(records)} records")
+        raise ValueError(f"{len(texts)} texts for {len(records)} records; give one text per record")
     across = min(frames, COLUMNS)
     width = max(2 * MARGIN + across * FRAME[0], NARROWEST)
     pictures, words, top = [], [], 0  # (x, y, image), (x, y, text, size, colour)
@@ -93,7 +93,7 @@ def draw(path: Path, records: Sequence[Any], texts: Sequence[str | Sequence[str]
 
 
 def _compose(width: int, height: int, pictures: list[tuple], words: list[tuple], form: str) -> bytes:
-    """A picture of frames and text at their places, counted in pixels from the top left."""
+    """Encode an image of frames and texts; positions are in pixels from the top left."""
     from matplotlib.figure import Figure
 
     canvas = np.full((height, width, 3), 255, np.uint8)
@@ -105,19 +105,18 @@ def _compose(width: int, height: int, pictures: list[tuple], words: list[tuple],
     for x, y, text, size, colour in words:
         figure.text(
             x / width, 1 - y / height, text, fontsize=size, color=colour, va="top", fontfamily=families,
-            parse_math=False,  # a title may hold dollar signs
+            parse_math=False,  # a title may contain dollar signs
         )  # fmt: skip
     buffer = io.BytesIO()
-    packing: dict[str, Any] = (
-        {"pil_kwargs": {"compress_level": 2}} if form == "png" else {}
-    )  # most of the time goes into packing
+    # PNG compression takes most of the time.
+    packing: dict[str, Any] = {"pil_kwargs": {"compress_level": 2}} if form == "png" else {}
     figure.savefig(buffer, format=form, dpi=DPI, **packing)
     return buffer.getvalue()
 
 
 def wrap(lines: Sequence[str], width: int) -> list[str]:
-    """Lines cut to `width` pixels, anywhere in Chinese and at spaces where there are any; at most LINES, then a dash of dots."""
-    room = width / (POINTS / 72 * DPI / 2)  # half an em each; Chinese characters take two
+    """Wrap lines to `width` pixels, at spaces if possible and between any Chinese characters; at most LINES lines, the last one "…"."""
+    room = width / (POINTS / 72 * DPI / 2)  # in half ems; a Chinese character takes two
     made: list[str] = []
     for text in lines:
         text = "".join(c if c.isprintable() else " " for c in str(text).expandtabs(4)).rstrip()
@@ -131,7 +130,7 @@ def wrap(lines: Sequence[str], width: int) -> list[str]:
 
 
 def _fits(text: str, room: float) -> int:
-    """How many characters fit, at least one."""
+    """Number of leading characters that fit, at least one."""
     size = 0.0
     for place, character in enumerate(text):
         size += 2 if unicodedata.east_asian_width(character) in "WF" else 1.15
@@ -141,7 +140,7 @@ def _fits(text: str, room: float) -> int:
 
 
 def _fit(jpeg: bytes) -> np.ndarray:
-    """uint8[h, w, 3] that fits into a frame's place with a little room; grey where nothing can be read."""
+    """Decode a JPEG and scale it to a frame's cell: uint8[h, w, 3]; a grey image if it cannot be decoded."""
     image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
     if image is None:
         return np.full((FRAME[1] - 6, FRAME[0] - 6, 3), 220, np.uint8)
@@ -151,11 +150,11 @@ def _fit(jpeg: bytes) -> np.ndarray:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """The whole file or none."""
+    """Write the file atomically."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise Mistake(f"--sheet {path}: cannot be written: {error.strerror or error}; name another place") from None
+        raise Mistake(f"--sheet {path}: cannot be written: {error.strerror or error}; give another path") from None

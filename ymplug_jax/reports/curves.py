@@ -1,4 +1,4 @@
-"""Loss curves: training, evaluation and learning rate of one run or of several, as a picture."""
+"""Loss curves: training loss, evaluation loss and learning rate of one or several runs, as an image."""
 
 import io
 import math
@@ -11,12 +11,12 @@ from etils import epath
 from ymplug_jax.core.metrics import read_metrics
 from ymplug_jax.reports import fonts
 
-MARKED = 40  # up to so many points each is marked; a smoothed line is drawn beyond
+MARKED = 40  # up to this many points, each has a marker; longer curves are smoothed
 COLOURS = ("#3b6fb6", "#d9730d", "#2e8b57", "#a23b72", "#8c6d1f", "#5b5bd6", "#00838f", "#b3261e", "#6b7280", "#7cb518")
 
 
 class Curve(NamedTuple):
-    """Points of one run, by step; a value that was not finite is NaN."""
+    """Points of one run by step; values that were not finite are NaN."""
 
     train: np.ndarray  # f64[N, 2]: step, loss
     evaluation: np.ndarray  # f64[M, 2]: step, loss
@@ -29,10 +29,10 @@ class Curve(NamedTuple):
 
 
 def draw_curve(workdir: epath.Path) -> epath.Path | None:
-    """Write `loss.png` of a run: training loss, evaluation loss and learning rate by step.
+    """Write `loss.png` of a run: training loss, evaluation loss and learning rate over steps.
 
     Returns:
-      Its path; None if nothing was logged.
+      The path of the file; None if the run logged no loss.
     """
     curve = read(workdir)
     if curve.empty:
@@ -43,7 +43,7 @@ def draw_curve(workdir: epath.Path) -> epath.Path | None:
 
 
 def read(workdir: epath.Path) -> Curve:
-    """The curve in a run's `metrics.jsonl`. A training interval whose loss was never finite counts as NaN."""
+    """Read the curve of a run from `metrics.jsonl`. A training interval without a finite loss is NaN."""
     train, evaluation, rate = [], [], []
     for line in read_metrics(workdir):
         step = line["step"]
@@ -58,19 +58,19 @@ def read(workdir: epath.Path) -> Curve:
 
 
 def picture(curves: Mapping[str, Curve], *, title: str = "", width: float = 8.0) -> bytes:
-    """`figure` as a PNG."""
+    """Render `figure` as a PNG."""
     buffer = io.BytesIO()
     figure(curves, title=title, width=width).savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 
 def figure(curves: Mapping[str, Curve], *, title: str = "", width: float = 8.0) -> Any:
-    """A Matplotlib figure of one run (with its learning rate below) or of several over one another.
+    """Matplotlib figure of the losses of one or several runs, with the learning rates below if they were logged.
 
     Args:
-      curves: name -> curve; those without a point are left out.
-      title: above the picture.
-      width: inches.
+      curves: Curves by name; empty curves are left out.
+      title: Title of the figure.
+      width: Width in inches.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -100,7 +100,7 @@ def figure(curves: Mapping[str, Curve], *, title: str = "", width: float = 8.0) 
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     first, last = axes.dataLim.intervalx
-    if first == last:  # a single step: whole numbers around it
+    if first == last:  # a single step: keep integer ticks around it
         axes.set_xlim(first - 1, last + 1)
     for panel in panels:
         panel.grid(alpha=0.25)
@@ -112,7 +112,7 @@ def figure(curves: Mapping[str, Curve], *, title: str = "", width: float = 8.0) 
 
 
 def _draw(axes: Any, curve: Curve, colour: str, second: str, prefix: str, alone: bool) -> None:
-    """Losses of one run; the legend's entries are the lines as they are drawn."""
+    """Draw the losses of one run, with labels for the legend."""
     if len(curve.train):
         steps, losses = curve.train.T
         smoothed, window = smooth(losses)
@@ -123,7 +123,7 @@ def _draw(axes: Any, curve: Curve, colour: str, second: str, prefix: str, alone:
                 axes.plot(steps, losses, color=colour, alpha=0.35, linewidth=0.8, label="training")
             axes.plot(steps, smoothed, color=colour, linewidth=1.6, label=f"{prefix}training, mean of {window} points")
         bad = steps[~np.isfinite(losses)]
-        if len(bad):  # at the lower edge, whatever the scale is
+        if len(bad):  # marked at the lower edge on any scale
             edge = np.zeros(len(bad))
             axes.plot(
                 bad, edge, "x", color="#c4322b" if alone else colour, clip_on=False, transform=axes.get_xaxis_transform(),
@@ -136,9 +136,9 @@ def _draw(axes: Any, curve: Curve, colour: str, second: str, prefix: str, alone:
 
 
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Centred moving mean over a twentieth of the points, f64[N] -> (f64[N], window); NaN where the value itself is NaN.
+    """Centred moving mean over a twentieth of the points: f64[N] -> (f64[N], window). NaN stays NaN.
 
-    At the ends, and beside NaN, the mean is taken over what there is. Up to MARKED points nothing is smoothed: window 1.
+    At the ends and beside NaN the mean is over the points that exist. Up to MARKED points, the window is 1 (no smoothing).
     """
     count = len(values)
     window = 1 if count <= MARKED else 2 * max(1, count // 40) + 1
@@ -152,7 +152,7 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _marks(values: np.ndarray) -> dict[str, Any]:
-    """A marker on every point where they are few, and on those that have no neighbour to be joined with."""
+    """Markers on every point of a short curve; on a long curve only on points without a finite neighbour."""
     if len(values) <= MARKED:
         return {"marker": "o", "markersize": 3}
     there = np.concatenate([[False], np.isfinite(values), [False]])
@@ -161,7 +161,7 @@ def _marks(values: np.ndarray) -> dict[str, Any]:
 
 
 def _wide(curves: Sequence[Curve]) -> bool:
-    """Whether the losses span so much that a linear scale shows only the largest."""
+    """Whether the losses span more than two orders of magnitude, which needs a log scale."""
     losses = np.concatenate([points[:, 1] for curve in curves for points in (curve.train, curve.evaluation)])
     losses = losses[np.isfinite(losses)]
     return len(losses) > 0 and losses.min() > 0 and losses.max() > 100 * losses.min()

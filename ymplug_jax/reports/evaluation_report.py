@@ -1,4 +1,4 @@
-"""An evaluation as one self-contained HTML page: scores, loss curve, settings, classes, examples with their frames, retrieval grids."""
+"""Evaluation report: one self-contained HTML page with scores, loss curve, settings, classes and examples with frames."""
 
 import json
 import shlex
@@ -17,8 +17,8 @@ from ymplug_jax.reports import classes, curves, examples, score_table
 from ymplug_jax.reports.pictures import Pictures, data_uri
 from ymplug_jax.tasks.presentation import Page, ReadableRow, Score
 
-LONGEST = 400  # characters of a text on the page
-SAID = 10  # examples that are printed
+LONGEST = 400  # characters of a text on the page; longer texts are truncated
+SAID = 10  # examples printed on the terminal
 FACTS = ("task", "split", "step", "examples", "labelled", "search", "note", "unlisted")
 
 
@@ -33,17 +33,17 @@ def write(
     experiment: Experiment | None = None,
     workdir: epath.Path | None = None,
 ) -> None:
-    """Write the page.
+    """Write the HTML report of an evaluation.
 
     Args:
-      path: of the HTML file.
-      scores: name -> value.
-      rows: readable predictions.
-      records: the split, for the frames; rows name their record by "index".
-      known: scores of the task.
-      page: how the task's rows are shown.
-      experiment: the settings, None: not shown.
-      workdir: the run's folder, for its loss curve and the command that trained it.
+      path: Path of the HTML file.
+      scores: Values by score name.
+      rows: Readable rows.
+      records: Records of the split, for the frames; a row refers to its record by "index". None: no frames.
+      known: Scores of the task.
+      page: How the task's rows are shown.
+      experiment: Settings to show; None: none.
+      workdir: Folder of the run, for its loss curve and training command; None: neither is shown.
     """
     chance, votes = page.chance(scores, rows), page.votes if rows else {}
     lines = classes.table(rows, list(votes)) if votes else []
@@ -65,11 +65,11 @@ def write(
         table=examples.table(page, rows),
         percent=lambda share: score_table.with_unit(None if share is None else 100 * share, "%"),
     )
-    path.write_bytes(text.encode("utf-8", "replace"))  # a file name may hold bytes that are no text
+    path.write_bytes(text.encode("utf-8", "replace"))  # a file name may contain bytes that are not UTF-8
 
 
 def summary(scores: Mapping[str, Any], rows: Sequence[ReadableRow], *, known: Sequence[Score], page: Page) -> str:
-    """The scores and the first predictions for a terminal, arguments as for `write`."""
+    """Scores and first predictions as text for a terminal; arguments as for `write`."""
     chance = page.chance(scores, rows)
     head = (
         f"{scores.get('task')} on {scores.get('split')}: step {scores.get('step')}, {scores.get('examples')} examples"
@@ -89,7 +89,7 @@ def summary(scores: Mapping[str, Any], rows: Sequence[ReadableRow], *, known: Se
 
 
 def summary_of_seeds(result: Mapping[str, Any], known: Sequence[Score]) -> str:
-    """Mean and standard deviation of every score over several seeds, for a terminal; `known` are the scores of the task."""
+    """Mean and standard deviation of every score over several seeds, as text; `known` are the scores of the task."""
     spread = {name: value for name, value in result.items() if isinstance(value, Mapping)}
     means, deviations = (
         score_table.table({name: value[key] for name, value in spread.items()}, known) for key in ("mean", "std")
@@ -102,7 +102,7 @@ def summary_of_seeds(result: Mapping[str, Any], known: Sequence[Score]) -> str:
 
 
 def render(name: str, **values: Any) -> str:
-    """A template of this package, filled in. Whatever stands in `values` is escaped."""
+    """Render a template of this package. All `values` are escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"cut": _cut, "cut_name": _cut_name}
@@ -115,13 +115,13 @@ def _cut(text: Any) -> str:
 
 
 def _cut_name(text: Any) -> str:
-    """The end of a file's name tells more than its middle."""
+    """Truncate a file name in the middle and keep its end."""
     text = str(text)
     return text if len(text) <= 160 else f"{text[:60]}…{text[-99:]}"
 
 
 def grouped(lines: Sequence[score_table.Shown]) -> dict[str, list[score_table.Shown]]:
-    """Group -> its scores, in order."""
+    """Scores by group, in order."""
     groups: dict[str, list[score_table.Shown]] = {}
     for line in lines:
         groups.setdefault(line.group, []).append(line)
@@ -129,7 +129,7 @@ def grouped(lines: Sequence[score_table.Shown]) -> dict[str, list[score_table.Sh
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as path -> value, as the command line names them."""
+    """Flatten nested settings to path -> value, with paths as on the command line."""
     if not isinstance(settings, Mapping):
         return {prefix: settings}
     return {
@@ -140,7 +140,7 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """A command line as it can be given again."""
+    """The command line as text that can be run again."""
     if not argv:
         return ""
     program = Path(argv[0])
@@ -149,12 +149,12 @@ def command_of(argv: Sequence[str]) -> str:
 
 
 def _commands(workdir: epath.Path | None) -> dict[str, str]:
-    """Words -> command: of the training, if the run's folder tells, and of this evaluation."""
+    """Label -> command: the training command, if the run's folder records it, and this evaluation."""
     commands = {}
     try:
         facts = json.loads((workdir / "environment.json").read_text(encoding="utf-8")) if workdir else {}
         commands["trained by"] = command_of([str(word) for word in facts["command"]])
-    except (OSError, ValueError, KeyError, TypeError):  # a folder without training, or of another version
+    except (OSError, ValueError, KeyError, TypeError):  # not trained here, or by another version
         pass
     return commands | {"evaluated by": command_of(sys.argv)}
 

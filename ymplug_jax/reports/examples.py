@@ -1,4 +1,4 @@
-"""Which examples stand on the page of an evaluation, and as what: cards with pictures, and one table of all."""
+"""Examples in the report of an evaluation: cards with frames, and a table of all examples."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,27 +6,27 @@ from typing import Any
 
 from ymplug_jax.tasks.presentation import Cell, Frames, Page, ReadableRow
 
-LISTED = 1000  # rows of the table
+LISTED = 1000  # rows shown in the table
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Some examples under a heading."""
+    """A group of examples under one heading."""
 
     title: str
-    kind: str  # which form of card
+    kind: str  # card layout, `Part.form`
     cards: list[dict[str, Any]]
-    count: int  # examples that belong here; the cards are the first of them
+    count: int  # examples in the group, shown or not
 
     @property
     def told(self) -> str:
-        """How many are shown, in words."""
+        """How many of the examples are shown."""
         return f"{len(self.cards)} of {self.count} shown"
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All examples, or the first of them."""
+    """Table of all examples, or of the first ones."""
 
     columns: list[str]
     rows: list[list[Cell]]
@@ -34,12 +34,12 @@ class Table:
 
 
 def sections(page: Page, rows: Sequence[ReadableRow], frames: Frames) -> list[Section]:
-    """The examples that are worth looking at, those with mistakes first.
+    """Groups of examples as cards, errors first.
 
     Args:
-      page: of their task.
-      rows: readable predictions.
-      frames: (place of a record, how many) -> pictures.
+      page: Page of the task.
+      rows: Readable rows.
+      frames: (position in the split, number of frames) -> data URIs.
     """
     return [
         Section(part.title, part.form, [part.card(row, frames) for row in part.rows], part.count)
@@ -49,7 +49,7 @@ def sections(page: Page, rows: Sequence[ReadableRow], frames: Frames) -> list[Se
 
 
 def table(page: Page, rows: Sequence[ReadableRow]) -> Table:
-    """Every example in a line, without pictures, at most LISTED of them."""
+    """Table of examples without frames, at most LISTED rows."""
     if not page.columns:
         return Table([], [], 0)
     made: list[list[Cell]] = []

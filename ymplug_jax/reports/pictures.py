@@ -1,4 +1,4 @@
-"""Frames of records as small pictures inside a page."""
+"""Frames of records as thumbnails embedded in a page."""
 
 import base64
 from functools import lru_cache
@@ -8,20 +8,20 @@ import numpy as np
 
 from ymplug_jax.data.records import Split
 
-FRAMES = 4  # of a clip
-HEIGHT = 96  # pixels of a frame on the page
-WIDEST = 4  # times the height; what is wider is squeezed
+FRAMES = 4  # frames per clip
+HEIGHT = 96  # height of a thumbnail in pixels
+WIDEST = 4  # largest width as a multiple of the height; wider frames are squeezed
 
 
 class Pictures:
-    """Thumbnails as data URIs."""
+    """Thumbnails of records as data URIs, cached."""
 
     def __init__(self, records: Split | None):
         self._records = records
         self._of = lru_cache(maxsize=512)(self._draw)
 
     def of(self, index: int | None, count: int = FRAMES) -> list[str]:
-        """`count` frames of the record at `index`, evenly spread; [] where there is no such record or none can be drawn."""
+        """`count` evenly spaced frames of the record at `index`; [] if there is no such record or no frame can be decoded."""
         if self._records is None or index is None or not 0 <= index < len(self._records):
             return []
         return self._of(index, count)
@@ -48,5 +48,5 @@ def _small(jpeg: bytes) -> str | None:
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """A picture as text that a page can hold."""
+    """Encode an image as a data URI."""
     return f"data:image/{kind};base64," + base64.b64encode(data).decode()

@@ -1,4 +1,4 @@
-"""Scores as people read them: names in an order, three digits and a unit, the chance level beside."""
+"""Score tables for people: ordered labels, three significant digits, units and chance levels."""
 
 import math
 import unicodedata
@@ -13,9 +13,9 @@ class Shown(NamedTuple):
 
     group: str
     name: str
-    value: float | None  # in the shown unit; None: nothing was counted, or not finite
+    value: float | None  # in the shown unit; None: not counted or not finite
     unit: str
-    higher_is_better: bool | None  # None: of a score that its task does not know
+    higher_is_better: bool | None  # None: not a score of the task
     chance: float | None  # in the shown unit
 
     @property
@@ -25,18 +25,18 @@ class Shown(NamedTuple):
 
     @property
     def chance_text(self) -> str:
-        """The score by chance and its unit; empty where it is not known."""
+        """The chance level and its unit; empty if it is not known."""
         return "" if self.chance is None else with_unit(self.chance, self.unit)
 
 
 def three_digits(value: float | None) -> str:
-    """Three significant digits without an exponent where it can be: 57.1, 5.26, 0.0123, 1234; a dash for None and NaN."""
+    """Three significant digits, without an exponent if possible: 57.1, 5.26, 0.0123, 1234; a dash for None and NaN."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
         return "0"
     places = 2 - math.floor(math.log10(abs(value)))
-    if round(abs(value), places) >= 10 ** (3 - places):  # 9.996 has become 10.0
+    if round(abs(value), places) >= 10 ** (3 - places):  # 9.996 rounds to 10.0
         places -= 1
     return f"{value:.2e}" if places > 6 else f"{value:.{max(0, places)}f}"
 
@@ -48,12 +48,12 @@ def with_unit(value: float | None, unit: str) -> str:
 
 
 def table(scores: Mapping[str, Any], known: Sequence[Score], chance: Mapping[str, float] | None = None) -> list[Shown]:
-    """The scores in the order of `known`, groups together; texts and counts are left out.
+    """Table rows of the scores in the order of `known`, with groups kept together. Texts and counts are left out.
 
     Args:
-      scores: as in scores.json: floats are scores, None a score that was not counted.
-      known: scores of the task. Others follow them under their own names, without a unit.
-      chance: name -> score by chance, in the stored unit.
+      scores: Content of scores.json: floats are scores, None is a score that was not counted.
+      known: Scores of the task. Other scores follow under their own names, without a unit.
+      chance: Chance levels by score name, in the stored unit.
     """
     named = {score.name: score for score in known}
     there = {
@@ -71,7 +71,7 @@ def table(scores: Mapping[str, Any], known: Sequence[Score], chance: Mapping[str
 
 
 def text(lines: Sequence[Shown]) -> str:
-    """The table for a terminal, with aligned columns."""
+    """Format the table for a terminal, with aligned columns."""
     if not lines:
         return ""
     names = [f"{line.group}: {line.name}" if line.group else line.name for line in lines]
@@ -84,6 +84,6 @@ def text(lines: Sequence[Shown]) -> str:
 
 
 def columns_of(text: str) -> int:
-    """Columns that a text takes on a terminal: Chinese characters take two."""
+    """Width of a text on a terminal in columns: Chinese characters take two."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(bool(unicodedata.combining(character)) for character in text)

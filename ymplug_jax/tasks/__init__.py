@@ -1,4 +1,4 @@
-"""What models are trained and evaluated for, by family. For use by themselves: `metrics` (recalls, top-k) and `ranking` of a gallery."""
+"""Training and evaluation tasks by model family. `metrics` (recalls, top-k) and `ranking` can be used on their own."""
 
 from ymplug_jax.tasks.common import ranking
 from ymplug_jax.tasks.common import task_metrics as metrics

@@ -1,13 +1,13 @@
-"""Predictions of a whole split that stay on the devices, in the dtype that the model computes in.
+"""Predictions of a whole split that stay on the devices, in the model's compute dtype.
 
-Encodings of videos and texts are too large for every host: the 128 visual tokens of a 1.3B model's clip are 0.5 MB in bfloat16. So the
-devices hold them, cut along the rows of each batch, and whoever scores pairs takes a few rows at a time.
+Encodings of videos and texts are too large to gather to every host: the 128 visual tokens of one clip in the 1.3B model take 0.5 MB in
+bfloat16. They are kept on the devices, sharded along the rows of each batch, and pair scoring takes a few rows at a time.
 
-Memory of one device for N examples of R bytes each, on D devices along the mesh axes of the batch (data x fsdp):
+Memory per device for N examples of R bytes each and batches of B rows, on D devices along the mesh axes of the batch (data x fsdp):
 
-    ceil(N / B) * B * R / D     B: rows of a batch
+    ceil(N / B) * B * R / D
 
-Beside it stand one batch of predictions while it is written, B * R / D, and the rows that are taken. The hosts hold none of it.
+Writing a batch needs B * R / D bytes more, and the rows taken for scoring are held as well. The hosts hold none of it.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class KeptRows:
     arrays: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def put(self, number: int, batch: dict[str, jax.Array]) -> None:
-        """Write a batch of predictions, [B, ...] each, cut over the batch axes, as batch `number`."""
+        """Write a batch of predictions, [B, ...] each, sharded over the batch axes, as batch `number`."""
         place = NamedSharding(self.mesh, P(None, BATCH_AXES))
         for name, part in batch.items():
             if name not in self.arrays:
@@ -42,7 +42,16 @@ class KeptRows:
 
 
 def take(table: jax.Array, rows: jax.Array, mesh: Mesh) -> jax.Array:
-    """Rows of the split on every device, under `jax.jit`: table f[batches, B, ...] of `KeptRows`, int32[...] -> f[..., *row]."""
+    """Take rows of the split and replicate them; call it under `jax.jit`.
+
+    Args:
+      table: f[batches, B, ...], one of `KeptRows.arrays`.
+      rows: int32[...], positions in the split.
+      mesh: the mesh of the table.
+
+    Returns:
+      f[..., *row], the same on every device.
+    """
     whole = P()
     part = jax.shard_map(_take, mesh=mesh, in_specs=(P(None, BATCH_AXES), whole), out_specs=whole, check_vma=False)
     return part(table, rows)
@@ -50,7 +59,7 @@ def take(table: jax.Array, rows: jax.Array, mesh: Mesh) -> jax.Array:
 
 @cache
 def _write(place: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    """Compiled once for a place."""
+    """The compiled write, cached per sharding."""
     return jax.jit(_written, donate_argnums=0, out_shardings=place)
 
 
@@ -59,7 +68,7 @@ def _written(table: jax.Array, part: jax.Array, number: jax.Array) -> jax.Array:
 
 
 def _take(part: jax.Array, rows: jax.Array) -> jax.Array:
-    """On one device: part [batches, b, ...] of the arrays. A row is on one device alone, so that the sum over all is that row."""
+    """`take` on one device, which holds [batches, b, ...]. Exactly one device holds each row, so the sum over devices is the row."""
     size = part.shape[1]
     first = jax.lax.axis_index(BATCH_AXES) * size
     batch, place = jnp.divmod(rows, size * jax.lax.axis_size(BATCH_AXES))
@@ -69,7 +78,7 @@ def _take(part: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def first_not_finite(x: jax.Array) -> jax.Array:
-    """The first value of each row that is no finite number, 0 where all are: f[B, ...] -> f32[B]."""
+    """First non-finite value of each row, 0 if the row is finite: f[B, ...] -> f32[B]."""
     flat = x.reshape(len(x), -1).astype(jnp.float32)
     bad = ~jnp.isfinite(flat)
     value = jnp.take_along_axis(flat, jnp.argmax(bad, axis=1)[:, None], axis=1)[:, 0]

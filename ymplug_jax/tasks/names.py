@@ -1,4 +1,4 @@
-"""Which tasks there are. Whatever has a `make` below `tasks/FAMILY/` is one."""
+"""Lookup of tasks by name. Every module `tasks/FAMILY/*.py` that defines `make` is a task."""
 
 import importlib
 from pathlib import Path
@@ -9,9 +9,10 @@ from ymplug_jax.tasks.presentation import Score
 
 
 def modules() -> dict[str, str]:
-    """Dotted module by task name. A task of `mplug_video/` is called by its file's name, one of another family FAMILY_FILE.
+    """Map each task name to its dotted module, without importing any.
 
-    What a family's tasks share lies beside them and has no `make`; it is listed here all the same, see `module_of`.
+    A task in `mplug_video/` is named after its file; a task of any other family is named FAMILY_FILE. The result includes
+    a family's shared modules, which define no `make`; `module_of` rejects those.
     """
     files = [
         p for p in sorted(Path(__file__).parent.glob("*/*.py")) if p.parent.name != "common" and p.stem != "__init__"
@@ -21,25 +22,25 @@ def modules() -> dict[str, str]:
 
 
 def module_of(task: str) -> ModuleType:
-    """The file of a task.
+    """Import the module of a task.
 
     Raises:
-      Mistake: no such task; the message lists all.
+      Mistake: The task does not exist; the message lists all tasks.
     """
     found = modules()
     if task in found and hasattr(made := importlib.import_module(found[task]), "make"):
         return made
-    raise Mistake(f"config.task is {task!r}; there are {', '.join(tasks())}")
+    raise Mistake(f"config.task: unknown task {task!r}; choose one of {', '.join(tasks())}")
 
 
 def tasks() -> dict[str, ModuleType]:
-    """The files of all tasks by name, sorted."""
+    """The modules of all tasks, sorted by task name."""
     every = {name: importlib.import_module(dotted) for name, dotted in sorted(modules().items())}
     return {name: module for name, module in every.items() if hasattr(module, "make")}
 
 
 def scores_of(task: str) -> tuple[Score, ...]:
-    """All scores that evaluations of a task may have, and after them those of all others: a run may be of another version."""
+    """Scores of a task, followed by those of all other tasks: scores.json of an older version may name any of them."""
     every = {name: tuple(getattr(module, "SCORES", ())) for name, module in tasks().items()}
     found = {score.name: score for score in every.get(task, ())}
     for score in (score for scores in every.values() for score in scores):
@@ -48,5 +49,5 @@ def scores_of(task: str) -> tuple[Score, ...]:
 
 
 def answering(command: str) -> list[str]:
-    """The tasks whose runs answer a command of `predict`."""
+    """Names of the tasks whose runs support a command of `predict`."""
     return [name for name, module in tasks().items() if command in getattr(module, "ANSWERS", ())]

@@ -1,6 +1,6 @@
-"""Options of a task: the frozen dataclass `Options` beside its `make`, and what the programs read from its fields.
+"""Task options: the frozen dataclass `Options` beside a task's `make`, read and checked from `config.options`.
 
-An option that names a file, has limits, or does not matter to `predict` says so where it is declared:
+`option` declares limits, file names and whether `predict` uses a value:
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -21,7 +21,7 @@ from ymplug_jax.tasks.names import module_of, modules
 
 T = TypeVar("T")
 WHERE = "config.options"
-# Every task had these in its settings before each had its own. A config.json of that time is read without those that are not its task's.
+# Older versions wrote these options into the config.json of every task; the ones that a task does not have are ignored when it is read.
 ONCE_SHARED = frozenset((
     "prompt", "search", "beams", "prompt_tokens", "new_tokens", "top_k", "top_p", "temperature", "reference_negatives", "candidates",
     "best", "group", "masked_share", "entities", "reference_entities", "prompts", "answers",
@@ -30,7 +30,7 @@ ONCE_SHARED = frozenset((
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-    """Of a task that declares none."""
+    """Options of a task that declares none."""
 
 
 class File(NamedTuple):
@@ -38,7 +38,7 @@ class File(NamedTuple):
 
     name: str
     value: str
-    arrays: tuple[str, ...]  # that it must hold, where it is one of numpy's
+    arrays: tuple[str, ...]  # arrays that it must hold if it is an .npz file
 
 
 def option(
@@ -50,35 +50,35 @@ def option(
     arrays: tuple[str, ...] = (),
     predict: bool = True,
 ) -> T:
-    """A field of `Options`.
+    """Declare a field of `Options`.
 
     Args:
-      default: its value where none is given; the type of later values is that of the annotation.
-      least: the smallest value; one below 1 and above 0 stands for "above 0".
-      most: the largest value.
-      file: whether it names a file, empty for none.
-      arrays: of numpy that the file must hold.
-      predict: whether the answers of `ymplug_jax.predict` depend on it; if not, they are computed with the default.
+      default: Default value. The field's annotation is the type that given values are checked against.
+      least: Smallest allowed value; a value between 0 and 1 means "above 0".
+      most: Largest allowed value.
+      file: Whether the value names a file; the empty string means no file.
+      arrays: Names of the arrays that the .npz file must hold.
+      predict: Whether `ymplug_jax.predict` depends on the option; if not, it uses the default.
     """
     facts = {"least": least, "most": most, "file": file, "arrays": arrays, "predict": predict}
     return dataclasses.field(default=default, metadata=facts)
 
 
 def class_of(task: str) -> type:
-    """The dataclass of a task's options."""
+    """The `Options` dataclass of a task, `NoOptions` if it declares none."""
     found = getattr(module_of(task), "Options", NoOptions)
     assert isinstance(found, type)
     return found
 
 
 def build(cls: type[T], given: object) -> T:
-    """A task's options from the settings: an instance, or its fields by name.
+    """Build a task's options from an instance or from a mapping of field names to values.
 
     Raises:
-      Mistake: an option that the task does not have, a value of another type or out of range; the message names it.
+      Mistake: An option is unknown, has the wrong type or is out of range; the message names it.
     """
     if dataclasses.is_dataclass(given) and not isinstance(given, cls):
-        raise Mistake(f"{WHERE}: options of another task ({type(given).__module__}); give those of config.task")
+        raise Mistake(f"{WHERE}: options of another task ({type(given).__module__}); give the options of config.task")
     fields = {field.name: field.metadata for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     least = {name: facts["least"] for name, facts in fields.items() if facts.get("least") is not None}
     most = {name: facts["most"] for name, facts in fields.items() if facts.get("most") is not None}
@@ -87,14 +87,14 @@ def build(cls: type[T], given: object) -> T:
 
 
 def completed(experiment: Experiment, *, stored: bool = False) -> Experiment:
-    """The experiment with all options of its task as a dict, checked.
+    """The experiment with its options checked and completed, as a dict.
 
     Args:
-      experiment: whose options may be a dataclass, or a dict of some of them.
-      stored: from the config.json of a run, which may be older than `Options` of the tasks.
+      experiment: Its options may be a dataclass, or a dict of some of the fields.
+      stored: Whether the options come from a run's config.json, which an older version may have written.
 
     Raises:
-      Mistake: no such task, or options that it does not have.
+      Mistake: The task does not exist or does not have one of the options.
     """
     cls, given = class_of(experiment.task), experiment.options
     if stored and isinstance(given, Mapping):
@@ -104,9 +104,9 @@ def completed(experiment: Experiment, *, stored: bool = False) -> Experiment:
 
 
 def complete(settings: ConfigDict) -> ConfigDict:
-    """The locked settings with all options of their task, so that each can be set on the command line; `settings` is changed."""
+    """Add all options of the task to `settings`, in place, so that each one is a command-line flag."""
     if settings.get("task") not in modules():
-        return settings  # said by whoever makes the task
+        return settings  # the unknown name is reported when the task is made
     own = class_of(settings.task)()
     given = settings.get("options", ConfigDict()).to_dict()
     with settings.unlocked():
@@ -115,7 +115,7 @@ def complete(settings: ConfigDict) -> ConfigDict:
 
 
 def files(experiment: Experiment) -> list[File]:
-    """The options that name files, those that are empty left out."""
+    """The non-empty options that name files."""
     options: object = build(class_of(experiment.task), experiment.options)
     found = [
         File(field.name, str(getattr(options, field.name)), tuple(field.metadata["arrays"]))
@@ -126,13 +126,13 @@ def files(experiment: Experiment) -> list[File]:
 
 
 def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
-    """The experiment with some of its options replaced."""
+    """The experiment with the given options replaced."""
     options: object = build(class_of(experiment.task), experiment.options)
     return dataclasses.replace(experiment, options=config.settings_of(options) | dict(values))
 
 
 def for_predict(experiment: Experiment) -> Experiment:
-    """The experiment with the default in every option that does not matter to `predict`."""
+    """The experiment with every option that `predict` does not use reset to its default."""
     fields = dataclasses.fields(class_of(experiment.task))
     return with_values(
         experiment, {field.name: field.default for field in fields if not field.metadata.get("predict", True)}

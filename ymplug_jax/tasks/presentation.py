@@ -1,6 +1,6 @@
-"""What a task tells the report page and `ymplug_jax.predict` about its results: its scores, its examples, its answers.
+"""How a task presents its results in reports and in `ymplug_jax.predict`: scores, examples and answers.
 
-Readable rows are the JSON objects of predictions.jsonl, scores those of scores.json.
+A readable row is one JSON object of predictions.jsonl; `Scores` is the content of scores.json.
 """
 
 import dataclasses
@@ -13,42 +13,39 @@ from ymplug_jax.data.records import Record
 
 ReadableRow = Mapping[str, Any]
 Scores = Mapping[str, Any]
-Cell = tuple[str, float | None, str]  # text, number to sort by, and "right", "wrong" or ""
-Frames = Callable[[int | None, int], list[str]]  # (place of a record in the split, how many) -> pictures
-
-
-Card = Callable[
-    [ReadableRow, Frames], dict[str, Any]
-]  # values that the card's form names, and "sort", a number to order by
+Cell = tuple[str, float | None, str]  # text, sort key, and "right", "wrong" or ""
+Frames = Callable[[int | None, int], list[str]]  # (position in the split, number of frames) -> data URIs
+# -> the values that the card's template uses, and "sort", its sort key
+Card = Callable[[ReadableRow, Frames], dict[str, Any]]
 
 
 class Score(NamedTuple):
-    """A number of scores.json."""
+    """Description of one number in scores.json."""
 
     name: str
-    label: str  # in words
-    group: str = ""  # heading that it stands under
+    label: str  # display name
+    group: str = ""  # heading of its group in the report
     unit: str = ""
-    factor: float = 1  # from the stored to the shown number
+    factor: float = 1  # shown value = factor * stored value
     higher_is_better: bool = True
 
 
 class Chance(NamedTuple):
-    """Scores of a model that sees nothing."""
+    """Expected scores of a model that ignores its input."""
 
-    scores: dict[str, float]  # name of the score -> its value by chance, in the stored unit
-    notes: list[str]  # how they were found, one sentence each
+    scores: dict[str, float]  # score name -> chance level, in the stored unit
+    notes: list[str]  # how the chance levels were computed, one sentence each
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some examples under a heading of the page."""
+    """A group of examples under one heading of the page."""
 
     title: str
-    form: str  # of their cards: "classes", "captions", "t2v", "v2t" or "titles", see reports/evaluation_report.html
-    rows: Sequence[ReadableRow]  # that are drawn
-    count: int  # examples that belong here; the drawn ones are some of them
-    card: Card  # what is drawn of a row
+    form: str  # card layout in reports/evaluation_report.html: "classes", "captions", "t2v", "v2t" or "titles"
+    rows: Sequence[ReadableRow]  # examples shown as cards
+    count: int  # examples in the group, shown or not
+    card: Card  # turns a row into the values of its card
 
 
 def _no_chance(scores: Scores, rows: Sequence[ReadableRow]) -> Chance:
@@ -57,24 +54,23 @@ def _no_chance(scores: Scores, rows: Sequence[ReadableRow]) -> Chance:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """How the report page shows a task's readable rows. A task without examples keeps the defaults."""
+    """How the report page shows a task's readable rows. The defaults show no examples."""
 
-    columns: tuple[str, ...] = ()  # of the table of all examples, between the place and the file
-    line: Callable[[ReadableRow], list[Cell]] = lambda row: []  # a row's cells under them
-    parts: Callable[[Sequence[ReadableRow]], list[Part]] = lambda rows: []  # examples that are drawn as cards
-    votes: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # key of an answered class -> words, for its matrix
+    columns: tuple[str, ...] = ()  # columns of the table of all examples, between "place" and "file"
+    line: Callable[[ReadableRow], list[Cell]] = lambda row: []  # cells of one row under `columns`
+    parts: Callable[[Sequence[ReadableRow]], list[Part]] = lambda rows: []  # examples shown as cards
+    # key of a predicted class in the row -> title of its confusion matrix
+    votes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chance: Callable[[Scores, Sequence[ReadableRow]], Chance] = _no_chance
-    about: Callable[[Sequence[ReadableRow]], str] = lambda rows: ""  # a phrase about all rows, for the head of the page
+    about: Callable[[Sequence[ReadableRow]], str] = lambda rows: ""  # a phrase about all rows for the head of the page
 
 
 class Answer(NamedTuple):
-    """What `predict` says about one clip."""
+    """The answer of `predict` about one clip."""
 
-    json: dict[str, Any]  # "video" is its name
-    lines: tuple[str, ...]  # the same for a person; whoever prints them escapes what a terminal cannot show
+    json: dict[str, Any]  # "video" is the clip's name
+    lines: tuple[str, ...]  # the same as text; the caller escapes characters that a terminal cannot show
 
 
-# (predictions of a clip, its record, how many answers are wanted) -> answer
+# (predictions of a clip, its record, number of answers) -> answer
 Describe = Callable[[Mapping[str, np.ndarray], Record, int], Answer]

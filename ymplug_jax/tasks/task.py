@@ -1,7 +1,7 @@
-"""What a task is: one record of functions that binds a model to data. `names.py` says how a task is called in a config.
+"""The `Task` record: the functions that bind a model to data. `names.py` maps the names in configs to tasks.
 
-A task's file holds `make`, which builds the record; and where there are any, `Options` (its settings, see options.py), `SCORES` (all
-that its evaluations may have, see presentation.py) and `ANSWERS` (the commands of `ymplug_jax.predict` that its runs answer).
+A task module defines `make`, which builds the record, and optionally `Options` (its settings, see options.py), `SCORES` (every score
+that its evaluation may report, see presentation.py) and `ANSWERS` (the commands of `ymplug_jax.predict` that its runs support).
 """
 
 import dataclasses
@@ -26,62 +26,59 @@ from ymplug_jax.tasks import names
 from ymplug_jax.tasks.kept_rows import KeptRows
 from ymplug_jax.tasks.presentation import Describe, Page, Score
 
-Batch = dict[str, jax.Array]  # fixed shapes, leading axis B, always has valid: bool[B]
+Batch = dict[str, jax.Array]  # fixed shapes with leading axis B; always contains valid: bool[B]
 Example = dict[str, np.ndarray]
 
-# Kinds of shards by what their records have. All have frames.
-TITLED = ("pretrain", "classification", "question")  # a title; of questions it is the question
-CAPTIONED = ("captioning", "retrieval")  # captions
+# Kinds of shards by the text of their records. All records have frames.
+TITLED = ("pretrain", "classification", "question")  # records with a title; for "question" it is the question
+CAPTIONED = ("captioning", "retrieval")  # records with captions
 
-Resize = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (stored value, wanted shape) -> value
-Row = dict[str, np.ndarray]  # one example's predictions, without B; "index" is its place in the split
+Resize = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (stored value, required shape) -> value
+Row = dict[str, np.ndarray]  # predictions of one example, without B; "index" is its position in the split
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What an evaluation found."""
+    """Result of an evaluation."""
 
     scores: dict[str, Any]  # written to scores.json
-    rows: list[dict[str, Any]]  # readable, one an example, written to predictions.jsonl
-    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # written to index.npz if there are any
+    rows: list[dict[str, Any]]  # one readable row per example, written to predictions.jsonl
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # written to index.npz unless empty
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task on one model: everything that the programs (train, evaluate, predict) need to know about either."""
+    """One task on one model, as the programs (train, evaluate, predict) see it."""
 
-    kinds: tuple[str, ...]  # of shards (schema.COLUMNS) whose columns are what `example` reads; "text" is a text file
-    axes: AxisRules  # AXES of the model file
-    frozen: tuple[str, ...]  # path regexes, full match
-    init: Callable[[jax.Array], Params]  # key -> fresh parameters, float32
-    example: Callable[
-        [Record, np.random.Generator | None], Example
-    ]  # (record, rng or None for evaluation) -> fixed-shape arrays
-    spec: Mapping[str, jax.ShapeDtypeStruct]  # one training example, without B and without valid
-    # (params, batch, key or None for evaluation) -> (scalar loss, metrics); metrics["loss"].weight weighs micro-batches
+    kinds: tuple[str, ...]  # kinds of shards (schema.COLUMNS) that `example` can read; "text" is a text file
+    axes: AxisRules  # partition rules of the parameters: AXES of the model module
+    frozen: tuple[str, ...]  # regexes that match whole paths of frozen parameters
+    init: Callable[[jax.Array], Params]  # key -> initial parameters, float32
+    # (record, rng; None in evaluation) -> arrays of fixed shape
+    example: Callable[[Record, np.random.Generator | None], Example]
+    spec: Mapping[str, jax.ShapeDtypeStruct]  # shapes and dtypes of one training example, without B and `valid`
+    # (params, batch, key; None in evaluation) -> (scalar loss, metrics); micro-batches are weighted by metrics["loss"].weight
     loss: Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
     predict: Callable[[Params, Batch], dict[str, jax.Array]] | None = None  # arrays with leading axis B
-    # Where scoring needs the model once more (all pairs): (params, rows, kept predictions) -> rows, on every host alike.
+    # Second model pass for scoring pairs: (params, rows, kept predictions) -> rows, the same on every host. None: not needed.
     rescore: Callable[[Params, list[Row], KeptRows], list[Row]] | None = None
-    kept: tuple[str, ...] = ()  # predictions too large for every host: they stay on the devices, for `rescore` alone
-    score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split)
-    scores: tuple[Score, ...] = ()  # that an evaluation may have, in the order in which they are shown
+    kept: tuple[str, ...] = ()  # predictions that stay on the devices for `rescore`, too large to gather to hosts
+    score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split) -> report
+    scores: tuple[Score, ...] = ()  # scores that an evaluation may report, in display order
     page: Page = dataclasses.field(default_factory=Page)  # how the report shows the readable rows
     describe: Mapping[str, Describe] = dataclasses.field(default_factory=dict)  # command of `predict` -> its answer
     embeds: bool = False  # "video" and "text" of a row are unit vectors, f32[E], which `predict retrieve` ranks
-    fresh: tuple[str, ...] = ()  # path regexes that `init_from` may lack: heads that this task adds
-    resize: Mapping[str, Resize] = dataclasses.field(
-        default_factory=dict
-    )  # path -> how a stored table of another size becomes ours
-    bounds: Mapping[str, tuple[float, float]] = dataclasses.field(
-        default_factory=dict
-    )  # path -> limits that a trained value is cut to after each update
+    fresh: tuple[str, ...] = ()  # path regexes that may be missing from `init_from`, e.g. new heads
+    # path -> how to resize a stored table of another size
+    resize: Mapping[str, Resize] = dataclasses.field(default_factory=dict)
+    # path -> (low, high) that a trained parameter is clipped to after each update
+    bounds: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def score_named(self, name: str) -> Score:
         """The score that `config.train.best` names.
 
         Raises:
-          Mistake: the task has no such score; the message names the nearest one, or all.
+          Mistake: The task has no such score; the message suggests the closest name or lists all.
         """
         found = next((score for score in self.scores if score.name == name), None)
         if found is None:
@@ -94,7 +91,7 @@ class Task:
         return found
 
 
-DTYPES = ("float32", "bfloat16", "float16")  # that models compute in
+DTYPES = ("float32", "bfloat16", "float16")  # compute dtypes of models
 SHARES = ("dropout", "drop_path")
 ABOVE_ZERO = ("mlp_ratio", "ln_eps", "norm_eps", "rope_theta")
 SIZES = (
@@ -116,10 +113,10 @@ SIZES = (
 
 
 def get(experiment: Experiment) -> Task:
-    """The task that the experiment names, with its model.
+    """Make the task of an experiment, with its model.
 
     Raises:
-      Mistake: no such task, or a setting that its model or its options do not have.
+      Mistake: The task does not exist, or a setting of its model or options is invalid.
     """
     made = names.module_of(experiment.task).make(experiment)
     assert isinstance(made, Task)
@@ -127,15 +124,15 @@ def get(experiment: Experiment) -> Task:
 
 
 def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> Any:
-    """A linen module from nested settings: the fields of a module are its settings.
+    """Build a linen module from nested settings: the module's fields are its settings.
 
     Raises:
-      Mistake: a setting that the module does not have, or a value of another type; the message names it.
+      Mistake: A setting is unknown or has the wrong type or size; the message names it.
     """
     if isinstance(settings, cls):
         return settings
     if not isinstance(settings, Mapping):
-        raise Mistake(f"{where}: {settings!r} are no settings of {cls.__name__}")
+        raise Mistake(f"{where}: {settings!r} is not a mapping; give the fields of {cls.__name__} by name")
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
     for given in settings:
@@ -156,45 +153,45 @@ def build(cls: type[nn.Module], settings: Any, where: str = "config.model") -> A
 
 
 def _decoder(settings: Any, where: str) -> LanguageModel:
-    """A language model from its settings, of which "kind" names its class.
+    """Build the language model whose class is named by the setting "kind".
 
     Raises:
-      Mistake: no kind, an unknown one, or what `build` raises.
+      Mistake: The kind is missing or unknown, or `build` raises it.
     """
     if isinstance(settings, LanguageModel):
         return settings
     if not isinstance(settings, Mapping):
-        raise Mistake(f"{where}: {settings!r} are no settings of a language model")
+        raise Mistake(f"{where}: {settings!r} is not a mapping; give kind and the fields of that language model")
     kinds, kind = language_models.KINDS, settings.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        raise Mistake(f"{where}.kind is {kind!r}; there are {', '.join(kinds)}")
+        raise Mistake(f"{where}.kind: unknown kind {kind!r}; choose one of {', '.join(kinds)}")
     return build(kinds[kind], {name: value for name, value in settings.items() if name != "kind"}, where)
 
 
 def _check_sizes(module: nn.Module, where: str) -> None:
-    """Whether a module can have these sizes. A number that is none of SIZES may be 0, which leaves a part out.
+    """Check the sizes, rates and dtypes of a module. Integers not in SIZES may be 0, which disables a part.
 
     Raises:
-      Mistake: a size, a share or a dtype that cannot be; the message names the setting.
+      Mistake: A value is out of range; the message names the setting.
     """
     for field in dataclasses.fields(module):
         value, name = getattr(module, field.name), f"{where}.{field.name}"
         if field.name in ("parent", "name"):
             continue
         if field.name == "dtype" and value not in DTYPES:
-            raise Mistake(f"{name} is {value!r}; there are {', '.join(DTYPES)}")
+            raise Mistake(f"{name}: unknown dtype {value!r}; choose one of {', '.join(DTYPES)}")
         if field.name == "remat" and value not in ("none", *layers.REMAT):
-            raise Mistake(f"{name} is {value!r}; there are none, {', '.join(layers.REMAT)}")
+            raise Mistake(f"{name}: unknown policy {value!r}; choose one of none, {', '.join(layers.REMAT)}")
         if field.name in SHARES and not 0 <= value < 1:
-            raise Mistake(f"{name}: {value!r} is no share; give 0 or more, and less than 1")
+            raise Mistake(f"{name}: {value!r} is out of range; give 0 or more and less than 1")
         if field.name in ABOVE_ZERO and value <= 0:
             raise Mistake(f"{name}: {value!r} is too small; it must be above 0")
         if type(value) is int and value < (least := int(field.name in SIZES)):
             raise Mistake(f"{name}: {value} is too small; give {least} or more")
     heads, width, kv_heads = getattr(module, "heads", 1), getattr(module, "width", None), getattr(module, "kv_heads", 1)
     if heads % kv_heads:
-        raise Mistake(f"{where}.kv_heads: {heads} heads cannot share {kv_heads}; choose a divisor of {where}.heads")
+        raise Mistake(f"{where}.kv_heads: {kv_heads} does not divide {heads} heads; choose a divisor of {where}.heads")
     if getattr(module, "head_dim", 2) % 2:
-        raise Mistake(f"{where}.head_dim: {module.head_dim} is odd; rotary positions need an even number")
+        raise Mistake(f"{where}.head_dim: {module.head_dim} is odd; give an even number, as rotary positions need")
     if width is not None and not hasattr(module, "head_dim") and width % heads:
-        raise Mistake(f"{where}.width: {width} cannot be cut into {heads} heads; choose a multiple of {where}.heads")
+        raise Mistake(f"{where}.width: {width} is not divisible by {heads} heads; choose a multiple of {where}.heads")

@@ -1,4 +1,4 @@
-"""ALPRO's tasks from shards to scores on a tiny model: examples, losses that do not mind the mesh, both stages of retrieval."""
+"""The ALPRO tasks from shards to scores on a tiny model: examples, losses on any mesh, both stages of retrieval."""
 
 import dataclasses
 import json
@@ -77,14 +77,14 @@ def experiment(name: str, data: Data, model: ALPRO | None = None, **options) -> 
 
 
 def prepared(name: str, data: Data, **options) -> tuple[Task, dict]:
-    """The task with parameters that are not at their start, where videos hardly differ."""
+    """The task with perturbed parameters: at initialisation, videos hardly differ."""
     task = task_lib.get(experiment(name, data, **options))
     params, rng = jax.jit(task.init)(jax.random.key(0)), np.random.default_rng(0)
     return task, jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.05, leaf.shape).astype(np.float32), params)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_examples_keep_their_spec_and_padding_counts_for_nothing(name: str, data: Data) -> None:
+def test_examples_keep_their_spec_and_padding_is_ignored(name: str, data: Data) -> None:
     task, params = prepared(name, data)
     batch = batch_of(task, Records(data.path, "train"), np.random.default_rng(0), range(8))
     assert {key: (value.shape[1:], value.dtype) for key, value in batch.items() if key != "valid"} == {
@@ -103,7 +103,7 @@ def test_examples_keep_their_spec_and_padding_counts_for_nothing(name: str, data
 
 @pytest.mark.parametrize("name", MODELS)
 def test_eight_devices_equal_one(name: str, data: Data) -> None:
-    """The contrastive loss meets the global batch, and the same key draws the same negatives, wherever the rows lie."""
+    """Losses, drawn negatives and gradients of a sharded batch equal those on one device."""
     group = {"group": 4} if name == "alpro_retrieve" else {}
     task, params = prepared(name, data, **group)
     batch = batch_of(task, Records(data.path, "validation"), None, range(8))
@@ -114,7 +114,7 @@ def test_eight_devices_equal_one(name: str, data: Data) -> None:
             placed = jax.device_put(batch, sharding.batch_sharding(mesh))
             whole = jax.device_put(params, sharding.replicated(mesh))
             step = jax.value_and_grad(lambda p, b: task.loss(p, b, jax.random.key(3)), has_aux=True)
-            if name == "alpro_pretrain":  # all losses in one; their gradients, too
+            if name == "alpro_pretrain":  # has all losses, so compare its gradients as well
                 (_, means), grads = jax.jit(step)(whole, placed)
             else:
                 (_, means), grads = jax.jit(task.loss)(whole, placed, jax.random.key(3)), {}
@@ -162,7 +162,7 @@ def test_negatives_are_drawn_by_similarity_and_never_match() -> None:
     np.testing.assert_array_equal(pair_losses.take(np.arange(6), np.array([1, 2, 0, 2, 0, 1]), 3), [1, 2, 0, 5, 3, 4])
 
 
-def test_masking_shares_and_what_is_spared() -> None:
+def test_masking_shares_and_excluded_tokens() -> None:
     ids = np.tile(np.r_[2, 5:60, 3, [0] * 7], (200, 1))
     draws = pair_losses.draw_masking(jax.random.key(0), ids.shape, 64, 0.15)
     shown, told = pair_losses.mask_words(ids, draws, (0, 2, 3), 4)
@@ -174,7 +174,7 @@ def test_masking_shares_and_what_is_spared() -> None:
     assert share == pytest.approx(0.8, abs=0.03) and kept == pytest.approx(0.1, abs=0.03)
 
 
-def test_boxes_lie_inside_and_keep_their_area() -> None:
+def test_boxes_are_inside_the_image_with_the_right_area() -> None:
     rng = np.random.default_rng(0)
     boxes = np.array([encode_pairs.choose_box(224, 16, rng) for _ in range(300)])
     assert (boxes[:, :2] + boxes[:, 2:] <= 14).all() and (boxes >= [0, 0, 1, 1]).all()
@@ -186,7 +186,7 @@ def test_boxes_lie_inside_and_keep_their_area() -> None:
     assert inside[0, top : top + height, left : left + width].all()
 
 
-def test_rows_whose_teacher_is_unsure_are_left_out() -> None:
+def test_rows_with_an_uncertain_teacher_are_excluded() -> None:
     targets = jnp.array([[0.9, 0.05, 0.05], [0.1, 0.8, 0.1], [0.15, 0.7, 0.15]])
     many = jnp.full((1, 10), 0.1)
     logits, valid = jnp.zeros((3, 3)), jnp.ones(3, bool)
@@ -211,7 +211,7 @@ def test_the_teacher_is_frozen_and_its_entities_come_from_the_file(data: Data, t
         task_lib.get(experiment("alpro_pretrain", data, entities=str(tmp_path / "index.npz")))
 
 
-def test_the_teacher_sees_the_region_alone(data: Data) -> None:
+def test_the_teacher_sees_only_the_region(data: Data) -> None:
     task, params = prepared("alpro_pretrain", data)
     batch = batch_of(task, Records(data.path, "train"), np.random.default_rng(0), range(2))
     box = np.array([[1, 0, 2, 3]] * 2, np.int32)
@@ -225,7 +225,7 @@ def test_the_teacher_sees_the_region_alone(data: Data) -> None:
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
 
 
-def test_the_prompter_leaves_a_table_of_entities(data: Data) -> None:
+def test_the_prompter_writes_a_table_of_entities(data: Data) -> None:
     task, params = prepared("alpro_prompter", data)
     records = Records(data.path, "validation")
     report = task.score(task.rescore(params, rows := rows_of(task, params, records), kept_of(task, rows)), records)
@@ -247,7 +247,7 @@ def test_retrieval_matches_all_pairs_or_the_best(data: Data) -> None:
     full = task.rescore(params, rows, kept_of(task, rows))
     matrix = np.stack([row["match"] for row in full])
     assert matrix.shape == (10, 10) and np.isfinite(matrix).all()
-    run = MODELS["alpro_retrieve"].bind({"params": params})  # one pair by itself
+    run = MODELS["alpro_retrieve"].bind({"params": params})  # one pair in a separate forward pass
     pair = run.fuse(rows[7]["states"][None], rows[7]["mask"][None], rows[2]["tokens"][None])
     logits = run.match_logits(pair)[0]
     assert matrix[2, 7] == pytest.approx(float(logits[1] - logits[0]), rel=1e-4, abs=1e-5)
@@ -291,9 +291,9 @@ def test_questions_are_answered_from_a_list(data: Data, tmp_path: Path) -> None:
     rows = rows_of(task, params, records)
     assert [int(row["label"]) for row in rows] == [-1] * 4 + [1] * 6
     for row in rows:
-        row["head"] = np.eye(3, dtype=np.float32)[[1, 1, 0]]  # right, right, wrong
+        row["head"] = np.eye(3, dtype=np.float32)[[1, 1, 0]]  # correct, correct, wrong
     scores = task.score(rows, records).scores
-    assert (scores["labelled"], scores["unlisted"]) == (10, 4)  # an answer that is not in the list is missed
+    assert (scores["labelled"], scores["unlisted"]) == (10, 4)  # unlisted answers count as missed
     assert (scores["both/head_top1"], scores["title/head_top1"]) == (60, 0)
     (tmp_path / "answers.txt").write_text("猫\n猫\n", encoding="utf-8")
     with pytest.raises(ValueError, match="answer '猫' stands in line 1 already"):
@@ -302,8 +302,8 @@ def test_questions_are_answered_from_a_list(data: Data, tmp_path: Path) -> None:
         task_lib.get(experiment("alpro_classify", data, model, answers="nowhere.txt"))
 
 
-def test_the_temperature_keeps_within_its_limits(data: Data) -> None:
-    """Also where its gradient would take it out: the step cuts what it stores."""
+def test_the_temperature_stays_within_its_limits(data: Data) -> None:
+    """The train step clips it when the gradient moves it out."""
     run = setup.prepare(experiment("alpro_retrieve", data), jax.devices()[:1])
     params, _ = setup.fresh_params(run)
     batch = batch_of(run.task, Records(data.path, "train"), np.random.default_rng(0), range(8))
@@ -321,8 +321,8 @@ def test_the_temperature_keeps_within_its_limits(data: Data) -> None:
     assert float(jax.grad(lambda t: losses.bounded(t, *alpro.TEMPERATURE))(0.73)) == 1
 
 
-def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
-    """`init_from=prompter:=RUN`: what a prompter's run calls "text" is "prompter/text" in pre-training."""
+def test_init_from_can_load_a_run_into_a_subtree(data: Data, tmp_path: Path) -> None:
+    """`init_from=prompter:=RUN` loads "text" of a prompter run as "prompter/text"."""
     run = setup.prepare(experiment("alpro_prompter", data), jax.devices()[:1])
     params, _ = setup.fresh_params(run)
     params = jax.tree.map(lambda leaf: leaf + 1, params)
@@ -352,8 +352,8 @@ def test_a_folder_can_be_put_below_a_name(data: Data, tmp_path: Path) -> None:
         )
 
 
-def test_attention_over_time_can_start_from_that_over_space(data: Data, tmp_path: Path) -> None:
-    """`NAME:STORED=DIR`: a part under another name, alone; the rest of the folder is not touched."""
+def test_temporal_attention_can_start_from_spatial_attention(data: Data, tmp_path: Path) -> None:
+    """`NAME:STORED=DIR` loads one subtree under another name and nothing else of the folder."""
     settings = experiment("alpro_retrieve", data)
     run = setup.prepare(settings, jax.devices()[:1])
     params, _ = setup.fresh_params(run)
@@ -379,7 +379,7 @@ def test_attention_over_time_can_start_from_that_over_space(data: Data, tmp_path
         start("vision/blocks/temporal_attn:vision/blocks/atn")
 
 
-def test_mistakes_name_the_setting(data: Data) -> None:
+def test_errors_name_the_setting(data: Data) -> None:
     def make(name: str, model: ALPRO, **changes) -> None:
         task_lib.get(dataclasses.replace(experiment(name, data, model), **changes))
 
@@ -388,14 +388,20 @@ def test_mistakes_name_the_setting(data: Data) -> None:
         ("alpro_retrieve", BASE.clone(contrastive_width=0), "needs contrastive_width and matching"),
         ("alpro_classify", BASE, "config.model.classes is 0"),
         ("alpro_classify", BASE.clone(classes=44), "config.model.classes is 44, but there are 45 names"),
-        ("alpro_prompter", BASE, "contrastive heads alone"),
-        ("alpro_retrieve", BASE.clone(variant="other"), "config.model.variant is 'other'; there are youku, salesforce"),
+        ("alpro_prompter", BASE, "contrastive heads only"),
+        (
+            "alpro_retrieve",
+            BASE.clone(variant="other"),
+            "config.model.variant: unknown variant 'other'; choose one of youku, salesforce",
+        ),
         ("alpro_retrieve", BASE.clone(text=BASE.text.clone(max_positions=8)), "max_positions 8"),
         ("alpro_retrieve", BASE.clone(text=BASE.text.clone(vocab=8)), "raise config.model.text.vocab"),
     ):
         with pytest.raises(ValueError, match=message):
             make(name, model)
-    with pytest.raises(ValueError, match=r"config\.options\.group is 3; it must be 2 or more and divide"):
+    with pytest.raises(
+        ValueError, match=r"config\.options\.group: 3 does not fit a micro-batch of 8 rows; give a divisor"
+    ):
         make("alpro_retrieve", BASE, options={"group": 3})
     sentencepiece = shards.tokenizer(Path(data.path).parent / "t.model")
     with pytest.raises(ValueError, match=r"has no \[MASK\]"):
@@ -411,15 +417,15 @@ def test_parameter_counts_are_those_of_the_releases() -> None:
     assert count(alpro.sized("b16")) == 223_922_827
     assert count(alpro.sized("clip_b16")) == 223_923_595
     assert count(alpro.sized("clip_l14")) == 532_610_187
-    assert count(alpro.sized("b16", frames=4, **ALONE, classes=45)) == 224_152_757 - 613_256  # without the unused head
+    assert count(alpro.sized("b16", frames=4, **ALONE, classes=45)) == 224_152_757 - 613_256  # minus the unused head
 
 
-def test_every_parameter_has_one_rule_and_every_rule_a_parameter() -> None:
+def test_partition_rules_match_all_parameters() -> None:
     models = alpro.sized("clip_l14", entities=10, classes=45), alpro.sized("b16", entities=10)
     trees = (jax.eval_shape(lambda key, m=model: alpro.init(m, key), jax.random.key(0)) for model in models)
     paths = {path for tree in trees for path in state_lib.flatten(tree)}
     for path in paths:
         sharding.axis_words(path, alpro.AXES)
     unused = {pattern for pattern, _ in alpro.AXES if not any(re.fullmatch(pattern, path) for path in paths)}
-    # A teacher has the rules of every part and the parameters of two encoders.
+    # The rules of the prompter cover all parts, but it has only two encoders.
     assert all(re.match(r"prompter/(fusion|mlm|match|\(head\|entity\))", pattern) for pattern in unused), unused

@@ -1,4 +1,4 @@
-"""Caption metrics against stored outputs of the COCO toolkit, item by item, and what they do at the edges."""
+"""Caption metrics compared with stored outputs of the COCO toolkit, item by item, and edge cases."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_equal_to_the_toolkit(name: str):
         assert [values[metric] for values in each] == pytest.approx(SETS[name]["each"][metric], abs=1e-6), metric
 
 
-def test_empty_and_foreign_captions_score_nothing():
+def test_empty_and_non_chinese_captions_score_zero():
     total, each = caption_metrics.score(["", "hello 123", "一只猫"], [["一只猫"], ["一只狗"], ["一只猫"]])
     assert each[0]["cider"] == each[1]["rouge_l"] == each[1]["meteor"] == 0
     assert each[2]["rouge_l"] == 1 and 0 < total["bleu1"] < 1
@@ -28,7 +28,7 @@ def test_empty_and_foreign_captions_score_nothing():
 
 
 def test_items_without_references_are_refused():
-    with pytest.raises(ValueError, match="each needs one or more"):
+    with pytest.raises(ValueError, match="one or more references"):
         caption_metrics.score(["一"], [[]])
     with pytest.raises(ValueError, match="0 predictions"):
         caption_metrics.score([], [])

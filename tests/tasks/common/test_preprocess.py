@@ -1,4 +1,4 @@
-"""Rows of ids as text."""
+"""Decoding of token rows."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from ymplug_jax.tasks.common import preprocess
 
 
 class Words:
-    """One token starts, ends and pads, as in Qwen's tokenizer."""
+    """Start, end and padding are the same token, as in Qwen's tokenizer."""
 
     vocab_size, bos, eos, pad = 9, 0, 0, 0
 
@@ -17,8 +17,8 @@ class Words:
         return "".join(map(str, ids))
 
 
-def test_a_generated_row_that_ends_at_once_is_empty() -> None:
-    """What follows its first end token means nothing, although that token also starts texts."""
+def test_a_row_that_starts_with_the_end_token_is_empty() -> None:
+    """Tokens after the first end token are ignored, although that token also starts texts."""
     assert preprocess.decode(Words(), np.array([0, 5, 6, 0])) == ""
     assert preprocess.decode(Words(), np.array([5, 6, 0, 7])) == "56"
     row = preprocess.encode(Words(), "56", 6)

@@ -1,4 +1,4 @@
-"""Ranks, recalls and the gallery ranking against the plain matrix."""
+"""Ranks, recalls and gallery ranking, compared with the full similarity matrix."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def test_ties_count_against_the_label():
 
 
 def test_a_collapsed_model_finds_nothing():
-    """50 equal vectors: chance is 2 %, and counting ties as found would be 100 %."""
+    """With 50 equal vectors chance is 2 %; counting ties as found would give 100 %."""
     ids, vectors = np.arange(50), np.ones((50, 4), np.float32) / 2
     ranks = ranking.rank(vectors, vectors, ids, ids)[0]
     assert ranks.tolist() == [50] * 50
@@ -29,10 +29,10 @@ def test_a_collapsed_model_finds_nothing():
     ]
 
 
-def test_right_entries_are_no_ties_of_each_other():
-    """A clip with two equal texts, and a text that two clips have: only the other clip's is wrong."""
+def test_correct_entries_do_not_tie_with_each_other():
+    """One clip has two equal texts, and two clips share a text: only the entry of the other clip is wrong."""
     clip = np.array([0, 0, 1, 2])
-    texts = np.array([[1, 0], [1, 0], [1, 0], [0, 1]], np.float32)  # clips 0 and 1 are described with the same words
+    texts = np.array([[1, 0], [1, 0], [1, 0], [0, 1]], np.float32)  # clips 0 and 1 have the same text
     videos = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
     assert ranking.rank(videos, texts, np.arange(3), clip)[0].tolist() == [2, 3, 1]
     assert ranking.rank(texts, videos, clip, np.arange(3))[0].tolist() == [2, 2, 2, 1]
@@ -64,7 +64,7 @@ def test_nothing_to_rank_is_refused():
     assert (ranks.tolist(), order.tolist()) == ([1], [[0]])
 
 
-def test_order_puts_the_label_after_its_equals():
+def test_order_puts_the_label_after_its_ties():
     scores = np.array([0.2, 0.7, 0.7, 0.1, 0.7])
     assert task_metrics.order(scores).tolist() == [1, 2, 4, 0, 3]
     assert task_metrics.order(scores, 1).tolist() == [2, 4, 1, 0, 3]
@@ -77,7 +77,7 @@ def test_order_puts_the_label_after_its_equals():
 @pytest.mark.parametrize("size", [1, 130, 4000])
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_ranking_with_ties_is_a_stable_sort(size: int, devices: int):
-    """Products of small whole numbers are exact, so that half of all similarities are equal; -0.0 is among them."""
+    """Products of small integers are exact, so half of all similarities tie; some are -0.0."""
     rng = np.random.default_rng(size)
     queries, gallery = (rng.integers(-1, 2, (n, 2)).astype(np.float32) for n in (20, size))
     q_ids, g_ids = rng.integers(0, 30, 20), rng.integers(0, 30, size)
@@ -90,7 +90,7 @@ def test_ranking_with_ties_is_a_stable_sort(size: int, devices: int):
         assert rank == (1 + sum(line[~right] >= line[right].max()) if right.any() else size + 1)
 
 
-def test_the_best_of_equal_pairs_are_the_first():
+def test_the_first_of_tied_pairs_are_taken():
     rng = np.random.default_rng(0)
     similarity = rng.integers(0, 3, (7, 9)).astype(np.float32)
     wanted = np.zeros((7, 9), bool)
@@ -124,7 +124,7 @@ def test_ranking_over_devices_equals_the_matrix(seed: int, queries: int, size: i
     scores = np.einsum("qe,ge->qg", q.astype(np.float64), g)
     right = q_ids[:, None] == g_ids
     known = right.any(axis=1)
-    # Entries that are equal but for rounding may change places.
+    # Entries that differ only by rounding may swap.
     top = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
     low, high = 1 + (scores > top + 1e-5).sum(axis=1), 1 + (scores > top - 1e-5).sum(axis=1)
     assert ((low <= ranks) & (ranks <= high))[known].all()

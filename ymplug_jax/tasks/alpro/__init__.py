@@ -1,1 +1,1 @@
-"""Tasks of ALPRO."""
+"""Tasks of ALPRO; see docs/models/alpro.md."""

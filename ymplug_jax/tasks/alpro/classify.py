@@ -1,6 +1,7 @@
-"""Classification with ALPRO: a head on title and video together. With a list of answers it is open-ended video QA, the question as title.
+"""Classification with ALPRO: a head on the fused title and video. With a list of answers it is open-ended video QA.
 
-Evaluation scores video and title, the video alone and the title alone, as task "classify" does.
+For video QA the question takes the place of the title. Evaluation scores video and title, the video alone and the title alone, as the
+task "classify" does. See docs/models/alpro.md, "Classification head".
 """
 
 import dataclasses
@@ -37,14 +38,15 @@ SCORES = (*scores.shares("accuracy"), *scores.losses("loss"), *scores.votes(MODA
 class Options:
     """What the classes are."""
 
-    answers: str = option("", file=True)  # the possible answers, one a line; "": the 45 categories
+    # Path to a file of possible answers, one per line, for video QA; "" classifies videos by category.
+    answers: str = option("", file=True)
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of ALPRO with a classifier of as many classes as there are names.
+    """Make the task; `experiment.model` holds the fields of ALPRO, with a classification head.
 
-    Names are those of `config.data.classes`, else the 45 categories, or the possible answers. A head may have room for more
-    answers than there are.
+    The names are the answers of `config.options.answers`, the lines of `config.data.classes`, or the 45 categories. With
+    answers or the 45 categories the head may have more classes than there are names.
     """
     data, options = experiment.data, build(Options, experiment.options)
     answers = options.answers
@@ -90,7 +92,7 @@ def make(experiment: Experiment) -> Task:
         return class_votes.answer(row, record, best, known_names(), BY)
 
     @cache
-    def known_names() -> Sequence[str]:  # where the file of answers is missing, planning goes on with numbers
+    def known_names() -> Sequence[str]:  # read late: planning works without the file of answers
         return class_names(answers) if answers else names
 
     row = preprocess.row_spec(length)
@@ -115,21 +117,23 @@ def make(experiment: Experiment) -> Task:
 
 
 def names_of(data: Data, answers: str, classes: int) -> Sequence[str]:
-    """The names that the settings choose among.
+    """Names of the classes or answers.
 
     Args:
-      data: of the settings.
-      answers: file of the possible answers to questions, "" for classes of videos (`config.options.answers`).
-      classes: that the model has room for (`config.model.classes`).
+      data: Data settings.
+      answers: `config.options.answers`, the file of possible answers, "" for categories of videos.
+      classes: `config.model.classes`, the size of the head.
 
     Raises:
-      Mistake, ValueError: settings that do not agree, with the one to change.
+      Mistake, ValueError: The settings contradict each other; the message names the one to change.
     """
     if not classes:
-        raise ValueError(f"config.model.classes is 0; the categories are {len(preprocess.class_names(data))}")
+        raise ValueError(
+            f"config.model.classes is 0; set it to the number of categories, {len(preprocess.class_names(data))}"
+        )
     if answers and data.classes:
         raise Mistake(
-            "config.options.answers and config.data.classes are both set; questions have answers, videos classes"
+            "config.options.answers and config.data.classes are both set; set answers for questions or classes for videos"
         )
     names = class_names(answers, classes if not data.path else 0) if answers else preprocess.class_names(data)
     if not answers:
@@ -140,19 +144,21 @@ def names_of(data: Data, answers: str, classes: int) -> Sequence[str]:
             f"config.model.classes={len(names)}"
         )
     if len(names) > classes:
-        raise ValueError(f"config.model.classes is {classes}, but there are {len(names)} names to choose from")
+        raise ValueError(
+            f"config.model.classes is {classes}, but there are {len(names)} names; set it to {len(names)} or more"
+        )
     return names
 
 
 def class_names(answers: str, planned: int = 0) -> Sequence[str]:
-    """The possible answers to questions: the lines of a file.
+    """The possible answers, the lines of a file.
 
     Args:
-      answers: its name (`config.options.answers`).
-      planned: so many nameless ones where the file is missing: planning needs no names.
+      answers: Path of the file (`config.options.answers`).
+      planned: Number of placeholder names to return if the file does not exist, as planning needs no names. 0: raise.
 
     Raises:
-      Mistake: no such file, or it is no list of answers.
+      Mistake: The file does not exist or is not a list of answers.
     """
     if planned and not Path(answers).is_file():
         return [str(number) for number in range(planned)]

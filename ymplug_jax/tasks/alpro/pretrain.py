@@ -1,6 +1,7 @@
-"""Pre-training of ALPRO: contrastive, matching, masked words and, where the model has a head for them, entities of a region.
+"""Pre-training of ALPRO: contrastive, matching, masked language modelling and, with `model.entities`, entity prediction for a region.
 
-The losses are summed. All means are over the global batch; matching draws its negatives among `config.options.group` rows.
+The losses are summed. Each is a mean over the global batch; negatives for matching come from the `config.options.group` rows of a
+group. See docs/models/alpro.md, "Pre-training".
 """
 
 import dataclasses
@@ -40,25 +41,27 @@ SCORES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is told and what negatives are."""
+    """What is masked, how negatives are drawn, and the teacher's entities."""
 
-    # They may be other rows of the same clip, as in the reference.
+    # Allow other rows of the same clip as negatives, as the reference does.
     reference_negatives: bool = option(False, predict=False)
-    # Rows of a batch that share negatives, the reference's batch of one device; 0: all of them.
+    # Number of rows of the batch that share negatives, which is the batch of one device in the reference; 0 uses the whole batch.
     group: int = option(0, least=0, predict=False)
-    masked_share: float = option(0.15, least=0, most=1, predict=False)  # words to be told
-    # index.npz of a prompter's evaluation, the teacher's table of entities
+    masked_share: float = option(
+        0.15, least=0, most=1, predict=False
+    )  # Share of the tokens that are selected for prediction.
+    # Path to the index.npz of a prompter's evaluation, which holds the teacher's table of entities.
     entities: str = option("", file=True, arrays=("entity_features",), predict=False)
-    # Leave rows out by the number of their best entity, as the reference did.
+    # Exclude rows by the index of their best entity instead of its probability, as the reference does.
     reference_entities: bool = option(False, predict=False)
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of ALPRO with contrastive, matching and masked-word heads."""
+    """Make the task; `experiment.model` holds the fields of ALPRO, with contrastive, matching and masked-token heads."""
     data, options = experiment.data, build(Options, experiment.options)
     model = encode_pairs.model_of(experiment)
     if not (model.contrastive_width and model.matching and model.masked):
-        raise ValueError("config.model: pre-training needs contrastive_width, matching and masked")
+        raise ValueError("config.model: pre-training needs contrastive_width, matching and masked; set all three")
     tokenizer, length = encode_pairs.tokenizer_of(data, model), data.max_tokens
     group = pair_losses.group_of(experiment.train, options.group)
     specials = encode_pairs.specials_of(tokenizer)
@@ -135,22 +138,22 @@ def total(
     keep_logits: bool,
     reference_entities: bool,
 ) -> tuple[jax.Array, Metrics]:
-    """The sum of the losses and each by itself.
+    """Sum of the losses, and the metrics with each loss.
 
     Args:
-      model: of the parameters.
-      params: all of them.
-      batch: ids int32[B, L], mask, valid; with entities box int32[B, 4].
-      out: of `encode_pairs.forward` with four pairs.
-      told: bool[B, L], the words to tell.
-      targets: f32[B, K], the teacher's entities, or None.
+      model: The model.
+      params: All of its parameters.
+      batch: ids and mask int32[B, L], valid bool[B]; with entities also box int32[B, 4].
+      out: Result of `encode_pairs.forward` with four pairs.
+      told: bool[B, L], the masked positions to predict.
+      targets: f32[B, K], soft entity labels of the teacher, or None.
       keep_logits: `config.train.keep_logits`.
       reference_entities: `config.options.reference_entities`.
     """
     valid, length = batch["valid"], batch["ids"].shape[1]
     loss, metrics = encode_pairs.pair_metrics(
         out, valid, jnp.arange(len(valid))[:, None]
-    )  # each row has its own text alone
+    )  # only its own text is a positive of a row
 
     def words_at(states: jax.Array) -> jax.Array:
         return within(model, params, lambda run: run.words(states))
@@ -170,12 +173,12 @@ def total(
 
 
 def inside(model: ALPRO, box: jax.Array) -> jax.Array:
-    """Patches that boxes cover: int32[B, 4] -> bool[B, P]."""
+    """Mask of the patches inside the boxes: int32[B, 4] -> bool[B, P]."""
     return pair_losses.inside_of(box, model.vision.image_size // model.vision.patch_size).reshape(len(box), -1)
 
 
 def teach(model: ALPRO, params: Params, video: jax.Array, box: jax.Array) -> jax.Array:
-    """The teacher's entities of a region: uint8[B, T, S, S, 3], int32[B, 4] -> f32[B, K]; all outside the region is black."""
+    """Soft entity labels for a region: uint8[B, T, S, S, 3], int32[B, 4] -> f32[B, K]. Pixels outside the region are set to 0."""
     side, patch = model.vision.image_size, model.vision.patch_size
     seen = pair_losses.inside_of(box * patch, side)[:, None, :, :, None]  # [B, 1, S, S, 1]
     crop = preprocess.normalize(jnp.where(seen, video, 0), model.vision.dtype)
@@ -185,11 +188,11 @@ def teach(model: ALPRO, params: Params, video: jax.Array, box: jax.Array) -> jax
 
 
 def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> np.ndarray | None:
-    """f32[K, E] of the index in `path` (`config.options.entities`), None where it is not given.
+    """Read the table of entities f32[K, E] from `path` (`config.options.entities`); None if it is not needed or not given.
 
     Raises:
-      ValueError: a run that predicts entities and has none, as many as the model has no room for, or those of another prompter
-        than `config.train.init_from` names.
+      ValueError: The table is missing, its shape does not fit the model, or it is of another prompter than the one that
+        `config.train.init_from` names.
     """
     train = experiment.train
     if not model.entities:
@@ -202,9 +205,12 @@ def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> np.ndar
         return None
     index = index_file.read(path, (), setting="config.options.entities")
     if "entity_features" not in index:
-        raise ValueError(f"{path} (config.options.entities) has no entity_features; see alpro_prompter")
+        raise ValueError(
+            f"{path} (config.options.entities) has no entity_features; give the index.npz of task alpro_prompter, evaluated with "
+            "config.options.prompts"
+        )
     found = index["entity_features"].astype(np.float32)
-    # The teacher's own table: that of another prompter has the same shape, and would teach at random.
+    # A table of another prompter would have the right shape but give random labels.
     for subtree, _, folder in checkpoint_files.sources(train.init_from):
         if subtree == "prompter" and checkpoint_files.places(folder):
             own = {"fingerprint": checkpoint_files.fingerprint(folder)}
@@ -212,14 +218,14 @@ def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> np.ndar
     if found.shape != (model.entities, model.contrastive_width):
         raise ValueError(
             f"{path} (config.options.entities) has {found.shape[0]} entities of width {found.shape[1]}; "
-            f"config.model.entities is {model.entities} and contrastive_width {model.contrastive_width}; give the model the "
-            "table's numbers, or the table of another prompter"
+            f"config.model.entities is {model.entities} and contrastive_width {model.contrastive_width}; set them to the table's "
+            "sizes or give the table of another prompter"
         )
     return found
 
 
 def started(model: ALPRO, key: jax.Array, entities: np.ndarray | None) -> Params:
-    """Fresh parameters, the teacher's table of entities filled where it is known."""
+    """Initial parameters, with the teacher's table of entities if it is given."""
     params = alpro.init(model, key)
     if entities is not None:
         params["prompter"]["entities"] = jnp.asarray(entities)

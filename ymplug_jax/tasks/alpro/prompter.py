@@ -1,7 +1,7 @@
-"""ALPRO's teacher of entities by itself: two encoders and the contrastive loss over the global batch.
+"""ALPRO's prompter, the teacher of entity prediction: two encoders trained with the contrastive loss over the global batch.
 
-Evaluation leaves `index.npz` as retrieval does; with `config.options.prompts` it holds the table of entities as well, which
-pre-training with entities reads (`config.options.entities`).
+Evaluation writes `index.npz` as retrieval does. With `config.options.prompts` the file also holds the table of entities, which
+pre-training reads (`config.options.entities`). See docs/models/alpro.md, "Entity prompts".
 """
 
 import dataclasses
@@ -28,27 +28,30 @@ from ymplug_jax.tasks.kept_rows import KeptRows
 from ymplug_jax.tasks.options import build, option
 from ymplug_jax.tasks.task import TITLED, Batch, Example, Report, Row, Task
 
-PROMPTS = 512  # texts that are read at once
+PROMPTS = 512  # prompts per batch
 ANSWERS = ("retrieve",)
 SCORES = (*scores.losses("contrastive_loss", "loss"), *scores.recalls(""))
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the evaluation leaves."""
+    """What the evaluation writes."""
 
-    prompts: str = option("", file=True, predict=False)  # file of entity prompts that data_prep.entity_prompts wrote
+    # Path to the entity prompts that data_prep.entity_prompts wrote; evaluation embeds them as the table of entities.
+    prompts: str = option("", file=True, predict=False)
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of ALPRO with contrastive heads and no others."""
+    """Make the task; `experiment.model` holds the fields of ALPRO, with contrastive heads only."""
     data, options = experiment.data, build(Options, experiment.options)
     model = encode_pairs.model_of(experiment)
     if not model.contrastive_width or alpro.prompter_of(model) != model:
-        raise ValueError("config.model: the prompter has contrastive heads alone; see models/alpro.py, prompter_of")
+        raise ValueError(
+            "config.model: the prompter has contrastive heads only; make the model with models/alpro.py, prompter_of"
+        )
     tokenizer, length = encode_pairs.tokenizer_of(data, model), data.max_tokens
     if options.prompts:
-        read_prompts(options.prompts)  # used after the last batch; what is wrong with it is found now
+        read_prompts(options.prompts)  # used after the last batch; report errors now
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         title = clean_text(record.title, data.max_words)
@@ -60,7 +63,7 @@ def make(experiment: Experiment) -> Task:
         return encode_pairs.with_loss(total, {"contrastive_loss": out["loss"]}, batch["valid"])
 
     def rescore(params: Params, rows: list[Row], kept: KeptRows) -> list[Row]:
-        """The table of entities, which belongs to the model and not to a row, travels with the first one."""
+        """Add the table of entities to the first row, because it belongs to no row in particular."""
         names, texts = read_prompts(options.prompts)
         cleaned = [clean_text(prompt, data.max_words) for prompt in texts]
         longest = max(len(preprocess.given(tokenizer).encode(prompt)) for prompt in cleaned) + 2
@@ -99,7 +102,15 @@ def make(experiment: Experiment) -> Task:
 def contrastive(
     model: ALPRO, params: Params, video: jax.Array, batch: Batch, key: jax.Array | None
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """(loss, unit vectors and the loss as a mean): normalised video f[B, T, S, S, 3]; ids, mask int32[B, L], valid bool[B]."""
+    """Contrastive loss of a batch: (loss, encodings and the loss as a `Mean`).
+
+    Args:
+      model: With contrastive heads.
+      params: Its parameters.
+      video: Normalised video, f[B, T, S, S, 3].
+      batch: ids and mask int32[B, L], valid bool[B].
+      key: PRNG key of dropout, None in evaluation.
+    """
 
     def read(run: ALPRO) -> dict[str, jax.Array]:
         tokens = run.encode_video(video, deterministic=key is None)
@@ -113,14 +124,14 @@ def contrastive(
 
 
 def entity_features(model: ALPRO, params: Params, ids: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
-    """f32[K, E]: the mean over the templates of the unit vectors of K entities' prompts, not normalised again.
+    """Table of entities f32[K, E]: the mean over the templates of the prompts' unit vectors, not normalised again.
 
     Args:
-      model: with contrastive heads.
-      params: its parameters.
-      ids: int32[templates * K, L], template by template.
+      model: With contrastive heads.
+      params: Its parameters.
+      ids: int32[templates * K, L], grouped by template.
       mask: int32[templates * K, L].
-      count: K.
+      count: K, the number of entities.
     """
     step = jax.jit(partial(_text_units, model))
     pad = -len(ids) % min(PROMPTS, len(ids))
@@ -136,11 +147,11 @@ def _text_units(model: ALPRO, params: Params, ids: jax.Array, mask: jax.Array) -
 
 
 def read_prompts(path: str) -> tuple[list[str], list[str]]:
-    """(K entities, prompts template by template) of a file of data_prep.entity_prompts.
+    """Read a file of data_prep.entity_prompts: (K entities, all prompts grouped by template).
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: not such a file.
+      FileNotFoundError: The file does not exist.
+      ValueError: The file has another format.
     """
     file = Path(path)
     if not file.is_file():
@@ -151,7 +162,11 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
         made = json.loads(file.read_text(encoding="utf-8"))
         entities, templates = list(made["entities"]), list(made["templates"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} (config.options.prompts) is no file of data_prep.entity_prompts: {error}") from None
+        raise ValueError(
+            f"{path} (config.options.prompts): not readable as entity prompts ({error}); write it with data_prep.entity_prompts"
+        ) from None
     if not entities or not templates or any("{}" not in template for template in templates):
-        raise ValueError(f"{path} (config.options.prompts) needs entities, and templates with {{}} in them")
+        raise ValueError(
+            f"{path} (config.options.prompts): no entities, or a template without {{}}; write both lists again"
+        )
     return entities, [template.replace("{}", entity) for template in templates for entity in entities]

@@ -1,6 +1,7 @@
-"""Retrieval with ALPRO: contrastive and matching loss in training; similarity, then the match head on the best pairs in evaluation.
+"""Retrieval with ALPRO: contrastive and matching loss in training; in evaluation, rank by similarity and re-rank with the matching head.
 
-Texts of one clip are all right for it, and are no negatives of it (`config.options.reference_negatives` lets them be).
+All texts of a clip are positives and never negatives of it; `config.options.reference_negatives` allows them as negatives.
+See docs/models/alpro.md, "Retrieval head".
 """
 
 import dataclasses
@@ -35,21 +36,22 @@ SCORES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What negatives are, and which pairs are matched in evaluation."""
+    """How negatives are drawn, and which pairs the matching head scores in evaluation."""
 
-    # They may be other rows of the same clip, as in the reference.
+    # Allow other rows of the same clip as negatives, as the reference does.
     reference_negatives: bool = option(False, predict=False)
-    best: int = option(32, least=0, predict=False)  # pairs of each video and each text that are matched; 0: all
-    # Rows of a batch that share negatives, the reference's batch of one device; 0: all of them.
+    # Number of candidates of each video and each text that the matching head scores in evaluation; 0 scores all pairs.
+    best: int = option(32, least=0, predict=False)
+    # Number of rows of the batch that share negatives, which is the batch of one device in the reference; 0 uses the whole batch.
     group: int = option(0, least=0, predict=False)
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of ALPRO with contrastive and matching heads."""
+    """Make the task; `experiment.model` holds the fields of ALPRO, with contrastive and matching heads."""
     data, options = experiment.data, build(Options, experiment.options)
     model = encode_pairs.model_of(experiment)
     if not (model.contrastive_width and model.matching):
-        raise ValueError("config.model: retrieval needs contrastive_width and matching")
+        raise ValueError("config.model: retrieval needs contrastive_width and matching; set both")
     tokenizer, length = encode_pairs.tokenizer_of(data, model), data.max_tokens
     group = pair_losses.group_of(experiment.train, options.group)
 
@@ -98,16 +100,16 @@ def make(experiment: Experiment) -> Task:
 
 
 def pair_logits(model: ALPRO, params: Params, tokens: jax.Array, texts: dict[str, jax.Array]) -> jax.Array:
-    """Match logits of every video with the texts that it comes with.
+    """Matching logits of every video with each of its K texts.
 
     Args:
-      model: with a matching head.
-      params: its parameters.
+      model: With a matching head.
+      params: Its parameters.
       tokens: f[V, 1 + P, C] of `encode_video`.
       texts: states f[V, K, L, C] of `encode_text`, mask int32[V, K, L].
 
     Returns:
-      f32[V, K, 2]; class 1 is a pair that matches.
+      f32[V, K, 2]; class 1 is a match.
     """
     v, k, length = texts["mask"].shape
     states = texts["states"].reshape(v * k, length, -1)
@@ -120,14 +122,19 @@ def pair_logits(model: ALPRO, params: Params, tokens: jax.Array, texts: dict[str
 
 
 def match_score(logits: jax.Array) -> jax.Array:
-    """Log-odds of a match, f32[..., 2] -> f32[...]: the order of the probability, without its ties near 0 and 1."""
+    """Log-odds of a match, f32[..., 2] -> f32[...]. They order pairs as the probability does, but do not saturate at 0 and 1."""
     return logits[..., 1] - logits[..., 0]
 
 
 def score_pairs(model: ALPRO, params: Params, rows: list[Row], kept: KeptRows, best: int) -> list[Row]:
-    """Adds to every row the scores of its video with the `best` texts by similarity and those whose best videos it is among
-    (0: with all): match, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, the similarity that orders
-    what was not scored. Tokens and states are those of `kept`."""
+    """Add the matching scores of a row's video with its `best` texts and with the texts that have it among their `best` videos.
+
+    With `best` 0 all pairs are scored.
+
+    Returns:
+      The rows with match, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, f32[texts], the similarity
+      that orders the unscored pairs.
+    """
     clip, first = gallery.clips_of([row["clip"].tobytes().hex() for row in rows])
     similarity = np.stack([rows[i]["video"] for i in first]) @ np.stack([row["text"] for row in rows]).T
     wanted = pair_scoring.best_of(similarity, best) if best else np.ones(similarity.shape, bool)
@@ -146,16 +153,16 @@ def score_pairs(model: ALPRO, params: Params, rows: list[Row], kept: KeptRows, b
 
 
 def score(rows: list[Row], records: Split) -> Report:
-    """Recalls of both stages: by similarity as in task "retrieve", and by the match head under "match/".
+    """Recalls of both stages: by similarity as in task "retrieve", and by the matching head under "match/".
 
-    Ranks and retrieved entries of the readable rows are those of the match head; "similarity" is of the retrieved videos.
+    The readable rows show the ranking of the matching head; "similarity" lists the similarities of the retrieved videos.
     """
     by_similarity, by_match = gallery.rank_all(rows, records), pair_ranking.score(rows, records, ("match",))
     places = {int(row["index"]): row for row in rows}
     readable = []
     for r, (first, second) in enumerate(zip(by_similarity.rows, by_match.rows, strict=True)):
         answer = first | second | {"similarity_rank": first["t2v_rank"]}
-        del answer["text_similarity"]  # in the order of the first stage, which is not kept
+        del answer["text_similarity"]  # dropped: it is in the order of the first stage
         answer["similarity"] = [round(float(places[i]["fallback"][r]), 4) for i in second["retrieved_index"]]
         readable.append(answer)
     return Report(by_match.scores | by_similarity.scores, readable, by_similarity.arrays)

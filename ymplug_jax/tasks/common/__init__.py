@@ -1,1 +1,1 @@
-"""What tasks of several families share: examples, losses, ranking, metrics."""
+"""Code shared by the tasks of all model families: examples, losses, ranking, metrics."""

@@ -1,4 +1,4 @@
-"""Scoring of candidate answers after one prompt: the video and the prompt are read once, each answer is a branch of them."""
+"""Scores of candidate answers to one prompt. The video and the prompt are prefilled once; each answer is a branch of the cache."""
 
 from collections.abc import Sequence
 
@@ -13,15 +13,15 @@ from ymplug_jax.tasks.task import Example
 
 
 def encode(tokenizer: Tokenizer, prompt: str, answers: Sequence[list[int]], length: int) -> Example:
-    """A prompt with K answers as the arrays that `scores` takes.
+    """Encode a prompt with K answers for `scores`.
 
-    Every pair is truncated by the pair rule by itself, as the reference does; what all K rows then share is the prompt.
+    Each pair of prompt and answer is truncated on its own, as in the reference. The prompt then is the part that all K rows share.
 
     Args:
-      tokenizer: of the language model.
-      prompt: text between the start token and the answer.
-      answers: K answers as ids.
-      length: L, the row length that truncation goes by.
+      tokenizer: Tokenizer of the language model.
+      prompt: Text between the start token and the answer.
+      answers: K answers as token ids.
+      length: L, the row length that pairs are truncated to.
 
     Returns:
       {"prompt": int32[L], "shared": int32, "branches": int32[K, W], "targets": bool[K, W]}, W = longest answer + 1.
@@ -34,8 +34,15 @@ def encode(tokenizer: Tokenizer, prompt: str, answers: Sequence[list[int]], leng
 
 
 def split(rows: np.ndarray, masks: np.ndarray, prompt_lengths: np.ndarray, width: int) -> Example:
-    """`encode` from rows of prompt and answer: int32[K, L], int32[K, L], int32[K] -> the arrays of `encode` with W = width."""
-    shared = 1 + int(prompt_lengths.min())  # the start token included; prompts are cut from one text
+    """Split rows of prompt and answer into the arrays that `encode` returns.
+
+    Args:
+      rows: int32[K, L], token ids.
+      masks: int32[K, L], 1 up to and including the end token.
+      prompt_lengths: int32[K], prompt tokens after the start token.
+      width: W, the width of the branches.
+    """
+    shared = 1 + int(prompt_lengths.min())  # includes the start token; all prompts are prefixes of one text
     ends = masks.sum(axis=1)
     branches = np.full((len(rows), width), rows[0, 0], np.int32)
     targets = np.zeros((len(rows), width), bool)
@@ -52,13 +59,13 @@ def split(rows: np.ndarray, masks: np.ndarray, prompt_lengths: np.ndarray, width
 
 
 def scores(lm: LanguageModel, params: dict, prefix: jax.Array | None, batch: dict[str, jax.Array]) -> jax.Array:
-    """Summed log-probability of each answer with its end token.
+    """Summed log-probability of each answer, including its end token.
 
     Args:
-      lm: the language model, unbound.
-      params: its parameters.
+      lm: The language model, unbound.
+      params: Its parameters.
       prefix: f[B, Q, H] or None.
-      batch: the arrays of `encode`, each with a leading B.
+      batch: The arrays of `encode` with a leading axis B.
 
     Returns:
       f32[B, K].

@@ -1,8 +1,8 @@
-"""BLEU, METEOR, ROUGE-L and CIDEr on single Chinese characters, equal to the COCO caption toolkit's, without its Java.
+"""BLEU, METEOR, ROUGE-L and CIDEr on single Chinese characters, equal to the COCO caption toolkit's but without Java.
 
-Every prediction is one string, every item has one or more references. Texts are normalised first, so
-that a token is a character. BLEU comes from sacrebleu; no kept library computes the other three in COCO's form without a
-Java runtime, so they stand here; stored outputs of the toolkit itself check all of them.
+Each item has one predicted text and one or more references. Texts are normalised first, so that a token is one Chinese character.
+BLEU comes from sacrebleu. The other three are implemented here because no maintained library computes the COCO versions without a
+Java runtime. The tests compare all four with stored outputs of the toolkit. See docs/models/mplug_video.md, "Caption metrics".
 """
 
 import math
@@ -14,8 +14,8 @@ import numpy as np
 
 ROUGE_BETA = 1.2
 CIDER_SIGMA, CIDER_ORDER = 6.0, 4
-# METEOR 1.5 for English, which is what the toolkit runs: of its four matchers only the exact one applies to single
-# Chinese characters, and none of them is on its list of function words.
+# The toolkit runs METEOR 1.5 for English. Of its four matchers only exact matching applies to single Chinese characters, and its list
+# of function words contains none of them.
 METEOR_ALPHA, METEOR_BETA, METEOR_GAMMA = 0.85, 0.2, 0.6
 METEOR_BEAM = 40
 
@@ -23,37 +23,37 @@ Tokens = list[str]
 
 
 def normalise(text: str) -> Tokens:
-    """The characters U+4E00..U+9FA5 of a text; letters, digits and punctuation vanish."""
+    """The characters U+4E00..U+9FA5 of a text. Letters, digits and punctuation are dropped."""
     return re.findall(r"[\u4e00-\u9fa5]", text)
 
 
 def score(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Scores of a set of captions.
+    """Score a set of captions.
 
     Args:
       predictions: N texts.
       references: N lists of at least one text.
 
     Returns:
-      {"bleu1", ..., "bleu4", "meteor", "rouge_l", "cider"} of the whole set, fractions (CIDEr: 0..10), and for each item
-      {"meteor", "rouge_l", "cider"}.
+      {"bleu1", ..., "bleu4", "meteor", "rouge_l", "cider"} of the whole set, as fractions (CIDEr: 0..10), and
+      {"meteor", "rouge_l", "cider"} of each item.
 
     Raises:
-      ValueError: nothing to score, an item without references, or a reference without a Chinese character.
+      ValueError: There is nothing to score, an item has no references, or a reference has no Chinese character.
     """
     if not predictions or len(predictions) != len(references) or not all(references):
         raise ValueError(
-            f"{len(predictions)} predictions, {len(references)} lists of references; each needs one or more"
+            f"{len(predictions)} predictions and {len(references)} lists of references; give each prediction one or more references"
         )
     said = [normalise(text) for text in predictions]
     right = [[normalise(text) for text in texts] for texts in references]
     for item, (texts, tokens) in enumerate(zip(references, right, strict=True)):
         if not all(tokens):
             raise ValueError(
-                f"item {item}: the reference {texts[tokens.index([])]!r} has no Chinese character, and the metrics count "
-                "those alone"
+                f"item {item}: the reference {texts[tokens.index([])]!r} has no Chinese character, the only ones that the "
+                "metrics count; remove it"
             )
     total: dict[str, float] = {f"bleu{n}": bleu(said, right, n) for n in range(1, 5)}
     total["meteor"], meteors = meteor(said, right)
@@ -67,18 +67,18 @@ def score(
 
 
 def bleu(predictions: list[Tokens], references: list[list[Tokens]], order: int) -> float:
-    """Corpus BLEU-`order`, no smoothing, the closest reference length for the brevity penalty."""
-    from sacrebleu.metrics import BLEU  # here: training and benchmarks run without it
+    """Corpus BLEU up to n-grams of `order`, without smoothing; the brevity penalty uses the closest reference length."""
+    from sacrebleu.metrics import BLEU  # imported here because training and benchmarks run without sacrebleu
 
     most = max(len(texts) for texts in references)
     columns = [[" ".join(texts[i]) if i < len(texts) else None for texts in references] for i in range(most)]
     metric = BLEU(tokenize="none", smooth_method="none", max_ngram_order=order, force=True)
     said = [" ".join(tokens) for tokens in predictions]
-    return metric.corpus_score(said, columns).score / 100  # type: ignore[arg-type]  # it takes None for no reference
+    return metric.corpus_score(said, columns).score / 100  # type: ignore[arg-type]  # sacrebleu accepts None for a missing reference
 
 
 def rouge_l(tokens: Tokens, references: list[Tokens]) -> float:
-    """F-measure of the longest common subsequence; precision and recall are each the best over the references."""
+    """F-measure of the longest common subsequence, from the best precision and the best recall over the references."""
     common = [_common_subsequence(tokens, reference) for reference in references]
     precision = max((c / len(tokens) for c in common), default=0.0) if tokens else 0.0
     recall = max((c / len(r) for c, r in zip(common, references, strict=True) if r), default=0.0)
@@ -97,7 +97,7 @@ def _common_subsequence(a: Tokens, b: Tokens) -> int:
 
 
 def cider(predictions: list[Tokens], references: list[list[Tokens]]) -> list[float]:
-    """CIDEr-D of each item; rarity of an n-gram is counted over the references of this very set."""
+    """CIDEr-D of each item. Document frequencies are counted over the references of this set."""
     documents: Counter = Counter()
     for texts in references:
         documents.update(set().union(*(_ngrams(text) for text in texts)))
@@ -131,7 +131,7 @@ def _ngrams(tokens: Tokens) -> Counter:
 
 
 def meteor(predictions: list[Tokens], references: list[list[Tokens]]) -> tuple[float, list[float]]:
-    """METEOR 1.5 of the set and of each item: the best reference of an item counts, and the set is scored on summed counts."""
+    """METEOR 1.5 of the set and of each item. An item uses its best reference; the set score uses the counts summed over items."""
     best = []
     for tokens, texts in zip(predictions, references, strict=True):
         counts = [np.array([*align(tokens, text), len(tokens), len(text)]) for text in texts]
@@ -150,20 +150,20 @@ def _meteor(matches: int, chunks: int, said: int, right: int) -> float:
 def align(said: Tokens, right: Tokens) -> tuple[int, int]:
     """(matches, chunks) of METEOR's alignment of equal tokens: most matches, then fewest chunks, then least crossing.
 
-    A chunk is a run that is contiguous in both texts; an alignment that is perfect counts no chunk at all. The search is the
-    toolkit's, with what it finds and what it misses: along the reference, the best `METEOR_BEAM` paths go on; a chunk is
-    counted where it ends; the crossing of a match is charged to the paths that are grown after it, not to its own.
+    A chunk is a run of matches that is contiguous in both texts; a perfect alignment counts 0 chunks. The beam search reproduces
+    the toolkit's, including its misses: it moves along the reference and keeps the best `METEOR_BEAM` paths, it counts a chunk
+    where the chunk ends, and it adds the crossing of a match to the paths grown after it instead of to its own path.
     """
     places: dict[str, list[int]] = {}
     for i, token in enumerate(said):
         places.setdefault(token, []).append(i)
     frequency = Counter(right)
-    # (-matches, chunks, crossing, place in `said` after the last match or -1, places used)
+    # (-matches, chunks, crossing, position in `said` after the last match or -1, positions used)
     paths: list[tuple[int, int, int, int, frozenset]] = [(0, 0, 0, -1, frozenset())]
     for j, token in enumerate(right):
         grown = []
         there = places.get(token, [])
-        only = len(there) == 1 and frequency[token] == 1  # then it is taken
+        only = len(there) == 1 and frequency[token] == 1  # an unambiguous match is always taken
         for matches, chunks, crossing, after, used in paths[:METEOR_BEAM]:
             for i in there:
                 if i in used:

@@ -1,4 +1,4 @@
-"""What a model that sees nothing would score on the very same split."""
+"""Chance levels: the scores of a model that ignores its input, on the same split."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from ymplug_jax.tasks.presentation import Chance, ReadableRow, Scores
 
 
 def both(*found: Chance) -> Chance:
-    """Several in one."""
+    """Merge several chance levels into one."""
     return Chance(
         {name: value for one in found for name, value in one.scores.items()},
         [note for one in found for note in one.notes],
@@ -17,53 +17,55 @@ def both(*found: Chance) -> Chance:
 
 
 def tokens(scores: Scores, vocabulary: int, name: str) -> Chance:
-    """The accuracy `name` of single tokens: a uniform guess among the vocabulary."""
+    """Chance level of the token accuracy `name`: a uniform guess among the vocabulary."""
     if name not in scores:
         return Chance({}, [])
-    return Chance({name: 1 / vocabulary}, [f"Accuracy of tokens by chance: a uniform guess among {vocabulary}."])
+    return Chance(
+        {name: 1 / vocabulary}, [f"Chance level of token accuracy: a uniform guess among {vocabulary} tokens."]
+    )
 
 
 def titles(scores: Scores, rows: Sequence[ReadableRow]) -> Chance:
-    """Exact titles: the commonest title, always."""
+    """Chance level of exact titles: always answer the most frequent title."""
     if not rows:
         return Chance({}, [])
     count = Counter(row.get("title") for row in rows).most_common(1)[0][1]
-    note = f"Chance of an exact title: the commonest title of the split ({count} of {len(rows)}), always."
+    note = f"Chance level of exact titles: always the most frequent title of the split ({count} of {len(rows)})."
     return Chance({"exact_share": count / len(rows)}, [note])
 
 
 def classes(scores: Scores, rows: Sequence[ReadableRow]) -> Chance:
-    """Classification: a uniform guess among the class names, and in the notes the answer that the commonest classes get."""
+    """Chance level of classification: a uniform guess among the class names. The notes add the scores of the most frequent classes."""
     counts = Counter(row["label"] for row in rows if row.get("label"))
     labelled, among = sum(counts.values()), scores.get("classes")
     if not labelled or not among:
         return Chance({}, [])
-    known = (labelled - scores.get("unlisted", 0)) / labelled  # an unlisted label is never found
+    known = (labelled - scores.get("unlisted", 0)) / labelled  # an unlisted label is always missed
     found = {}
     for key in scores:
         if top := re.search(r"top(\d+)$", key):
             found[key] = 100 * known * min(1.0, int(top[1]) / among)
-        elif key.endswith("accuracy"):  # over the rows with a listed label
+        elif key.endswith("accuracy"):  # over rows with a listed label only
             found[key] = 1 / among
     name, most = counts.most_common(1)[0]
     share, five = most / labelled, sum(n for _, n in counts.most_common(5)) / labelled
     return Chance(
         found,
         [
-            f"Chance: a uniform guess among {among} class names (1/{among} for top-1).",
-            f"Always answering the commonest class of this split, {name}, gives top-1 {100 * share:.3g} % "
-            f"({most} of {labelled}); always its five commonest classes, top-5 {100 * five:.3g} %.",
+            f"Chance level: a uniform guess among {among} class names (1/{among} for top-1).",
+            f"Always answering the most frequent class of this split, {name}, scores top-1 {100 * share:.3g} % "
+            f"({most} of {labelled}); its five most frequent classes score top-5 {100 * five:.3g} %.",
         ],
     )
 
 
 def retrieval(scores: Scores, rows: Sequence[ReadableRow], pairs: str = "") -> Chance:
-    """Retrieval: a random order of the gallery, where a query with several right entries is found by the first of them.
+    """Chance level of retrieval: a random order of the gallery. The rank of a query is that of its first correct entry.
 
     Args:
-      scores: of the evaluation.
-      rows: readable rows.
-      pairs: name of the accuracy of a head that tells pairs that match, "" where there is none.
+      scores: Scores of the evaluation.
+      rows: Readable rows.
+      pairs: Name of the accuracy score of the matching head, "" if there is none.
     """
     if not rows:
         return Chance({}, [])
@@ -76,7 +78,7 @@ def retrieval(scores: Scores, rows: Sequence[ReadableRow], pairs: str = "") -> C
             found[key] = 100 * _recall(recall[1], int(recall[2]), videos, texts_of)
         elif name == "t2v_mean_rank":
             found[key] = (videos + 1) / 2
-        elif name == "v2t_mean_rank":  # expected place of the first of n among so many
+        elif name == "v2t_mean_rank":  # expected rank of the first of n entries in a random order
             found[key] = sum((texts + 1) / (n + 1) for n in texts_of.values()) / videos
         elif pairs and key == pairs:
             found[key] = 2 / 3
@@ -85,19 +87,21 @@ def retrieval(scores: Scores, rows: Sequence[ReadableRow], pairs: str = "") -> C
             found[key] = sum(100 * _recall(side, k, videos, texts_of) for side in sides for k in (1, 5, 10)) / (
                 3 * len(sides)
             )
-    several = "" if videos == texts else "; a clip with several texts is found by any of them"
-    notes = [f"Chance: a random order of {videos} videos, of {texts} texts{several}."]
+    several = "" if videos == texts else "; any text of a clip counts as correct"
+    notes = [f"Chance level: a random order of {videos} videos and of {texts} texts{several}."]
     if pairs in found:
-        notes.append("Accuracy of matching by chance: always no; two of three pairs of a batch do not match.")
+        notes.append(
+            "Chance level of matching accuracy: always answering no; two of three pairs of a batch do not match."
+        )
     return Chance(found, notes)
 
 
 def _recall(side: str, k: int, videos: int, texts_of: Mapping[str, int]) -> float:
-    """Probability that a right entry is among the first k of a random order, the mean over the queries."""
+    """Probability that a correct entry is among the first k of a random order, averaged over the queries."""
     if side == "t2v":
         return min(1.0, k / videos)
     texts = sum(texts_of.values())
     if k >= texts:
         return 1.0
-    each = Counter(texts_of.values())  # texts of a clip -> clips with so many
+    each = Counter(texts_of.values())  # number of texts -> number of clips
     return sum(clips * (1 - math.comb(texts - n, k) / math.comb(texts, k)) for n, clips in each.items()) / videos

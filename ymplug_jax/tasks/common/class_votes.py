@@ -1,4 +1,4 @@
-"""Votes for classes: their scores, readable rows, and the answer of `predict classify`."""
+"""Classification results: scores, readable rows, and the answer of `predict classify`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,21 +9,23 @@ from ymplug_jax.tasks.common import candidates, task_metrics
 from ymplug_jax.tasks.presentation import Answer
 from ymplug_jax.tasks.task import Report, Row
 
-MODALITIES = ("both", "video", "title")  # what the model is shown
+MODALITIES = ("both", "video", "title")  # inputs given to the model
 
 
 def report(rows: list[Row], records: Split, names: Sequence[str], by: Sequence[str]) -> Report:
-    """Top-1 and top-5 of every kind of vote and every modality. Ties count against the model (`task_metrics.top_k`), in the scores
-    and in what is "predicted" alike; a true name that is not in the list counts as missed.
+    """Top-1 and top-5 accuracy of every modality and kind of vote.
+
+    Ties count against the model (`task_metrics.top_k`), in the scores and in "predicted". A label that is not among the names
+    counts as missed.
 
     Args:
-      rows: of each kind in `by` votes f32[3, C] in the order of MODALITIES, and "label" (-1: none).
-      records: of the split.
-      names: of the C classes.
-      by: kinds of votes; the first one decides what is "predicted".
+      rows: "label" (-1: none) and, for each kind in `by`, votes f32[3, C] in the order of MODALITIES.
+      records: Records of the split.
+      names: Names of the C classes.
+      by: Kinds of votes; "predicted" is the best class of the first kind.
 
     Raises:
-      Mistake: votes that are not finite; the message names the first example.
+      Mistake: A vote is not finite; the message names the first such example.
     """
     task_metrics.check_rows(rows, records, *by)
     known = [row for row in rows if row["label"] >= 0]
@@ -37,7 +39,7 @@ def report(rows: list[Row], records: Split, names: Sequence[str], by: Sequence[s
         scores["note"] = "this split has no labels: predictions are written, nothing is scored"
     for m, modality in enumerate(MODALITIES):
         for kind in by if labelled else ():
-            ranks = np.full(labelled, np.inf)  # of what is not listed: missed
+            ranks = np.full(labelled, np.inf)  # unlisted labels keep the rank inf and count as missed
             if known:
                 votes, labels = np.stack([row[kind][m] for row in known]), np.array([row["label"] for row in known])
                 ranks[: len(known)] = task_metrics.class_ranks(votes, labels)
@@ -47,7 +49,7 @@ def report(rows: list[Row], records: Split, names: Sequence[str], by: Sequence[s
 
 
 def readable(row: Row, records: Split, names: Sequence[str], by: Sequence[str]) -> dict:
-    """One example's answers by name."""
+    """Readable row of one example: its label and the predicted class names."""
     record = records[int(row["index"])]
     answer = {"index": int(row["index"]), "id": record.media_id, "title": record.title}
     label = int(row["label"])
@@ -60,14 +62,14 @@ def readable(row: Row, records: Split, names: Sequence[str], by: Sequence[str]) 
 
 
 def answer(row: Mapping[str, np.ndarray], record: Record, best: int, names: Sequence[str], by: Sequence[str]) -> Answer:
-    """The classes of one clip, with its title where it has one: the likeliest ones by the first kind of vote, and the head's.
+    """The most likely classes of one clip by the first kind of vote, and the class of the head. The title is used if there is one.
 
     Args:
-      row: votes f32[3, C] of each kind in `by` and of "head".
-      record: of the clip.
-      best: so many classes.
-      names: of the C classes.
-      by: kinds of votes.
+      row: Votes f32[3, C] of each kind in `by` and of "head".
+      record: Record of the clip.
+      best: Number of classes to return.
+      names: Names of the C classes.
+      by: Kinds of votes.
     """
     given = MODALITIES.index("both" if record.title else "video")
     votes, head = row[by[0]][given], row["head"][given]

@@ -1,4 +1,4 @@
-"""Pages of examples by kind of task: classes, captions, rankings, titles. See `presentation.Page`."""
+"""Example pages by kind of task: classes, captions, rankings, titles. See `presentation.Page`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,13 +9,13 @@ import numpy as np
 from ymplug_jax.tasks.common import chance
 from ymplug_jax.tasks.presentation import Card, Cell, Frames, Page, Part, ReadableRow
 
-SHOWN = 12  # cards of a part
-REFERENCES = 5  # of a card; more are folded
+SHOWN = 12  # cards per part
+REFERENCES = 5  # references shown on a card; the others are collapsed
 WORDS = {"likelihood": "by likelihood of the class name", "head": "by the head"}
 
 
 def classes(modalities: Sequence[str], by: Sequence[str]) -> Page:
-    """Of answers that are classes, the rows of `class_votes.readable` (the arguments are those of it)."""
+    """Page for class predictions, the rows of `class_votes.readable`; the arguments are the same."""
     others = [key for modality in modalities for kind in by if (key := f"{modality}/{kind}") != "both/likelihood"]
     return Page(
         columns=("title", "true", "answered", "share", "by the head"),
@@ -27,18 +27,18 @@ def classes(modalities: Sequence[str], by: Sequence[str]) -> Page:
 
 
 def captions() -> Page:
-    """Of captions, with their references and scores."""
+    """Page for captions with their references and scores."""
     columns = ("caption", "first reference", "references", "CIDEr", "METEOR", "ROUGE-L")
     return Page(columns=columns, line=_caption_line, parts=_caption_parts, about=_references)
 
 
 def ranking(videos: str, texts: str, pairs: str = "") -> Page:
-    """Of retrieval: the videos of each text, and the texts of each video.
+    """Page for retrieval: the retrieved videos of each text and the retrieved texts of each video.
 
     Args:
-      videos: key of a row for the scores of its retrieved videos.
-      texts: key for those of its retrieved texts.
-      pairs: name of the accuracy of a head that tells pairs that match, "" where there is none.
+      videos: Row key of the scores of the retrieved videos.
+      texts: Row key of the scores of the retrieved texts.
+      pairs: Name of the accuracy score of the matching head, "" if there is none.
     """
     return Page(
         columns=("text", "rank of the video", "first video", "rank of the text"),
@@ -49,7 +49,7 @@ def ranking(videos: str, texts: str, pairs: str = "") -> Page:
 
 
 def titles() -> Page:
-    """Of generated titles."""
+    """Page for generated titles."""
     return Page(columns=("title", "generated"), line=_title_line, parts=_title_parts, chance=chance.titles)
 
 
@@ -78,15 +78,15 @@ def _class_parts(rows: Sequence[ReadableRow], others: Sequence[str]) -> list[Par
 def _caption_parts(rows: Sequence[ReadableRow]) -> list[Part]:
     told = sorted((row for row in rows if _number(row.get("cider")) is not None), key=lambda row: float(row["cider"]))
     rest = [row for row in rows if _number(row.get("cider")) is None]
-    each = min(SHOWN, -(-len(told) // 3))  # of few captions, each third
+    each = min(SHOWN, -(-len(told) // 3))  # with few captions, each part gets a third
     worst, best = told[:each], told[max(each, len(told) - each) :][::-1]
     middle = told[each : len(told) - len(best)]
-    drawn = np.random.default_rng(0).permutation(len(middle))[:SHOWN]  # the same ones for every reader
+    drawn = np.random.default_rng(0).permutation(len(middle))[:SHOWN]  # fixed seed: the page is the same every time
     some = [middle[i] for i in sorted(drawn)]
     count = len(told)
     return [
         Part("Worst by CIDEr", "captions", worst, count, _caption_card),
-        Part("Drawn at random from the rest", "captions", some, len(middle), _caption_card),
+        Part("Random sample of the rest", "captions", some, len(middle), _caption_card),
         Part("Best by CIDEr", "captions", best, count, _caption_card),
         _part("Without references", "captions", rest, _caption_card),
     ]
@@ -106,13 +106,13 @@ def _caption_card(row: ReadableRow, frames: Frames) -> dict[str, Any]:
 
 
 def _references(rows: Sequence[ReadableRow]) -> str:
-    """How many references the captions have."""
+    """A phrase about the number of references."""
     counts = [len(row["references"]) for row in rows if row.get("references")]
     if not counts:
         return ""
     low, high = min(counts), max(counts)
     each = f"{low}" if low == high else f"{low} to {high}"
-    return f"{sum(counts)} references of {len(counts)} clips, {each} a clip"
+    return f"{sum(counts)} references for {len(counts)} clips, {each} per clip"
 
 
 def _ranking_parts(rows: Sequence[ReadableRow], videos: str, texts: str) -> list[Part]:
@@ -129,7 +129,7 @@ def _ranking_parts(rows: Sequence[ReadableRow], videos: str, texts: str) -> list
         named = _beside(row["retrieved_texts"], row.get(texts) or [], row.get("retrieved_texts_right") or [])
         return {**row, "sort": _number(row.get("v2t_rank")), "texts": named, "frames": frames(row.get("index"), 4)}
 
-    clips = list({row["id"]: row for row in rows if "retrieved_texts" in row}.values())  # a clip once
+    clips = list({row["id"]: row for row in rows if "retrieved_texts" in row}.values())  # each clip once
     made = []
     for words, form, some, rank, card in (
         ("Text to video", "t2v", rows, "t2v_rank", of_text),
@@ -147,12 +147,12 @@ def _title_parts(rows: Sequence[ReadableRow]) -> list[Part]:
 
     wrong = [row for row in rows if row["title"] != row["generated"]]
     right = [row for row in rows if row["title"] == row["generated"]]
-    named = (("Other than the true title", wrong), ("Right to the last character", right))
+    named = (("Different from the true title", wrong), ("Exactly right", right))
     return [_part(title, "titles", some, card) for title, some in named]
 
 
 def _beside(texts: Sequence[str], scores: Sequence[float | None], right: Sequence[bool]) -> list[dict[str, Any]]:
-    """Texts with what stands under them; scores and marks may be missing, None is a pair that the match head did not see."""
+    """Captions of retrieved entries. Scores and marks may be missing; a score of None means that the matching head did not score the pair."""
     made = []
     for i, text in enumerate(texts):
         score = _number(scores[i]) if i < len(scores) else None

@@ -1,4 +1,4 @@
-"""Retrieval over a whole split: texts and clips of its records, and every text ranked against every clip by their vectors."""
+"""Retrieval over a whole split: rank every text against every clip by their embeddings, in both directions."""
 
 from collections.abc import Sequence
 
@@ -10,42 +10,43 @@ from ymplug_jax.tasks.task import Report, Row
 
 
 def text_of(record: Record) -> str:
-    """The text that retrieval knows a record by, as it stands in the CSV."""
+    """The text of a record that retrieval uses, unchanged from the CSV: its first caption, or its title if it has none."""
     return record.captions[0] if record.captions else record.title
 
 
 def drawn_text(record: Record, rng: np.random.Generator | None) -> str:
-    """One of a record's captions, drawn in training and the first in evaluation; of a record without any, its title."""
+    """A random caption of a record in training, the first one in evaluation; the title if the record has no captions."""
     texts = record.captions or [record.title]
     return texts[0 if rng is None else int(rng.integers(len(texts)))]
 
 
 def clips_of(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(clip number of each row, first row of each clip): clips are numbered by first appearance."""
+    """(clip number of each row, first row of each clip). Clips are numbered in order of first appearance."""
     numbers: dict[str, int] = {}
     clip = np.array([numbers.setdefault(name, len(numbers)) for name in names], int)
     return clip, np.unique(clip, return_index=True)[1]
 
 
 def gallery_of(records: Sequence[Record], videos: int) -> dict[str, object]:
-    """What the recalls of these records were taken over, for scores.json."""
+    """The size of the gallery, for scores.json."""
     scores: dict[str, object] = {"modalities": "video, text", "videos": videos, "texts": len(records)}
     if more := sum(len(record.captions) > 1 for record in records):
         scores["note"] = (
-            f"{more} rows have several captions, of which the first is the query; build the shards with one caption a row to "
+            f"{more} rows have several captions and only the first is a query; build the shards with one caption per row to "
             "score all of them"
         )
     return scores
 
 
 def rank_all(rows: list[Row], records: Split) -> Report:
-    """Every text against every clip and back; a clip that has several rows stands in the gallery once.
+    """Rank every text against every clip and every clip against every text.
 
-    For a clip the texts of all its rows are right. A text is a query of its own, and only its own clip is right for it: a
-    clip that another row describes with the same words is wrong. Ties count against the model (`task_metrics.ranks_in`).
+    A clip with several rows is in the gallery once, and the texts of all its rows are correct for it. For a text only its own
+    clip is correct: another clip that is described by the same words counts as wrong. Ties count against the model
+    (`task_metrics.ranks_in`).
 
     Raises:
-      Mistake: vectors that are not finite; the message names the first example.
+      Mistake: An embedding is not finite; the message names the first such example.
     """
     task_metrics.check_rows(rows, records, "video", "text")
     found = [records[int(row["index"])] for row in rows]

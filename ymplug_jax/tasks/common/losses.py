@@ -1,4 +1,4 @@
-"""Losses as pure functions. Each returns a sum and a weight: add both over rows, hosts and micro-batches, then divide once."""
+"""Losses as pure functions. Each returns a sum and a weight, which are added over rows, hosts and micro-batches and divided once."""
 
 from collections.abc import Callable
 
@@ -7,20 +7,20 @@ import jax.numpy as jnp
 
 from ymplug_jax.core.metrics import Mean, Metrics
 
-TOGETHER = 128  # positions over all rows below which a product with the vocabulary is slow: reading the table dominates
+TOGETHER = 128  # positions per product with the vocabulary; with fewer, reading the embedding table dominates
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy of each position in float32: f[..., V], int[...] -> f32[...]."""
+    """Cross-entropy of each position, computed in float32: f[..., V], int[...] -> f32[...]."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def target_mask(mask: jax.Array, prompt_lengths: jax.Array | None = None) -> jax.Array:
-    """Which tokens are targets: int or bool[B, L] -> bool[B, L - 1], entry j for token j + 1.
+    """Mask of the target tokens: int or bool[B, L] -> bool[B, L - 1], entry j for token j + 1.
 
-    Padding is no target, nor are the first `prompt_lengths` (int[B]) tokens after the start token. The end token is one.
+    The end token is a target. Padding and the first `prompt_lengths` (int[B]) tokens after the start token are not.
     """
     targets = mask[:, 1:].astype(bool)
     if prompt_lengths is not None:
@@ -31,14 +31,14 @@ def target_mask(mask: jax.Array, prompt_lengths: jax.Array | None = None) -> jax
 def next_token(
     logits: jax.Array, ids: jax.Array, mask: jax.Array, prompt_lengths: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Language-model loss. Its mean is over the tokens of the whole global batch (one process: the reference's own mean).
+    """Language-model loss. Divided by the weight, it is the mean over the target tokens of the global batch.
 
     Args:
-      logits: f[B, L - 1, V] at the positions of tokens 0..L-2, where position j predicts token j + 1. A visual prefix predicts
-        nothing, so its positions need not be computed.
+      logits: f[B, L - 1, V] at the positions of tokens 0..L-2, where position j predicts token j + 1. The visual prefix
+        predicts nothing, so its logits are not needed.
       ids: int[B, L], the start token first.
       mask: int or bool[B, L], 1 up to and including the end token; all 0 drops a row.
-      prompt_lengths: int[B], tokens after the start token that are given, not predicted; None: none are.
+      prompt_lengths: int[B], number of prompt tokens after the start token, which are not targets; None: no prompt.
 
     Returns:
       (sum of the cross-entropies, number of targets), float32 scalars.
@@ -58,19 +58,19 @@ def next_token_of(
     keep_logits: bool = False,
     positions: int = 16,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`next_token` from hidden states, a few positions at a time: logits of the whole batch never exist, in either direction.
+    """`next_token` from hidden states, a few positions at a time, so that the logits of the whole batch are never materialised.
 
     Args:
       logits_of: f[..., D] -> f[..., V].
       hidden: f[B, L - 1, D] at the positions of tokens 0..L-2.
       ids: int[B, L], the start token first.
       mask: int or bool[B, L], 1 up to and including the end token.
-      prompt_lengths: int[B], tokens after the start token that are given, not predicted; None: none are.
-      keep_logits: keep them for the backward pass; otherwise they are computed once more there.
-      positions: of each row that meet the vocabulary at once, at most; a small batch takes more, up to `TOGETHER` over all rows.
+      prompt_lengths: int[B], number of prompt tokens after the start token, which are not targets; None: no prompt.
+      keep_logits: Save the logits for the backward pass instead of rematerialising them.
+      positions: Positions of each row per product with the vocabulary. A small batch uses more, up to `TOGETHER` over all rows.
 
     Returns:
-      (sum of the cross-entropies, number of targets, number of targets that are the likeliest token), float32 scalars.
+      (sum of the cross-entropies, number of targets, number of correctly predicted targets), float32 scalars.
     """
     targets = target_mask(mask, prompt_lengths)
     return words_of(logits_of, hidden, ids[:, 1:], targets, keep_logits=keep_logits, positions=positions)
@@ -85,18 +85,18 @@ def words_of(
     keep_logits: bool = False,
     positions: int = 16,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cross-entropy of the words at some positions, a few positions at a time, as in `next_token_of`.
+    """Cross-entropy of the tokens at masked positions, a few positions at a time as in `next_token_of`.
 
     Args:
       logits_of: f[..., D] -> f[..., V].
       hidden: f[B, L, D].
       labels: int[B, L].
       targets: bool[B, L], the positions that count.
-      keep_logits: keep them for the backward pass.
-      positions: of each row that meet the vocabulary at once, at most.
+      keep_logits: Save the logits for the backward pass instead of rematerialising them.
+      positions: Positions of each row per product with the vocabulary.
 
     Returns:
-      (sum of the cross-entropies, number of targets, number of targets that are the likeliest token), float32 scalars.
+      (sum of the cross-entropies, number of targets, number of correctly predicted targets), float32 scalars.
     """
     length = hidden.shape[1]
     parts = -(-length // max(positions, TOGETHER // hidden.shape[0]))
@@ -120,7 +120,7 @@ def words_of(
 
 
 def similarity(video: jax.Array, text: jax.Array) -> jax.Array:
-    """Best match among the queries of a video: f32[B, Q, E], f32[G, E] -> f32[B, G]."""
+    """Similarity of videos and texts, the maximum over the queries of a video: f32[B, Q, E], f32[G, E] -> f32[B, G]."""
     return jnp.einsum("bqe,ge->bgq", video, text, precision="highest").max(axis=-1)
 
 
@@ -129,14 +129,15 @@ def contrastive(
 ) -> tuple[jax.Array, jax.Array]:
     """Video-text contrastive loss with label smoothing, both directions, over the global batch.
 
-    Plain array code: under `jax.jit` with the batch cut over devices every row meets every other row, with exact gradients.
+    Under `jax.jit` with a batch sharded over devices, the negatives of a row are all other rows of the global batch and the
+    gradients are exact; no explicit gather is needed. See docs/models/mplug_video.md, "Contrastive loss".
 
     Args:
-      video: f32[B, Q, E], unit vectors; a video's similarity to a text is that of its best query.
+      video: f32[B, Q, E], unit vectors; the similarity to a text is the maximum over the Q queries.
       text: f32[B, E], unit vectors; row i belongs to video i.
-      temperature: scalar divisor, learned; bounded below by 1e-3 as a guard.
-      smoothing: share of the target that is spread evenly over the batch.
-      valid: bool[B]; rows that are padding are neither queries nor candidates. None: all are valid.
+      temperature: Learned scalar divisor, bounded below by 1e-3.
+      smoothing: Share of the target that is spread evenly over the batch.
+      valid: bool[B]; padding rows (False) are neither queries nor candidates. None: all rows are valid.
 
     Returns:
       (sum over rows of the mean of both directions, number of rows), float32 scalars.
@@ -162,9 +163,9 @@ def retrieval(
     Args:
       video: f32[B, E], unit vectors.
       text: f32[B, E], unit vectors; row i belongs to video i.
-      temperature: scalar divisor, learned; bounded below by 1e-3 as a guard.
-      ids: int32[B, I], rows that are equal are one clip: all their texts are right for all their videos.
-      valid: bool[B]; rows that are padding are neither queries nor candidates. None: all are valid.
+      temperature: Learned scalar divisor, bounded below by 1e-3.
+      ids: int32[B, I], equal for rows of the same clip; all texts of a clip are positives of all its videos.
+      valid: bool[B]; padding rows (False) are neither queries nor candidates. None: all rows are valid.
 
     Returns:
       (sum over rows of the mean of both directions, number of rows), float32 scalars.
@@ -183,37 +184,39 @@ def retrieval(
 
 
 def bounded(temperature: jax.Array, low: float = 1e-3, high: float = float("inf")) -> jax.Array:
-    """The temperature within limits; its gradient passes unchanged."""
+    """Clip the temperature to [low, high]; the gradient passes through unchanged."""
     return temperature + jax.lax.stop_gradient(jnp.clip(temperature, low, high) - temperature)
 
 
 def classification(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of classes: f[B, C], int32[B], bool[B] -> (sum, number of rows); rows with label -1 count for nothing."""
+    """Cross-entropy of classes: f[B, C], int32[B], bool[B] -> (sum, number of rows). Rows with label -1 are ignored."""
     valid = valid & (labels >= 0)
     each = token_losses(logits, jnp.maximum(labels, 0))
     return jnp.sum(jnp.where(valid, each, 0)), jnp.sum(valid, dtype=jnp.float32)
 
 
 def ratio(mean: Mean) -> jax.Array:
-    """total / weight on the device, 0 where nothing was counted."""
+    """total / weight on the device, 0 if the weight is 0."""
     return mean.total / jnp.maximum(mean.weight, 1.0)
 
 
 def chosen(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether the label has the highest logit: f[..., C], int[...] -> bool[...]. Ties count against the label, as in
-    `task_metrics.top_k`, and so do logits that are not numbers."""
+    """Whether the label alone has the highest logit: f[..., C], int[...] -> bool[...].
+
+    Ties and NaN count against the label, as in `task_metrics.top_k`.
+    """
     own = jnp.arange(logits.shape[-1]) == labels[..., None]
-    label = jnp.max(logits, axis=-1, where=own, initial=-jnp.inf)  # -inf: no such class
+    label = jnp.max(logits, axis=-1, where=own, initial=-jnp.inf)  # -inf for label -1
     return jnp.all(own | (logits < label[..., None]), axis=-1)
 
 
 def words_and_head(
     words: tuple[jax.Array, jax.Array], votes: jax.Array, labels: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """What the decoder says plus what a head votes, each a mean of its own, weight 1 each.
+    """Sum of the decoder's mean token loss and the classification head's mean loss, with weight 1 each, and the metrics.
 
     Args:
-      words: of `next_token`.
+      words: (sum, number of targets) of `next_token`.
       votes: f[B, C], logits of the head.
       labels: int32[B].
       valid: bool[B], rows that count.

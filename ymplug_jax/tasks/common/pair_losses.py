@@ -1,6 +1,7 @@
-"""Losses of models that read text and video together: matching with hard negatives, masked words, entities of a region.
+"""Losses of models that fuse text and video: matching with hard negatives, masked language modelling, entities of a region.
 
-Whatever is random comes in as an argument or from a key, so that a loss is a pure function and does not depend on the mesh.
+Random draws come from a key or from an argument, so the losses are pure functions that do not depend on the mesh.
+See docs/models/alpro.md, "Matching loss", "Masked words" and "Entity prompts".
 """
 
 from typing import NamedTuple
@@ -13,42 +14,42 @@ from ymplug_jax.tasks.common import losses
 
 
 class Negatives(NamedTuple):
-    """Rows, counted within their group, that are set beside each row as pairs that do not match."""
+    """Negatives of each row, as row numbers within its group."""
 
-    videos: jax.Array  # int[B]: entry b is the video that stands beside text b
-    texts: jax.Array  # int[B]: entry b is the text that stands beside video b
-    found: jax.Array  # bool[B]: whether there was any to choose from
+    videos: jax.Array  # int[B]: the negative video of text b
+    texts: jax.Array  # int[B]: the negative text of video b
+    found: jax.Array  # bool[B]: False if the group has no negative for the row
 
 
 class Masking(NamedTuple):
-    """What is done to each token."""
+    """Random draws for masked language modelling, one per token."""
 
-    select: jax.Array  # bool[B, L]: it is to be told, if it may be
-    replace: jax.Array  # bool[B, L]: by the mask token
-    random: jax.Array  # bool[B, L]: else by a random word
-    words: jax.Array  # int[B, L]: the random words
+    select: jax.Array  # bool[B, L]: selected for prediction
+    replace: jax.Array  # bool[B, L]: if selected, replace the token by the mask token
+    random: jax.Array  # bool[B, L]: if selected but not masked, replace the token by a random one
+    words: jax.Array  # int[B, L]: the random tokens
 
 
 def group_of(train: Train, group: int) -> int:
-    """Rows that negatives are drawn from: `group` (`config.options.group`), or with 0 the whole micro-batch.
+    """Number of rows that share negatives: `group` (`config.options.group`), or the whole micro-batch if it is 0.
 
     Raises:
-      ValueError: the batch cannot be cut into such groups, or a group has no room for a negative.
+      ValueError: The group has fewer than 2 rows or does not divide the micro-batch.
     """
     size = train.batch_size // train.accumulate
     rows = group or size
     if rows < 2 or size % rows:
         raise ValueError(
-            f"config.options.group is {group}; it must be 2 or more and divide config.train.batch_size / "
-            f"accumulate = {size}"
+            f"config.options.group: {group} does not fit a micro-batch of {size} rows; give a divisor of config.train.batch_size / "
+            "accumulate that is 2 or more"
         )
     return rows
 
 
 def allowed(valid: jax.Array, clip: jax.Array | None, group: int) -> jax.Array:
-    """Which rows may be a negative of which: bool[B] and int[B, I] or None -> bool[B // group, group, group].
+    """Mask of the allowed negatives of each row: bool[B] and int[B, I] or None -> bool[B // group, group, group].
 
-    Not itself, no padding, and not another row of the same clip (equal rows of `clip`).
+    The row itself, padding, and rows of the same clip (equal rows of `clip`) are excluded.
     """
     valid = valid.reshape(-1, group)
     free = valid[:, :, None] & valid[:, None] & ~jnp.eye(group, dtype=bool)
@@ -61,14 +62,14 @@ def allowed(valid: jax.Array, clip: jax.Array | None, group: int) -> jax.Array:
 def choose_negatives(
     key: jax.Array, video: jax.Array, text: jax.Array, temperature: jax.Array, free: jax.Array
 ) -> Negatives:
-    """Rows drawn by similarity: the more a wrong pair resembles, the likelier it is taken. No gradient.
+    """Draw hard negatives with probability softmax(similarity / temperature) over the allowed rows. No gradient.
 
     Args:
-      key: randomness; the videos are drawn first, then the texts.
+      key: PRNG key, split into one for the videos and one for the texts.
       video: f32[B, E], unit vectors.
       text: f32[B, E], unit vectors.
-      temperature: scalar divisor.
-      free: bool[G, B // G, B // G] of `allowed`.
+      temperature: Scalar divisor.
+      free: bool[G, B // G, B // G], the result of `allowed`.
     """
     to_video, to_text = negative_logits(video, text, temperature, free)
     for_text, for_video = jax.random.split(key)
@@ -79,7 +80,7 @@ def choose_negatives(
 def negative_logits(
     video: jax.Array, text: jax.Array, temperature: jax.Array, free: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits of the draw, f32[G, b, b] each, -inf where not `free`: rows texts (columns videos), rows videos (columns texts)."""
+    """Logits of the draw, f32[G, b, b] each and -inf where not `free`: (text rows by video columns, video rows by text columns)."""
     groups, size, _ = free.shape
     video, text = (jax.lax.stop_gradient(x).reshape(groups, size, -1) for x in (video, text))
     scores = jnp.einsum("gte,gve->gtv", text, video, precision="highest") / jax.lax.stop_gradient(temperature)
@@ -87,7 +88,7 @@ def negative_logits(
 
 
 def take(x: jax.Array, index: jax.Array, group: int) -> jax.Array:
-    """Rows of the own group, one or more for each: f[B, ...], int[B] or int[B, K] counted within the group -> f[B K, ...]."""
+    """Take rows of each row's own group: f[B, ...], int[B] or int[B, K] as numbers within the group -> f[B K, ...]."""
     parts = x.reshape(-1, group, *x.shape[1:])  # [B / group, group, ...]
     return jax.vmap(lambda part, i: part[i])(parts, index.reshape(len(parts), -1)).reshape(-1, *x.shape[1:])
 
@@ -95,17 +96,17 @@ def take(x: jax.Array, index: jax.Array, group: int) -> jax.Array:
 def pairs(
     states: jax.Array, mask: jax.Array, tokens: jax.Array, negatives: Negatives, group: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three pairs a row: its own text and video, its text with a wrong video, a wrong text with its video.
+    """Three pairs per row: its own text and video, its text with a negative video, a negative text with its video.
 
     Args:
-      states: f[B, L, C].
+      states: f[B, L, C], encoded texts.
       mask: int[B, L].
-      tokens: f[B, S, C].
-      negatives: rows within each group.
-      group: rows of one.
+      tokens: f[B, S, C], encoded videos.
+      negatives: Negatives of each row.
+      group: Rows per group.
 
     Returns:
-      The same with a second axis: f[B, 3, L, C], int[B, 3, L], f[B, 3, S, C].
+      `states`, `mask` and `tokens` of the pairs: f[B, 3, L, C], int[B, 3, L], f[B, 3, S, C].
     """
     return (
         jnp.stack([states, states, take(states, negatives.texts, group)], axis=1),
@@ -115,7 +116,7 @@ def pairs(
 
 
 def matching(logits: jax.Array, valid: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cross-entropy of "match" for the three pairs of `pairs`: f32[B, 3, 2], bool[B], bool[B] -> (sum, pairs, pairs told right)."""
+    """Matching loss of the three pairs of `pairs`: f32[B, 3, 2], bool[B], bool[B] -> (sum, number of pairs, number correct)."""
     labels = jnp.broadcast_to(jnp.array([1, 0, 0]), logits.shape[:2])
     counts = jnp.stack([valid, valid & found, valid & found], axis=1)  # [B, 3]
     right = jnp.sum(losses.chosen(logits, labels) & counts, dtype=jnp.float32)
@@ -124,7 +125,7 @@ def matching(logits: jax.Array, valid: jax.Array, found: jax.Array) -> tuple[jax
 
 
 def draw_masking(key: jax.Array, shape: tuple[int, ...], vocab: int, probability: float) -> Masking:
-    """Independent draws for each token: told with `probability`, of these 80 % masked, 10 % any word, 10 % left as they are."""
+    """Draw the masking of BERT: select with `probability`; of the selected, 80 % become [MASK], 10 % a random token, 10 % stay."""
     select, replace, random, words = jax.random.split(key, 4)
     return Masking(
         jax.random.bernoulli(select, probability, shape),
@@ -135,7 +136,7 @@ def draw_masking(key: jax.Array, shape: tuple[int, ...], vocab: int, probability
 
 
 def mask_words(ids: jax.Array, draws: Masking, never: tuple[int, ...], mask_id: int) -> tuple[jax.Array, jax.Array]:
-    """(ids as they are shown int[B, L], which are to be told bool[B, L]); tokens of `never` are left alone."""
+    """Apply the masking: (input ids int[B, L], positions to predict bool[B, L]). Tokens in `never` are neither masked nor predicted."""
     told = draws.select & ~jnp.isin(ids, jnp.array(never))
     masked = told & draws.replace
     shown = jnp.where(masked, mask_id, ids)
@@ -143,7 +144,7 @@ def mask_words(ids: jax.Array, draws: Masking, never: tuple[int, ...], mask_id: 
 
 
 def inside_of(box: jax.Array, size: int) -> jax.Array:
-    """Cells of a grid that boxes cover: int[B, 4] (top, left, height, width, in cells) -> bool[B, size, size]."""
+    """Grid cells that boxes cover: int[B, 4] (top, left, height, width in cells) -> bool[B, size, size]."""
     place = jnp.arange(size)
     top, left, height, width = (box[:, i, None] for i in range(4))
     rows, columns = (place >= top) & (place < top + height), (place >= left) & (place < left + width)  # [B, size] each
@@ -151,7 +152,7 @@ def inside_of(box: jax.Array, size: int) -> jax.Array:
 
 
 def entity_targets(video: jax.Array, entities: jax.Array, temperature: jax.Array) -> jax.Array:
-    """What the teacher sees: unit vectors f32[B, E], entities f32[K, E] -> probabilities f32[B, K]. No gradient."""
+    """Soft entity labels of the teacher: unit vectors f32[B, E], entities f32[K, E] -> probabilities f32[B, K]. No gradient."""
     scores = jnp.einsum("be,ke->bk", video, entities.astype(jnp.float32), precision="highest") / temperature
     return jax.lax.stop_gradient(jax.nn.softmax(scores, axis=-1))
 
@@ -161,8 +162,8 @@ def entity(
 ) -> tuple[jax.Array, jax.Array]:
     """Soft cross-entropy of the entities: f32[B, K], f32[B, K], bool[B] -> (sum, number of rows).
 
-    Rows whose teacher is unsure (no entity above 0.2) are left out. The reference's rule compares the number of the best
-    entity with 0.2, so that exactly the rows of entity 0 are left out.
+    Rows whose highest target is below 0.2 are excluded. The reference compares the index of the best entity with 0.2 instead of
+    its probability, so it excludes exactly the rows of entity 0; `reference_rule` reproduces this.
     """
     sure = jnp.argmax(targets, axis=-1) > 0.2 if reference_rule else jnp.max(targets, axis=-1) >= 0.2
     counts = valid & sure

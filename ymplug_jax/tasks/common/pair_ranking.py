@@ -1,4 +1,4 @@
-"""Ranks and recalls of scores that a model gave to pairs of a video and a text."""
+"""Ranks and recalls from the scores of video-text pairs."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ from ymplug_jax.tasks.task import Report, Row
 
 
 def score(rows: list[Row], records: Split, names: Sequence[str]) -> Report:
-    """Recalls of scores of pairs, each in both directions. The last name decides the ranks of the readable rows.
+    """Recalls of every score in both directions. The readable rows are ranked by the last score.
 
     Args:
-      rows: f32[texts] by name, "scored" bool[texts], and "fallback" f32[texts], which orders what was not scored.
-      records: of the split.
-      names: of the scores.
+      rows: The scores f32[texts] by name, "scored" bool[texts], and "fallback" f32[texts], which orders the unscored pairs.
+      records: Records of the split.
+      names: Names of the scores.
 
     Raises:
-      Mistake: a score that the model gave is not finite; the message names the first video and its text.
+      Mistake: A score is not finite; the message names the first such video and its text.
     """
     found = [records[int(row["index"])] for row in rows]
     clip, first = gallery.clips_of([record.media_id for record in found])
@@ -52,15 +52,15 @@ def score(rows: list[Row], records: Split, names: Sequence[str]) -> Report:
 
 
 def in_one_order(scores: np.ndarray, scored: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """Pairs that were scored by their score, and after all of them the others in the order of `fallback`.
+    """Order scored pairs by their score, followed by the unscored pairs in the order of `fallback`.
 
     Args:
-      scores: f32[V, G]; what stands where nothing was scored does not matter.
+      scores: f32[V, G]; values of unscored pairs are ignored.
       scored: bool[V, G].
       fallback: f32[V, G].
 
     Returns:
-      f64[V, G], finite: float32 could not tell close similarities apart once they are moved below the scores.
+      f64[V, G], finite. In float32, shifting the similarities below the scores would merge close values.
     """
     lowest = float(scores[scored].min()) if scored.any() else 0.0
     others = lowest - 1.0 - (fallback.max() - fallback.astype(np.float64))
@@ -68,7 +68,7 @@ def in_one_order(scores: np.ndarray, scored: np.ndarray, fallback: np.ndarray) -
 
 
 def _check(values: np.ndarray, name: str, videos: list[Row], texts: list[Row], records: Split) -> None:
-    """f32[V, G] are finite, or a Mistake names the first pair."""
+    """Raise a Mistake that names the first pair with a non-finite score in f32[V, G]."""
 
     def pair(v: int) -> str:
         text = texts[int(np.argmax(~np.isfinite(values[v])))]

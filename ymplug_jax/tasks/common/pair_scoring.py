@@ -1,13 +1,13 @@
-"""Scores of many videos with many texts, where the model must see each pair: in pieces of one shape, all pairs or the best.
+"""Scores of video-text pairs that the model must read jointly, for all pairs or for the best candidates, in steps of one shape.
 
-The encodings that a pair is read from are not on the hosts: they stay on the devices as `kept_rows.KeptRows`, whose docstring states
-their memory, and a step takes the rows of its own pairs. For V videos and G texts of which S scores are made:
+The encodings stay on the devices as `kept_rows.KeptRows`, and each step takes the rows of its pairs. Memory for S scores of V videos
+and G texts:
 
-    a host           S * V * G * 4 bytes of scores, V * G bytes of which pairs are wanted, and G rows of token ids
-    a device         its part of the kept rows; of one step 8 videos and 64 texts, in float32
+    per host         S * V * G * 4 bytes of scores, V * G bytes for the mask of wanted pairs, and G rows of token ids
+    per device       its shard of the kept rows, and 8 videos and 64 texts in float32 for one step
 
-The largest piece is the kept rows, ceil(N / B) * B * R / D bytes a device: 10,000 clips of 128 visual tokens of width 2,048 in bfloat16
-are 5.2 GB, 0.33 GB on each of 16 devices.
+The kept rows are the largest part, ceil(N / B) * B * R / D bytes per device (see kept_rows.py). For example, 10,000 clips of 128 visual
+tokens of width 2,048 in bfloat16 take 5.2 GB, or 0.33 GB on each of 16 devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,34 +22,34 @@ from ymplug_jax.core.state import Params
 from ymplug_jax.tasks import kept_rows
 from ymplug_jax.tasks.kept_rows import KeptRows
 
-VIDEOS, TEXTS = 8, 8  # of one step
+VIDEOS, TEXTS = 8, 8  # videos per step, texts per video
 Arrays = dict[str, jax.Array]
-# (params, videos {name: f[8, ...]}, of each 8 texts {name: [8, 8, ...]}) -> {name: f32[8, 8]}
+# (params, videos {name: f[8, ...]}, 8 texts of each {name: [8, 8, ...]}) -> {name: f32[8, 8]}
 Score = Callable[[Params, Arrays, Arrays], Arrays]
 
 
 class Sides(NamedTuple):
-    """Where the V videos and G texts of the pairs are."""
+    """The V videos and G texts that form the pairs."""
 
-    kept_of_videos: tuple[str, ...]  # names of kept predictions that a video is read from
-    videos: Sequence[int]  # places of the V videos in the split
-    kept_of_texts: tuple[str, ...]
-    texts: Sequence[int]  # places of the G texts in the split
-    small: dict[str, np.ndarray]  # what else a text is read from, [G, ...] each
+    kept_of_videos: tuple[str, ...]  # names of the kept predictions of a video
+    videos: Sequence[int]  # positions of the V videos in the split
+    kept_of_texts: tuple[str, ...]  # names of the kept predictions of a text
+    texts: Sequence[int]  # positions of the G texts in the split
+    small: dict[str, np.ndarray]  # inputs of the texts that are held on the host, [G, ...] each
 
 
 def scores(
     score: Score, params: Params, kept: KeptRows, sides: Sides, wanted: np.ndarray, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Matrices of scores by name, f32[V, G] each; -inf where a pair was not wanted.
+    """Score the wanted pairs: f32[V, G] by name, -inf for the other pairs.
 
     Args:
-      score: of a piece; kept predictions come in float32.
-      params: of the model.
-      kept: predictions of the split.
-      sides: which rows of it are videos and texts.
+      score: Scores one step; it receives kept predictions in float32.
+      params: Parameters of the model.
+      kept: Kept predictions of the split.
+      sides: The videos and texts.
       wanted: bool[V, G], the pairs to score.
-      names: what `score` returns.
+      names: Names of the scores that `score` returns.
     """
 
     def step(params: Params, arrays: Arrays, videos: jax.Array, texts: jax.Array, small: Arrays) -> Arrays:
@@ -81,8 +81,10 @@ def scores(
 
 
 def best_of(similarity: np.ndarray, best: int) -> np.ndarray:
-    """The `best` texts of every video and the `best` videos of every text: f32[V, G] -> bool[V, G]. Of equal ones those that
-    come first are taken."""
+    """Mask of the `best` texts of every video and the `best` videos of every text: f32[V, G] -> bool[V, G].
+
+    Among equal similarities the first entries are taken.
+    """
     return _best_of_row(similarity, best) | _best_of_row(similarity.T, best).T
 
 

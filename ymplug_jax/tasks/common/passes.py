@@ -1,4 +1,4 @@
-"""A model's pass inside a task's function."""
+"""Apply a model with its parameters inside the functions of a task."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def within(model: M, params: Params, run: Callable[[M], T], key: jax.Array | None = None) -> T:
-    """`run(model)` with parameters, as one `apply`: `run` may call several methods of the model.
+    """Return `run(model)` with bound parameters, as one `apply`: `run` may call several methods of the model.
 
     Args:
-      model: a linen module.
-      params: its parameters.
-      run: takes the model with its parameters in place.
-      key: randomness "dropout"; each call inside draws anew. None: no call needs any.
+      model: A linen module.
+      params: Its parameters.
+      run: Function of the bound model.
+      key: PRNG key of the collection "dropout"; every call inside draws a new one. None: deterministic.
     """
     found: Any = model.apply({"params": params}, method=run, rngs={} if key is None else {"dropout": key})
-    return cast(T, found)  # flax: Any, or with other arguments a tuple
+    return cast(T, found)  # flax annotates Any, or a tuple with mutable collections

@@ -1,4 +1,4 @@
-"""From a record to what a model takes: pieces that the video-text tasks share."""
+"""Preprocessing shared by the video-text tasks: from records to model inputs, tokenizers and class names."""
 
 import hashlib
 import json
@@ -19,8 +19,10 @@ from ymplug_jax.tasks.task import Example
 
 
 def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.ndarray:
-    """uint8[T, S, S, 3] of a record. Frames are chosen before any is decoded: random in their segment in training, the middle
-    one in evaluation."""
+    """Video of a record, uint8[T, S, S, 3].
+
+    Only the chosen frames are decoded: a random frame of each segment in training, the middle one in evaluation.
+    """
     indices = frames.choose_frames(data.frames, len(record.frames), rng)
     clip = frames.Decoded(record.frames, indices)  # [T, H, W, 3]
     if rng is not None and data.augment:
@@ -29,10 +31,10 @@ def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.
 
 
 def check_video(data: Data, vision: TimeSformer) -> None:
-    """Whether data and vision tower agree.
+    """Check that the data and the vision tower agree.
 
     Raises:
-      ValueError: they do not.
+      ValueError: The number of frames or the image size differs.
     """
     if data.frames != vision.frames or data.image_size != vision.image_size:
         raise ValueError(
@@ -42,26 +44,26 @@ def check_video(data: Data, vision: TimeSformer) -> None:
 
 
 def video_spec(data: Data) -> jax.ShapeDtypeStruct:
-    """Of one example's video."""
+    """Shape and dtype of one example's video."""
     return jax.ShapeDtypeStruct((data.frames, data.image_size, data.image_size, 3), jnp.uint8)
 
 
 def row_spec(length: int) -> jax.ShapeDtypeStruct:
-    """Of one example's ids or mask."""
+    """Shape and dtype of one example's ids or mask."""
     return jax.ShapeDtypeStruct((length,), jnp.int32)
 
 
 def normalize(video: jax.Array, dtype: str) -> jax.Array:
-    """uint8[B, T, S, S, 3] to CLIP-normalised floats, on the device: a quarter of the bytes travel."""
+    """CLIP-normalise uint8[B, T, S, S, 3] on the device: uint8 is a quarter of the bytes to transfer."""
     mean, std = (jnp.asarray(values, "float32") for values in (transforms.CLIP_MEAN, transforms.CLIP_STD))
     return ((video.astype("float32") / 255.0 - mean) / std).astype(dtype)
 
 
 def tokenizer_for(data: Data, vocab: int, setting: str = "config.model.llm.vocab") -> text.Tokenizer | None:
-    """The tokenizer of the settings, None where none is given (planning needs none).
+    """Load the tokenizer of the settings; None if they name none, as planning needs none.
 
     Raises:
-      ValueError: it has more tokens than the model has rows.
+      ValueError: The tokenizer has more tokens than the model's vocabulary.
     """
     if not data.tokenizer:
         return None
@@ -75,7 +77,7 @@ def tokenizer_for(data: Data, vocab: int, setting: str = "config.model.llm.vocab
 
 
 def encode(tokenizer: text.Tokenizer, title: str, length: int) -> Example:
-    """{"ids": int32[L], "mask": int32[L]} of a cleaned text: beginning, text, end, padding."""
+    """{"ids": int32[L], "mask": int32[L]} of a cleaned text: start token, text, end token, padding."""
     ids, mask = text.encode_text(
         tokenizer.encode(title), length, bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad
     )
@@ -83,7 +85,7 @@ def encode(tokenizer: text.Tokenizer, title: str, length: int) -> Example:
 
 
 def encode_pair(tokenizer: text.Tokenizer, prompt: str, target: str, length: int) -> Example:
-    """{"ids": int32[L], "mask": int32[L], "prompt_length": int32} of beginning, prompt, target, end."""
+    """{"ids": int32[L], "mask": int32[L], "prompt_length": int32}: start token, prompt, target, end token, padding."""
     ids, mask, prompt_length = text.encode_pair(
         tokenizer.encode(prompt),
         tokenizer.encode(target),
@@ -96,81 +98,79 @@ def encode_pair(tokenizer: text.Tokenizer, prompt: str, target: str, length: int
 
 
 def clip_id(record: Record) -> np.ndarray:
-    """int32[2] that is the same for records of one clip, and for no others but by a chance of 2**-64."""
+    """64-bit hash of the clip's name as int32[2], equal for all records of a clip."""
     return hash_of(record.media_id)
 
 
 def hash_of(media_id: str) -> np.ndarray:
-    """`clip_id` of a record with this name."""
+    """`clip_id` of a record with the given `media_id`."""
     return np.frombuffer(hashlib.blake2b(media_id.encode(), digest_size=8).digest(), np.int32)
 
 
 def decode(tokenizer: text.Tokenizer, ids: np.ndarray) -> str:
-    """Text of one row of ids up to the first end token. The row is without its start token, which may be the end token too."""
+    """Decode a row of ids up to the first end token. The row must not include the start token, as both may be the same token."""
     row = [int(i) for i in ids]
     return tokenizer.decode(row[: row.index(tokenizer.eos)] if tokenizer.eos in row else row)
 
 
 def given(tokenizer: text.Tokenizer | None) -> text.Tokenizer:
-    """The tokenizer, or one clear error where the settings name none.
+    """Return the tokenizer if there is one.
 
     Raises:
-      ValueError: no tokenizer.
+      ValueError: The settings name no tokenizer.
     """
     if tokenizer is None:
-        raise ValueError(
-            "config.data.tokenizer is empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt"
-        )
+        raise ValueError("config.data.tokenizer: empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt")
     return tokenizer
 
 
 def class_names(data: Data) -> tuple[str, ...]:
-    """Names of the classes of a run: the lines of `config.data.classes`, else the 45 categories of Youku-mPLUG.
+    """Class names of a run: the lines of `config.data.classes`, or the 45 categories of Youku-mPLUG.
 
     Raises:
-      Mistake: no such file, or it is no list of names.
+      Mistake: The file does not exist or is not a list of names.
     """
     return names_in(data.classes, "config.data.classes") if data.classes else schema.CLASS_NAMES
 
 
 def names_in(path: str, setting: str, what: str = "class name") -> tuple[str, ...]:
-    """One name a line of a UTF-8 file, line i is class i, as the builder of the shards reads it: see `schema.parse_class_names`.
+    """Read a UTF-8 file with one name per line, where line i is class i; the shard builder reads it with the same parser.
 
     Args:
-      path: of the file, local or gs://.
-      setting: that names it, for messages.
-      what: is listed, for messages.
+      path: Path of the file, local or gs://.
+      setting: Setting that names the file, for messages.
+      what: What a line is, for messages.
 
     Raises:
-      Mistake: no such file, not UTF-8, no name, an empty line, blanks around a name, or a name that stands twice.
+      Mistake: The file does not exist, is not UTF-8 or has no names, an empty line, spaces around a name or a duplicate name.
     """
-    from ymplug_jax.core import checkpoint_files  # here: a benchmark runs without Orbax
+    from ymplug_jax.core import checkpoint_files  # imported here because a benchmark runs without Orbax
 
     try:
         return schema.parse_class_names(
             text_files.read_text(checkpoint_files.folder_of(path)), f"{setting} {path}", what
         )
     except OSError as error:
-        raise Mistake(f"{setting} {path}: {error.strerror or error}; give a file with one {what} a line") from None
+        raise Mistake(f"{setting} {path}: {error.strerror or error}; give a file with one {what} per line") from None
     except ValueError as error:
         raise Mistake(str(error)) from None
 
 
 def check_classes(data: Data, names: Sequence[str]) -> None:
-    """Whether labels of the shards count in these names. Shards whose manifest names no classes have the 45 categories.
+    """Check that the shards were built with the same class names. A manifest without class names means the 45 categories.
 
     Raises:
-      Mistake: other names, or another order.
+      Mistake: The names or their order differ.
     """
     if not data.path:
         return
     file = epath.Path(data.path) / schema.MANIFEST
     if not file.exists():
-        return  # labels are compared with the names record by record
+        return  # `label_of` still checks each record
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        return  # the reader of the records says so
+        return  # reported by the record reader
     if not isinstance(manifest, dict) or manifest.get("kind", "classification") != "classification":
         return
     theirs = tuple(manifest.get("classes") or schema.CLASS_NAMES)
@@ -183,19 +183,19 @@ def check_classes(data: Data, names: Sequence[str]) -> None:
     what = (
         f"{data.classes} (config.data.classes)"
         if data.classes
-        else "the 45 categories, since config.data.classes is empty"
+        else "the 45 categories, because config.data.classes is empty"
     )
     raise Mistake(
-        f"{data.path}: its labels count in {len(theirs)} classes, class {place} is {there!r}, but the run has {what}: "
-        f"{len(names)}, class {place} is {ours!r}; set config.data.classes to the names that the shards were built with"
+        f"{data.path}: built with {len(theirs)} classes, class {place} is {there!r}, but the run has {what}: {len(names)}, class "
+        f"{place} is {ours!r}; set config.data.classes to the names that the shards were built with"
     )
 
 
 def label_of(record: Record, names: Sequence[str]) -> int:
-    """The record's label as a place in the names, -1 where it has none that is in them.
+    """Class number of a record's label, -1 if it has no label or one that is not in the names.
 
     Raises:
-      Mistake: the shards' number of the class stands for another name.
+      Mistake: The record's class number belongs to another name.
     """
     label = record.label_index
     if label >= 0 and (label >= len(names) or record.label_text not in ("", names[label])):

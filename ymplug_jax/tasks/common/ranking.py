@@ -1,4 +1,4 @@
-"""Full-gallery ranking by inner products: the gallery is cut over all devices, and no device ever holds the whole matrix."""
+"""Full-gallery ranking by inner products. The gallery is sharded over all devices; no device holds the whole similarity matrix."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ymplug_jax.tasks.common import task_metrics
 
 AXIS = "gallery"
-WIDE = 128  # entries of a group
+WIDE = 128  # entries per group in `_largest`
 
 
 def rank(
@@ -25,28 +25,28 @@ def rank(
     chunk: int = 1024,
     devices: list | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks of the right entries, and the best entries, of every query.
+    """Rank of the correct entry and the best entries for every query.
 
     Args:
       queries: f32[N, E], unit vectors.
       gallery: f32[G, E], unit vectors.
-      query_ids: int[N]; every entry of the gallery with the same id is right.
+      query_ids: int[N]; every gallery entry with the same id is correct.
       gallery_ids: int[G].
-      best: how many entries to return for each query (fewer if the gallery is smaller).
-      chunk: queries at a time; a device holds chunk x G / devices similarities.
-      devices: None: all there are.
+      best: Number of entries to return per query (fewer if the gallery is smaller).
+      chunk: Queries per step; a device holds chunk x G / devices similarities.
+      devices: Devices to use; None: all devices.
 
     Returns:
-      int[N] rank of the best right entry, which is 1 + the number of wrong entries that score as high or higher: ties count
-      against the model, and it is G + 1 where none is right; int[N, best] entries, best first, the lower number first where
-      they are equal; and f32[N, best] their similarities.
+      int[N], the rank of the best correct entry: 1 + the number of wrong entries with an equal or higher similarity, or G + 1
+      if no entry is correct; int[N, best], the best entries in descending order, ties by lower number; and f32[N, best],
+      their similarities.
 
     Raises:
-      ValueError: no queries, or no gallery.
-      Mistake: vectors or similarities that are not finite.
+      ValueError: There are no queries or no gallery entries.
+      Mistake: A vector or a similarity is not finite.
     """
     if not len(queries) or not len(gallery):
-        raise ValueError(f"{len(queries)} queries and {len(gallery)} entries in the gallery; ranking needs one of each")
+        raise ValueError(f"{len(queries)} queries and {len(gallery)} entries in the gallery; give at least one of each")
     task_metrics.check_finite(queries, "the query's vector", "query {}".format)
     task_metrics.check_finite(gallery, "the entry's vector", "entry {} of the gallery".format)
     devices = devices or jax.devices()
@@ -65,18 +65,20 @@ def rank(
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk].astype(np.float32)
         part_ids = query_ids[start : start + chunk].astype(np.int32)
-        fill = min(chunk, len(queries)) - len(part)  # one shape for all chunks
+        fill = min(chunk, len(queries)) - len(part)  # all chunks have one shape and compile once
         padded = place(np.pad(part, ((0, fill), (0, 0))), whole), place(np.pad(part_ids, (0, fill)), whole)
         out = step(*padded, entries, ids, there)
         parts.append([np.asarray(x)[: len(part)] for x in out])
     ranks, order, similarity = (np.concatenate(column) for column in zip(*parts, strict=True))
-    task_metrics.check_finite(similarity, "the similarity", "query {}".format)  # finite vectors whose products overflow
+    task_metrics.check_finite(
+        similarity, "the similarity", "query {}".format
+    )  # products of finite vectors may overflow
     return ranks, order, similarity
 
 
 @cache
 def _program(devices: tuple, best: int, keep: int) -> tuple[Mesh, Callable]:
-    """The mesh and the step of one chunk: made once, so that a gallery of the same shape compiles nothing anew."""
+    """The mesh and the jitted step of one chunk, cached so that a gallery of the same shape does not recompile."""
     mesh = Mesh(np.array(devices), (AXIS,))
     return mesh, jax.jit(
         jax.shard_map(
@@ -99,10 +101,10 @@ def _rank_chunk(
     best: int,
     keep: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One chunk on one device's share: f32[C, E], int32[C], f32[g, E], int32[g], bool[g]."""
-    # The queries lie along the fast axis: XLA's reductions over the slow one are vectorised.
+    """Rank one chunk of C queries against one device's shard of g entries: f32[C, E], int32[C], f32[g, E], int32[g], bool[g]."""
+    # Queries are on the minor axis: XLA vectorises reductions over the major axis.
     scores = jnp.einsum("ge,ce->gc", gallery, queries, precision="highest")  # [g, C]
-    scores = jnp.where(scores == 0, 0.0, scores)  # for top_k -0.0 is less than 0.0
+    scores = jnp.where(scores == 0, 0.0, scores)  # top_k orders -0.0 below 0.0
     scores = jnp.where(there[:, None], scores, -jnp.inf)
     same, there = query_ids == gallery_ids[:, None], there[:, None]
     right = jax.lax.pmax(jnp.where(same & there, scores, -jnp.inf).max(axis=0), AXIS)  # [C]
@@ -115,15 +117,17 @@ def _rank_chunk(
 
 
 def _largest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of every column and their rows, the lower row first where they are equal: f[g, C] -> [C, k] each.
+    """The k largest values of every column and their rows, ties by lower row: f[g, C] -> [C, k] each.
 
-    `models.decode.top_k` along the slow axis: only the largest of every 128 rows and the k groups that they name are sorted.
+    As `models.decode.top_k` along the major axis: it sorts only the maxima of groups of 128 rows, then the k best groups.
     """
     groups, width = scores.shape[0] // WIDE, scores.shape[1]
     if groups <= 2 * k:
         return jax.lax.top_k(scores.T, k)
     cut = scores.reshape(groups, WIDE, width)
-    chosen = jnp.sort(jax.lax.top_k(cut.max(axis=1).T, k)[1], axis=-1)  # [C, k], in order, so that ties keep theirs
+    chosen = jnp.sort(
+        jax.lax.top_k(cut.max(axis=1).T, k)[1], axis=-1
+    )  # [C, k], in row order, so that ties stay in order
     column = jnp.arange(width)[:, None, None]
     few = cut[chosen[:, :, None], jnp.arange(WIDE), column].reshape(width, k * WIDE)
     values, place = jax.lax.top_k(few, k)

@@ -1,4 +1,4 @@
-"""The scores that several tasks have, by kind: their units, and what is better."""
+"""Descriptions of the scores shared by several tasks: labels, units and whether higher is better."""
 
 import re
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ WORDS = {"cider": "CIDEr", "meteor": "METEOR", "rouge_l": "ROUGE-L", "r_mean": "
 
 
 def losses(*names: str) -> tuple[Score, ...]:
-    """Means of cross-entropies."""
+    """Mean cross-entropies, in nats."""
     return tuple(Score(name, label(name), unit="nats", higher_is_better=False) for name in names)
 
 
 def shares(*names: str) -> tuple[Score, ...]:
-    """Fractions from 0 to 1, shown in percent."""
+    """Fractions from 0 to 1, shown as percentages."""
     return tuple(Score(name, label(name), unit="%", factor=100) for name in names)
 
 
 def recalls(*groups: str) -> tuple[Score, ...]:
-    """What `task_metrics.recalls` gives, once for each group; the group "" has no heading of its own."""
+    """The scores of `task_metrics.recalls` for each group; the group "" has no heading of its own."""
     found: list[Score] = []
     for group in groups:
         prefix = f"{group}/" if group else ""
@@ -37,7 +37,7 @@ def recalls(*groups: str) -> tuple[Score, ...]:
 
 
 def votes(modalities: Sequence[str], by: Sequence[str]) -> tuple[Score, ...]:
-    """Top-1 and top-5 in percent, of each modality and kind of vote."""
+    """Top-1 and top-5 accuracy in percent for each modality and kind of vote."""
     return tuple(
         Score(f"{group}/{kind}_top{k}", label(f"{kind}_top{k}"), group, "%")
         for group in modalities
@@ -47,13 +47,13 @@ def votes(modalities: Sequence[str], by: Sequence[str]) -> tuple[Score, ...]:
 
 
 def captions() -> tuple[Score, ...]:
-    """What `caption_metrics.score` gives."""
+    """The scores of `caption_metrics.score`."""
     bleu = tuple(f"bleu{n}" for n in range(1, 5))
     return (*shares(*bleu, "meteor", "rouge_l"), Score("cider", label("cider")))
 
 
 def label(name: str) -> str:
-    """The last part of a score's name in words: "r5" -> "R@5", "likelihood_top1" -> "likelihood, top-1"."""
+    """Display label of a score's name without its group: "r5" -> "R@5", "likelihood_top1" -> "likelihood top-1"."""
     name = re.sub(r"^r(\d+)$", r"R@\1", name)
     name = re.sub(r"_?top(\d+)$", r" top-\1", name)
     name = re.sub(r"^bleu(\d)$", r"BLEU-\1", name)

@@ -1,8 +1,8 @@
-"""Classification and retrieval metrics, all in percent but the ranks.
+"""Classification and retrieval metrics, in percent except for ranks.
 
-Ties count against the model: an answer that scores as high as a right one ranks before it. A model whose scores are all
-equal has therefore the lowest recalls, not the highest. Right answers of one query are never ties of each other.
-Scores that are not finite have no order, so they are an error.
+Ties count against the model: a wrong answer with the same score as the correct one ranks before it, so a collapsed model with equal
+scores has the lowest recalls, not the highest. Several correct answers of one query do not tie with each other.
+Scores that are not finite have no order and raise a Mistake.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +15,15 @@ from ymplug_jax.data.records import Split
 
 
 def check_finite(values: np.ndarray, what: str, name: Callable[[int], str] = "row {}".format) -> None:
-    """Refuse scores without an order.
+    """Check that all values are finite.
 
     Args:
       values: f[N, ...].
-      what: they are, for the message.
-      name: of row i, for the message.
+      what: Description of the values for the message.
+      name: Maps a row number to its name in the message.
 
     Raises:
-      Mistake: a row holds a NaN or an infinity; the message names the first such row.
+      Mistake: A row holds NaN or infinity; the message names the first such row.
     """
     values = np.asarray(values)
     bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1) if values.size else np.zeros(0, bool)
@@ -31,21 +31,21 @@ def check_finite(values: np.ndarray, what: str, name: Callable[[int], str] = "ro
         first = int(bad.argmax())
         found = values[first][~np.isfinite(values[first])].flat[0]
         raise Mistake(
-            f"{name(first)}: {what} is {found}, in {bad.sum()} of {len(bad)} rows; nothing was scored: evaluate an earlier "
-            "checkpoint, or train again with a lower config.optim.lr"
+            f"{name(first)}: {what} is {found}, in {bad.sum()} of {len(bad)} rows, and nothing was scored; evaluate an earlier "
+            "checkpoint or train again with a lower config.optim.lr"
         )
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]], records: Split, *keys: str) -> None:
-    """`check_finite` of some predictions of every example.
+    """Check that the predictions used for scoring are finite.
 
     Args:
-      rows: of a task's predictions, "index" is the place in the split.
-      records: of the split.
-      keys: predictions that scores are made of, f[...] each.
+      rows: Predictions of a task; "index" is the position in the split.
+      records: Records of the split.
+      keys: Names of the predictions to check, f[...] each.
 
     Raises:
-      Mistake: one is not finite; the message names the first example by its video and its place in the split.
+      Mistake: A value is not finite; the message names the first such example by its video and its position in the split.
     """
     for key in keys:
         values = np.stack([np.asarray(row[key], np.float32) for row in rows])
@@ -53,16 +53,16 @@ def check_rows(rows: Sequence[Mapping[str, Any]], records: Split, *keys: str) ->
 
 
 def example_name(row: Mapping[str, Any], records: Split) -> str:
-    """What messages call an example: its video and its place in the split."""
+    """Name of an example in messages: its video and its position in the split."""
     index = int(row["index"])
     return f"{records[index].media_id} (example {index} of the split)"
 
 
 def class_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Rank, 1 the best, of each row's label: f[N, C], int[N] in 0..C-1 -> int[N]. Ties count against the label.
+    """Rank of each row's label, 1 is best: f[N, C], int[N] in 0..C-1 -> int[N]. Ties count against the label.
 
     Raises:
-      Mistake: scores that are not finite.
+      Mistake: A score is not finite.
     """
     labels = np.asarray(labels)
     return ranks_in(scores, np.arange(np.shape(scores)[1]) == labels[:, None])
@@ -72,30 +72,33 @@ def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Percent of rows whose label is among the k highest scores: f[N, C], int[N] in 0..C-1. Ties count against the label.
 
     Raises:
-      Mistake: scores that are not finite.
+      Mistake: A score is not finite.
     """
     return 100 * float(np.mean(class_ranks(scores, labels) <= k))
 
 
 def order(scores: np.ndarray, label: int = -1) -> np.ndarray:
-    """Columns by score, the highest first: f[C] -> int[C]. Equal ones by their number, but `label`, where it is given, after all
-    that equal it: its place in the order is then its rank, as in `class_ranks`."""
+    """Columns by descending score: f[C] -> int[C].
+
+    Ties are ordered by column number, but `label`, if given, comes after all columns that tie with it, so that its position
+    agrees with `class_ranks`.
+    """
     place = np.argsort(-np.asarray(scores), kind="stable")
     if label < 0:
         return place
     level = np.asarray(scores)[place]
-    after = np.flatnonzero(level == scores[label])[-1]  # the last of those that equal it
+    after = np.flatnonzero(level == scores[label])[-1]  # the last column that ties with it
     return np.insert(place[place != label], after, label)
 
 
 def ranks_in(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Rank of each row's best right column: f[N, G], bool[N, G] -> int[N].
+    """Rank of each row's best correct column: f[N, G], bool[N, G] -> int[N].
 
-    It is 1 + the number of wrong columns that score as high or higher: ties count against the model. G + 1 where no column is
-    right.
+    The rank is 1 + the number of wrong columns with an equal or higher score, so ties count against the model. It is G + 1 if
+    no column is correct.
 
     Raises:
-      Mistake: scores that are not finite.
+      Mistake: A score is not finite.
     """
     check_finite(scores, "the score")
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
@@ -103,7 +106,7 @@ def ranks_in(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def recalls(video_to_text: np.ndarray, text_to_video: np.ndarray) -> dict[str, float]:
-    """R@1, R@5, R@10, mean and median rank of both directions, and the means of the recalls: ranks int[N], 1 the best."""
+    """R@1, R@5, R@10, their mean, and mean and median rank for both directions, from ranks int[N] (1 is best)."""
     scores: dict[str, float] = {}
     for name, ranks in (("v2t", video_to_text), ("t2v", text_to_video)):
         for k in (1, 5, 10):
@@ -116,7 +119,7 @@ def recalls(video_to_text: np.ndarray, text_to_video: np.ndarray) -> dict[str, f
 
 
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (of a sample, N - 1) of every number that all runs have."""
+    """Mean and sample standard deviation (N - 1) of every score that all runs have."""
     names = [name for name, value in runs[0].items() if isinstance(value, float) and all(name in run for run in runs)]
     table = {name: np.array([run[name] for run in runs], float) for name in names}
     return {

@@ -1,1 +1,1 @@
-"""Tasks of mPLUG-video."""
+"""Tasks of mPLUG-video; see docs/models/mplug_video.md."""

@@ -1,6 +1,6 @@
-"""Video captioning: the frozen decoder is trained to say the caption and then says it by search.
+"""Video captioning: train through the frozen decoder on captions, then generate captions by search.
 
-The search and its metrics are those of the reference: see `decode.beam` and `caption_metrics`.
+Beam search and metrics follow the reference, see `decode.beam`, `caption_metrics` and docs/models/mplug_video.md, "Captioning".
 """
 
 import dataclasses
@@ -35,26 +35,31 @@ SCORES = (*scores.losses("caption_loss", "loss"), *scores.captions())
 class Options:
     """How captions are generated."""
 
-    prompt: str = ""  # text between the start token and the caption
-    search: str = "beam"  # one of SEARCHES; "beam" is the reference's rule
-    beams: int = option(5, least=1)
-    prompt_tokens: int = option(
-        20, least=1
-    )  # width of the prompt's row in generation; the reference's rule divides by it
-    new_tokens: int = option(100, least=1)  # at most so many
-    top_k: int = option(5, least=0)  # "sample": among so many; 0: see top_p
+    prompt: str = ""  # Text between the start token and the caption.
+    # How captions are generated: "beam" (the reference's beam search), "beam_by_length" (scores divided by the length), "greedy" or
+    # "sample".
+    search: str = "beam"
+    beams: int = option(5, least=1)  # Number of beams of "beam" and "beam_by_length".
+    # Length that the prompt is padded to; "beam" counts it in the length that divides the score, as the reference does.
+    prompt_tokens: int = option(20, least=1)
+    new_tokens: int = option(100, least=1)  # Largest number of generated tokens.
+    top_k: int = option(5, least=0)  # "sample" draws from the top_k most likely tokens; 0 selects by top_p instead.
+    # "sample" with top_k=0 draws from the most likely tokens of this total probability; 0 draws from all tokens.
     top_p: float = option(0.0, least=0, most=1)
+    # Divisor of the logits in "sample"; values below 1 favour likely tokens.
     temperature: float = option(1.0, least=1e-30)
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of MPLUGVideo. In training one of a record's captions is drawn."""
+    """Make the task; `experiment.model` holds the fields of MPLUGVideo. Training draws one of a record's captions at random."""
     data, keep, options = experiment.data, experiment.train.keep_logits, build(Options, experiment.options)
     model, tokenizer = passes.model_of(experiment)
     length = data.max_tokens
     passes.check_room(model, max(length, options.prompt_tokens + options.new_tokens))
     if options.search not in SEARCHES:
-        raise ValueError(f"config.options.search is {options.search!r}; there are {', '.join(SEARCHES)}")
+        raise ValueError(
+            f"config.options.search: unknown search {options.search!r}; choose one of {', '.join(SEARCHES)}"
+        )
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         known, texts = preprocess.given(tokenizer), record.captions
@@ -107,16 +112,17 @@ def make(experiment: Experiment) -> Task:
 
 
 def report_of(said: list[str], rows: list[Row], records: Split) -> tuple[dict[str, object], list[dict[str, Any]]]:
-    """Scores and readable rows of captions. A clip counts once, as in the COCO toolkit: the caption of its first row stands
-    against the references of all its rows.
+    """Scores and readable rows of captions.
+
+    As in the COCO toolkit, a clip counts once: the caption of its first row is scored against the references of all its rows.
 
     Args:
-      said: the captions of N rows.
-      rows: N rows, "index" is the place in the split.
-      records: of the split.
+      said: The generated captions of N rows.
+      rows: N rows; "index" is the position in the split.
+      records: Records of the split.
 
     Raises:
-      Mistake: a reference without a Chinese character, with its clip: no caption could match it.
+      Mistake: A reference has no Chinese character, so no caption could match it; the message names the clip.
     """
     clips: dict[str, dict[str, Any]] = {}
     for text, row in zip(said, rows, strict=True):
@@ -127,8 +133,8 @@ def report_of(said: list[str], rows: list[Row], records: Split) -> tuple[dict[st
         for reference in record.captions:
             if not caption_metrics.normalise(reference):
                 raise Mistake(
-                    f"{task_metrics.example_name(row, records)}: the reference {reference!r} has no Chinese character, and the "
-                    "metrics count those alone; take it out of the split"
+                    f"{task_metrics.example_name(row, records)}: the reference {reference!r} has no Chinese character, the only "
+                    "ones that the metrics count; remove it from the split"
                 )
             references.append(reference)
     answers = list(clips.values())
@@ -138,7 +144,7 @@ def report_of(said: list[str], rows: list[Row], records: Split) -> tuple[dict[st
     if not told:
         return found | {"note": "this split has no captions: predictions are written, nothing is scored"}, answers
     if len(told) == 1:
-        found["note"] = "one clip has references: CIDEr weighs words by their rarity among clips and is 0"
+        found["note"] = "only one clip has references: CIDEr is 0, because it weighs words by their rarity among clips"
     texts = [[reference.lower() for reference in answer["references"]] for answer in told]
     total, each = caption_metrics.score([answer["caption"] for answer in told], texts)
     for answer, values in zip(told, each, strict=True):
@@ -147,7 +153,7 @@ def report_of(said: list[str], rows: list[Row], records: Split) -> tuple[dict[st
 
 
 def keys_of(video: jax.Array) -> jax.Array:
-    """key[B] from the pixels uint8[B, T, S, S, 3]: what is drawn for a clip does not depend on the batch that it is in."""
+    """Derive keys[B] from the pixels uint8[B, T, S, S, 3], so that samples for a clip do not depend on its batch."""
     pixels = video.reshape(len(video), -1).astype(jnp.uint32)
     places = jnp.arange(pixels.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
     seeds = jnp.sum(pixels * places, axis=1, dtype=jnp.uint32)
@@ -158,12 +164,23 @@ def generate(
     model: MPLUGVideo, lm: Params, prefix: jax.Array, ids: jax.Array, lengths: jax.Array, options: Options, eos: int,
     keys: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """What the search of the settings says after the prompt: f[B, Q, H], int32[B, P], int32[B], key[B] -> int32[B, tokens]."""
+    """Generate token ids after the prompt with the search of the options: -> int32[B, tokens].
+
+    Args:
+      model: The model.
+      lm: Parameters of the language model.
+      prefix: f[B, Q, H], visual tokens.
+      ids: int32[B, P], padded prompts.
+      lengths: int32[B], prompt lengths including the start token.
+      options: Search and its parameters.
+      eos: Id of the end token.
+      keys: key[B], for "sample".
+    """
     width = ids.shape[1] + options.new_tokens
     prompt = decode.prompt_of(model.llm, lm, prefix, ids, lengths)
     if options.search in ("beam", "beam_by_length"):
         reference = options.search == "beam"
-        # The row of the reference begins with the padded prompt and is written over from the prompt's end on.
+        # The reference's row starts with the padded prompt; generated tokens overwrite its padding.
         return decode.beam(
             model.llm, lm, *prompt, beams=options.beams, eos=eos, visual=prefix.shape[1],
             new_tokens=width - 1 if reference else options.new_tokens, row_length=width if reference else 0,

@@ -1,7 +1,8 @@
-"""Video category classification: the frozen decoder names the class after title and video, and a head votes beside it.
+"""Video category classification: the frozen decoder generates the class name after title and video, beside a classification head.
 
-Evaluation scores all class names (the 45 categories, or those of `config.data.classes`) by their log-probability and by the head, with video and title, with the video alone
-and with the title alone: a title by itself already goes far on this data.
+Evaluation scores all class names (the 45 categories, or those of `config.data.classes`) by log-probability and by the head. It does so
+with video and title, the video alone and the title alone, because titles alone already score high on this data.
+See docs/models/mplug_video.md, "Classification head".
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from ymplug_jax.tasks.common.class_votes import MODALITIES
 from ymplug_jax.tasks.mplug_video import passes
 from ymplug_jax.tasks.task import Batch, Example, Task
 
-NAME = 16  # positions for a class name and the end token
+NAME = 16  # positions reserved for a class name and the end token
 BY = ("likelihood", "head")  # kinds of votes
 ANSWERS = ("classify",)
 SCORES = (
@@ -34,12 +35,12 @@ SCORES = (
 
 
 def prompt_of(title: str, length: int) -> str:
-    """What the class name follows, with as much of the title as leaves room for it."""
+    """The prompt before the class name, with the title truncated so that the name fits."""
     return f"视频标题：{title[: length - 15]} 视频类目："
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of MPLUGVideo, with a head of as many classes as there are names."""
+    """Make the task; `experiment.model` holds the fields of MPLUGVideo, with one class of the head per name."""
     data, keep = experiment.data, experiment.train.keep_logits
     model, tokenizer = passes.model_of(experiment)
     length, names = data.max_tokens, preprocess.class_names(data)
@@ -52,7 +53,7 @@ def make(experiment: Experiment) -> Task:
     passes.check_room(model, length + room_for(names, tokenizer, length))
 
     def asked(title: str) -> Example:
-        """The candidates after a title, and the title by itself for the head."""
+        """Candidate answers after a title, and the plain title for the head."""
         known = preprocess.given(tokenizer)
         answers = [known.encode(name) for name in names]
         plain = preprocess.encode(known, title, length)
@@ -108,10 +109,10 @@ def make(experiment: Experiment) -> Task:
 
 
 def room_for(names: Sequence[str], tokenizer: Tokenizer | None, length: int) -> int:
-    """Positions that the names take behind a row of `length` tokens.
+    """Positions that the class names need after a row of `length` tokens.
 
     Raises:
-      Mistake: a name that does not fit into a row, so that its tail would not count.
+      Mistake: A name does not fit into a row and would be truncated.
     """
     if tokenizer is None:
         return NAME
@@ -119,7 +120,7 @@ def room_for(names: Sequence[str], tokenizer: Tokenizer | None, length: int) -> 
     tokens = len(tokenizer.encode(longest))
     if tokens + 2 > length:
         raise Mistake(
-            f"config.data.max_tokens is {length}, but the class {longest!r} has {tokens} tokens, beginning and end not counted; "
+            f"config.data.max_tokens is {length}, but the class {longest!r} has {tokens} tokens plus start and end token; "
             "raise it or shorten the name"
         )
     return max(NAME, tokens + 1)

@@ -1,7 +1,7 @@
-"""The language model alone, on titles: what makes a tiny one worth freezing. Large ones come converted.
+"""Language modelling on titles, which trains the tiny decoders before they are frozen; large decoders are converted instead.
 
-A sequence is one title repeated, entered at a random token. So every position of the table is used, and the model learns
-to follow what stands before the text, which is what a visual prefix relies on later.
+A sequence is one title repeated, starting at a random token. It therefore uses every position of the table, and the model learns to
+condition on what precedes the text, as it must for the visual prefix later.
 """
 
 import jax
@@ -24,30 +24,30 @@ SCORES = scores.losses("loss")
 
 
 class LanguageModel(nn.Module):
-    """A decoder whose parameters stand under "llm", as in mPLUG-video."""
+    """A decoder whose parameters are under "llm", as in mPLUG-video."""
 
     llm: language_model.LanguageModel = language_models.SIZES["1.3b"]
 
     def __call__(self, ids: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """int[B, L] -> logits f32[B, L - 1, V], position j for token j + 1."""
+        """Logits of the next token: int[B, L] -> f32[B, L - 1, V], position j for token j + 1."""
         return self.llm.logits(self.llm(self.llm.embed(ids), deterministic=deterministic)[:, :-1])
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = {"llm": fields of a decoder}."""
+    """Make the task; `experiment.model` is {"llm": fields of a decoder}."""
     data = experiment.data
     model: LanguageModel = build(LanguageModel, experiment.model)
     length, limit = data.max_tokens, model.llm.max_positions
     if limit is not None and length > limit:
-        raise Mistake(f"config.data.max_tokens: {length} exceed config.model.llm.max_positions {limit}; lower it")
+        raise Mistake(f"config.data.max_tokens: {length} exceeds config.model.llm.max_positions {limit}; lower it")
     tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         known = preprocess.given(tokenizer)
-        end = [known.eos] if known.eos != known.bos else []  # what ends one title starts the next
+        end = [known.eos] if known.eos != known.bos else []  # a shared token ends one title and starts the next
         title = [known.bos, *known.encode(clean_text(record.title, data.max_words)), *end]
         first = 0 if rng is None else int(rng.integers(len(title)))
-        ids = np.resize(np.array(title, np.int32), first + length)[first:]  # the title over and over
+        ids = np.resize(np.array(title, np.int32), first + length)[first:]  # repeats the title
         return {"ids": ids}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:

@@ -1,8 +1,8 @@
-"""Video-text matching: does this title belong to this video? Answered in words by the frozen decoder and by a head.
+"""Video-text matching: the frozen decoder and a classification head predict whether a title belongs to a video.
 
-In training every title stands beside its own video once and beside videos of others twice, all of `config.options.group` rows
-of the batch. The reference permutes videos and titles alike, so that its "negatives" are pairs that match; here only the videos
-are permuted, and `config.options.reference_negatives` restores the reference's rows.
+In training each title is paired with its own video and with two negative videos from its group of `config.options.group` rows. The
+reference permutes titles together with videos, so its "negatives" are matching pairs. Here only the videos are permuted;
+`config.options.reference_negatives` restores the reference's behaviour. See docs/models/mplug_video.md, "Matching head".
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from ymplug_jax.tasks.options import build, option
 from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Row, Task
 
 YES, NO = "是", "否"
-NAMES = ("generation", "head")  # of the scores
+NAMES = ("generation", "head")  # names of the scores
 SCORES = (
     *scores.losses("generation_loss"),
     *scores.shares("head_accuracy"),
@@ -49,23 +49,25 @@ SCORES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Which pairs are seen."""
+    """Which pairs are trained and scored."""
 
-    reference_negatives: bool = option(False, predict=False)  # permute titles as well as videos, as the reference did
-    # index.npz of a retrieval run's evaluation, whose best pairs are scored; "": all pairs
+    reference_negatives: bool = option(
+        False, predict=False
+    )  # Permute titles together with videos, as the reference does.
+    # Path to the index.npz of a retrieval run's evaluation, whose best pairs are scored; "" scores all pairs.
     candidates: str = option("", file=True, arrays=("video", "text"), predict=False)
-    best: int = option(32, least=0, predict=False)  # pairs of each video and each title that are taken from it
-    # Rows of a batch that share negatives, the reference's batch of one device; 0: all of them.
+    best: int = option(32, least=0, predict=False)  # Number of candidates scored for each video and each title.
+    # Number of rows of the batch that share negatives, which is the batch of one device in the reference; 0 uses the whole batch.
     group: int = option(0, least=0, predict=False)
 
 
 def prompt_of(title: str, length: int) -> str:
-    """The question, with as much of the title as leaves room for it."""
+    """The question about a title, with the title truncated so that the question fits."""
     return f"标题：{title[: length - 20]} 这个视频与标题匹配吗？"
 
 
 def derangement(key: jax.Array, n: int) -> jax.Array:
-    """Uniform permutation int32[n] without a fixed point, n >= 2: draws again until there is none."""
+    """Draw a uniform permutation int32[n] without fixed points, n >= 2, by rejection sampling."""
     places = jnp.arange(n)
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -76,8 +78,11 @@ def derangement(key: jax.Array, n: int) -> jax.Array:
 
 
 def rows(key: jax.Array, groups: int, group: int, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What stands side by side, counted within each group: videos, texts and the texts that say whether they match, each
-    int32[groups, group, 3]. Every row has its own pair first, then two whose videos are another's."""
+    """Draw the pairs of a batch: its own pair and two negatives for each row, as row numbers within its group.
+
+    Returns:
+      (videos, texts, labels' texts), int32[groups, group, 3] each. A pair matches if the video and the third entry are of one clip.
+    """
     keys = jax.random.split(key, (2, groups))
     negatives = jax.vmap(jax.vmap(partial(derangement, n=group)))(keys)  # [2, groups, group]
     own = jnp.broadcast_to(jnp.arange(group), negatives.shape[1:])
@@ -89,14 +94,14 @@ def rows(key: jax.Array, groups: int, group: int, options: Options) -> tuple[jax
 def pair_scores(
     model: MPLUGVideo, params: Params, prefix: jax.Array, texts: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Both scores of every video with every text that it comes with; a video's visual tokens are read once.
+    """Score every video with each of its K texts; its visual tokens are prefilled once.
 
     Args:
-      model: with a head of two classes.
-      params: its parameters.
-      prefix: f[B, Q, H].
-      texts: of each video K texts: ids and mask int32[B, K, L] of question and 是, prompt_length int32[B, K], and plain,
-        plain_mask int32[B, K, L] of the raw titles.
+      model: Model with a head of two classes.
+      params: Its parameters.
+      prefix: f[B, Q, H], visual tokens.
+      texts: ids and mask int32[B, K, L] of question and 是, prompt_length int32[B, K], and plain and plain_mask
+        int32[B, K, L] of the raw titles.
 
     Returns:
       generation: f32[B, K], log-probability of 是 and the end token; head: f32[B, K], probability of a match.
@@ -116,21 +121,25 @@ def pair_scores(
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of MPLUGVideo, with a head of two classes."""
+    """Make the task; `experiment.model` holds the fields of MPLUGVideo, with a head of two classes."""
     data, keep, options = experiment.data, experiment.train.keep_logits, build(Options, experiment.options)
     model, tokenizer = passes.model_of(experiment)
     length = data.max_tokens
     passes.check_room(model, length)
     if model.classes != 2:
-        raise ValueError(f"config.model.classes is {model.classes}; matching has two: no and yes")
+        raise ValueError(
+            f"config.model.classes is {model.classes}, but matching has two, no and yes; set config.model.classes=2"
+        )
     if experiment.train.accumulate > 1 or experiment.train.batch_size < 2:
-        raise ValueError("matching takes its negatives from the batch: config.train.accumulate 1 and batch_size >= 2")
+        raise ValueError(
+            "config.train: matching takes its negatives from the batch; set accumulate 1 and batch_size 2 or more"
+        )
     group = pair_losses.group_of(experiment.train, options.group)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         known, title = preprocess.given(tokenizer), clean_text(gallery.text_of(record), data.max_words)
         rows = [preprocess.encode_pair(known, prompt_of(title, length), answer, length) for answer in (NO, YES)]
-        made = {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # [2, L]: row 1 says that they match
+        made = {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # [2, L]: row 1 is the answer of a match
         plain = preprocess.encode(known, title, length)
         made |= {"plain": plain["ids"], "plain_mask": plain["mask"], "clip": preprocess.clip_id(record)}
         return {"video": preprocess.video_of(record, data, rng), **made}
@@ -140,7 +149,7 @@ def make(experiment: Experiment) -> Task:
         groups = len(batch["valid"]) // group
         videos, texts, others = (pick.reshape(-1, 3) for pick in rows(draw, groups, group, options))
         take = partial(pair_losses.take, group=group)
-        same = take(batch["clip"], videos) == take(batch["clip"], others)  # another of the same clip is a match
+        same = take(batch["clip"], videos) == take(batch["clip"], others)  # another row of the same clip is a match
         labels = jnp.all(same, axis=-1).astype(jnp.int32)  # [3B]
         counts = take(batch["valid"], videos) & take(batch["valid"], texts)
         both = [take(batch[name], texts) for name in ("ids", "mask", "prompt_length")]  # [3B, 2, ...]
@@ -184,9 +193,12 @@ def make(experiment: Experiment) -> Task:
 
 
 def score_pairs(model: MPLUGVideo, params: Params, rows: list[Row], kept: KeptRows, options: Options) -> list[Row]:
-    """Adds to every row the scores of its video with all titles (or with the best of a retrieval index): generation and
-    head, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, f32[texts], the similarity that orders what
-    was not scored. The visual tokens are those of `kept`."""
+    """Add the scores of a row's video with all titles, or with the best candidates of a retrieval index.
+
+    Returns:
+      The rows with generation and head, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, f32[texts],
+      the similarity that orders the unscored pairs.
+    """
     clip, first = gallery.clips_of([row["clip"].tobytes().hex() for row in rows])
     count = len(rows)
     wanted, fallback = np.ones((len(first), count), bool), np.zeros((len(first), count), np.float32)
@@ -213,9 +225,12 @@ def _from_index(options: Options, videos: list[np.ndarray], clip: np.ndarray) ->
     """(pairs to score, similarities), bool and f32[videos, texts], from the index of a retrieval run on the same split.
 
     Args:
-      options: of the settings.
+      options: Options of the task.
       videos: `preprocess.clip_id` of each video, int32[2].
       clip: int[texts], the video of each text.
+
+    Raises:
+      Mistake: The index is of another split or holds a vector that is not finite.
     """
     file = f"{options.candidates} (config.options.candidates)"
     with np.load(options.candidates, allow_pickle=False) as index:
@@ -224,13 +239,13 @@ def _from_index(options: Options, videos: list[np.ndarray], clip: np.ndarray) ->
     if (len(there), len(texts)) != (len(videos), len(clip)):
         raise Mistake(
             f"{file} has {len(there)} videos and {len(texts)} texts, this split "
-            f"{len(videos)} and {len(clip)}; evaluate the retrieval run on this very split"
+            f"{len(videos)} and {len(clip)}; evaluate the retrieval run on the same split"
         )
     ours = [tuple(part.tolist()) for part in videos]
     theirs = [tuple(preprocess.hash_of(str(name)).tolist()) for name in known.get("video_id", ())]
     if (theirs and theirs != ours) or not np.array_equal(known.get("text_clip", clip), clip):
         raise Mistake(
-            f"{file} is of other videos or texts than this split; evaluate the retrieval run on this very split"
+            f"{file} is of other videos or texts than this split; evaluate the retrieval run on the same split"
         )
     for name, part in (("video", there), ("text", texts)):
         task_metrics.check_finite(part, f"the vector in {file}", f"{name} {{}}".format)

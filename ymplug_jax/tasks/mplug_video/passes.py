@@ -1,4 +1,4 @@
-"""What the tasks of mPLUG-video share: the model of the settings, its passes over a batch, and what every record of them holds."""
+"""Code shared by the tasks of mPLUG-video: making the model, forward passes over a batch, and the common fields of `Task`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +18,11 @@ from ymplug_jax.tasks.task import Batch, Task, build
 
 
 def model_of(experiment: Experiment) -> tuple[MPLUGVideo, Tokenizer | None]:
-    """The model of the settings and its tokenizer, None where the settings name none.
+    """Make the model and load its tokenizer; the tokenizer is None if the settings name none.
 
     Raises:
-      Mistake: settings that the model does not have.
-      ValueError: a vision tower that does not take the data's frames, or a tokenizer with more tokens than the model has.
+      Mistake: A setting of the model is invalid.
+      ValueError: The vision tower does not fit the data's frames, or the tokenizer has more tokens than the model.
     """
     model: MPLUGVideo = build(MPLUGVideo, experiment.model)
     preprocess.check_video(experiment.data, model.vision)
@@ -30,26 +30,26 @@ def model_of(experiment: Experiment) -> tuple[MPLUGVideo, Tokenizer | None]:
 
 
 def check_room(model: MPLUGVideo, text: int) -> None:
-    """Whether `text` tokens have room behind the visual ones.
+    """Check that `text` tokens fit after the visual tokens.
 
     Raises:
-      ValueError: they have not, with the setting to change.
+      ValueError: They exceed the model's positions; the message names the settings to change.
     """
     queries, limit = model.abstractor.queries, model.llm.max_positions
     if limit is not None and queries + text > limit:
         raise ValueError(
             f"{queries} queries + {text} tokens (config.data.max_tokens or config.options) exceed "
-            f"config.model.llm.max_positions {limit}"
+            f"config.model.llm.max_positions {limit}; lower them"
         )
 
 
 def see(run: MPLUGVideo, video: jax.Array) -> dict[str, jax.Array]:
-    """`encode_video` of pixels as they are stored, uint8[B, T, S, S, 3]; `run` is inside `within`."""
+    """Normalise stored pixels uint8[B, T, S, S, 3] and encode them; `run` is a bound model inside `within`."""
     return run.encode_video(preprocess.normalize(video, run.vision.dtype))
 
 
 def prefix_of(model: MPLUGVideo, params: Params, batch: Batch) -> jax.Array:
-    """The visual tokens of a batch in evaluation: f[B, Q, H]."""
+    """Visual tokens of a batch in evaluation: f[B, Q, H]."""
     return within(model, params, lambda run: see(run, batch["video"])["prefix"])
 
 
@@ -63,22 +63,24 @@ def said(
     *,
     keep_logits: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Loss of the text after the visual tokens; logits of the whole batch never exist.
+    """Loss of the text after the visual tokens, without materialising the logits of the whole batch.
 
     Args:
-      model: of the parameters.
-      params: all of them.
+      model: The model.
+      params: All of its parameters.
       hidden: f[B, Q + L, H] of `MPLUGVideo.hidden`.
       ids: int32[B, L].
       mask: int32[B, L]; all 0 drops a row.
-      prompt_lengths: int32[B], tokens after the start token that are given; None: none.
+      prompt_lengths: int32[B], number of prompt tokens after the start token; None: no prompt.
       keep_logits: `config.train.keep_logits`.
 
     Returns:
-      What `losses.next_token_of` does.
+      The same as `losses.next_token_of`.
     """
 
-    def logits(states: jax.Array) -> jax.Array:  # not of the module that runs: a scan with a checkpoint is around it
+    def logits(
+        states: jax.Array,
+    ) -> jax.Array:  # a new apply: the caller wraps it in scan and checkpoint, which a bound module does not allow
         return within(model, params, lambda run: run.logits(states))
 
     text = hidden[:, model.abstractor.queries : -1]  # the states that predict text
@@ -94,14 +96,14 @@ def words_and_votes(
     *,
     keep_logits: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """What the decoder says after a prompt, and what the head votes on the plain title: two passes after one prefix.
+    """Token loss of the decoder after a prompt, and logits of the head on the plain title: two passes that share a prefix.
 
     Args:
-      model: with a head.
-      params: its parameters.
-      prefix: of the model that runs -> visual tokens f[B, Q, H].
+      model: Model with a classification head.
+      params: Its parameters.
+      prefix: Function of the bound model that returns visual tokens f[B, Q, H].
       text: ids and mask int32[B, L], prompt_length int32[B], plain and plain_mask int32[B, L].
-      key: randomness of dropout, None in evaluation.
+      key: PRNG key of dropout, None in evaluation.
       keep_logits: `config.train.keep_logits`.
 
     Returns:
@@ -121,12 +123,12 @@ def words_and_votes(
 
 
 def votes(model: MPLUGVideo, params: Params, prefix: jax.Array | None, text: Batch) -> jax.Array:
-    """What the head votes in evaluation: f[B, Q, H] or None (no video), plain and plain_mask int32[B, L] -> f32[B, C]."""
+    """Logits of the head in evaluation: f[B, Q, H] or None (no video), plain and plain_mask int32[B, L] -> f32[B, C]."""
     return within(model, params, lambda run: run.classify(run.hidden(prefix, text["plain"]), text["plain_mask"]))
 
 
 def task_of(model: MPLUGVideo, frozen: tuple[str, ...] = mplug_video.FROZEN, **own: Any) -> Task:
-    """The record of a task on this model; `own` are its other fields."""
+    """The `Task` record of a task on this model; `own` holds its other fields."""
     return Task(
         axes=mplug_video.axes_of(model),
         frozen=frozen,

@@ -1,7 +1,7 @@
-"""Pre-training of mPLUG-video: the frozen language model tells the title of the video; optionally a contrastive loss beside it.
+"""Pre-training of mPLUG-video: generate the title with the frozen language model, optionally with a contrastive loss.
 
-The caption loss is one token mean over the global batch. (The reference averages per process first, so that processes with
-short titles weigh more; on one process the two are the same.)
+The caption loss is the mean over the target tokens of the global batch. The reference averages per process first, which gives
+processes with short titles more weight; on one process both are the same. See docs/models/mplug_video.md, "Pre-training".
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SCORES = (*scores.losses("caption_loss", "contrastive_loss", "loss"), *scores.sh
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of MPLUGVideo; contrastive where the model has the heads for it."""
+    """Make the task; `experiment.model` holds the fields of MPLUGVideo. The contrastive loss needs `contrastive_width` > 0."""
     data, keep = experiment.data, experiment.train.keep_logits
     model, tokenizer = passes.model_of(experiment)
     length = data.max_tokens
@@ -113,13 +113,14 @@ def make(experiment: Experiment) -> Task:
 
 
 def report_of(rows: list[Row], records: Split, text: Callable[[np.ndarray], str]) -> Report:
-    """How many titles are told to the last character. A clip counts once: its first row's text stands against the titles of
-    all its rows.
+    """Share of titles that are generated exactly.
+
+    A clip counts once: the text generated for its first row is compared with the titles of all its rows.
 
     Args:
-      rows: ids and generated int32[L - 1], without a start token; "index" the place in the split.
-      records: of the split.
-      text: ids of a row as text.
+      rows: ids and generated, int32[L - 1] without the start token; "index" is the position in the split.
+      records: Records of the split.
+      text: Decodes the ids of a row.
     """
     clips: dict[str, dict[str, Any]] = {}
     for row in rows:

@@ -1,7 +1,8 @@
-"""Video-text retrieval with two towers: cls token of the video, end state of the text in the decoder alone.
+"""Video-text retrieval with two towers: the CLS token of the video and the decoder's state at the end of the text.
 
-The contrastive loss sees the whole global batch; texts of one clip are all right for it. Evaluation ranks the full
-gallery in both directions and leaves `index.npz`, which `predict retrieve` and the task "match" read.
+The negatives of the contrastive loss are all rows of the global batch except those of the same clip, which are positives. Evaluation
+ranks the full gallery in both directions and writes `index.npz`, which `predict retrieve` and the task "match" read.
+See docs/models/mplug_video.md, "Retrieval head".
 """
 
 import jax
@@ -21,19 +22,19 @@ from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Task
 
 ANSWERS = ("retrieve",)
 SCORES = (*scores.losses("contrastive_loss", "loss"), *scores.recalls(""))
-# Queries, abstractor and connector stay in the checkpoint; this task neither uses nor updates them.
+# Retrieval neither uses nor updates abstractor and connector; they stay in the checkpoint.
 FROZEN = (*mplug_video.FROZEN, "abstractor/.*", "connector/.*")
 
 
 def make(experiment: Experiment) -> Task:
-    """The task for `experiment.model` = fields of MPLUGVideo, with contrastive heads."""
+    """Make the task; `experiment.model` holds the fields of MPLUGVideo, with contrastive heads."""
     data = experiment.data
     model, tokenizer = passes.model_of(experiment)
     length = data.max_tokens
     passes.check_room(model, length)
     if not model.contrastive_width:
         raise ValueError(
-            "config.model.contrastive_width is 0; retrieval needs the contrastive heads, the recipe has 256"
+            "config.model.contrastive_width is 0, but retrieval needs contrastive heads; set 256 as the published recipe does"
         )
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
