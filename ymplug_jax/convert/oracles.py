@@ -137,11 +137,7 @@ def bert(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray, depth: int) 
 def image_tower(read: Read, sizes: Any, video: np.ndarray, layout: str) -> Outputs:
     """States of CLIPVisionModel, also for a plain ViT, with the GELU, heads and epsilon of the video encoder.
 
-    Args:
-      read: reader of the source's tensors.
-      sizes: the TimeSformer.
-      video: f32[B, 1, S, S, 3].
-      layout: "hugging_face", "openai" or "timm".
+    `video` is f32[B, 1, S, S, 3]; `layout` is "hugging_face", "openai" or "timm".
     """
     common: dict[str, Any] = {
         "hidden_size": sizes.width,

@@ -128,14 +128,7 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
         return _written(model, opened, table, resized, out, wish)
 
 
-def _written(
-    model: str,
-    opened: Opened,
-    table: "Table",
-    resized: Mapping[str, tuple[tuple[int, ...], "Resize"]],
-    out: Path,
-    wish: Wish,
-) -> Path:
+def _written(model: str, opened: Opened, table: "Table", resized: "Resized", out: Path, wish: Wish) -> Path:
     """Write the checkpoint, or the rest of an interrupted one; returns its folder."""
     source, entries = opened.source, opened.entries
     whole = {path: tuple(leaf.shape) for path, leaf in flatten_dict(opened.plan.like, sep="/").items()}
@@ -301,6 +294,7 @@ def _sizes(plan: Plan) -> dict[str, Any]:
 
 
 Resize = Callable[[Any, tuple[int, ...]], Any]
+Resized = Mapping[str, tuple[tuple[int, ...], Resize]]  # path -> (new shape, resize function)
 
 
 def _resized(module: ModuleType, plan: Plan, wish: Wish) -> Iterator[tuple[str, tuple[tuple[int, ...], Resize]]]:
