@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs a command: launch/unfinished.sh python -m ymplug_jax.main ...
-# SIGTERM goes on to it, as SIGINT (Ctrl-C) does as SIGTERM, and the script waits for the save. A run that was asked to stop ends with 0, as if it were done; here it
-# ends with 75, so that what restarts failed work (JobSet, tpu_vm.sh) starts it again.
+# Runs a training command so that a scheduler restarts it after a preemption: launch/unfinished.sh python -m ymplug_jax.main ...
+# The script forwards SIGTERM, and SIGINT (Ctrl-C) as SIGTERM, and waits until the run has saved a checkpoint. A run that was asked to
+# stop exits with 0, like a finished one. This script then exits with 75, so that JobSet and tpu_vm.sh start it again.
 set -u
 stopped=
 trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM INT
@@ -9,7 +9,7 @@ trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM INT
 child=$!
 wait "$child"
 code=$?
-while kill -0 "$child" 2>/dev/null; do wait "$child"; done # a signal ends a wait
+while kill -0 "$child" 2>/dev/null; do wait "$child"; done # a signal interrupts `wait`
 [ -n "$stopped" ] && { wait "$child"; code=$?; }
 [ -n "$stopped" ] && [ "$code" = 0 ] && exit 75
 exit "$code"

@@ -1,4 +1,4 @@
-"""The account of a compiled step: FLOPs by hand, traffic of small programs, and the same program as training's."""
+"""Cost reports of compiled steps: FLOPs counted by hand, traffic of small programs, and equality with training's program."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_groups_are_read_in_every_form() -> None:
 
 
 def test_collectives_that_run_beside_others_count_once() -> None:
-    """A gather inside the fusions of a chain, and starts whose type holds the operand beside the result."""
+    """An all-gather repeated in a chain of fusions, and starts whose result type also lists the operand."""
     text = """HloModule hidden
 
 %gathering.1 (p.1: f32[2,8]) -> f32[8,8] {
@@ -89,7 +89,7 @@ ENTRY %main (x: f32[2,8]) -> f32[8,8] {
     assert found.collectives == {"collective-permute": {"data": 64.0}, "all-gather": {"fsdp": 256.0 + 256.0 + 64.0}}
 
 
-def test_cycles_are_told_by_operation_and_pass() -> None:
+def test_cycles_by_operation_and_pass() -> None:
     def line(name: str, kind: str, path: str, cycles: int) -> str:
         config = f'backend_config={{"estimated_cycles":"{cycles}"}}'
         return f'  %{name} = f32[8]{{0}} {kind}(%x, %x), metadata={{op_name="jit(step)/{path}"}}, {config}'
@@ -117,11 +117,14 @@ def test_bytes_leaving_a_chip() -> None:
     assert chips.leaving("all-gather", 8.0, 4) == (6.0, 0.0)
     assert chips.leaving("reduce-scatter", 2.0, 4) == (6.0, 0.0)
     links, network = chips.leaving("all-reduce", 8.0, 8, slices=2)
-    assert (links, network) == (12.0, 2.0)  # reduced within a slice of four first, then a quarter crosses
+    assert (links, network) == (
+        12.0,
+        2.0,
+    )  # reduced within each slice of four first, then a quarter of the bytes crosses
 
 
 def test_model_flops_of_pretraining_are_those_of_the_formula() -> None:
-    """Frozen decoder: two passes over it (forward, gradient of its input); trained vision: three."""
+    """A frozen decoder takes two passes (forward, gradient of its input), the trained vision encoder three."""
     ready = setup.prepare(tiny.experiment(), jax.devices()[:1])
     assert aot.model_flops(ready) <= aot.program_flops(ready)
     model, data = ready.experiment.model, ready.experiment.data
@@ -130,11 +133,11 @@ def test_model_flops_of_pretraining_are_those_of_the_formula() -> None:
     dense = 12 * llm.width**2 * llm.depth * batch * row
     attention = 2 * llm.depth * batch * row * row * llm.width
     head = batch * (length - 1) * llm.width * llm.vocab
-    decoder = 2 * 2 * (dense + head) + 3 * 2 * attention  # attention has no frozen side
+    decoder = 2 * 2 * (dense + head) + 3 * 2 * attention  # attention has no frozen operand
     vision = aot.model_flops(ready) - decoder
     patches = data.frames * (data.image_size // tower.patch_size) ** 2
     wanted = 3 * 2 * batch * patches * tower.depth * tower.width**2 * (4 + 4 + 1 + 8)
-    assert 1.0 < vision / wanted < 2.0  # attention, cls, abstractor and connector come on top
+    assert 1.0 < vision / wanted < 2.0  # attention, the class token, abstractor and connector are extra
 
 
 def _compile(*more: str) -> subprocess.CompletedProcess:
@@ -151,7 +154,7 @@ def test_compile_mode_on_a_slice() -> None:
     assert facts["devices"] == 8 and facts["fits"] and facts["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
     assert facts["hbm_bytes_per_device"] == sum(facts["hbm"].values())
     assert any("data" in axes for kind in facts["collectives"].values() for axes in kind)
-    assert any("fsdp" in axes for axes in facts["collectives"]["all-gather"])  # libtpu hides them in fusions
+    assert any("fsdp" in axes for axes in facts["collectives"]["all-gather"])  # libtpu moves them into fusions
     assert 0 < facts["predicted_mfu"] < 1
     assert "predicted MFU" in done.stderr
     costs = facts["compiler_costs"]
@@ -162,7 +165,7 @@ def test_compile_mode_on_a_slice() -> None:
     assert _compile("--topology", "v9:1x1").returncode == 2
 
 
-def test_compile_mode_says_what_does_not_fit() -> None:
+def test_compile_mode_reports_a_step_that_does_not_fit() -> None:
     done = _compile("--topology", "v5e:2x2", "--config.train.batch_size=16384", "--config.data.examples=99999")
     facts = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 3 and not facts["fits"] and "remat" in facts["advice"]
@@ -170,8 +173,10 @@ def test_compile_mode_says_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_program_as_training(dtype: str) -> None:
-    """What is compiled for a slice is, line by line, what training lowers for as many devices of this machine; in half precision
-    with the kernels of a TPU, which this machine is made to choose."""
+    """The program lowered for a slice equals, line by line, the one that training lowers for as many local devices.
+
+    In bfloat16 both use the TPU kernels; the local run is patched to choose them.
+    """
     script = f"""
 import os, re
 os.environ |= {{"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}}
@@ -189,7 +194,7 @@ for devices in (jax.devices(), aot.devices_of("v5e:2x4", 1)):
     model = tiny.MODEL.clone(vision=tiny.MODEL.vision.clone(dtype="{dtype}"), llm=tiny.MODEL.llm.clone(dtype="{dtype}"))
     traced = step_lib.trace_step(setup.prepare(tiny.experiment(model), devices))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    texts.append(re.sub(r"body.{{3}}: .{{3}}[A-Za-z0-9+/=]{{100,}}", "kernel", text))  # its bytes tell from where it was called
+    texts.append(re.sub(r"body.{{3}}: .{{3}}[A-Za-z0-9+/=]{{100,}}", "kernel", text))  # its bytes contain source locations
 assert texts[0] == texts[1] and len(texts[0]) > 10000
 assert ("tpu_custom_call" in texts[0]) == ("{dtype}" == "bfloat16")
 """

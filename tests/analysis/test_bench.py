@@ -1,4 +1,4 @@
-"""`--mode bench`: its line, and that it runs where nothing that reads data or checkpoints text is installed."""
+"""`--mode bench`: its JSON line, and that it runs without the packages that read data, text and checkpoints."""
 
 import functools
 import json
@@ -80,7 +80,7 @@ class Counted:
 
 
 def test_few_steps_are_few_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two to warm up and two that are timed; a step of a large model takes many seconds."""
+    """Two warm-up steps and two timed ones: a step of a large model takes many seconds."""
     made, compile_step = [], step.compile_step
     monkeypatch.setattr(setup, "prepare", functools.partial(setup.prepare, devices=jax.devices()[:1]))
     monkeypatch.setattr(bench_lib, "_facts", lambda run, compiled, seconds, waits: {"steps": len(seconds)})
@@ -90,12 +90,12 @@ def test_few_steps_are_few_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_step_has_no_spread() -> None:
-    with pytest.raises(Mistake, match=r"^--steps 1: give 2 or more"):
+    with pytest.raises(Mistake, match=r"^--steps 1: one step has no spread; give 2 or more$"):
         bench_lib.bench(tiny.experiment(), 1)
 
 
 def test_a_folder_that_cannot_be_made_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "compile_step", None)
     (tmp_path / "file").write_text("")
-    with pytest.raises(Mistake, match=r"^--workdir .*/file/run: Not a directory; choose another folder$"):
+    with pytest.raises(Mistake, match=r"^--workdir .*/file/run: Not a directory; give another folder$"):
         bench_lib.bench(tiny.experiment(), 2, epath.Path(tmp_path / "file" / "run"))

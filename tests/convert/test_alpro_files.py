@@ -1,4 +1,4 @@
-"""ALPRO's checkpoints in four layouts: recognised, exact there and back, and in step with Hugging Face's layers."""
+"""ALPRO's checkpoints in four layouts: recognised, exact round trips, and outputs equal to those of Hugging Face's layers."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ FILES = {
 
 
 def tensors(file: str) -> dict[str, torch.Tensor]:
-    """As a state dict has them: parameters and buffers."""
+    """The state dict of a golden file: parameters and buffers."""
     with np.load(GOLDEN / file) as arrays:
         named = {name.partition("/")[2]: arrays[name] for name in arrays if name.startswith(("param/", "buffer/"))}
     return {name: torch.from_numpy(value) for name, value in named.items()}
@@ -47,14 +47,14 @@ def test_there_agrees_and_back_is_equal(file: str, tmp_path: Path, capsys: pytes
     assert "prompter.video_prompt_feat" not in lost and found.keys() <= source.keys()
     for name, value in found.items():
         expected = source[name].clone()
-        if name.endswith("qkv.bias"):  # the key's third has no effect and no place
+        if name.endswith("qkv.bias"):  # the key bias cancels in softmax and is dropped
             expected.view(3, -1)[1] = 0
         assert torch.equal(value, expected), name
     assert tables.layout_of({name: tuple(value.shape) for name, value in source.items()}) == layout
 
 
 def test_a_release_starts_a_run(tmp_path: Path) -> None:
-    """What pre-training wants of a Salesforce checkpoint is there, the teacher with its entities too."""
+    """A Salesforce checkpoint has all parameters of pre-training, with the prompter and its entities."""
     torch.save(tensors("pretrain_sf.npz"), tmp_path / "x.pt")
     argv = ["--model", "alpro", "--source", str(tmp_path / "x.pt"), "--out", str(tmp_path / "orbax")]
     assert command.main([*argv, "--heads", "text=4", "vision=4"]) == 0
@@ -72,7 +72,7 @@ def test_a_release_starts_a_run(tmp_path: Path) -> None:
 
 
 def test_released_sizes_are_known() -> None:
-    """Heads by width: 8 in Youku's ViT-B/16, 12 in Salesforce's; BERT's twelve layers are cut in the middle."""
+    """Youku-mPLUG's ViT-B/16 has 8 heads, Salesforce's 12; BERT's twelve layers are split in the middle."""
 
     def shapes(prefix: str, inner: str, time: str) -> dict[str, tuple[int, ...]]:
         found = {

@@ -1,4 +1,4 @@
-"""Decoders in the Hugging Face layout: config.json beside the weights, what is refused, and runs on the way back."""
+"""Language models in the Hugging Face layout: config.json, refused variants, and runs converted back."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ FULL = {
 
 @pytest.mark.parametrize("size", FULL)
 def test_released_sizes_are_those_of_hugging_face(size: str) -> None:
-    """The classes of Hugging Face on torch's meta device, counted; their tensors read as the settings that the configs take."""
+    """Hugging Face's classes, built on torch's meta device, have the parameter counts and settings of our configs."""
     kind, parameters, values = FULL[size]
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **values))
@@ -64,7 +64,7 @@ def _leaves(tree: dict) -> list:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Qwen2, a Qwen3 and a BLOOM."""
+    """A folder that holds a Qwen2, a Qwen3 and a BLOOM."""
     folder = tmp_path_factory.mktemp("decoders")
     torch_sources.qwen(folder / "qwen2", dtype=torch.float32, **QWEN2)
     torch_sources.qwen(folder / "qwen3", dtype=torch.float32, **QWEN3)
@@ -73,7 +73,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(made: Path, name: str, to: Path, **values: object) -> Path:
-    """The model in another folder with a changed config.json; None takes a value out."""
+    """The model in another folder with a changed config.json; None removes a value."""
     to.mkdir()
     (to / "model.safetensors").symlink_to(made / name / "model.safetensors")
     settings = json.loads((made / name / "config.json").read_text()) | values
@@ -84,22 +84,34 @@ def changed(made: Path, name: str, to: Path, **values: object) -> Path:
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("qwen3", {"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; this model is qwen2 or qwen3"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window: only dense Qwen2"),
-        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling of type yarn: only dense Qwen2"),
-        ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "rope_scaling of type linear: only"),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window: only dense Qwen2"),
-        ("qwen2", {"hidden_act": "gelu"}, "hidden_act gelu: only dense Qwen2"),
+        ("qwen3", {"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe', not qwen2 or qwen3"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is not supported; give a dense Qwen2"),
+        (
+            "qwen2",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling of type yarn is not supported; give",
+        ),
+        (
+            "qwen3",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}},
+            "rope_scaling of type linear is not",
+        ),
+        (
+            "qwen3",
+            {"layer_types": ["sliding_attention"] * 3},
+            "use_sliding_window is not supported; give a dense Qwen2",
+        ),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act gelu is not supported; give a dense Qwen2"),
         ("qwen2", {"quantization_config": {"bits": 4}}, "the weights are quantised (quantization_config)"),
         (
             "qwen2",
             {"intermediate_size": 81},
-            "intermediate_size is 81, but the weights have 80; fetch both from one place",
+            "intermediate_size is 81, but the weights have 80; download both from the same place",
         ),
         ("qwen2", {"num_hidden_layers": 4}, "num_hidden_layers is 4, but the weights have 3"),
         ("qwen2", {"num_key_value_heads": 4}, "num_key_value_heads is 4, but the weights have 2"),
         ("qwen2", {"num_attention_heads": 5}, "num_attention_heads is 5, but q_proj has 48 rows"),
-        ("qwen2", {"num_attention_heads": None}, "num_attention_heads is None, not a number"),
+        ("qwen2", {"num_attention_heads": None}, "num_attention_heads is None, not a whole number"),
         ("qwen2", {"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6', not a number above 0"),
         ("qwen2", {"model_type": "qwen3"}, "model_type is 'qwen3', but the weights have no norms of q and k"),
         ("qwen3", {"head_dim": 12}, "head_dim is 12, but the weights have 16"),
@@ -149,20 +161,20 @@ def test_a_tied_head_that_is_there_must_be_the_embedding(
     tensors["lm_head.weight"][3] += 1
     save_file(tensors, source / "model.safetensors")
     run("--model", "qwen", "--source", source, "--out", tmp_path / "other", code=2)
-    assert "lm_head.weight should be the same tensor as model.embed_tokens.weight" in capsys.readouterr().err
+    assert "lm_head.weight and model.embed_tokens.weight are tied" in capsys.readouterr().err
 
 
 def test_an_untied_qwen_without_its_head_is_not_taken_for_a_tied_one(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """As files of the bare model are, which embeds texts."""
+    """Files of embedding models lack the head."""
     source = changed(made, "qwen2", tmp_path / "source", tie_word_embeddings=False)
     run("--model", "qwen", "--source", source, "--out", tmp_path / "out", code=2)
     assert "missing: lm_head.weight" in capsys.readouterr().err
 
 
 def test_a_run_goes_back_to_hugging_face(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The folder of a run has settings instead of a conversion's record; config.json is made of them."""
+    """A run has no conversion.json, so config.json is made from its settings."""
     run("--model", "qwen", "--source", made / "qwen3", "--out", tmp_path / "run")
     (tmp_path / "run" / "conversion.json").unlink()
     sizes = {"vocab": 97, "width": 48, "depth": 3, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 80}
@@ -172,7 +184,7 @@ def test_a_run_goes_back_to_hugging_face(made: Path, tmp_path: Path, capsys: pyt
     settings = config.Experiment(task="language", model={"llm": lm})
     (tmp_path / "run" / "config.json").write_text(config.to_json(settings))
     run("--model", "bloom", "--source", tmp_path / "run", "--out", tmp_path / "bloom", "--to", "torch", code=2)
-    assert "so the language model in it is of another kind" in capsys.readouterr().err
+    assert "which model bloom does not have; give the --model of its language model" in capsys.readouterr().err
     run("--model", "qwen", "--source", tmp_path / "run", "--out", tmp_path / "back", "--to", "torch")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     original = transformers.AutoModelForCausalLM.from_pretrained(made / "qwen3").eval()
@@ -181,4 +193,4 @@ def test_a_run_goes_back_to_hugging_face(made: Path, tmp_path: Path, capsys: pyt
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, original(ids).logits)
     run("--model", "qwen", "--source", tmp_path / "run", "--out", tmp_path / "back", "--to", "torch", code=2)
-    assert "is there already" in capsys.readouterr().err
+    assert "model.safetensors exists; remove it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Files of one model, each once and in the right order, whatever order and names they are given in."""
+"""Tensor-parallel pieces and sharded files: order by rank, duplicates, and files of different models."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from ymplug_jax.core import exits
 EMBED = "language_model.embedding.word_embeddings.weight"
 DOWN = "language_model.encoder.layers.0.mlp.dense_4h_to_h.weight"
 NORM = "language_model.encoder.final_layernorm.weight"
-# Two columns a piece; the embedding is cut along axis 0, the projection along axis 1, the norm is whole.
+# The embedding is split along axis 0 and the projection along axis 1; the norm is copied to every piece.
 WHOLE = {
     EMBED: torch.arange(24, dtype=torch.float32).reshape(12, 2),
     DOWN: torch.arange(100, 124, dtype=torch.float32).reshape(2, 12),
@@ -79,22 +79,22 @@ def test_ranks_in_the_files_order_the_pieces(tmp_path: Path, held) -> None:
     files = [save(tmp_path / f"{name}.pt", rank, 3, **held(rank, 3)) for rank, name in ((1, "a"), (2, "b"), (0, "c"))]
     source = opened(*files)
     assert whole(source) and [file.name for file in source.files] == ["c.pt", "a.pt", "b.pt"]
-    # A name that says otherwise.
+    # Names that contradict the content.
     swapped = [tmp_path / f"mp_rank_0{i}_model_states.pt" for i in range(3)]
     for file, to in zip(files, swapped, strict=True):
         shutil.copy(file, to)
-    refused("rank 0 by its name but rank 1 by what it holds", *swapped)
+    refused("its name says rank 0, but its content says rank 1", *swapped)
 
 
 def test_pieces_of_another_count(tmp_path: Path) -> None:
     four = [save(tmp_path / f"mp_rank_0{i}_model_states.pt", i, 4, mp_world_size=4) for i in range(4)]
     assert whole(opened(*four))
-    refused("one of 4 tensor-parallel pieces by its own account, but 2 files are given; give all 4", *four[:2])
-    refused("one of 4 tensor-parallel pieces by its own account; give all of them", four[0])
+    refused("states that it is one of 4 tensor-parallel pieces, but 2 are given; give all 4", *four[:2])
+    refused("states that it is one of 4 tensor-parallel pieces; give all of them", four[0])
     plain = [save(tmp_path / "plain" / f"mp_rank_0{i}_model_states.pt", i, 4) for i in range(4)]
-    refused("the piece of rank 1 is missing; given are ranks 0, 2, 3", plain[0], plain[2], plain[3])
+    refused(r"the piece of rank 1 is missing \(given: 0, 2, 3\); give all pieces", plain[0], plain[2], plain[3])
     refused("the piece of rank 0 is missing", *plain[1:])
-    refused("piece of rank 1 by its name, without those before it", plain[1])
+    refused("its name says tensor-parallel rank 1, but no lower rank is given; give all pieces", plain[1])
 
 
 def test_a_piece_twice(tmp_path: Path) -> None:
@@ -105,45 +105,51 @@ def test_a_piece_twice(tmp_path: Path) -> None:
     copy = tmp_path / "copy" / "mp_rank_01_model_states.pt"
     copy.parent.mkdir()
     shutil.copy(one, copy)
-    refused("several folders", one, copy)
+    refused("the pieces are in several folders", one, copy)
     shutil.copy(one, two)
     refused("hold the same tensors; give every piece once", one, two)
-    # Written again, so that no byte of the archives is the same, and in another format.
+    # The same tensors in another format: no byte of the files is equal.
     torch.save({"epoch": 3, "module": tensors(0, 2)}, two, _use_new_zipfile_serialization=False)
     refused("hold the same tensors; give every piece once", one, two)
     again = save(tmp_path / "mp_rank_0_again.pt", 0, 2)
-    refused("are both the piece of rank 0", one, again)
+    refused("both are the piece of rank 0", one, again)
     shutil.copy(one, tmp_path / "x.pt")
     shutil.copy(one, tmp_path / "y.pt")
-    refused("tells the rank of this tensor-parallel piece; name the pieces", tmp_path / "x.pt", tmp_path / "y.pt")
+    refused(
+        "neither its name nor its content tells its tensor-parallel rank; name the pieces",
+        tmp_path / "x.pt",
+        tmp_path / "y.pt",
+    )
 
 
 def test_pieces_of_other_models_and_other_layouts(tmp_path: Path) -> None:
     one, two = (save(tmp_path / f"mp_rank_0{i}_model_states.pt", i, 2) for i in range(2))
     torch.save({"module": tensors(1, 2) | {NORM: torch.tensor([3.0, 1.5])}}, two)
-    refused(f"{NORM} differs in .* give the pieces of one model only", one, two)
+    refused(f"{NORM} differs; give only the pieces of one model", one, two)
     torch.save({"module": tensors(1, 2) | {NORM: torch.tensor([1.0, 1.5001])}}, two)
     source = opened(one, two)
-    assert whole(source) and "differs a little" in source.notes[0]
+    assert whole(source) and "differs slightly" in source.notes[0]
     torch.save({"module": tensors(1, 2) | {EMBED: torch.zeros(6, 3)}}, two)
-    refused(rf"{EMBED} differs in .*\(6, 2\).* and .*\(6, 3\)", one, two)
+    refused(rf"\(6, 2\)\) and .*\(6, 3\)\): {EMBED} differs", one, two)
     torch.save({"module": {name: value.half() for name, value in tensors(1, 2).items()}}, two)
-    refused("differs in .*float32.*float16", one, two)
+    refused("float32.* and .*float16.* differs; give only", one, two)
     torch.save({"module": tensors(1, 2) | {"extra": torch.zeros(2)}}, two)
-    refused("both hold .*; give every tensor once, from the files of one model only", one, two)
+    refused("both hold .*; give only the files of one model", one, two)
     for more, message in (
-        ({"args": argparse.Namespace(pipeline_model_parallel_size=2)}, "holds one stage of a pipeline"),
-        ({"checkpoint_version": 1.0}, "Megatron's layout 1.0"),
+        ({"args": argparse.Namespace(pipeline_model_parallel_size=2)}, "holds one pipeline stage; merge"),
+        ({"checkpoint_version": 1.0}, "Megatron's checkpoint version 1.0"),
     ):
         refused(message, save(tmp_path / "odd" / "mp_rank_00_model_states.pt", 0, 1, **more))
-    refused("holds one stage of a pipeline", save(tmp_path / "mp_rank_00_001" / "model_rng.pt", 0, 1))
+    refused("holds one pipeline stage; merge", save(tmp_path / "mp_rank_00_001" / "model_rng.pt", 0, 1))
 
 
 def test_files_without_cut_tensors_are_no_pieces(tmp_path: Path) -> None:
-    """Two formats of one model were read as two pieces, of which the first counted."""
+    """Two formats of one model are not two pieces."""
     torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
     save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
-    refused("both hold a; give every tensor once", tmp_path / "pytorch_model.bin", tmp_path / "model.safetensors")
+    refused(
+        "both hold a; give only the files of one model", tmp_path / "pytorch_model.bin", tmp_path / "model.safetensors"
+    )
 
 
 def test_ranks_in_names() -> None:
@@ -178,7 +184,7 @@ def test_shards_are_given_whole(tmp_path: Path, stem: str, end: str) -> None:
         assert Source(given).shapes() == {"a": (2,), "b": (3,)}
     refused(f"belongs to a set of 2 files, of which 1 are given; give --source .*{index.name}", one)
     (other, _), _ = shards(tmp_path / "y", stem, end)
-    refused("belong to two sets of files; give those of one model", other, two)
+    refused("belong to two sets of files; give only those of one model", other, two)
     index.unlink()
     refused("of which 1 are given; give all 2, or their folder", two)
     two.unlink()
@@ -188,11 +194,11 @@ def test_shards_are_given_whole(tmp_path: Path, stem: str, end: str) -> None:
 def test_an_index_of_another_model(tmp_path: Path) -> None:
     (one, two), index = shards(tmp_path)
     save_file({"c": torch.zeros(3)}, two)
-    refused(f"{two.name}: lacks b, which the index says it holds; fetch the files of one model again", index)
+    refused(f"{two.name}: lacks b, which the index lists in it; download the model's files again", index)
     save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, two)
-    refused("both hold a; give every tensor once", index)
+    refused("both hold a; give only the files of one model", index)
     for text in ("", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "<!DOCTYPE html>"):
         index.write_text(text)
         refused("index.json: ", index)
     index.write_text(json.dumps({"weight_map": {"a": one.name, "b": "model-00009-of-00002.safetensors"}}))
-    refused("1 of its 2 files are missing, the first is model-00009", index)
+    refused("1 of its 2 files are missing, the first is model-00009.*; download them", index)

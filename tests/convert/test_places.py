@@ -1,4 +1,4 @@
-"""Places that fail, damaged checkpoints, and mistakes in flags: one line, the right exit code, and nothing half-written stays."""
+"""Failing disks, damaged checkpoints and wrong flags end in one line and the right exit code, and leave no partial files."""
 
 import builtins
 import json
@@ -37,7 +37,7 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def line_of(capsys: pytest.CaptureFixture) -> str:
-    """The one line that is not the table or the bar."""
+    """The one error line, without the table and the progress bar."""
     (line,) = [text for text in capsys.readouterr().err.split("\n") if text.startswith("error: ")]
     return line
 
@@ -47,7 +47,7 @@ def convert(source: Path, out: Path, *more: str, code: int = 0) -> None:
 
 
 def test_every_parameter_has_its_checksum(converted: Path, source: Path) -> None:
-    """Of the bytes on the disk, by a reader that knows nothing of the writer."""
+    """Each checksum is recomputed from the stored bytes, and one from the source."""
     folder = epath.Path(converted) / "checkpoints" / "converted"
     sums = leaf_checksums.read(folder)
     assert sums.keys() == trees.stored_params(str(converted)).keys() and len(sums) == 20
@@ -61,7 +61,7 @@ def test_every_parameter_has_its_checksum(converted: Path, source: Path) -> None
     assert not list((converted / "checkpoints").glob("*partial*"))
 
 
-def test_a_killed_conversion_has_the_checksums_of_all(
+def test_a_resumed_conversion_has_all_checksums(
     source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, count = to_orbax.Store.write, 0
@@ -69,16 +69,15 @@ def test_a_killed_conversion_has_the_checksums_of_all(
     def killed(*args) -> None:
         nonlocal count
         count += 1
-        if count == 31:  # the middle of a parameter's layers
+        if count == 31:  # between two layers of one parameter
             raise KeyboardInterrupt
         real(*args)
 
     monkeypatch.setattr(to_orbax.Store, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out", code=130)
     journal = tmp_path / "out" / "checkpoints" / "converted.partial" / "converted.jsonl"
     with journal.open("a") as file:
-        file.write('{"tensor": "cut o')  # the kill fell into a line
+        file.write('{"tensor": "cut o')  # a kill cuts a line short
     monkeypatch.setattr(to_orbax.Store, "write", real)
     convert(source, tmp_path / "out")
     whole, again = (epath.Path(out) / "checkpoints" / "converted" for out in (converted, tmp_path / "out"))
@@ -92,22 +91,22 @@ def test_damage_is_found(converted: Path, source: Path, tmp_path: Path, capsys: 
     data = chunk.read_bytes()
     back = ("--model", "gpt3", "--source", str(tmp_path / "run"), "--out", str(tmp_path / "back"), "--to", "torch")
     for damaged, message in (
-        (data[:1000] + bytes(64) + data[1064:], "llm/blocks/mlp/up/kernel is damaged, its checksum is wrong"),
+        (data[:1000] + bytes(64) + data[1064:], "llm/blocks/mlp/up/kernel is damaged, its checksum is wrong; convert"),
         (data[:-2], "llm/blocks/mlp/up/kernel cannot be read"),
-        (None, "llm/blocks/mlp/up/kernel is damaged"),
+        (None, "llm/blocks/mlp/up/kernel is damaged, its checksum is wrong"),
     ):
         chunk.unlink() if damaged is None else chunk.write_bytes(damaged)
         assert command.main(list(back)) == 2
         assert message in line_of(capsys) and not (tmp_path / "back").exists()
     convert(source, tmp_path / "run", "--check", code=2)
-    assert "llm/blocks/mlp/up/kernel is damaged" in line_of(capsys)
+    assert "llm/blocks/mlp/up/kernel is damaged, its checksum is wrong" in line_of(capsys)
     chunk.write_bytes(data)
     sums = folder.with_name("converted.checksums.json")
     sums.write_text(json.dumps({"llm/token_embed": "float16[101,96]+0000000000000000"}))
     assert command.main(list(back)) == 2
-    assert "converted: does not belong to its checksums: llm/blocks/" in line_of(capsys)
+    assert "converted: parameters and checksums do not match (llm/blocks/" in line_of(capsys)
     sums.unlink()
-    assert command.main(list(back)) == 0, "checkpoints of older versions have none"
+    assert command.main(list(back)) == 0, "older versions wrote no checksums"
 
 
 def test_a_place_that_cannot_be_made(
@@ -121,7 +120,7 @@ def test_a_place_that_cannot_be_made(
     assert line_of(capsys) == f"error: --out {file}: cannot be written: Not a directory; give another folder"
     back = ["--model", "gpt3", "--source", str(converted), "--to", "torch", "--out"]
     assert command.main([*back, str(file / "x")]) == 2
-    assert line_of(capsys) == f"error: --out {file}/x: cannot be made: Not a directory; give another folder"
+    assert line_of(capsys) == f"error: --out {file}/x: cannot be written: Not a directory; give another folder"
     assert file.read_bytes() == b""
 
 
@@ -131,7 +130,7 @@ def test_too_little_room_is_found_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=600_000))
     convert(source, tmp_path / "out", code=2)
-    assert "bytes are to be written, but only 600,000 are free; make room or give another folder" in line_of(capsys)
+    assert "bytes, but only 600,000 are free; free some space or give another folder" in line_of(capsys)
     assert not (tmp_path / "out").exists()
     back = ["--model", "gpt3", "--source", str(converted), "--to", "torch", "--out", str(tmp_path / "back")]
     assert command.main(back) == 2 and "only 600,000 are free" in line_of(capsys)
@@ -141,7 +140,7 @@ def test_too_little_room_is_found_before_anything_is_written(
 def test_a_disk_that_fails_on_the_way(
     source: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Files may not grow beyond a limit: the system's own error, as of a full disk, in TensorStore and here."""
+    """A limit on file sizes makes the system fail writes as a full disk does, in TensorStore and in Python."""
     back = ["--model", "gpt3", "--source", str(converted), "--to", "torch", "--out", str(tmp_path / "back")]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
@@ -153,11 +152,11 @@ def test_a_disk_that_fails_on_the_way(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert first == (
-        f"error: {tmp_path}/out/checkpoints/converted.partial: cannot be written: File too large; make room or mend the disk, "
-        "the same command goes on from there"
+        f"error: {tmp_path}/out/checkpoints/converted.partial: cannot be written: File too large; free some space or repair the "
+        "disk, then repeat the command to continue"
     )
-    assert second.startswith(f"error: {tmp_path}/back/model.safetensors: cannot be written: File too large; make room")
-    assert list((tmp_path / "back").iterdir()) == []
+    assert second.startswith(f"error: {tmp_path}/back/model.safetensors: cannot be written: File too large; free some")
+    assert not (tmp_path / "back").exists()
     convert(source, tmp_path / "out")
     assert leaf_checksums.read(epath.Path(tmp_path) / "out/checkpoints/converted") == leaf_checksums.read(
         epath.Path(converted) / "checkpoints/converted"
@@ -171,18 +170,18 @@ def test_a_source_that_proves_bad_leaves_nothing(source: Path, tmp_path: Path, c
     (tmp_path / "kept").mkdir()
     for out in (tmp_path / "new" / "deep", tmp_path / "kept"):
         convert(tmp_path / "x.pt", out, code=2)
-        assert "language_model.encoder.final_layernorm.bias holds values that are no finite numbers" in line_of(capsys)
+        assert "language_model.encoder.final_layernorm.bias has values that are not finite" in line_of(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "x.pt"]
     assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_a_layer_cannot_be_missing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """It would be zeros among trained layers."""
+    """--allow_missing does not apply: the missing layer would be zeros among trained layers."""
     tensors = torch.load(source, weights_only=True)["module"]
     del tensors["language_model.encoder.layers.1.mlp.dense_4h_to_h.bias"]
     torch.save(tensors, tmp_path / "x.pt")
     convert(tmp_path / "x.pt", tmp_path / "out", "--allow_missing", ".*", code=2)
-    assert "dense_4h_to_h.bias (of a parameter whose other layers are there)" in line_of(capsys)
+    assert "dense_4h_to_h.bias (other layers of this parameter are present)" in line_of(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -191,24 +190,24 @@ def test_a_layer_cannot_be_missing(source: Path, tmp_path: Path, capsys: pytest.
     [
         ("--model bloomz", "argument --model: invalid choice: 'bloomz'"),
         ("--modle bloom", "unrecognized arguments: --modle bloom"),
-        ("--out gs://bucket/x", "give a local folder, and copy it"),
+        ("--out gs://bucket/x", "--out gs://bucket/x: not a local folder; convert into a local folder and copy it"),
         ("--weights x.pt", "unrecognized arguments: --weights x.pt"),
-        ("--heads 32", "--heads 32: write NAME=NUMBER with one of llm, vision, text, e.g. llm=32"),
-        ("--heads llm=", "--heads llm=: write NAME=NUMBER"),
-        ("--heads llm=x", "--heads llm=x: write"),
-        ("--heads llm=0", "--heads llm=0: write"),
-        ("--heads llm=-4", "--heads llm=-4: write"),
-        ("--heads lm=4", "--heads lm=4: write"),
-        ("--dtype bfloat16", "--dtype bfloat16: write SUBTREE=TYPE with one of float32, bfloat16, float16"),
-        ("--dtype llm=int8", "--dtype llm=int8: write"),
-        ("--image_size 0", "argument --image_size: '0': give a whole number above 0"),
-        ("--frames 1.5", "argument --frames: '1.5': give a whole number"),
-        ("--allow_missing (", "argument --allow_missing: '(' is no regular expression"),
-        ("--keep_lora", "--keep_lora: give the folder of the adapter too"),
-        ("--layout openai", "--layout openai: the names of a source are found out"),
-        ("--check --frames 8", "--check compares whole models"),
-        ("--to torch --check", "--check belongs to the conversion to Orbax; leave it out with --to torch"),
-        ("--to torch --source a b", "with --to torch give one folder"),
+        ("--heads 32", "--heads 32: not NAME=NUMBER; give one of llm, vision, text, e.g. llm=32"),
+        ("--heads llm=", "--heads llm=: not NAME=NUMBER; give"),
+        ("--heads llm=x", "--heads llm=x: not NAME=NUMBER"),
+        ("--heads llm=0", "--heads llm=0: not NAME=NUMBER"),
+        ("--heads llm=-4", "--heads llm=-4: not NAME=NUMBER"),
+        ("--heads lm=4", "--heads lm=4: not NAME=NUMBER"),
+        ("--dtype bfloat16", "--dtype bfloat16: not SUBTREE=TYPE; give one of float32, bfloat16, float16"),
+        ("--dtype llm=int8", "--dtype llm=int8: not SUBTREE=TYPE"),
+        ("--image_size 0", "argument --image_size: '0' is not a whole number above 0"),
+        ("--frames 1.5", "argument --frames: '1.5' is not a whole number"),
+        ("--allow_missing (", "argument --allow_missing: '(' is not a regular expression"),
+        ("--keep_lora", "--keep_lora: there is no adapter to keep; give its folder with --lora DIR"),
+        ("--layout openai", "--layout openai: applies to --to torch only, a source's layout is detected; leave it out"),
+        ("--check --frames 8", "--check: compares unchanged models only; leave out --image_size"),
+        ("--to torch --check", "--check: does not apply to --to torch; leave it out"),
+        ("--to torch --source a b", "--source: --to torch takes one folder; give"),
         ("--to onnx", "argument --to: invalid choice: 'onnx'"),
     ],
 )
@@ -223,7 +222,7 @@ def test_mistakes_in_flags(argv: str, message: str, tmp_path: Path, capsys: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_that_are_no_run(tmp_path: Path, converted: Path, capsys: pytest.CaptureFixture) -> None:
+def test_folders_without_a_checkpoint(tmp_path: Path, converted: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     out = ["--to", "torch", "--out", str(tmp_path / "out")]
@@ -232,16 +231,16 @@ def test_folders_that_are_no_run(tmp_path: Path, converted: Path, capsys: pytest
     record = shutil.copytree(converted, tmp_path / "record")
     (record / "conversion.json").write_text("{")
     for name, message in (
-        ("gone", "gone: no such folder; give a run or a conversion"),
-        ("file", "file: not a folder; give a run"),
-        ("empty", "empty: no checkpoint in it; give the folder of a run or of a conversion"),
-        ("damaged", "converted: damaged, its parameters cannot be opened"),
-        ("record", "conversion.json: damaged, no JSON"),
+        ("gone", "gone: no such folder; give the folder of a run or of a conversion"),
+        ("file", "file: not a folder; give the folder of a run"),
+        ("empty", "empty: has no checkpoint; give the folder of a run or of a conversion"),
+        ("damaged", "converted: its parameters cannot be opened ("),
+        ("record", "conversion.json: not JSON ("),
     ):
         assert command.main(["--model", "gpt3", "--source", str(tmp_path / name), *out]) == 2
         assert message in line_of(capsys)
     assert command.main(["--model", "bert", "--source", str(converted), *out]) == 2
-    assert "none of its parameters belong to model bert" in line_of(capsys)
+    assert "no parameter belongs to model bert; give the right --model" in line_of(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -274,12 +273,12 @@ def test_check_names_what_it_needs_before_it_converts(
         monkeypatch.delattr(ymplug_jax.convert, module.rpartition(".")[2], raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     convert(source, tmp_path / "out", "--check", code=2)
-    assert line_of(capsys) == "error: --check needs transformers beside torch: pip install transformers"
+    assert line_of(capsys) == "error: --check: transformers is not installed; pip install transformers"
     assert not (tmp_path / "out").exists()
 
 
 def test_the_flags_are_read_without_torch() -> None:
-    """So that a mistake in them is told at once."""
+    """A wrong flag is reported without waiting for torch to load."""
     code = "import sys, ymplug_jax.convert.__main__; print([m for m in ('torch', 'safetensors') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The converter's tables: every name and shape of the released layout, exact round trips, and strictness."""
+"""Conversion rules: names and shapes of the released checkpoints, exact round trips, and errors in rules."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ def like() -> dict:
 
 
 def checkpoint(like: dict, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """A tensor of distinct values for every name."""
+    """Random values for every source tensor."""
     entries = rules.expand(tables.MPLUG_VIDEO, like)
     rng = np.random.default_rng(0)
     return {name: rng.normal(size=entry.shape).astype(jnp.dtype(dtype)) for name, entry in entries.items()}

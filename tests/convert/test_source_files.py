@@ -1,4 +1,4 @@
-"""What users give in place of a file of weights: each is named, with the fix, in one line, and nothing of it runs or is written."""
+"""Files that are not weights: each is refused in one line with the fix, without running or writing anything."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def refused(path: Path, *messages: str) -> None:
             POINTER,
             "a Git LFS pointer, not the file itself (3,000,000,000 bytes); run `git lfs install && git lfs pull`",
         ),
-        (b"", "empty; fetch it again"),
+        (b"", "empty; download it again"),
         (b"<!DOCTYPE html><html><head><title>Sign in</title>", "a web page (HTML or XML), not the file itself"),
         (b"\xef\xbb\xbf\r\n<html>\r\n", "a web page"),
         (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "a web page"),
@@ -48,8 +48,8 @@ def refused(path: Path, *messages: str) -> None:
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file of Keras or TensorFlow"),
         (b"GGUF" + bytes(100), "a GGUF file"),
         (bytes(5000), "begins with zeros"),
-        (random.Random(0).randbytes(64).replace(b"{", b"x"), "no file of "),
-        (b"\xff" * 8 + b"{" + b"x" * 50, "no file of "),
+        (random.Random(0).randbytes(64).replace(b"{", b"x"), "not a file of "),
+        (b"\xff" * 8 + b"{" + b"x" * 50, "not a file of "),
     ],
 )
 def test_stand_ins_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -60,13 +60,13 @@ def test_stand_ins_are_named(tmp_path: Path, name: str, data: bytes, message: st
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     refused(tmp_path / "gone.pt", "gone.pt: no such file")
     (tmp_path / "x.safetensors").symlink_to("../../blobs/0123")
-    refused(tmp_path / "x.safetensors", "a link to ../../blobs/0123, which is not there; fetch it again")
+    refused(tmp_path / "x.safetensors", "broken link to ../../blobs/0123; download it again")
     os.mkfifo(tmp_path / "pipe.pt")
     refused(tmp_path / "pipe.pt", "not a regular file")
 
 
 class Custom:
-    """A class of the program that wrote the file."""
+    """A class that only the program that wrote the file knows."""
 
 
 class Evil:
@@ -88,7 +88,9 @@ def test_what_is_asked_for_is_said_and_nothing_runs(tmp_path: Path, zipped: bool
         (Path("x"), "Path"),
     ):
         torch.save({"a": torch.zeros(1), "more": value}, file, _use_new_zipfile_serialization=zipped)
-        refused(file, "holds more than tensors (it asks for ", asked, "save its state dict alone, or as safetensors")
+        refused(
+            file, "holds more than tensors (its pickle refers to ", asked, "save only its state dict, or as safetensors"
+        )
     for protocol in (0, 2, 4):
         file.write_bytes(pickle.dumps({"evil": Evil(marker)}, protocol))
         refused(file, "x.bin: ")
@@ -96,7 +98,7 @@ def test_what_is_asked_for_is_said_and_nothing_runs(tmp_path: Path, zipped: bool
 
 
 def test_damaged_archives(tmp_path: Path) -> None:
-    """Cut off or overwritten anywhere: refused when opened or read, or equal to what was written."""
+    """A file that is truncated or overwritten anywhere ends in one line, when opened or when read."""
     value = torch.arange(500, dtype=torch.float32)
     for name in ("x.pt", "x.safetensors", "old.pt"):
         file = tmp_path / name
@@ -110,7 +112,7 @@ def test_damaged_archives(tmp_path: Path) -> None:
             at = int(rng.integers(len(data)))
             damaged = data[:at] if trial % 2 else data[:at] + rng.bytes(16) + data[at + 16 :]
             file.write_bytes(damaged)
-            said = ""  # whatever is wrong with it, it is one line of our own; some damage does no harm
+            said = ""  # some damage has no effect
             try:
                 source = Source([file])
                 for tensor in source.shapes():
@@ -134,7 +136,7 @@ def test_the_content_decides_not_the_suffix(tmp_path: Path) -> None:
 
 
 def files(folder: Path, *names: str) -> Path:
-    """A folder with weights that hold their own name, and files of other kinds."""
+    """A folder with weight files, whose tensors have the file's name, and other files."""
     for i, name in enumerate(names):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +167,7 @@ def test_the_weights_of_a_folder(tmp_path: Path, names: list[str], taken: list[s
     folder = files(tmp_path / "x", *names)
     source = Source([folder])
     assert list(source.shapes()) == [f"tensor of {name}" for name in taken or names]
-    assert source.notes == [f"{folder}: takes {', '.join(taken or names)}"]
+    assert source.notes == [f"{folder}: using {', '.join(taken or names)}"]
 
 
 def test_an_index_in_a_folder(tmp_path: Path) -> None:
@@ -178,17 +180,17 @@ def test_an_index_in_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "messages"),
     [
-        ([], ["no weights in it (it is empty)"]),
+        ([], ["has no weights (it is empty)"]),
         (
             ["tf_model.h5", "config.json"],
-            ["no weights in it (config.json, tf_model.h5); give a file (.safetensors, .bin, .pt, .pth, .ckpt)"],
+            ["has no weights (config.json, tf_model.h5); give a file (.safetensors, .bin, .pt, .pth, .ckpt)"],
         ),
-        (["a.pt", "b.pt"], ["holds several files of weights; give one: --source ", "a.pt or ", "b.pt"]),
-        (["model.safetensors", "ema.pt"], ["holds several files of weights"]),
+        (["a.pt", "b.pt"], ["holds several weight files; give one: --source ", "a.pt or ", "b.pt"]),
+        (["model.safetensors", "ema.pt"], ["holds several weight files"]),
         (["step1/a.pt", "step2/a.pt"], ["holds several models; give one: --source ", "step1 or ", "step2"]),
         (
             ["checkpoints/converted/_METADATA"],
-            ["a folder of ymplug_jax, not of PyTorch; to convert it back add --to torch"],
+            ["holds a checkpoint of ymplug_jax; add --to torch to convert it back"],
         ),
     ],
 )
@@ -218,17 +220,17 @@ def test_settings_of_an_adapter(tmp_path: Path) -> None:
     for data, message in (
         (POINTER, "a Git LFS pointer"),
         (b"", "empty"),
-        (b"{", "damaged, no JSON"),
-        (b"[1]", "damaged, no settings"),
-        (b'{"peft_type": "LORA", "r": 0, "lora_alpha": 1}', "damaged, no r and lora_alpha"),
-        (b"\xef\xbb\xbf" + b'{"peft_type": "PREFIX_TUNING"}', "only plain LoRA is read"),
+        (b"{", "not JSON"),
+        (b"[1]", "not the settings of an adapter"),
+        (b'{"peft_type": "LORA", "r": 0, "lora_alpha": 1}', "r and lora_alpha are not numbers above 0"),
+        (b"\xef\xbb\xbf" + b'{"peft_type": "PREFIX_TUNING"}', "only plain LoRA is supported"),
     ):
         settings.write_bytes(data)
         with pytest.raises(exits.Mistake, match=rf"adapter_config\.json: {message}"):
             lora.read(tmp_path, ())
     settings.write_bytes(b'{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     save_file({"x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(exits.Mistake, match=r"no pairs of lora_A and lora_B only; also x\.lora_B\.weight"):
+    with pytest.raises(exits.Mistake, match=r"other tensors than pairs of lora_A and lora_B \(x\.lora_B\.weight\)"):
         lora.read(tmp_path, ())
 
 
@@ -243,7 +245,7 @@ def test_the_command_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_hostile_archive_cannot_lead_outside_its_bytes(tmp_path: Path) -> None:
-    """Strides and offsets of a scripted archive are its own word; negative ones would read before the buffer."""
+    """The archive states strides and offsets itself; negative ones would read memory before the buffer."""
     from benchmarks import torch_sources
 
     torch_sources.scripted({"a.b": torch.arange(6, dtype=torch.float32).reshape(2, 3)}, tmp_path / "x.pt")
@@ -260,5 +262,5 @@ def test_a_hostile_archive_cannot_lead_outside_its_bytes(tmp_path: Path) -> None
                 data = old.read(name)
                 assert not name.endswith("/data.pkl") or shape in data
                 new.writestr(name, data.replace(shape, other) if name.endswith("/data.pkl") else data)
-        with pytest.raises(exits.Mistake, match=r"y\.pt: .*broken"):
+        with pytest.raises(exits.Mistake, match=r"y\.pt: .*damaged"):
             Source([tmp_path / "y.pt"]).read("a.b")

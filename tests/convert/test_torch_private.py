@@ -1,4 +1,4 @@
-"""What the converters use of torch beside its public names, and why: a new release that changes it fails here, not in a conversion."""
+"""The private names of torch that the converters use. A torch release that changes them fails here, not in a conversion."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 CONVERT = Path(__file__).parents[2] / "ymplug_jax" / "convert"
-# torch's notes on serialization document both for reading where tensors lie without their bytes; there is no other way.
+# torch's notes on serialization document both. No public API gives the offsets of tensors without reading their bytes.
 USED = {"torch._subclasses.fake_tensor", "_checkpoint_offset"}
 
 

@@ -1,1 +1,1 @@
-"""What a run costs: memory, FLOPs, traffic between chips and time, predicted for described chips or measured here."""
+"""Cost of a training step: memory, FLOPs, communication and time, predicted for a TPU slice or measured on this machine."""

@@ -1,8 +1,8 @@
-"""The training step compiled ahead of time for TPUs that are not here: does it fit, what does it send, how long will it take.
+"""Ahead-of-time compilation of the training step for a TPU slice: memory, communication and predicted step time.
 
-It is the step that `train` runs, lowered for the devices of a described slice; libtpu (the extra `tpu`) compiles it without a
-TPU. Memory is XLA's own account, FLOPs are counted in the traced program, traffic is read from the compiled one, and the time
-is a roofline.
+The step is the one that `--mode train` runs, lowered for the devices of the slice. libtpu (the extra `tpu`) compiles it without a
+TPU. Memory comes from XLA's memory analysis, FLOPs from the traced program, communication from the compiled program, and time from
+a roofline model.
 """
 
 import math
@@ -23,31 +23,42 @@ from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
 ADVICE = (
-    "ways out, cheapest first: remat of more layers (config.model.llm.remat=full, config.model.vision.remat=full), a larger "
+    "reduce memory, cheapest first: rematerialise more (config.model.llm.remat=full, config.model.vision.remat=full), a larger "
     "config.mesh.fsdp, config.train.frozen_dtype=int8, config.train.accumulate=2, a smaller config.train.batch_size"
 )
 
-COSTS = 16  # operations that are listed
+COSTS = 16  # operations listed
 
 
 def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[str, Any]:
-    """Compile for `slices` of a slice such as "v5e:4x8" and account for the result.
+    """Compile the training step for a TPU topology and report its cost.
+
+    Args:
+      experiment: resolved settings.
+      topology: of one slice, e.g. "v5e:4x8".
+      slices: number of slices.
 
     Returns:
-      devices, mesh, hbm_bytes_per_device (and its parts, the capacity, `fits`), compile_seconds, model_flops_per_device (without
-      what is computed twice), program_flops_per_device, collectives (kind -> mesh axes -> bytes of results), seconds (by what
-      bounds them), predicted_step_seconds, predicted_mfu, predicted_samples_per_second; compiler_step_seconds and compiler_mfu:
-      the same with what libtpu itself expects of every instruction instead of the roofline; compiler_costs: that of the
-      costliest operations, `hlo.Cost` and its seconds.
+      task, topology, slices, devices, device_kind, mesh and batch_size, and:
+
+      - fits: whether the step fits in the memory of a device; advice: what to change if it does not.
+      - hbm_bytes_per_device, hbm (its parts), hbm_capacity: bytes.
+      - compile_seconds.
+      - model_flops_per_device: FLOPs of a step without recomputation; program_flops_per_device: with recomputation.
+      - collectives: kind -> mesh axes -> bytes of the results; memory_traffic_bytes: HBM traffic.
+      - seconds: the terms of the roofline, see `chips.roofline`.
+      - predicted_step_seconds, predicted_mfu, predicted_samples_per_second: by the roofline.
+      - compiler_step_seconds, compiler_mfu: by libtpu's estimate for each instruction.
+      - compiler_costs: the most expensive operations by that estimate, as `hlo.Cost` and seconds.
 
     Raises:
-      ValueError: an unknown slice, or settings that do not fit it.
+      ValueError: the topology is unknown, or the settings do not fit it.
     """
     run = setup.prepare(experiment, devices_of(topology, slices))
     kind = run.mesh.devices.flat[0].device_kind
     chip = chips.of(kind)
     if chip is None:
-        raise ValueError(f"--topology {topology}: no figures for {kind!r}; known are {', '.join(chips.CHIPS)}")
+        raise ValueError(f"--topology {topology}: no figures for device {kind!r}; give one of {', '.join(chips.CHIPS)}")
     facts: dict[str, Any] = {
         "task": experiment.task,
         "topology": topology,
@@ -77,14 +88,14 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
 
 
 def _wanted(message: str) -> int | None:
-    """Bytes that a program would have taken, from the compiler's words; None if it does not say."""
+    """Bytes that the program would need, from the compiler's out-of-memory message; None if the message has no figure."""
     used = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", message)
     return int(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2])))) if used else None
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """XLA's own account of one device's memory."""
-    memory: Any = compiled.memory_analysis()  # JAX gives it no type
+    """XLA's memory analysis for one device."""
+    memory: Any = compiled.memory_analysis()  # untyped in JAX
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -95,7 +106,7 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def _prediction(facts: Mapping[str, Any], moved: hlo.Traffic, chip: chips.Chip, slices: int) -> dict[str, Any]:
-    """Traffic and time of one step, by the roofline and by what the compiler expects."""
+    """Communication and time of one step, by the roofline and by the compiler's estimate."""
     mesh = facts["mesh"]
     links = network = 0.0
     for name, axes in moved.collectives.items():
@@ -129,27 +140,31 @@ def _prediction(facts: Mapping[str, Any], moved: hlo.Traffic, chip: chips.Chip, 
 
 
 def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The chips of `slices` described slices such as "v5e:4x8"; nothing can run on them, programs can be compiled for them.
+    """Abstract devices of a TPU topology. Programs can be compiled for them, but not run.
+
+    Args:
+      topology: of one slice, e.g. "v5e:4x8".
+      slices: number of slices.
 
     Raises:
-      ValueError: an unknown slice.
+      ValueError: the topology is unknown, or libtpu is not installed.
     """
     from jax.experimental import topologies
 
     more: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if topology.startswith("v4:"):
-        more["chip_config_name"] = "megacore"  # one device a chip, as programs see it
+        more["chip_config_name"] = "megacore"  # one device per chip
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--topology {topology}: {reason}; write e.g. v5e:4x8, v5p:4x4x4 (and install the extra: pip install -e '.[tpu]')"
+            f"--topology {topology}: {reason}; give e.g. v5e:4x8 or v5p:4x4x4, and install the extra: pip install 'ymplug_jax[tpu]'"
         ) from None
 
 
 def program_flops(run: Run) -> int:
-    """FLOPs of the matrix products of one step on all devices, what is computed again in the backward pass included."""
+    """FLOPs of the matrix products of one step on all devices, with the recomputation of rematerialised layers."""
     step = step_lib.make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
     key = jax.random.key(0)
     with run.tracing():
@@ -157,17 +172,17 @@ def program_flops(run: Run) -> int:
 
 
 def model_flops(run: Run) -> int:
-    """FLOPs that one step cannot do without: forward, and backward without recomputation and without frozen weights' gradients."""
+    """FLOPs of the matrix products that one step requires on all devices: without recomputation and gradients of frozen weights."""
     plain = _without_remat(config.settings_of(run.experiment))
     task = setup.task_lib.get(config.from_config_dict(plain))
 
     def gradient(trainable: state_lib.Params, frozen: state_lib.Params, batch: Any, key: jax.Array) -> Any:
         return jax.grad(lambda t: task.loss(state_lib.merge(t, frozen), batch, key)[0])(trainable)
 
-    nowhere = jax.sharding.AbstractMesh((1,), ("data",))  # where no kernel computes anything twice
+    nowhere = jax.sharding.AbstractMesh((1,), ("data",))  # on one device no kernel repeats work
     inputs = (run.state.trainable, run.frozen, setup.abstract_batch(run))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
-    key = jax.random.key(0)  # outside: JAX 0.11 computes nothing under an abstract mesh
+    key = jax.random.key(0)  # JAX 0.11 computes nothing under an abstract mesh
     with jax.sharding.use_abstract_mesh(nowhere):
         return flops.count(gradient, *shapes, key)
 
@@ -180,7 +195,7 @@ def _without_remat(settings: Any) -> Any:
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """The account as lines for a person."""
+    """The report of `compile_for` as a table for the terminal."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
     rows = [("devices", f"{facts['devices']} {facts['device_kind']}, {mesh}")]
     if facts["hbm_bytes_per_device"] is not None:
@@ -189,7 +204,7 @@ def render(facts: Mapping[str, Any]) -> str:
             human(facts["hbm_bytes_per_device"]),
             human(facts["hbm_capacity"]),
         )
-        rows.append(("memory a device", f"{total} of {capacity}" + (f": {parts}" if parts else "")))
+        rows.append(("memory per device", f"{total} of {capacity}" + (f": {parts}" if parts else "")))
     if "seconds" in facts:
         for kind, axes in facts["collectives"].items():
             rows.append((kind, ", ".join(f"{axis}: {human(size)}" for axis, size in axes.items())))
@@ -199,8 +214,8 @@ def render(facts: Mapping[str, Any]) -> str:
             (
                 "predicted MFU",
                 f"{100 * facts['predicted_mfu']:.1f} %, {facts['predicted_samples_per_second']:.0f} samples/s; "
-                f"{facts['model_flops_per_device'] / 1e12:.1f} TFLOP a device, {facts['program_flops_per_device'] / 1e12:.1f} with "
-                "recomputation",
+                f"{facts['model_flops_per_device'] / 1e12:.1f} TFLOP per device, "
+                f"{facts['program_flops_per_device'] / 1e12:.1f} with recomputation",
             )
         )
         rows.append(

@@ -1,7 +1,7 @@
-"""How fast the training step is here: synthetic batches, so that nothing but JAX, Flax, Optax and ml_collections is needed.
+"""Times the training step on synthetic batches. Needs only JAX, Flax, Optax and ml_collections.
 
-The step is the one that training runs, the batches travel the way that training's do: made on the host, put on the devices by
-`Feed` two ahead of the step, one step queued behind the running one.
+The step and the transfer of batches are those of training: `Feed` puts host batches on the devices two steps ahead, and one step is
+queued behind the running one.
 """
 
 import dataclasses
@@ -34,43 +34,48 @@ from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
-WARM_UP = 3  # steps, at most
-PROFILED = 3  # steps
-PRODUCT = 2048  # rows of the matrices that measure a CPU
+WARM_UP = 3  # largest number of warm-up steps
+PROFILED = 3  # profiled steps
+PRODUCT = 2048  # rows and columns of the matrices that measure the peak of a CPU
 
 
 def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None) -> dict[str, Any]:
-    """Time `steps` steps, after as many to warm up, at most three: 2 x `steps` in all for a model whose steps take long.
+    """Time `steps` training steps after min(`steps`, 3) warm-up steps.
 
     Args:
-      experiment: resolved settings; data and checkpoints that they name are not opened.
-      steps: to time, at least 2.
-      workdir: where a profile of three more steps goes (`profile/`, for TensorBoard or xprof); None: no profile.
+      experiment: resolved settings. Their data and checkpoints are not opened.
+      steps: number of timed steps, at least 2.
+      workdir: folder for a profile of three more steps (`profile/`, for TensorBoard or xprof); None: no profile.
 
     Returns:
-      device_kind, devices, batch_size, step_seconds (median, p10, p90, minimum), samples_per_second, text_tokens_per_second
-      (padding included), model_flops and program_flops of a step, peak_flops of all devices and where it comes from, mfu,
-      hardware_flops_utilisation (what is computed twice included), input_wait (share of the time that the step waited for a
-      batch), compile_seconds, step_memory_bytes (XLA's account for one device), peak_memory_bytes, versions.
+      task, device_kind, devices, mesh, batch_size, steps, loss and versions, and:
+
+      - step_seconds: median, p10, p90, minimum; compile_seconds.
+      - samples_per_second; text_tokens_per_second: with padding, None for a task without text.
+      - model_flops: of a step, without recomputation; program_flops: with recomputation.
+      - peak_flops: FLOPs per second of all devices; peak_flops_source: where the figure comes from.
+      - mfu: model_flops relative to the peak; hardware_flops_utilisation: program_flops relative to the peak.
+      - input_wait: share of the time in which the step waited for a batch.
+      - step_memory_bytes: XLA's memory analysis for one device; peak_memory_bytes: measured.
 
     Raises:
-      ValueError: fewer than two steps.
+      Mistake: `steps` is below 2, or `workdir` cannot be created.
     """
     if steps < 2:
-        raise Mistake(f"--steps {steps}: give 2 or more; one step has no spread")
+        raise Mistake(f"--steps {steps}: one step has no spread; give 2 or more")
     data = dataclasses.replace(experiment.data, path="", tokenizer="", examples=experiment.train.batch_size * 1000)
     train = dataclasses.replace(experiment.train, init_from="")
     run = setup.prepare(dataclasses.replace(experiment, data=data, train=train))
-    if workdir is not None and "://" not in str(workdir):  # before minutes are spent; a bucket has no folders
+    if workdir is not None and "://" not in str(workdir):  # before compilation takes minutes; a bucket has no folders
         try:
             Path(workdir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Mistake(f"--workdir {workdir}: {error.strerror or error}; choose another folder") from None
+            raise Mistake(f"--workdir {workdir}: {error.strerror or error}; give another folder") from None
     run = step_lib.with_checked_kernels(run)
     begin = time.perf_counter()
     compiled = step_lib.compile_step(run)
     compile_seconds = time.perf_counter() - begin
-    logging.info("compiled in %.1f s; fresh parameters", compile_seconds)
+    logging.info("compiled in %.1f s; initialising parameters", compile_seconds)
     seconds, waits, loss = _timed(run, compiled, steps, workdir)
     return _facts(run, compiled, seconds, waits) | {"compile_seconds": round(compile_seconds, 2), "loss": loss}
 
@@ -78,7 +83,7 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
 def _timed(
     run: Run, compiled: jax.stages.Compiled, steps: int, workdir: epath.Path | None
 ) -> tuple[list[float], list[float], float]:
-    """(seconds of each step, of them for its batch, the last loss), after the steps that warm up."""
+    """(seconds of each timed step, seconds that each waited for its batch, last loss)."""
     size, place = run.experiment.train.batch_size, sharding.replicated(run.mesh)
     state, frozen, _ = setup.fresh_state(run)
     frozen = setup.hold(run, frozen)
@@ -110,7 +115,7 @@ def _timed(
 
 
 def _profile(step: Callable[[TrainState], tuple[TrainState, Metrics]], state: TrainState, workdir: epath.Path) -> None:
-    """Write the profile of a few more steps to `workdir`/profile."""
+    """Profile `PROFILED` more steps into `workdir`/profile."""
     with jax.profiler.trace(str(workdir / "profile")):
         for _ in range(PROFILED):
             state, metrics = step(state)
@@ -151,16 +156,16 @@ def _facts(run: Run, compiled: jax.stages.Compiled, seconds: list[float], waits:
 
 
 def _peak_memory(stats: dict[str, int] | None) -> int:
-    """Of the device where it keeps count, else of this process."""
+    """Peak memory of the device in bytes, or of this process if the device keeps no statistics."""
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Synthetic:
-    """Endless batches of this host's rows: frames are noise, every integer is one, every row is whole."""
+    """Endless batches of this host's rows. Frames are noise, all other values are ones."""
 
-    skipped = 0  # no record is corrupt
+    skipped = 0  # corrupt records, which training reports
 
     def __init__(self, run: Run, rows: np.ndarray):
         rng = np.random.default_rng(0)
@@ -176,11 +181,11 @@ class _Synthetic:
             yield self._batch
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Does nothing; `Feed` calls it."""
 
 
 def peak_flops(devices: np.ndarray) -> tuple[float, str]:
-    """(FLOPs a second of all devices together, where the figure comes from): the chip's from the table, else measured."""
+    """(peak FLOPs per second of all devices together, source of the figure): from `chips.CHIPS`, or measured."""
     if chip := chips.of(devices[0].device_kind):
         return chip.flops * len(devices), "chips.py, bfloat16"
     x = jnp.ones((PRODUCT, PRODUCT), jnp.float32)
@@ -194,12 +199,12 @@ def peak_flops(devices: np.ndarray) -> tuple[float, str]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The result as lines for a person."""
+    """The result of `bench` as a table for the terminal."""
     times = facts["step_seconds"]
     rows = [
         ("devices", f"{facts['devices']} {facts['device_kind']}"),
         ("step", f"{times['median']:.4f} s, p10 to p90 {times['p10']:.4f} to {times['p90']:.4f} s"),
-        ("samples", f"{facts['samples_per_second']:.1f} a second, {facts['batch_size']} a step"),
+        ("samples", f"{facts['samples_per_second']:.1f} per second, {facts['batch_size']} per step"),
         (
             "MFU",
             f"{100 * facts['mfu']:.1f} % of {facts['peak_flops'] / 1e12:.2f} TFLOP/s ({facts['peak_flops_source']})",

@@ -1,7 +1,7 @@
-"""What accelerators can do, and how long a step must therefore take.
+"""Peak rates of accelerators, and a roofline model of the step time.
 
-Figures per chip: Google Cloud's documentation of TPU v4, v5e, v5p and v6e, and "How to scale your model" (Austin et al., 2025,
-part 2) for the links; NVIDIA's data sheets (dense bfloat16).
+Sources: Google Cloud's documentation of TPU v4, v5e, v5p and v6e; "How to scale your model" (Austin et al., 2025, part 2) for the
+links between TPUs; NVIDIA's data sheets (dense bfloat16).
 """
 
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One chip. Rates are per second."""
+    """Memory and peak rates of one chip."""
 
-    hbm: float  # bytes that a program can have; of TPUs as their compiler says
-    hbm_rate: float  # bytes
-    flops: float  # bfloat16
-    link: float = 0.0  # bytes one way over one link to a neighbour; an axis of a torus has two
-    network: float = 0.0  # bytes out of the slice, its share of the host's network
-    clock: float = 0.0  # cycles
+    hbm: float  # memory for a program in bytes; for TPUs the limit that their compiler states
+    hbm_rate: float  # HBM bandwidth, bytes/s
+    flops: float  # bfloat16 FLOP/s
+    link: float = 0.0  # bytes/s in one direction over one link; a chip has two links per torus axis
+    network: float = 0.0  # bytes/s out of the slice: the chip's share of its host's network
+    clock: float = 0.0  # Hz
 
 
 CHIPS: Mapping[str, Chip] = {
@@ -34,20 +34,20 @@ _KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "v5p":
 
 
 def of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so ("TPU v5 lite", "NVIDIA H200"); None: not in the table."""
+    """The chip of a JAX device kind such as "TPU v5 lite" or "NVIDIA H200"; None if it is not in `CHIPS`."""
     kind = device_kind.lower()
     names = [*_KINDS.items(), *((name, name) for name in CHIPS)]
     return next((CHIPS[name] for part, name in names if part in kind), None)
 
 
 def leaving(kind: str, size: float, group: int, slices: int = 1) -> tuple[float, float]:
-    """(bytes over links, bytes over the network) that leave one chip in a collective, by the ring algorithm.
+    """Bytes that one chip sends in a ring collective: (over the links of its slice, over the network between slices).
 
     Args:
-      kind: of the collective, as XLA calls it.
+      kind: XLA's name of the collective, e.g. "all-reduce".
       size: bytes of its result on one chip.
-      group: chips that take part.
-      slices: among which they are spread evenly; each slice reduces or gathers within itself first.
+      group: number of participating chips.
+      slices: number of slices that the chips are spread over evenly. Each slice reduces or gathers internally first.
     """
     inside = group // slices
     full = {"all-reduce": 2.0, "reduce-scatter": float(group)}.get(kind, 1.0) * size
@@ -59,18 +59,21 @@ def leaving(kind: str, size: float, group: int, slices: int = 1) -> tuple[float,
 def roofline(
     chip: Chip, *, flops: float, product_bytes: float, other_bytes: float, links: float, network: float
 ) -> dict[str, float]:
-    """Seconds of one step by what bounds them, for one chip, and their sum as the step's time.
+    """Roofline estimate of one step on one chip.
 
-    Matrix products take the longer of their arithmetic and their memory traffic; everything else only moves memory. Transfers
-    between chips are taken to overlap with nothing, which is the worst case.
+    Matrix products take the longer of their arithmetic and their memory traffic. All other operations are bound by memory traffic.
+    Communication is assumed not to overlap with computation, which is the worst case.
 
     Args:
-      chip: see `CHIPS`.
-      flops: of matrix products, recomputation included.
+      chip: an entry of `CHIPS`.
+      flops: FLOPs of matrix products, with recomputation.
       product_bytes: HBM traffic of matrix products.
-      other_bytes: HBM traffic of all else.
-      links: bytes that leave the chip over the links of the slice.
-      network: bytes that leave it for other slices.
+      other_bytes: HBM traffic of all other operations.
+      links: bytes sent over the links of the slice.
+      network: bytes sent to other slices.
+
+    Returns:
+      Seconds for "products", "memory", "links" and "network", and their sum "step".
     """
     parts = {
         "products": max(flops / chip.flops, product_bytes / chip.hbm_rate),

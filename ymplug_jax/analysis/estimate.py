@@ -1,4 +1,4 @@
-"""What a run will take, before it is one: steps, memory of a device, disk."""
+"""Estimates the steps, device memory and disk space of a run before it starts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,19 @@ from ymplug_jax.training.setup import Run
 
 
 def estimate(run: Run, compiled: jax.stages.Compiled | None = None) -> dict[str, Any]:
-    """Counts of the run. Bytes are exact for what is stored; with `compiled` the temporaries of the step (activations,
-    gradients) come from XLA's own analysis for this platform."""
+    """Steps, parameter counts and bytes of a run.
+
+    Args:
+      run: a prepared run.
+      compiled: its compiled step; None: leave out the memory of temporaries.
+
+    Returns:
+      task, devices, mesh, trainable_params, frozen_params, examples, batch_size, steps_per_epoch, steps, samples, and:
+
+      - bytes_per_device: trainable, frozen, opt_state and gradients; with `compiled` also step_temporaries (activations and
+        gradients) and step_peak, from XLA's memory analysis for this platform.
+      - checkpoint_bytes: each_step, and frozen_once.
+    """
     settings = run.experiment.train
     trainable, frozen, opt = (_bytes(tree) for tree in (run.state.trainable, run.held, run.state.opt_state))
     facts: dict[str, Any] = {
@@ -47,7 +58,7 @@ def estimate(run: Run, compiled: jax.stages.Compiled | None = None) -> dict[str,
 
 
 def _bytes(tree: Any) -> tuple[int, int]:
-    """(in all, on the fullest device) of a tree of placed abstract leaves."""
+    """(total bytes, bytes on one device) of a tree of abstract arrays with shardings."""
     total = device = 0
     for leaf in jax.tree.leaves(tree):
         size = leaf.dtype.itemsize
@@ -57,22 +68,25 @@ def _bytes(tree: Any) -> tuple[int, int]:
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """The estimate as lines for a person."""
+    """The estimate as a table for the terminal."""
     memory, disk = facts["bytes_per_device"], facts["checkpoint_bytes"]
     mesh = " x ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
     lines = [
         ("devices", f"{facts['devices']} ({mesh})"),
         (
             "training split",
-            f"{facts['examples']:,} examples, {facts['steps_per_epoch']:,} steps an epoch at batch {facts['batch_size']}",
+            f"{facts['examples']:,} examples, {facts['steps_per_epoch']:,} steps per epoch with batch size {facts['batch_size']}",
         ),
         ("run", f"{facts['steps']:,} steps, {facts['samples']:,} samples"),
-        ("memory a device", ", ".join(f"{name.replace('_', ' ')} {human(size)}" for name, size in memory.items())),
-        ("checkpoint", f"{human(disk['each_step'])} each, and {human(disk['frozen_once'])} once for the frozen part"),
+        ("memory per device", ", ".join(f"{name.replace('_', ' ')} {human(size)}" for name, size in memory.items())),
+        (
+            "checkpoint",
+            f"{human(disk['each_step'])} each, plus {human(disk['frozen_once'])} once for the frozen parameters",
+        ),
     ]
     return columns(lines)
 
 
 def describe(run: Run, compiled: jax.stages.Compiled) -> str:
-    """The estimate of a run whose step is compiled, as lines."""
+    """The estimate of a run with a compiled step, as a table for the terminal."""
     return render(estimate(run, compiled))

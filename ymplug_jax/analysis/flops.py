@@ -1,6 +1,6 @@
-"""Floating-point operations of matrix products and convolutions, counted in the program as it is traced.
+"""Counts the floating-point operations of matrix products and convolutions in a traced program.
 
-XLA's own count takes a scanned layer once; here a scan counts as often as it runs.
+XLA's cost analysis counts the body of a scan once. This count multiplies it by the length of the scan.
 """
 
 import math
@@ -12,10 +12,14 @@ from jax.extend import core
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of one call, over all devices; arguments may be abstract. A multiplication and an addition are two.
+    """FLOPs of one call, summed over all devices. A multiply-add counts as two.
+
+    Args:
+      function: a function that JAX can trace.
+      *args: its arguments; ShapeDtypeStructs are enough.
 
     Raises:
-      NotImplementedError: a loop whose length is not known.
+      NotImplementedError: a while loop contains matrix products, so that their number is unknown.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -44,14 +48,14 @@ def _count(jaxpr: core.Jaxpr) -> int:
             total += max(_count(branch.jaxpr) for branch in eqn.params["branches"])
         elif name == "while":
             if inner := _count(eqn.params["body_jaxpr"].jaxpr):
-                raise NotImplementedError(f"a while loop of {inner} FLOPs a turn")
+                raise NotImplementedError(f"a while loop of unknown length with {inner} FLOPs per iteration")
         else:
             total += sum(_count(inner) for inner in _inner(eqn.params))
     return total
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
-    """Of an operand or a result; JAX types neither."""
+    """Shape of an operand or result, which are untyped in JAX."""
     return variable.aval.shape
 
 

@@ -1,5 +1,6 @@
-"""What a compiled program moves: bytes of each kind of collective by mesh axis, and memory traffic, loops counted as often as
-they run. Read from the text of XLA's optimised module.
+"""Reads the communication and memory traffic of a compiled program from the text of XLA's optimised module.
+
+The result of each collective is counted by kind and mesh axis. Instructions in a loop count once per iteration.
 """
 
 import math
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-KERNEL = 'custom_call_target="tpu_custom_call"'  # ours: they are there for matrix products
+KERNEL = 'custom_call_target="tpu_custom_call"'  # the project's Pallas kernels, which compute matrix products
 _SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 _FREE = (
@@ -26,48 +27,53 @@ _FREE = (
 
 
 class Op(NamedTuple):
-    """One instruction."""
+    """One HLO instruction."""
 
     name: str
     kind: str
-    type: str  # with layouts
+    type: str  # result type with layouts
     operands: tuple[str, ...]
     text: str  # the whole line
 
 
 class Cost(NamedTuple):
-    """What XLA's TPU compiler expects of the instructions that one operation of the program became."""
+    """The TPU compiler's cycle estimate for the instructions of one operation of the program."""
 
-    operation: str  # "backward vision/blocks/mlp/up/dot_general"; "again": computed once more in the backward pass
-    product: bool  # with a matrix product
-    times: float  # instructions that one run of the program runs
-    cycles: float
+    operation: str  # e.g. "backward vision/blocks/mlp/up/dot_general"; "again" marks recomputation in the backward pass
+    product: bool  # whether it contains a matrix product
+    times: float  # instructions executed per run of the program
+    cycles: float  # estimated cycles per run
 
 
 class Traffic(NamedTuple):
-    """Of one device in one run of the program."""
+    """Traffic of one device in one run of the program."""
 
     collectives: dict[str, dict[str, float]]  # kind -> mesh axes ("data", "data,fsdp") -> bytes of the results
     product_bytes: float  # HBM traffic of instructions with a matrix product
     other_bytes: float
-    kernel_bytes: float = 0.0  # of the first, those of kernels
-    cycles: float = 0.0  # that libtpu expects of its own instructions; it gives none for kernels and some copies
-    costs: tuple[Cost, ...] = ()  # the cycles by operation, the largest first
+    kernel_bytes: float = 0.0  # the part of product_bytes in Pallas kernels
+    cycles: float = 0.0  # libtpu's estimate; it has none for kernels and some copies
+    costs: tuple[Cost, ...] = ()  # the cycles by operation, largest first
 
 
 class Collective(NamedTuple):
-    """One instruction that moves something between devices."""
+    """One instruction that communicates between devices."""
 
-    kind: str  # of COLLECTIVES
-    axes: str  # of the mesh, along which the members of a group differ: "data", "data,fsdp"
-    shapes: tuple[str, ...]  # of the results on one device, "bf16[8,128]"
-    size: float  # bytes of the results
-    times: float  # that one run of the program runs it
+    kind: str  # one of COLLECTIVES
+    axes: str  # mesh axes along which the members of a group differ, e.g. "data" or "data,fsdp"
+    shapes: tuple[str, ...]  # shapes of the results on one device, e.g. "bf16[8,128]"
+    size: float  # bytes of the results on one device
+    times: float  # executions per run of the program
     in_loop: bool
 
 
 def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
-    """Read the optimised module `text`, compiled for the axes and sizes of `mesh`, in their order."""
+    """Traffic of an optimised module.
+
+    Args:
+      text: the module, `compiled.as_text()`.
+      mesh: axis name -> size, in the order of the mesh that the module was compiled for.
+    """
     computations, entry = _parse(text)
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for one in _sent(computations, entry, mesh):
@@ -96,7 +102,7 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
 
 
 def place(path: str) -> str:
-    """Where in the model an instruction comes from, and in which pass, by the `op_name` that JAX gave it."""
+    """Pass and module of an instruction, from the `op_name` that JAX gave it."""
     way = "backward " if "transpose(jvp(" in path else "forward " if "jvp(" in path else ""
     way += "again " if "rematted_computation" in path else ""
     dull = r"jit\([^/]*\)|(transpose\()?jvp\([^/]*\)|while|body|closed_call|checkpoint|rematted_computation|\w+\._run"
@@ -104,9 +110,14 @@ def place(path: str) -> str:
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """Every collective between devices in the optimised module `text`, compiled for the axes and sizes of `mesh`.
+    """Every collective between devices in an optimised module.
 
-    Those that libtpu runs beside a chain of fusions are included: each stands in all of the chain and counts once.
+    libtpu overlaps some collectives with a chain of fusions and repeats the instruction in each of them. Such a collective counts
+    once.
+
+    Args:
+      text: the module, `compiled.as_text()`.
+      mesh: axis name -> size, in the order of the mesh that the module was compiled for.
     """
     return _sent(*_parse(text), mesh)
 
@@ -131,7 +142,10 @@ def _sent(computations: Mapping[str, list[Op]], entry: str, mesh: Mapping[str, i
 def _executed(
     computations: Mapping[str, list[Op]], name: str, times: float = 1, in_loop: bool = False
 ) -> Iterator[tuple[Op, dict[str, Op], float, bool]]:
-    """What runs: (instruction, its computation by name, how often, whether in a loop); of a conditional, the first branch."""
+    """Yield every executed instruction: (instruction, its computation by name, executions, whether in a loop).
+
+    Of a conditional, the first branch is taken.
+    """
     table = {op.name: op for op in computations[name]}
     for op in table.values():
         yield op, table, times, in_loop
@@ -141,7 +155,7 @@ def _executed(
 
 
 def _reached(op: Op, computations: Mapping[str, list[Op]]) -> tuple[str, int] | None:
-    """The computation that an instruction runs, and how often."""
+    """The computation that an instruction calls and the number of calls; None if it calls none."""
     if op.kind == "while":
         return _called(op, "body"), _trips(op, computations[_called(op, "condition")])
     if op.kind in ("call", "async-start"):
@@ -176,7 +190,7 @@ def _called(op: Op, key: str) -> str:
 
 
 def _trips(op: Op, condition: list[Op]) -> int:
-    """Length of a counted loop: known to XLA, or the constant that its counter is compared with."""
+    """Trip count of a loop: the one that XLA states, or the constant that the loop's counter is compared with."""
     if match := re.search(r"known_trip_count[^0-9]*(\d+)", op.text):
         return int(match[1])
     bounds = [int(m[1]) for part in condition if (m := re.search(r"= s32\[\]\S* constant\((\d+)\)", part.text))]
@@ -184,7 +198,7 @@ def _trips(op: Op, condition: list[Op]) -> int:
 
 
 def _size(shape: str, hbm_only: bool = False) -> float:
-    """Bytes of a type, tuples summed; `hbm_only` leaves out what lives in the chip's own memory."""
+    """Bytes of a type, summed over tuples. `hbm_only` leaves out buffers in on-chip memory."""
     total = 0.0
     for dtype, dims, layout in _SHAPE.findall(shape):
         if hbm_only and re.search(r"S\([1-9]\)", layout):
@@ -198,7 +212,7 @@ def _size(shape: str, hbm_only: bool = False) -> float:
 
 
 def _bytes(op: Op, table: Mapping[str, Op], inner: Sequence[Op], computations: Mapping[str, list[Op]]) -> float:
-    """HBM traffic of one instruction: what it reads and what it writes; a slice of something counts as the slice."""
+    """HBM bytes that one instruction reads and writes. Of a sliced operand only the slice counts."""
     if op.kind in ("copy-start", "slice-start"):
         places = _SHAPE.findall(op.type)
         sides = 1 + (not re.search(r"S\([1-9]\)", places[0][2]) and not re.search(r"S\([1-9]\)", places[1][2]))
@@ -227,7 +241,7 @@ def _bytes(op: Op, table: Mapping[str, Op], inner: Sequence[Op], computations: M
 
 
 def _read(name: str, ops: Sequence[Op], computations: Mapping[str, list[Op]]) -> float:
-    """Bytes that a fusion reads of a parameter: its slices, where nothing else is taken of it."""
+    """Bytes that a fusion reads of a parameter: those of its slices if it is only sliced, else infinity."""
     total = 0.0
     for user in ops:
         for position, operand in enumerate(user.operands):
@@ -246,7 +260,7 @@ def _read(name: str, ops: Sequence[Op], computations: Mapping[str, list[Op]]) ->
 
 
 def _collective(op: Op, mesh: Mapping[str, int]) -> tuple[str, str, float, tuple[str, ...]]:
-    """(kind, mesh axes, bytes and shapes of the results); no axes where every device is a group of its own."""
+    """(kind, mesh axes, bytes and shapes of the results). The axes are "" if every device is its own group."""
     kind, shape = op.kind.removesuffix("-start"), op.type
     if op.kind.endswith("-start") and shape.startswith("(("):
         shape = shape.split("), ", 1)[-1]  # ((operands), (results), ...)
@@ -287,7 +301,7 @@ def _group(text: str, mesh: Mapping[str, int]) -> tuple[int, str]:
 
 
 def _iota(shape: str, permutation: str | None) -> list[int]:
-    """Numbers 0.. of a shape "2,8", transposed by "1,0" if given, row by row."""
+    """The numbers 0, 1, ... in an array of shape `shape` ("2,8"), transposed by `permutation` ("1,0") and flattened."""
     dims = [int(n) for n in shape.split(",")]
     order = [int(n) for n in permutation.split(",")] if permutation else range(len(dims))
     strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]

@@ -1,1 +1,1 @@
-"""Checkpoints of PyTorch to ours and back: the only home of torch, which no other package imports."""
+"""Conversion between PyTorch checkpoints and Orbax checkpoints. No other package imports torch."""

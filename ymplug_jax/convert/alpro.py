@@ -1,4 +1,7 @@
-"""Names and layouts of ALPRO's checkpoints: Youku-mPLUG's classes, and Salesforce's release with its teacher and its QA model."""
+"""Converts ALPRO's checkpoints: those of Youku-mPLUG, and Salesforce's release with its prompter and QA model.
+
+The model is described in `docs/models/alpro.md`.
+"""
 
 import dataclasses
 import re
@@ -35,7 +38,7 @@ def _salesforce_name(rule: Rule) -> Rule:
     return rule._replace(source=name)
 
 
-# One bias for q, k and v, of which the key's has no effect and no place; otherwise other names.
+# Salesforce uses other names and one bias for q, k and v. Its key part cancels in softmax and is dropped.
 SALESFORCE_TIMESFORMER = (
     *(_salesforce_name(rule) for rule in TIMESFORMER if not re.search(r"[qv]_bias", rule.source)),
     *(
@@ -65,7 +68,7 @@ QA = (
     *linear("classifier.0", "head/hidden"),
     *linear("classifier.2", "head/out"),
 )
-# Positions are counted, the encoder's own classifier and the prompts of still images are not used.
+# Buffers, and parameters that the model does not use: poolers, the video encoder's classifier, prompts of images.
 _DROP = (
     r"(prompter\.)?text_encoder\.(bert\.)?embeddings\.position_ids",
     r"(prompter\.)?text_encoder\.(bert\.)?pooler\..*",
@@ -77,19 +80,22 @@ _BOTH = (*_TIED, *((f"prompter.{copy}", f"prompter.{original}") for copy, origin
 LAYOUTS = {
     "youku": Layout(YOUKU, drop=_DROP[:2], tied=_TIED),
     "salesforce": Layout(SALESFORCE, drop=_DROP, tied=_BOTH),
-    # A prompter's own run has tables of prompts that it never filled.
+    # The checkpoint of a prompter has prompt features that its training never fills.
     "prompter": Layout(_salesforce(bert.BERT), drop=(*_DROP, r"(video|image)_prompt_feat"), tied=_TIED),
     "salesforce_qa": Layout(QA, drop=_DROP),
 }
-HEADS = {"youku": {768: 8, 1024: 16}, "salesforce": {768: 12}}  # by variant and width: heads of the video encoder
+HEADS = {
+    "youku": {768: 8, 1024: 16},
+    "salesforce": {768: 12},
+}  # attention heads of the video encoder by variant and width
 __all__ = ["LAYOUTS", "RESIZE", "plan"]
 
 
 def layout_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Which code base wrote tensors of these names.
+    """Name of the layout of these tensors, a key of `LAYOUTS`.
 
     Raises:
-      UnknownModel: none of them.
+      UnknownModel: the tensors are not an ALPRO's.
     """
     if "visual_encoder.cls_token" in shapes:
         return "youku"
@@ -102,10 +108,16 @@ def layout_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def model_of(
     shapes: Mapping[str, tuple[int, ...]], layout: str, heads: Mapping[str, int], first: int | None = None
 ) -> ALPRO:
-    """The model whose tensors these are, with the heads that are there; `first` of BERT's layers read the text (None: half).
+    """The ALPRO module for these tensors, with the heads that they have.
+
+    Args:
+      shapes: tensor name -> shape.
+      layout: key of `LAYOUTS`.
+      heads: attention heads, see `plan.heads_of`.
+      first: number of BERT layers in the text encoder; None: half.
 
     Raises:
-      UnknownModel: they are none.
+      UnknownModel: the tensors are not an ALPRO's.
     """
     variant = "youku" if layout == "youku" else "salesforce"
     inner = "visual_encoder." if variant == "youku" else "visual_encoder.model."
@@ -135,13 +147,15 @@ def model_of(
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], first: int | None = None) -> Plan:
-    """What the tensors are: ALPRO in one of the four layouts, with the heads of its task and, where it has one, its teacher."""
+    """Recognise an ALPRO in any of the four layouts, with the heads of its task and, if present, its prompter."""
     layout = layout_of(shapes)
     model = model_of(shapes, layout, heads, first)
     if model.classes and model.variant == "salesforce":
         hidden = need(shapes, "classifier.0.weight")[0]
         if hidden != 2 * model.text.width:
-            raise UnknownModel(f"classifier.0.weight has {hidden} rows; the QA model has {2 * model.text.width}")
+            raise UnknownModel(
+                f"classifier.0.weight has {hidden} rows, not {2 * model.text.width}; give Salesforce's QA model"
+            )
     whole = dataclasses.replace(model, entities=0)
     like = dict(jax.eval_shape(lambda: init(whole, jax.random.key(0))))
     if model.entities:

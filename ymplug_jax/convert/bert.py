@@ -1,4 +1,7 @@
-"""BERT in the Hugging Face layout: the first half of its layers as a text encoder, the rest as a fusion encoder."""
+"""Converts BERT in the Hugging Face layout: the first half of its layers is the text encoder, the rest the fusion encoder.
+
+The encoders are described in `docs/models/alpro.md`.
+"""
 
 from collections.abc import Mapping
 
@@ -44,7 +47,7 @@ TIED = (
     ("cls.predictions.decoder.bias", "cls.predictions.bias"),
 )
 LAYOUTS = {"hugging_face": Layout(BERT, drop=DROP, tied=TIED)}
-# Files that came from TensorFlow call a norm's weights gamma and beta; a bare model has no prefix.
+# Files converted from TensorFlow name the weights of a norm gamma and beta; files of BertModel have no "bert." prefix.
 RENAME = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
@@ -56,10 +59,10 @@ HEADS = {768: 12, 1024: 16}  # by width
 def bert_of(
     shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], first: int | None = None
 ) -> tuple[Text, Fusion]:
-    """The two parts of the BERT of these tensors: `first` layers and the rest (None: halves).
+    """The text encoder of the first `first` layers (None: half) and the fusion encoder of the rest.
 
     Raises:
-      UnknownModel: they are none.
+      UnknownModel: the tensors are not a BERT's.
     """
     vocab, width = need(shapes, "bert.embeddings.word_embeddings.weight")
     depth = layers(shapes, r"bert\.encoder\.layer\.(\d+)\.")
@@ -81,7 +84,7 @@ def bert_of(
 
 
 def like_of(text: Text, fusion: Fusion, head: bool) -> dict:
-    """Abstract parameters of the halves and, if asked for, of the head of masked words."""
+    """Parameter tree (ShapeDtypeStructs) of both encoders and, with `head`, of the masked-language-model head."""
     x, one = jnp.zeros((1, 1, text.width)), jnp.ones((1, 1), jnp.int32)
 
     def init() -> dict:
@@ -95,6 +98,6 @@ def like_of(text: Text, fusion: Fusion, head: bool) -> dict:
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
-    """What the tensors are: a BERT, under "text", "fusion" and, where it has its head of masked words, "mlm"."""
+    """Recognise a BERT; its parameters go under "text", "fusion" and, if it has a masked-language-model head, "mlm"."""
     halves = bert_of(shapes, heads)
     return Plan("hugging_face", like_of(*halves, head="cls.predictions.bias" in shapes), halves)

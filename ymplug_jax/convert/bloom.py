@@ -1,4 +1,7 @@
-"""BLOOM and BLOOMZ in the Hugging Face layout, any size, with or without adapters in the PEFT layout, as a language model."""
+"""Converts BLOOM and BLOOMZ in the Hugging Face layout, of any size, with or without LoRA adapters in the PEFT layout.
+
+The model is described in `docs/models/language_models.md`, BLOOM and LoRA.
+"""
 
 import re
 from collections.abc import Mapping
@@ -30,7 +33,7 @@ BLOOM = (
 )
 TIED = (("lm_head.weight", "transformer.word_embeddings.weight"),)
 LAYOUTS = {"hugging_face": Layout(under("", "llm/", BLOOM), tied=TIED)}
-# The first files were written from the bare model; adapters stand under the wrapper's names.
+# The first released files have no "transformer." prefix, and PEFT adds its own prefixes.
 RENAME = (
     (r"^base_model\.model\.", ""),
     (r"^language_model\.", ""),
@@ -43,16 +46,18 @@ HEADS = {1024: 16, 1536: 16, 2048: 16, 2560: 32, 4096: 32, 14336: 112}  # by wid
 
 
 def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None) -> Bloom:
-    """The BLOOM of these tensors and, where there is one, of the config.json beside them.
+    """The Bloom module for these tensors and, if present, their config.json.
 
     Raises:
-      UnknownModel: they are none, or they do not belong together.
+      UnknownModel: the tensors are not a BLOOM's, or they do not match config.json.
     """
     vocab, width = need(shapes, "transformer.word_embeddings.weight")
     adapter = shapes.get("transformer.h.0.self_attention.query_key_value.lora_A.weight", (0,))
     other = [name for name in shapes if "lora_" in name and not re.search(r"query_key_value\.lora_[AB]\.weight$", name)]
     if other:
-        raise UnknownModel(f"the adapter changes {other[0]}; only query_key_value is known, so merge it: --lora DIR")
+        raise UnknownModel(
+            f"the adapter changes {other[0]}, and only one of query_key_value can be kept; merge it with --lora DIR"
+        )
     depth, known, eps = layers(shapes, r"transformer\.h\.(\d+)\."), HEADS, 1e-5
     if config:
         count = config.size("n_head", "num_attention_heads")
@@ -60,7 +65,9 @@ def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], co
             raise UnknownModel(f"--heads llm={heads['llm']}: {config.file} says {count}; leave the flag out")
         config.agree({"vocab_size": vocab, "hidden_size": width, "n_embed": width, "n_layer": depth})
         if config.values.get("apply_residual_connection_post_layernorm"):
-            raise UnknownModel(f"{config.file}: apply_residual_connection_post_layernorm is true, which is not known")
+            raise UnknownModel(
+                f"{config.file}: apply_residual_connection_post_layernorm is true; give a BLOOM without it"
+            )
         known, eps = {width: count}, config.number("layer_norm_epsilon", 1e-5)
     return Bloom(
         vocab=vocab,
@@ -73,18 +80,18 @@ def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], co
 
 
 def like_of(model: Bloom) -> dict:
-    """Abstract parameters."""
+    """Parameter tree of ShapeDtypeStructs."""
     return jax.eval_shape(lambda: language_model.init(model, jax.random.key(0)))
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None) -> Plan:
-    """What the tensors are: a BLOOM under "llm"."""
+    """Recognise a BLOOM; its parameters go under "llm"."""
     model = bloom_of(shapes, heads, config)
     return Plan("hugging_face", {"llm": like_of(model)}, model)
 
 
 def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json for Hugging Face's classes, from the fields of `Bloom`; without adapters, which PEFT adds."""
+    """Content of config.json for Hugging Face's classes, from the fields of `Bloom`. PEFT describes adapters in its own file."""
     return {
         "architectures": ["BloomForCausalLM"],
         "model_type": "bloom",

@@ -1,4 +1,4 @@
-"""`--check`: the source in PyTorch and the checkpoint in JAX on the same random inputs, module by module, in float32."""
+"""`--check`: runs the source in PyTorch and the conversion in JAX on the same random inputs and compares each module in float32."""
 
 import gc
 import sys
@@ -25,20 +25,29 @@ from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
 
-TOLERANCE = 1e-3  # of the largest value of a module's output
-CAST = 0.1  # where parameters were stored in another type than the source's
+TOLERANCE = 1e-3  # largest difference, relative to the largest value of a module's output
+CAST = 0.1  # the same after a conversion with --dtype
 
 try:
     from ymplug_jax.convert import chat_check, oracles
 except ImportError as error:
-    raise SourceError("--check needs transformers beside torch: pip install transformers") from error
+    raise SourceError("--check: transformers is not installed; pip install transformers") from error
 
 
 def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
-    """Print the largest relative difference of every module; whether all are small enough.
+    """Print the largest relative difference of every module.
+
+    Args:
+      model: one of `plan.MODELS`.
+      files: the source.
+      out: the folder of the conversion.
+      wish: options of the conversion.
+
+    Returns:
+      Whether all differences are within the tolerance.
 
     Raises:
-      SourceError: a source that cannot be compared.
+      SourceError: the source cannot be compared.
       exits.Mistake: a parameter of the conversion is damaged.
     """
     verified(out)
@@ -85,17 +94,17 @@ Sides = tuple[Callable[[], dict[str, np.ndarray]], Callable[[dict], dict[str, np
 
 
 def _module(opened: Opened, kind: type[M]) -> M:
-    """The module of that class among those of the plan; a model's map file makes one of each."""
+    """The module of this class in the plan, which has one of each class."""
     found = opened.plan.model
     (module,) = (one for one in (found if isinstance(found, tuple) else (found,)) if isinstance(one, kind))
     return module
 
 
 def _decoder(opened: Opened) -> LanguageModel:
-    """The plan's model, of a map file for a decoder alone."""
+    """The language model of a plan that holds nothing else."""
     model = opened.plan.model
     if not isinstance(model, LanguageModel):
-        raise TypeError(f"{type(model).__name__} is no language model")
+        raise TypeError(f"{type(model).__name__} is not a language model")
     return model
 
 
@@ -109,7 +118,7 @@ def _applied(module: Any, params: dict, *args: Any) -> tuple[np.ndarray, dict]:
 
 
 def _blocks(kept: dict, last: str, before: str = "") -> dict[str, np.ndarray]:
-    """States after the blocks of a scanned stack, without the last one if `last` (a norm) follows it at once."""
+    """States after each block of a scanned stack. The last one is left out if a norm named `last` follows it."""
     states = np.asarray(jax.tree.leaves(kept["blocks"]["__call__"])[0])
     return {f"{before}block {i}": states[i] for i in range(len(states) - bool(last))}
 
@@ -132,13 +141,13 @@ def _bloom(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Side
 def _qwen(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
     model, config = _decoder(opened), opened.config
     if config is None:
-        raise SourceError("--check needs the model's config.json")
+        raise SourceError("--check: no config.json beside the weights; download it with the weights")
     ids, mask = _ids(rng, model.vocab)
     return lambda: oracles.qwen(read, config.values, ids, mask), partial(_decoder_ours, model, ids, mask)
 
 
 def _decoder_ours(model: LanguageModel, ids: np.ndarray, mask: np.ndarray, params: dict) -> dict[str, np.ndarray]:
-    """States and logits of a decoder under "llm", zero at padding."""
+    """States and logits of the language model under "llm", set to zero at padding."""
     embeds = model.apply({"params": params["llm"]}, ids, method="embed")
     hidden, kept = _applied(model, params["llm"], embeds, mask)
     logits = model.apply({"params": params["llm"]}, hidden, method="logits")
@@ -162,7 +171,7 @@ def _gpt3(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides
 def _bert(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
     text, fusion = _module(opened, Text), _module(opened, Fusion)
     if "mlm" not in opened.plan.like:
-        raise SourceError("--check compares BERT with its head of masked words, which this source lacks")
+        raise SourceError("--check: this BERT has no masked-language-model head to compare; convert without --check")
     ids, mask = _ids(rng, text.vocab)
 
     def ours(params: dict) -> dict[str, np.ndarray]:
@@ -178,7 +187,7 @@ def _bert(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides
 
 
 def _image_tower(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
-    """One frame: attention over time starts with a projection of zeros and adds nothing."""
+    """Compare on one frame: the temporal projection is initialised to zero, so temporal attention adds nothing."""
     model = _module(opened, TimeSformer)
     video = rng.normal(size=(1, 1, model.image_size, model.image_size, 3)).astype(np.float32)
 

@@ -1,6 +1,7 @@
-"""CLIP's image tower as the spatial part of the video encoder: OpenAI's files, and the Hugging Face layout.
+"""Converts CLIP's image encoder, of OpenAI's files or the Hugging Face layout, to the spatial part of the video encoder.
 
-What is temporal (attention over time, its norm and projection, the table of times) is new and stays at its start values.
+The conversion holds no temporal parameters (temporal attention, its norm and projection, temporal embeddings). A run initialises
+them, see `docs/models/mplug_video.md`, Video encoder.
 """
 
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ OPENAI = (
     Rule(f"{_OPENAI}.attn.in_proj_weight", "(part n h) d -> d n h", tuple(f"blocks/attn/{p}/kernel" for p in "qkv")),
     Rule(
         f"{_OPENAI}.attn.in_proj_bias", "(part n h) -> n h", ("blocks/attn/q/bias", None, "blocks/attn/v/bias")
-    ),  # a key bias would shift all logits of a query alike: the encoder has none
+    ),  # no key bias: it adds the same value to all logits of a query, which softmax cancels
     *heads_out(f"{_OPENAI}.attn.out_proj", "blocks/attn/o"),
     *norm(f"{_OPENAI}.ln_2", "blocks/mlp_norm"),
     *linear(f"{_OPENAI}.mlp.c_fc", "blocks/mlp/up"),
@@ -71,15 +72,15 @@ __all__ = ["LAYOUTS", "RESIZE", "plan"]
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
-    """What the tensors are: a CLIP model, or its vision tower alone, in one of two layouts.
+    """Recognise a CLIP model, or its image encoder alone, in one of two layouts.
 
     Raises:
-      UnknownModel: they are not, or the tower is no ViT.
+      UnknownModel: the tensors are not a CLIP's, or its image encoder is not a ViT.
     """
     layout = "openai" if any(name.startswith("visual.") for name in shapes) else "hugging_face"
     if layout == "openai":
         if "visual.layer1.0.conv1.weight" in shapes:
-            raise UnknownModel("this CLIP has a ResNet; the video encoder takes ViT-B/16 and ViT-L/14")
+            raise UnknownModel("the image encoder of this CLIP is a ResNet; give a CLIP with ViT-B/16 or ViT-L/14")
         patch, positions = "visual.conv1.weight", "visual.positional_embedding"
         blocks, up = r"visual\.transformer\.resblocks\.(\d+)\.", "visual.transformer.resblocks.0.mlp.c_fc.weight"
     else:

@@ -1,4 +1,7 @@
-"""The GPT-3 of ModelScope (`nlp_gpt3_text-generation_*`, Megatron layout) as the language model of mPLUG-video."""
+"""Converts ModelScope's GPT-3 (`nlp_gpt3_text-generation_*`, Megatron layout), the language model of mPLUG-video.
+
+The model is described in `docs/models/language_models.md`, GPT-3.
+"""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +15,7 @@ from ymplug_jax.convert.rules import Rule, heads_out, linear, norm
 from ymplug_jax.models import language_model
 from ymplug_jax.models.gpt3 import GPT3 as Decoder
 
-# Megatron's layout: q, k and v interleaved per head; no tensor for the tied output layer.
+# Megatron interleaves q, k and v per head and stores no tensor for the tied output layer.
 _LAYER = "language_model.encoder.layers.{}"
 GPT3 = (
     Rule("language_model.embedding.word_embeddings.weight", "v d -> v d", ("token_embed",)),
@@ -35,7 +38,7 @@ GPT3 = (
     *norm("language_model.encoder.final_layernorm", "norm"),
 )
 
-# Files of a tensor-parallel save hold pieces of these along an axis; all other tensors are the same in each.
+# Axes along which tensor parallelism splits these tensors. All other tensors are the same in every piece.
 MERGE = {
     rf".*{name}": axis
     for name, axis in (
@@ -52,15 +55,15 @@ FROZEN = ("llm/.*",)
 
 
 def llm_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> Decoder:
-    """The GPT-3 whose tensors' names begin with `prefix`.
+    """The GPT-3 module for the tensors whose names begin with `prefix`.
 
     Raises:
-      UnknownModel: there is none, or this is a tensor-parallel piece of one.
+      UnknownModel: there are none, or they are one tensor-parallel piece of a GPT-3.
     """
     vocab, width = need(shapes, f"{prefix}.embedding.word_embeddings.weight")
     if shapes.get(f"{prefix}.encoder.layers.0.mlp.dense_h_to_4h.weight", (4 * width, width))[0] != 4 * width:
         raise UnknownModel(
-            "this is one of several tensor-parallel pieces; give all mp_rank_*_model_states.pt of the model, or their folder"
+            "holds one of several tensor-parallel pieces; give all mp_rank_*_model_states.pt of the model, or their folder"
         )
     return Decoder(
         vocab=vocab,
@@ -72,11 +75,11 @@ def llm_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[st
 
 
 def llm_like(model: Decoder) -> dict:
-    """Abstract parameters of a GPT-3."""
+    """Parameter tree of ShapeDtypeStructs."""
     return jax.eval_shape(partial(language_model.init, model), jax.random.key(0))
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
-    """What the tensors are: a GPT-3 under "llm"."""
+    """Recognise a GPT-3; its parameters go under "llm"."""
     model = llm_of(shapes, "language_model", heads)
     return Plan("megatron", {"llm": llm_like(model)}, model)

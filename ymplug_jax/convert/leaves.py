@@ -1,4 +1,4 @@
-"""Parameters of a checkpoint on the disk, opened one by one, and whether their bytes are those that were written."""
+"""Opens the parameters of a stored checkpoint one by one and verifies their checksums."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +12,15 @@ from etils import epath
 from ymplug_jax.core import checkpoint_files, exits, leaf_checksums
 from ymplug_jax.core.verified_read import Damaged, stored_in
 
-BLOCK = 256 * 2**20  # bytes that are read at a time
-READERS = 4  # parameters that are read and compared side by side
+BLOCK = 256 * 2**20  # bytes read at a time
+READERS = 4  # parameters verified in parallel
 
 
 def opened(place: epath.Path) -> dict[str, tensorstore.TensorStore]:
-    """Every parameter of an item folder, opened and not read.
+    """Open every parameter of an Orbax item folder without reading its values.
 
     Raises:
-      exits.Mistake: it is damaged.
+      exits.Mistake: the folder is damaged.
     """
     leaves = {}
     try:
@@ -36,29 +36,25 @@ def opened(place: epath.Path) -> dict[str, tensorstore.TensorStore]:
             leaves[path] = tensorstore.open({"driver": driver, "kvstore": kvstore}, open=True, context=context).result()
     except (ValueError, AttributeError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise exits.Mistake(
-            f"{place}: damaged, its parameters cannot be opened; convert or copy it again ({reason})"
-        ) from None
+        raise exits.Mistake(f"{place}: its parameters cannot be opened ({reason}); convert or copy it again") from None
     return leaves
 
 
 def verified(folder: Path) -> dict[str, tensorstore.TensorStore]:
-    """Every parameter of a run's newest step or of a conversion, opened, after their bytes were compared with their checksums.
+    """Open every parameter of a run's newest step or of a conversion, and verify the checksums.
 
-    What an older version saved without checksums is not compared; a line says so.
+    Checkpoints of older versions have no checksums: they are opened unverified, and a log line says so.
 
     Raises:
-      exits.Mistake: there is no checkpoint, or a parameter is damaged; the message names it.
+      exits.Mistake: the folder has no checkpoint, or a parameter is damaged.
     """
     if not folder.is_dir():
         raise exits.Mistake(
-            f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a run or a conversion"
+            f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give the folder of a run or of a conversion"
         )
     places = checkpoint_files.places(str(folder))
     if not places:
-        raise exits.Mistake(
-            f"{folder}: no checkpoint in it; give the folder of a run or of a conversion (--out of that)"
-        )
+        raise exits.Mistake(f"{folder}: has no checkpoint; give the folder of a run or of a conversion (its --out)")
     found: dict[str, tensorstore.TensorStore] = {}
     step = checkpoint_files.step_folder(checkpoint_files.whole(str(folder)), checkpoint_files.latest_step(str(folder)))
     for place in places:
@@ -78,18 +74,18 @@ def verified(folder: Path) -> dict[str, tensorstore.TensorStore]:
 def _compare(place: epath.Path, leaves: dict[str, tensorstore.TensorStore], sums: dict[str, str]) -> None:
     if odd := sorted(leaves.keys() ^ sums.keys()):
         raise exits.Mistake(
-            f"{place}: does not belong to its checksums: {odd[0]} is on one side only; copy all of {place.parent} again"
+            f"{place}: parameters and checksums do not match ({odd[0]} is in one only); copy all of {place.parent} again"
         )
     with ThreadPoolExecutor(READERS) as pool:
         for path, seen in zip(leaves, pool.map(sum_of, leaves.values()), strict=True):
             if isinstance(seen, ValueError):
-                raise exits.Mistake(f"{place}: {path} cannot be read; convert or copy it again ({str(seen)[:200]})")
+                raise exits.Mistake(f"{place}: {path} cannot be read ({str(seen)[:200]}); convert or copy it again")
             if seen != sums[path]:
                 raise exits.Mistake(f"{place}: {path} is damaged, its checksum is wrong; convert or copy it again")
 
 
 def sum_of(leaf: tensorstore.TensorStore) -> str | ValueError:
-    """`leaf_sums.of` a stored array, read in blocks along its first axis; the error if a chunk is shorter than it should be."""
+    """`leaf_checksums.of` a stored array, read in blocks along its first axis; the error if a chunk is too short."""
     dtype, shape = leaf.dtype.numpy_dtype, leaf.shape
     sums = np.zeros(2, np.uint32)
     try:

@@ -1,4 +1,4 @@
-"""Adapters in the PEFT layout: a folder with adapter_config.json and adapter_model.safetensors (or .bin)."""
+"""LoRA adapters in the PEFT layout: a folder with adapter_config.json and adapter_model.safetensors (or .bin)."""
 
 import re
 from collections.abc import Sequence
@@ -16,26 +16,30 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Adapter(NamedTuple):
-    """A low-rank change of some weights: W + scale * B @ A."""
+    """A low-rank update of some weights: W + scale * B @ A. See `docs/models/language_models.md`, LoRA."""
 
     source: Source
     scale: float
-    pairs: dict[str, tuple[str, str]]  # weight -> names of A [R, in] and B [out, R]
+    pairs: dict[str, tuple[str, str]]  # weight -> tensor names of A [R, in] and B [out, R]
     config: dict[str, Any]
 
 
 def read(folder: Path, rename: Sequence[tuple[str, str]]) -> Adapter:
-    """Open an adapter; nothing but its settings, names and shapes is read.
+    """Open an adapter and read its settings, tensor names and shapes.
+
+    Args:
+      folder: that PEFT wrote.
+      rename: (regex, replacement) pairs for tensor names, see `Source`.
 
     Raises:
-      SourceError: no adapter there, or one that does more than add low-rank products.
+      SourceError: the folder holds no adapter, or one that is not plain LoRA.
     """
     settings = folder / "adapter_config.json"
     if not settings.is_file():
         raise SourceError(f"{folder}: no adapter_config.json; give the folder that PEFT wrote")
     config = read_json(settings)
     if not isinstance(config, dict):
-        raise SourceError(f"{settings}: damaged, no settings of an adapter; fetch it again")
+        raise SourceError(f"{settings}: not the settings of an adapter; download it again")
     kind = str(config.get("peft_type", "LORA"))
     odd = [
         key for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if config.get(key)
@@ -45,12 +49,12 @@ def read(folder: Path, rename: Sequence[tuple[str, str]]) -> Adapter:
             ", ".join(odd)
             or f"peft_type {kind}, bias {config.get('bias')}, modules_to_save {config.get('modules_to_save')}"
         )
-        raise SourceError(f"{settings}: only plain LoRA is read, not {what}; merge it with PEFT first")
+        raise SourceError(f"{settings}: only plain LoRA is supported, not {what}; merge the adapter with PEFT first")
     if not all(isinstance(config.get(name), int | float) and config[name] > 0 for name in ("r", "lora_alpha")):
-        raise SourceError(f"{settings}: damaged, no r and lora_alpha; fetch it again")
+        raise SourceError(f"{settings}: r and lora_alpha are not numbers above 0; download it again")
     files = [folder / name for name in FILES if (folder / name).is_file()]
     if not files:
-        raise SourceError(f"{folder}: no {' or '.join(FILES)}")
+        raise SourceError(f"{folder}: no {' or '.join(FILES)}; give the folder that PEFT wrote")
     source = Source(files[:1], rename=rename)
     pairs = {}
     for name in source.shapes():
@@ -59,21 +63,27 @@ def read(folder: Path, rename: Sequence[tuple[str, str]]) -> Adapter:
     paired = {name for pair in pairs.values() for name in pair}
     others = set(source.shapes()) ^ paired
     if not pairs or others:
-        raise SourceError(f"{files[0]}: no pairs of lora_A and lora_B only; also {', '.join(sorted(others)[:4])}")
+        named = ", ".join(sorted(others)[:4]) or "none at all"
+        raise SourceError(
+            f"{files[0]}: holds other tensors than pairs of lora_A and lora_B ({named}); give the folder of a LoRA adapter"
+        )
     return Adapter(source, config["lora_alpha"] / config["r"], pairs, config)
 
 
 def merge(source: Source, adapter: Adapter) -> None:
-    """Let `source` give its weights with the adapter added, in float32; the sum keeps the weight's type.
+    """Add the adapter to the weights of `source` as they are read. The sum is computed in float32 and cast to the weight's dtype.
 
     Raises:
-      SourceError: an adapter of a weight that is not there or has another shape.
+      SourceError: the adapter changes a weight that the model lacks or that has another shape.
     """
     shapes, parts = source.shapes(), adapter.source.shapes()
     for name, (a, b) in adapter.pairs.items():
         wanted = (parts[b][0], parts[a][1])
         if shapes.get(name) != wanted:
-            raise SourceError(f"the adapter changes {name} of shape {wanted}, but the model has {shapes.get(name)}")
+            has = f"shape {shapes[name]}" if name in shapes else "no such tensor"
+            raise SourceError(
+                f"--lora: the adapter changes {name} of shape {wanted}, but the model has {has}; give an adapter of this model"
+            )
     source.change({name: partial(_add, adapter, name) for name in adapter.pairs})
 
 

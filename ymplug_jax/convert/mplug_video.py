@@ -1,4 +1,7 @@
-"""Names and layouts of the released GPT-3 mPLUG-video checkpoints and of their parts. The tables serve both directions."""
+"""Converts the released mPLUG-video checkpoints with GPT-3. The rules of their parts are shared with other converters.
+
+The model is described in `docs/models/mplug_video.md`.
+"""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +26,7 @@ def _timesformer_attn(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
-# The TimeSformer of Youku-mPLUG: mPLUG-video, ALPRO and the baseline.
+# The TimeSformer of Youku-mPLUG, used by mPLUG-video and ALPRO.
 TIMESFORMER = (
     Rule("cls_token", "1 1 d -> d", ("cls",)),
     Rule("pos_embed", "1 p d -> p d", ("pos_embed",)),
@@ -42,7 +45,7 @@ TIMESFORMER = (
     *norm("norm", "norm"),
 )
 
-# The abstractor without its queries, which the checkpoints keep at the top.
+# The abstractor without its queries, which the checkpoints store at the top level.
 ABSTRACTOR = (
     *norm("norm1", "query_norm"),
     *norm("normk", "context_norm"),
@@ -71,17 +74,17 @@ MPLUG_VIDEO = (
     *linear("cls_head.2", "head/out"),
 )
 
-VISION_HEADS = {768: 8, 1024: 16}  # the released models run ViT-B/16 with 8 heads
+VISION_HEADS = {768: 8, 1024: 16}  # by width; the released models run ViT-B/16 with 8 heads
 LLM = "text_decoder.dist_model.language_model"
 LAYOUTS = {"youku": Layout(MPLUG_VIDEO)}
 __all__ = ["FROZEN", "LAYOUTS", "MERGE", "RESIZE", "plan"]
 
 
 def timesformer_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> TimeSformer:
-    """The TimeSformer whose tensors' names begin with `prefix`.
+    """The TimeSformer module for the tensors whose names begin with `prefix`.
 
     Raises:
-      UnknownModel: there is none.
+      UnknownModel: there are none.
     """
     patch, width = need(shapes, f"{prefix}patch_embed.proj.weight"), need(shapes, f"{prefix}cls_token")[-1]
     return TimeSformer(
@@ -97,7 +100,7 @@ def timesformer_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Ma
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
-    """What the tensors are: mPLUG-video of some size, with the heads of its task, with or without its language model."""
+    """Recognise an mPLUG-video of any size, with the heads of any task, with or without its language model."""
     vision = timesformer_of(shapes, "visual_encoder.", heads)
     need(shapes, "visual_encoder.temporal_embed")
     queries, llm_width = need(shapes, "learnable_queries")[1], need(shapes, "visual_fc.weight")[0]

@@ -1,7 +1,7 @@
-"""What PyTorch computes from a source: Hugging Face classes where there are some, plain torch where there are none.
+"""Reference computations in PyTorch for `--check`: Hugging Face's classes where they exist, plain torch elsewhere.
 
-Each function takes the source's tensors under their own names and random inputs, and returns the state after every module by
-name. Nothing of it is shared with the tables or the models that are checked against it.
+Each function takes a reader of the source's tensors and random inputs, and returns the state after every module by name. It shares
+no code with the conversion rules or the JAX models that are checked against it.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-Read = Callable[[str], torch.Tensor]  # float32 tensor of a name
+Read = Callable[[str], torch.Tensor]  # tensor name -> float32 tensor
 Outputs = dict[str, np.ndarray]
 M = TypeVar("M", bound=torch.nn.Module)
-EAGER: dict[str, Any] = {"attn_implementation": "eager"}  # every config takes it, but their types do not say so
+EAGER: dict[str, Any] = {
+    "attn_implementation": "eager"
+}  # every config accepts it, but its type annotations do not say so
 
 
 def _filled(model: M, read: Read) -> M:
-    """The model with its parameters replaced one by one."""
+    """The model in eval mode, with its parameters replaced by `read`."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         value = read(name)
@@ -36,7 +38,7 @@ def _states(states: tuple[torch.Tensor, ...], last: str) -> Outputs:
 
 @torch.inference_mode()
 def bloom(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray) -> Outputs:
-    """BloomForCausalLM."""
+    """States and logits of BloomForCausalLM."""
     config = transformers.BloomConfig(
         vocab_size=sizes.vocab,
         hidden_size=sizes.width,
@@ -50,7 +52,7 @@ def bloom(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray) -> Outputs:
 
 @torch.inference_mode()
 def qwen(read: Read, config: Mapping[str, Any], ids: np.ndarray, mask: np.ndarray) -> Outputs:
-    """Qwen2ForCausalLM or Qwen3ForCausalLM of a config.json."""
+    """States and logits of Qwen2ForCausalLM or Qwen3ForCausalLM with the settings of a config.json."""
     classes: dict[str, tuple[type[transformers.PretrainedConfig], type[transformers.PreTrainedModel]]] = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -62,7 +64,7 @@ def qwen(read: Read, config: Mapping[str, Any], ids: np.ndarray, mask: np.ndarra
 
 
 def _causal(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> Outputs:
-    """States and logits of a decoder, zero at padding, where they mean nothing."""
+    """States and logits of a decoder, set to zero at padding."""
     out = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True)
     found = _states(out.hidden_states, "norm") | {"logits": out.logits.numpy()}
     return {name: value * mask[..., None] for name, value in found.items()}
@@ -70,7 +72,7 @@ def _causal(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> Output
 
 @torch.inference_mode()
 def gpt3(read: Read, sizes: Any, embeds: np.ndarray, prefix: str = "language_model") -> Outputs:
-    """GPT2Model, whose mathematics is Megatron's; Megatron keeps q, k and v of a head together."""
+    """States and logits of GPT2Model, which computes what Megatron's GPT-3 does; q, k and v are de-interleaved."""
     config = transformers.GPT2Config(
         vocab_size=1,
         n_positions=sizes.max_positions,
@@ -113,7 +115,7 @@ def gpt3(read: Read, sizes: Any, embeds: np.ndarray, prefix: str = "language_mod
 
 @torch.inference_mode()
 def bert(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray, depth: int) -> Outputs:
-    """BertForMaskedLM; `sizes` is the text encoder."""
+    """States and logits of BertForMaskedLM; `sizes` is the text encoder."""
     config = transformers.BertConfig(
         vocab_size=sizes.vocab,
         hidden_size=sizes.width,
@@ -133,8 +135,10 @@ def bert(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray, depth: int) 
 
 @torch.inference_mode()
 def image_tower(read: Read, sizes: Any, video: np.ndarray, layout: str) -> Outputs:
-    """CLIPVisionModel for CLIP in any layout, ViTModel for a plain ViT, with the encoder's GELU, heads and eps; video
-    [B, 1, S, S, 3]."""
+    """States of CLIPVisionModel, also for a plain ViT, with the GELU, heads and epsilon of the video encoder.
+
+    `video` is f32[B, 1, S, S, 3]; `layout` is "hugging_face", "openai" or "timm".
+    """
     common: dict[str, Any] = {
         "hidden_size": sizes.width,
         "intermediate_size": int(sizes.width * sizes.mlp_ratio),
@@ -166,7 +170,7 @@ _PARTS = ("q_proj", "k_proj", "v_proj")
 
 
 def _openai(read: Read) -> Read:
-    """Names of CLIPVisionModel out of OpenAI's."""
+    """Read the tensors of CLIPVisionModel from OpenAI's names."""
 
     def one(name: str) -> torch.Tensor:
         whole = {
@@ -188,7 +192,7 @@ def _openai(read: Read) -> Read:
 
 
 def _timm(read: Read) -> Read:
-    """Names of CLIPVisionModel out of timm's."""
+    """Read the tensors of CLIPVisionModel from timm's names."""
 
     def one(name: str) -> torch.Tensor:
         if name == "embeddings.class_embedding":
@@ -208,7 +212,7 @@ def _timm(read: Read) -> Read:
 
 @torch.inference_mode()
 def timesformer(read: Read, sizes: Any, video: np.ndarray, prefix: str) -> Outputs:
-    """Divided space-time attention in plain torch; video [B, T, S, S, 3]."""
+    """States of divided space-time attention, of video f32[B, T, S, S, 3]. See `docs/models/mplug_video.md`, Video encoder."""
     b, t, d, heads = *video.shape[:2], sizes.width, sizes.heads
 
     def get(name: str) -> torch.Tensor:
@@ -254,7 +258,7 @@ def timesformer(read: Read, sizes: Any, video: np.ndarray, prefix: str) -> Outpu
 
 @torch.inference_mode()
 def pool(read: Read, heads: int, tokens: np.ndarray) -> Outputs:
-    """The abstractor and the connector of mPLUG-video, by torch's own attention module; tokens [B, S, D]."""
+    """Outputs of mPLUG-video's abstractor and connector, with torch's attention module; tokens f32[B, S, D]."""
     d = tokens.shape[-1]
     attention = torch.nn.MultiheadAttention(d, heads, add_bias_kv=True, batch_first=True)
     _filled(attention, lambda name: read(f"attn_pool.attn.{name}"))
@@ -274,7 +278,7 @@ def pool(read: Read, heads: int, tokens: np.ndarray) -> Outputs:
 
 
 def _youku(read: Read) -> Read:
-    """Youku's names of the video encoder out of Salesforce's; the one bias of q, k and v is cut."""
+    """Read the video encoder's tensors in Youku-mPLUG's names from Salesforce's, which has one bias for q, k and v."""
 
     def one(name: str) -> torch.Tensor:
         for i, bias in ((0, "q_bias"), (2, "v_bias")):
@@ -287,7 +291,7 @@ def _youku(read: Read) -> Read:
 
 @torch.inference_mode()
 def alpro(read: Read, sizes: Any, layout: str, video: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> Outputs:
-    """ALPRO with the layers of BertForMaskedLM; video [B, T, S, S, 3]."""
+    """Outputs of ALPRO with the layers of Hugging Face's BERT; video f32[B, T, S, S, 3]."""
     ours = layout == "youku"
     towers = timesformer(
         read if ours else _youku(read), sizes.vision, video, "visual_encoder." if ours else "visual_encoder.model."

@@ -1,4 +1,4 @@
-"""Order of tensor-parallel pieces, by the ranks in their names and in what their program stored beside the tensors."""
+"""Orders tensor-parallel pieces by the ranks in their file names and in the settings stored beside the tensors."""
 
 import argparse
 import re
@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 
 from ymplug_jax.core import exits
 
-# How Megatron and DeepSpeed call them.
+# Keys of Megatron and DeepSpeed.
 _COUNT = ("tensor_model_parallel_size", "mp_world_size", "model_parallel_size")
 _RANK = ("tensor_model_parallel_rank", "tensor_rank", "model_parallel_rank", "mp_rank")
 _STAGES = ("pipeline_model_parallel_size", "pipe_parallel_size")
 
 
 class Facts(NamedTuple):
-    """What a file says of itself; None where it says nothing."""
+    """Ranks and sizes that a file states; None where it states nothing."""
 
-    rank: int | None = None  # among the pieces
-    process: int | None = None  # rank among all processes of the run that wrote it
-    pieces: int | None = None  # of the model
-    stages: int | None = None  # of pipeline parallelism
-    version: float | None = None  # of Megatron's layout
+    rank: int | None = None  # tensor-parallel rank
+    process: int | None = None  # global rank in the run that wrote the file
+    pieces: int | None = None  # tensor-parallel size
+    stages: int | None = None  # pipeline-parallel size
+    version: float | None = None  # Megatron's checkpoint version
 
 
 def facts_of(loaded: Any) -> Facts:
-    """Ranks and sizes that a training program stored at the top of its file, or in the settings of its run."""
+    """Ranks and sizes that a training program stored at the top level of its file or in its arguments."""
     if not isinstance(loaded, dict):
         return Facts()
     client = loaded.get("client_state")
@@ -46,7 +46,7 @@ def facts_of(loaded: Any) -> Facts:
 
 
 def rank_of(file: Path) -> int | None:
-    """The rank in a file's name, or in that of its folder as Megatron has it: mp_rank_01_model_states.pt, mp_rank_01/model_rng.pt."""
+    """Rank in the name of a file or of its folder: mp_rank_01_model_states.pt, mp_rank_01/model_rng.pt."""
     for name in (file.name, file.parent.name):
         if found := re.findall(r"(?:^|[_.\-])rank[_.\-]?(\d+)", name):
             return int(found[-1])
@@ -54,34 +54,32 @@ def rank_of(file: Path) -> int | None:
 
 
 def check_whole(file: Path, facts: Facts) -> None:
-    """A single file holds all of its model.
+    """Check that a single file holds a whole model.
 
     Raises:
-      exits.Mistake: it says that it is one of several pieces, or one that no table is for.
+      exits.Mistake: the file is one of several pieces, a pipeline stage, or of an unsupported Megatron version.
     """
     _check_kind(file, facts)
     if facts.pieces and facts.pieces > 1:
-        raise exits.Mistake(
-            f"{file}: one of {facts.pieces} tensor-parallel pieces by its own account; give all of them"
-        )
+        raise exits.Mistake(f"{file}: states that it is one of {facts.pieces} tensor-parallel pieces; give all of them")
     if rank := rank_of(file):
         raise exits.Mistake(
-            f"{file}: the tensor-parallel piece of rank {rank} by its name, without those before it; give all pieces, or rename it "
-            "if it is a whole model"
+            f"{file}: its name says tensor-parallel rank {rank}, but no lower rank is given; give all pieces, or rename the file if "
+            "it holds the whole model"
         )
 
 
 def order(files: Sequence[Path], facts: Mapping[Path, Facts]) -> list[Path]:
-    """The pieces by rank.
+    """Sort the pieces by rank.
 
     Raises:
-      exits.Mistake: ranks that are unknown, contradictory, double or missing, or another number of pieces than the files say.
+      exits.Mistake: a rank is unknown, contradictory, duplicate or missing, or the number of pieces differs from what a file states.
     """
     for file in files:
         _check_kind(file, facts[file])
         if (count := facts[file].pieces) and count != len(files):
             raise exits.Mistake(
-                f"{file}: one of {count} tensor-parallel pieces by its own account, but {len(files)} files are given; give all {count}"
+                f"{file}: states that it is one of {count} tensor-parallel pieces, but {len(files)} are given; give all {count}"
             )
     told = _told(files, facts)
     ranks: dict[int, Path] = {}
@@ -89,29 +87,29 @@ def order(files: Sequence[Path], facts: Mapping[Path, Facts]) -> list[Path]:
         named, inside = rank_of(file), told[file]
         if named is not None and inside is not None and named != inside:
             raise exits.Mistake(
-                f"{file}: rank {named} by its name but rank {inside} by what it holds, so it was renamed or replaced; fetch it again"
+                f"{file}: its name says rank {named}, but its content says rank {inside}; download it again"
             )
         rank = inside if named is None else named
         if rank is None:
             raise exits.Mistake(
-                f"{file}: neither its name nor what it holds tells the rank of this tensor-parallel piece; name the pieces in the "
-                "order of their ranks: mp_rank_00_model_states.pt, mp_rank_01_model_states.pt, ..."
+                f"{file}: neither its name nor its content tells its tensor-parallel rank; name the pieces by rank: "
+                "mp_rank_00_model_states.pt, mp_rank_01_model_states.pt, ..."
             )
         if rank in ranks:
-            raise exits.Mistake(f"{ranks[rank]} and {file} are both the piece of rank {rank}; give every piece once")
+            raise exits.Mistake(f"{ranks[rank]} and {file}: both are the piece of rank {rank}; give every piece once")
         ranks[rank] = file
     if missing := sorted(set(range(len(files))) - set(ranks)):
         held = ", ".join(map(str, sorted(ranks)))
-        raise exits.Mistake(f"{files[0]}: the piece of rank {missing[0]} is missing; given are ranks {held}")
+        raise exits.Mistake(f"{files[0]}: the piece of rank {missing[0]} is missing (given: {held}); give all pieces")
     folders = {_folder(file) for file in files}
     if len(folders) > 1:
         one, two = sorted(map(str, folders))[:2]
-        raise exits.Mistake(f"the pieces stand in several folders, {one} and {two}; give those of one model only")
+        raise exits.Mistake(f"{one} and {two}: the pieces are in several folders; give only those of one model")
     return [ranks[rank] for rank in range(len(files))]
 
 
 def _told(files: Sequence[Path], facts: Mapping[Path, Facts]) -> dict[Path, int | None]:
-    """Rank by what each file holds. Of the processes of a run the pieces of one model follow each other."""
+    """Rank by the content of each file. Tensor-parallel ranks vary fastest in the global ranks of a run."""
     processes = [facts[file].process for file in files]
     distinct = None not in processes and len(set(processes)) == len(files)
     told: dict[Path, int | None] = {}
@@ -127,14 +125,15 @@ def _check_kind(file: Path, facts: Facts) -> None:
     stage = re.search(r"(?:^|_)mp_rank_\d+_(\d+)(?:$|[_.])", f"{file.parent.name}/{file.name}".replace("/", "_"))
     if (facts.stages and facts.stages > 1) or (stage and int(stage[1])):
         raise exits.Mistake(
-            f"{file}: holds one stage of a pipeline; merge the stages with the tools of its program first"
+            f"{file}: holds one pipeline stage; merge the stages with the training program's tools first"
         )
     if facts.version is not None and facts.version < 2:
         raise exits.Mistake(
-            f"{file}: Megatron's layout {facts.version}, which orders q, k and v otherwise; load and save it with Megatron 2.0 or later first"
+            f"{file}: has Megatron's checkpoint version {facts.version}, which orders q, k and v differently; load and save it with a "
+            "Megatron that writes version 2.0 or later"
         )
 
 
 def _folder(file: Path) -> Path:
-    """Of the whole set: Megatron's folder of a piece stands in it."""
+    """Folder of the whole set. Megatron may put each piece into its own subfolder."""
     return file.parent.parent if re.fullmatch(r"mp_rank_\d+(_\d+)?", file.parent.name) else file.parent

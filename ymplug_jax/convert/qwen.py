@@ -1,4 +1,7 @@
-"""Qwen2, Qwen2.5 and Qwen3 (dense) in the Hugging Face layout, any size, as a language model."""
+"""Converts Qwen2, Qwen2.5 and Qwen3 (dense) in the Hugging Face layout, of any size.
+
+The model is described in `docs/models/language_models.md`, Qwen.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,24 +28,25 @@ QWEN = (
     Rule("lm_head.weight", LINEAR, ("head/kernel",)),
 )
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
-# Old files also hold the table of rotary frequencies.
+# Old files also hold the rotary frequencies.
 LAYOUTS = {"hugging_face": Layout(under("", "llm/", QWEN), drop=(r".*rotary_emb\.inv_freq",), tied=TIED)}
-RENAME = ((r"^(?=embed_tokens\.|layers\.\d|norm\.)", "model."),)  # files of the bare model
+RENAME = ((r"^(?=embed_tokens\.|layers\.\d|norm\.)", "model."),)  # files without the language-model head
 FROZEN = (r"llm/.*",)
 MODEL_TYPES = ("qwen2", "qwen3")  # of config.json
 
 
 def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None) -> Qwen:
-    """The Qwen of these tensors and of the config.json beside them.
+    """The Qwen module for these tensors and their config.json.
 
     Raises:
-      UnknownModel: they are none, they do not belong together, or the model computes what `Qwen` does not.
+      UnknownModel: the tensors are not a Qwen's, they do not match config.json, or the model is a variant that `Qwen` does not
+        implement.
     """
     vocab, width = need(shapes, "model.embed_tokens.weight")
     if config is None:
         raise UnknownModel(
-            "no config.json beside the weights; heads, rotary base and epsilon stand in no tensor, so fetch it from where the "
-            "weights come from"
+            "no config.json beside the weights, which tells the number of heads, the rotary base and epsilon; download it with the "
+            "weights"
         )
     attn = "model.layers.0.self_attn"
     qk_norm = f"{attn}.q_norm.weight" in shapes
@@ -52,7 +56,7 @@ def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], con
         raise UnknownModel(f"--heads llm={heads['llm']}: {config.file} says {count}; leave the flag out")
     if rows % count:
         raise UnknownModel(
-            f"{config.file}: num_attention_heads is {count}, but q_proj has {rows} rows; fetch both again"
+            f"{config.file}: num_attention_heads is {count}, but q_proj has {rows} rows; download both again"
         )
     limit = "max_position_embeddings"
     head_dim, mlp = rows // count, need(shapes, "model.layers.0.mlp.gate_proj.weight")[0]
@@ -85,7 +89,7 @@ def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], con
 
 
 def _refuse(config: HubConfig, qk_norm: bool) -> None:
-    """Refuse what changes the computation and is not in `Qwen`."""
+    """Refuse settings that change the computation and that `Qwen` does not implement."""
     values = config.values
     sliding = values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ())
     ropes = [values.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
@@ -97,12 +101,12 @@ def _refuse(config: HubConfig, qk_norm: bool) -> None:
     }
     if found := [name for name, there in odd.items() if there]:
         raise UnknownModel(
-            f"{config.file}: {', '.join(found)}: only dense Qwen2, Qwen2.5 and Qwen3 without it are known"
+            f"{config.file}: {', '.join(found)} is not supported; give a dense Qwen2, Qwen2.5 or Qwen3 without it"
         )
     if qk_norm != (values["model_type"] == "qwen3"):
         has = "norms" if qk_norm else "no norms"
         raise UnknownModel(
-            f"{config.file}: model_type is {values['model_type']!r}, but the weights have {has} of q and k; fetch both from one place"
+            f"{config.file}: model_type is {values['model_type']!r}, but the weights have {has} of q and k; download both from the same place"
         )
 
 
@@ -112,22 +116,23 @@ def _rope_theta(config: HubConfig) -> float:
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], config: HubConfig | None = None) -> Plan:
-    """What the tensors are: a Qwen under "llm"."""
+    """Recognise a Qwen; its parameters go under "llm"."""
     model = qwen_of(shapes, heads, config)
     like = jax.eval_shape(lambda: init(model, jax.random.key(0)))
     return Plan("hugging_face", {"llm": like}, model)
 
 
 def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json for Hugging Face's classes, from the fields of `Qwen`.
+    """Content of config.json for Hugging Face's classes, from the fields of `Qwen`.
 
     Raises:
-      Mistake: no class of theirs computes this.
+      Mistake: Hugging Face has no class for this model.
     """
     three, limit = settings["qk_norm"], settings.get("max_positions")
     if settings["qkv_bias"] == three:
         raise Mistake(
-            "Qwen2 has biases of q, k and v, Qwen3 has norms of q and k: no class of Hugging Face has both or none"
+            "config.model.llm: no class of Hugging Face has both qkv_bias (Qwen2) and qk_norm (Qwen3), or neither; only models with "
+            "one of the two can be written"
         )
     return {
         "architectures": ["Qwen3ForCausalLM" if three else "Qwen2ForCausalLM"],

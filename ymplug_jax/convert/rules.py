@@ -1,8 +1,8 @@
-"""One table a model, read in both directions: names and layouts of a PyTorch checkpoint <-> our parameter tree.
+"""Rules that map the tensors of a PyTorch checkpoint to a parameter tree and back.
 
-A rule speaks of one kind of source tensor. Its layout names the axes of both sides, e.g. "(part n h) d -> d n h": the source
-is [3 * N * H, D], cut into as many parts as the rule has targets, each of which is [D, N, H]. Sizes come from the parameter
-tree, so the same line turns a tensor round in either direction, exactly, one tensor at a time.
+A rule maps one kind of source tensor. Its layout names the axes of both sides, e.g. "(part n h) d -> d n h": the source tensor is
+[3 * N * H, D] and is split into one part per target, each of shape [D, N, H]. The sizes come from the parameter tree, so one rule
+serves both directions. A round trip is exact.
 """
 
 import math
@@ -15,16 +15,16 @@ from flax.traverse_util import flatten_dict
 
 
 class Rule(NamedTuple):
-    """One line of a table."""
+    """Maps one kind of source tensor to parameters."""
 
     source: str  # name in the checkpoint; "{}" stands for the layer, whose index is the first axis of the target
     layout: str  # "axes of the source -> axes of a target"; "(a b)" merges axes, "1" is an axis of size one
-    targets: tuple[str | None, ...]  # paths in the tree; several share the axis "part"; None: a part without a place
-    after: str = ""  # path of the stack that holds the first layers, where one source's layers go to two stacks
+    targets: tuple[str | None, ...]  # one path per index of the axis "part"; None: the part is dropped
+    after: str = ""  # where the source's layers go to two stacks: path of the stack that holds the first layers
 
 
 class Entry(NamedTuple):
-    """One source tensor that a given tree calls for."""
+    """One source tensor of a given parameter tree."""
 
     rule: Rule
     layer: int | None
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Where a part of a source tensor goes: the whole leaf, or one layer of it."""
+    """A part of a source tensor and the parameter, or the layer of a parameter, that it fills."""
 
     path: str
     layer: int | None
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """How a checkpoint differs from what a tree calls for; all empty if it fits."""
+    """Differences between the tensors of a checkpoint and those of a parameter tree; all empty if they match."""
 
     missing: list[str]
     unexpected: list[str]
@@ -71,7 +71,7 @@ def heads_in(source: str, target: str) -> tuple[Rule, ...]:
 
 
 def heads_out(source: str, target: str) -> tuple[Rule, ...]:
-    """The linear layer behind attention heads."""
+    """A linear layer out of attention heads."""
     return (
         Rule(f"{source}.weight", "d (n h) -> n h d", (f"{target}/kernel",)),
         Rule(f"{source}.bias", SAME, (f"{target}/bias",)),
@@ -79,7 +79,7 @@ def heads_out(source: str, target: str) -> tuple[Rule, ...]:
 
 
 def under(source: str, target: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """The rules of a part, seen from the whole: prefixes put before source names and target paths."""
+    """The rules of a submodule, with prefixes added to source names and target paths."""
     return tuple(
         Rule(
             source + r.source,
@@ -92,14 +92,17 @@ def under(source: str, target: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
 
 
 def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
-    """Every source tensor that the tree calls for, by name. Rules whose targets the tree lacks altogether do not apply.
+    """Expand the rules to all source tensors of a parameter tree. Rules without a target in the tree are skipped.
 
     Args:
-      rules: the table.
+      rules: rules of the model.
       tree: nested dict of arrays or `ShapeDtypeStruct`s.
 
+    Returns:
+      Source tensor name -> entry.
+
     Raises:
-      ValueError: a leaf that no rule or several rules make, or a rule of whose targets only some exist or differ in shape.
+      ValueError: a parameter matches no rule or several rules, or only some targets of a rule exist, or they differ in shape.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
     entries: dict[str, Entry] = {}
@@ -135,7 +138,7 @@ def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
 
 
 def compare(entries: Mapping[str, Entry], shapes: Mapping[str, Sequence[int]]) -> Mismatch:
-    """What a checkpoint with tensors of these names and shapes lacks, has too much, or has in another shape."""
+    """Tensors that are missing, unexpected or of another shape, given the tensor shapes of a checkpoint."""
     reshaped = [
         f"{name}: expected {entries[name].shape}, found {tuple(shape)}"
         for name, shape in shapes.items()
@@ -145,7 +148,7 @@ def compare(entries: Mapping[str, Entry], shapes: Mapping[str, Sequence[int]]) -
 
 
 def pieces(entry: Entry, tensor: np.ndarray) -> Iterator[Piece]:
-    """One source tensor -> its places in the tree (views where numpy can)."""
+    """Split a source tensor into its parameters. The values are views where possible."""
     order, flat = _order(entry)
     values = tensor.reshape(flat).transpose(order).reshape(len(entry.rule.targets), *_target_shape(entry))
     for path, value in zip(entry.rule.targets, values, strict=True):
@@ -154,7 +157,7 @@ def pieces(entry: Entry, tensor: np.ndarray) -> Iterator[Piece]:
 
 
 def tensor_of(entry: Entry, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-    """One source tensor out of a flat tree: the inverse of `pieces`. Parts without a place become zeros."""
+    """One source tensor from a flat parameter tree, the inverse of `pieces`. Dropped parts become zeros."""
     found = {path: np.asarray(leaves[path]) for path in entry.rule.targets if path}
     if entry.layer is not None:
         found = {path: value[entry.layer] for path, value in found.items()}
@@ -166,13 +169,13 @@ def tensor_of(entry: Entry, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def to_torch(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Parameter tree (or a tree of that shape, such as gradients) -> tensors by their names in the checkpoint."""
+    """Convert a parameter tree, or one of the same structure such as gradients, to source tensors by name."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree, sep="/").items()}
     return {name: tensor_of(entry, leaves) for name, entry in expand(rules, tree).items()}
 
 
 def _depth(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
-    """Layers of the stack at a path."""
+    """Number of layers of the stack at a path."""
     return next((shape[0] for path, shape in shapes.items() if path.startswith(f"{stack}/")), 0)
 
 
@@ -184,7 +187,7 @@ def _parse(layout: str) -> tuple[list[list[str]], list[str]]:
 
 
 def _order(entry: Entry) -> tuple[list[int], list[int]]:
-    """(permutation of the source's unmerged axes: ones, part, then the target's axes; sizes of the unmerged axes)."""
+    """(permutation of the unmerged source axes to: ones, part, target axes; sizes of the unmerged source axes)."""
     source, target = _parse(entry.rule.layout)
     words = [word for group in source for word in group]
     ones = [axis for axis, word in enumerate(words) if word == "1"]

@@ -1,4 +1,4 @@
-"""Which files a source is: folders as hubs and training programs lay them out, sets with their index, and files that are no weights."""
+"""Finds the files of a source: folders of model hubs and training programs, sharded files with an index, and files to refuse."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from ymplug_jax.core import exits, text_files
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 INDEX = ".index.json"
-# What training programs keep beside the weights.
+# Files that training programs store beside the weights.
 _BESIDE = (
     r"(adapter_model|training_args|optimizer|scheduler|scaler|rng_state|random_states|distrib_optim)|.*_optim_states"
 )
@@ -23,32 +23,35 @@ _FORMATS = {
     b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it and give the file inside",
     b"7z\xbc\xaf": "a 7z archive; unpack it and give the file inside",
     b"Rar!": "a RAR archive; unpack it and give the file inside",
-    b"\x89HDF": "an HDF5 file of Keras or TensorFlow; give PyTorch's file of the model",
-    b"GGUF": "a GGUF file, which is quantised; give PyTorch's file of the model",
-    b"\x93NUMPY": "a NumPy array; give PyTorch's file of the model",
+    b"\x89HDF": "an HDF5 file of Keras or TensorFlow; give the model's PyTorch file",
+    b"GGUF": "a GGUF file, which is quantised; give the model's PyTorch file",
+    b"\x93NUMPY": "a NumPy array; give the model's PyTorch file",
 }
 
 
 class SourceError(exits.Mistake):
-    """A source that cannot be used; the message names the file and the fix."""
+    """The source cannot be used. The message names the file and the fix."""
 
 
 class Listed(NamedTuple):
     """A file of a source."""
 
     file: Path
-    names: frozenset[str] | None = None  # the tensors that an index says it holds
+    names: frozenset[str] | None = None  # tensors that the index lists in this file
 
 
 def listed(paths: Sequence[Path]) -> tuple[list[Listed], list[str]]:
-    """(the files of a source, lines that say what was chosen in folders).
+    """Find the files of a source.
 
     Args:
-      paths: files, `*.index.json` that name them, or folders.
+      paths: files, `*.index.json` that list them, or folders.
+
+    Returns:
+      The files, and lines that tell the user which files were chosen in folders.
 
     Raises:
-      SourceError: a path that is not there, a folder in which the weights are not clear, an incomplete set, a file twice, or a file
-        that is plainly no weights.
+      SourceError: a path does not exist, a folder holds no weights or several models, a set of shards is incomplete, a file is given
+        twice, or a file does not hold weights.
     """
     found: list[Listed] = []
     notes: list[str] = []
@@ -57,7 +60,7 @@ def listed(paths: Sequence[Path]) -> tuple[list[Listed], list[str]]:
         chosen = [path]
         if path.is_dir():
             chosen = _inside(path)
-            notes.append(f"{path}: takes {', '.join(str(file.relative_to(path)) for file in chosen)}")
+            notes.append(f"{path}: using {', '.join(str(file.relative_to(path)) for file in chosen)}")
         for file in chosen:
             found += _of_index(file) if file.name.endswith(INDEX) else [Listed(file)]
     real: dict[Path, Path] = {}
@@ -72,10 +75,10 @@ def listed(paths: Sequence[Path]) -> tuple[list[Listed], list[str]]:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file, with or without a byte order mark.
+    """Content of a JSON file, with or without a byte order mark.
 
     Raises:
-      SourceError: not there, or no JSON.
+      SourceError: the file does not exist or is not JSON.
     """
     refuse_stand_ins(file)
     try:
@@ -83,42 +86,43 @@ def read_json(file: Path) -> Any:
     except exits.Mistake as error:
         raise SourceError(str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: damaged, no JSON ({error}); fetch it again") from None
+        raise SourceError(f"{file}: not JSON ({error}); download it again") from None
 
 
 def refuse_stand_ins(file: Path) -> None:
-    """Refuse what was saved in place of a file of weights or settings.
+    """Refuse files that are commonly saved in place of weights or settings.
 
     Raises:
-      SourceError: not there, empty, a Git LFS pointer, a web page, a message, an archive or a file of another program.
+      SourceError: the file does not exist, is empty, or is a Git LFS pointer, a web page, an error message of a server, an archive
+        or a file of another program.
     """
     if not file.is_file():
         if file.is_symlink():
-            raise SourceError(f"{file}: a link to {file.readlink()}, which is not there; fetch it again")
-        raise SourceError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}")
+            raise SourceError(f"{file}: broken link to {file.readlink()}; download it again")
+        raise SourceError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}; check the path")
     try:
         with file.open("rb") as stream:
             head = stream.read(4096)
     except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror}") from None
+        raise SourceError(f"{file}: cannot be read: {error.strerror}; check its permissions") from None
     if not head:
-        raise SourceError(f"{file}: empty; fetch it again")
+        raise SourceError(f"{file}: empty; download it again")
     said = text_files.lfs_pointer(head) or text_files.web_page(head)
     said = said or next((what for magic, what in _FORMATS.items() if head.startswith(magic)), "")
     if said:
         raise SourceError(f"{file}: {said}")
     if not head.strip(b"\0"):
-        raise SourceError(f"{file}: begins with zeros, as an unfinished download does; fetch it again")
+        raise SourceError(f"{file}: begins with zeros, as an unfinished download does; download it again")
     if file.suffix != ".json" and (words := _message(head)):
         raise SourceError(f"{file}: text, not weights ({words!r}); download it again")
 
 
 def _message(head: bytes, most: int = 80) -> str:
-    """The beginning of a file that is nothing but text, as servers answer; "" for all others."""
+    """Beginning of a text file, such as a server's error message; "" for other files."""
     try:
         words = head.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # not merely a character that is cut off
+        if error.start < len(head) - 3:  # more than a character cut off at the end
             return ""
         words = head[: error.start].decode("utf-8")
     if not all(letter.isprintable() or letter in "\r\n\t\ufeff" for letter in words):
@@ -131,12 +135,14 @@ def _of_index(index: Path) -> list[Listed]:
     data = read_json(index)
     places = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise SourceError(f"{index}: no index of shards; it should be JSON with a weight_map")
+        raise SourceError(f"{index}: not an index of shards (JSON with a weight_map); download it again")
     names = sorted(set(places.values()))
     if escaped := [name for name in names if Path(name).name != name]:
-        raise SourceError(f"{index}: names a file outside its folder: {escaped[0]}")
+        raise SourceError(f"{index}: lists {escaped[0]}, which is outside its folder; download it again")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise SourceError(f"{index}: {len(missing)} of its {len(names)} files are missing, the first is {missing[0]}")
+        raise SourceError(
+            f"{index}: {len(missing)} of its {len(names)} files are missing, the first is {missing[0]}; download them"
+        )
     return [
         Listed(index.parent / name, frozenset(tensor for tensor, place in places.items() if place == name))
         for name in names
@@ -144,10 +150,10 @@ def _of_index(index: Path) -> list[Listed]:
 
 
 def _check_sets(files: Sequence[Path]) -> None:
-    """Files named `*-00001-of-00002.*` are given with all others of their set, and one set only.
+    """Check that files named `*-00001-of-00002.*` are one complete set.
 
     Raises:
-      SourceError: they are not.
+      SourceError: the set is incomplete, or files of two sets are given.
     """
     sets: dict[tuple[Path, str, int, str], dict[int, Path]] = {}
     for file in files:
@@ -156,7 +162,7 @@ def _check_sets(files: Sequence[Path]) -> None:
             sets.setdefault(key, {})[int(match["number"])] = file
     if len(sets) > 1:
         one, two = (next(iter(members.values())) for members in list(sets.values())[:2])
-        raise SourceError(f"{one} and {two} belong to two sets of files; give those of one model")
+        raise SourceError(f"{one} and {two}: belong to two sets of files; give only those of one model")
     for (folder, stem, count, end), members in sets.items():
         missing = sorted(set(range(1, count + 1)) - set(members))
         if missing or len(members) != count:
@@ -168,13 +174,13 @@ def _check_sets(files: Sequence[Path]) -> None:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The one model in a folder or, where it holds none, in the only folder below it that does.
+    """Files of the only model in a folder or, if the folder itself holds none, in one of its subfolders.
 
     Raises:
-      SourceError: none, or several.
+      SourceError: there is no model, or more than one.
     """
     if (folder / "checkpoints").is_dir():
-        raise SourceError(f"{folder}: a folder of ymplug_jax, not of PyTorch; to convert it back add --to torch")
+        raise SourceError(f"{folder}: holds a checkpoint of ymplug_jax; add --to torch to convert it back")
     found = _models(folder)
     if not found:
         below = sorted(path for path in _folders(folder) if _models(path))
@@ -182,11 +188,11 @@ def _inside(folder: Path) -> list[Path]:
             raise SourceError(f"{folder}: holds several models; give one: --source {_or(below)}")
         if not below:
             raise SourceError(
-                f"{folder}: no weights in it ({_held(folder)}); give a file ({', '.join(WEIGHTS)}), or the folder that holds it"
+                f"{folder}: has no weights ({_held(folder)}); give a file ({', '.join(WEIGHTS)}) or the folder that holds it"
             )
         found = _models(below[0])
     if len(found) > 1:
-        raise SourceError(f"{folder}: holds several files of weights; give one: --source {_or([m[0] for m in found])}")
+        raise SourceError(f"{folder}: holds several weight files; give one: --source {_or([m[0] for m in found])}")
     return found[0]
 
 
@@ -196,7 +202,7 @@ def _folders(folder: Path, depth: int = 3) -> list[Path]:
 
 
 def _models(folder: Path) -> list[list[Path]]:
-    """The models of a folder, each with its files: an index, a set, tensor-parallel pieces, or a single file."""
+    """Files of each model in a folder: an index, a set of shards, tensor-parallel pieces, or a single file."""
     here = sorted(path for path in folder.iterdir() if path.is_file() or path.is_symlink())
     indexes = [path for path in here if path.name.endswith(tuple(f"{end}{INDEX}" for end in WEIGHTS))]
     counted = {listed.file for index in indexes for listed in _of_index(index)}
@@ -210,13 +216,13 @@ def _models(folder: Path) -> list[list[Path]]:
         key = f"{member['stem']} of {member['count']}{member['end']}" if member else "pieces" if ranked else file.name
         groups.setdefault(key, []).append(file)
     below = [path for path in sorted(folder.iterdir()) if path.is_dir() and re.fullmatch(r"mp_rank_\d+", path.name)]
-    if below:  # Megatron gives each piece a folder
+    if below:  # Megatron writes each piece into its own folder
         held = [[file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS] for path in below]
         groups["folders"] = [
             file for files in held for file in files if len(files) == 1 or not re.match(_BESIDE, file.name)
         ]
     models = [*([index] for index in indexes), *(group for group in groups.values() if group)]
-    # Hubs keep the same weights in both of PyTorch's formats.
+    # Model hubs often store the same weights as safetensors and as a pickle.
     first = {"model.safetensors", f"model.safetensors{INDEX}"}
     both = first | {"pytorch_model.bin", f"pytorch_model.bin{INDEX}"}
     if {model[0].name for model in models} <= both and (kept := [m for m in models if m[0].name in first]):

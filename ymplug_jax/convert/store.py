@@ -1,7 +1,8 @@
-"""Writes an Orbax checkpoint layer by layer, so that no parameter ever stands whole in memory.
+"""Writes an Orbax checkpoint layer by layer, so that a stack of layers is never in memory as a whole.
 
-A parameter is a zarr array with a chunk for each layer (large tables: for some rows), in the layout that Orbax reads. Everything is written
-into a folder of another name that becomes the checkpoint when it is complete; what a killed conversion left is gone on with.
+Each parameter is a zarr array in the layout that Orbax reads, with one chunk per layer, or per block of rows for large tables.
+Everything is written into `converted.partial`, which is renamed to `converted` when it is complete. A conversion that was killed
+resumes from its journal.
 """
 
 import contextlib
@@ -24,12 +25,12 @@ from flax.traverse_util import unflatten_dict
 
 from ymplug_jax.core import exits, leaf_checksums
 
-JOURNAL = "converted.jsonl"  # names of the source tensors that are written, and what each adds to the checksums
-CHUNK = 256 * 2**20  # bytes of a chunk of a parameter without layers, at most
+JOURNAL = "converted.jsonl"  # one line per written source tensor: its name and its contribution to the checksums
+CHUNK = 256 * 2**20  # largest chunk of a parameter without layers, in bytes
 
 
 class _Block(NamedTuple):
-    """A parameter or one layer of it: the whole's path, dtype and shape, and its two sums, which are computed beside the writing."""
+    """A parameter or one of its layers: path, dtype and shape of the whole parameter, and the block's two checksum terms."""
 
     path: str
     dtype: str
@@ -38,22 +39,22 @@ class _Block(NamedTuple):
 
 
 class Store:
-    """The checkpoint in the making."""
+    """A checkpoint that is being written."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any], size: int = 0):
-        """Begin, or go on with a conversion of the same identity (sources, model, types).
+        """Start a conversion, or resume an interrupted one with the same identity.
 
         Args:
-          out: folder of the conversion.
-          identity: what makes two conversions the same.
-          size: bytes that will be written in all.
+          out: output folder of the conversion.
+          identity: model, source files and options; a partial conversion with another identity is discarded.
+          size: total size of the parameters in bytes.
 
         Raises:
-          exits.Mistake: there is a checkpoint already, the folder cannot be made or written, or the disk has not enough room.
+          exits.Mistake: a checkpoint exists, the folder cannot be created or written, or the disk has too little free space.
         """
         self._final = out / "checkpoints" / "converted"
         if os.path.exists(self._final):
-            raise exits.Mistake(f"{self._final} is there already; remove it or give another --out")
+            raise exits.Mistake(f"--out {out}: {self._final} exists; remove it or give another folder")
         self._folder = self._final.with_name("converted.partial")
         self._made = [path for path in (self._final.parent, out, *out.parents) if not os.path.exists(path)]
         try:
@@ -73,23 +74,23 @@ class Store:
         for line in lines[1:]:
             self._add(line["sums"])
         self._arrays: dict[str, Any] = {}
-        # Of the tensor at hand, and of the one before (with its name), which is still being written.
+        # Writes and blocks of the current tensor, and of the previous one (with its name), which is still being written.
         self._pending: list[Any] = []
         self._blocks: list[_Block] = []
         self._unfinished: tuple[str, list[Any], list[_Block]] = ("", [], [])
         self._beside = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
-        # Written to the disk once, at the end; nothing is kept in memory.
+        # No fsync per chunk (`finish` syncs once) and no cache.
         self._context = tensorstore.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
 
     def _begun(self, identity: Mapping[str, Any]) -> list[Any]:
-        """Lines of the journal to go on with; a beginning of anything else is removed."""
+        """Lines of the journal to resume from. A partial conversion of another identity is removed."""
         first = json.loads(json.dumps(identity))
         journal = self._folder / JOURNAL
         lines: list[Any] = []
         for text in journal.read_bytes().split(b"\n") if journal.is_file() else []:
             try:
                 lines.append(json.loads(text))
-            except ValueError:  # the end, cut off by a kill
+            except ValueError:  # the last line, cut short by a kill
                 break
         if len(lines) > 1 and lines[0] == first:
             return lines
@@ -97,25 +98,29 @@ class Store:
             shutil.rmtree(self._folder)
         return [first]
 
-    def discard(self) -> None:
-        """Remove what was written, and the folders that were made for it: its source turned out to be bad."""
+    def stop(self) -> None:
+        """Wait for the writes in progress and close the journal, from which a later conversion resumes."""
         self._journal.close()
         for future in (*self._pending, *self._unfinished[1]):
             with contextlib.suppress(ValueError):
                 future.result()
         self._beside.shutdown(cancel_futures=True)
         self._arrays.clear()
+
+    def discard(self) -> None:
+        """Remove the partial checkpoint and the folders created for it, because its source is invalid."""
+        self.stop()
         self._remove()
 
     def _remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         for path in self._made:
-            with contextlib.suppress(OSError):  # holds something else by now
+            with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
-        """Errors of the disk in one line. TensorStore has them as ValueErrors with the system's code."""
+        """Turn errors of the disk into PlaceFailed. TensorStore reports them as ValueErrors that contain the system's error code."""
         try:
             yield
         except OSError as error:
@@ -126,12 +131,16 @@ class Store:
             raise exits.PlaceFailed(self._failed(found[1].strip())) from None
 
     def _failed(self, reason: str) -> str:
-        return f"{self._folder}: cannot be written: {reason}; make room or mend the disk, the same command goes on from there"
+        return f"{self._folder}: cannot be written: {reason}; free some space or repair the disk, then repeat the command to continue"
 
     def write(self, path: str, layer: int | None, value: np.ndarray, shape: tuple[int, ...]) -> None:
-        """One parameter, or one layer of it; `shape` is that of the whole. Writing goes on when this returns; `wrote` waits.
+        """Start writing a parameter or one of its layers. The call returns before the data is on disk; `wrote` waits for it.
 
-        `value` must not be changed after it was handed over.
+        Args:
+          path: of the parameter.
+          layer: index along the first axis; None for a parameter without layers.
+          value: the parameter or the layer. The caller must not modify it afterwards.
+          shape: of the whole parameter.
 
         Raises:
           exits.PlaceFailed: the disk is full or fails.
@@ -171,7 +180,7 @@ class Store:
                 array[i : i + step].write(value[i : i + step]).result()
 
     def wrote(self, name: str) -> None:
-        """All parts of a source tensor are handed over; those of the one before are on disk.
+        """Declare a source tensor complete, after `write` was called for all its parts, and wait for the previous tensor.
 
         Raises:
           exits.PlaceFailed: the disk is full or fails.
@@ -182,7 +191,7 @@ class Store:
         self._pending, self._blocks = [], []
 
     def _settle(self) -> None:
-        """Wait for the tensor that is being written and note it."""
+        """Wait for the previous tensor and record it in the journal."""
         name, writes, blocks = self._unfinished
         for future in writes:
             future.result()
@@ -193,14 +202,21 @@ class Store:
         self._journal.flush()
 
     def _add(self, added: list[Any]) -> None:
-        """Count the blocks of one tensor, which stand in its line of the journal too."""
+        """Add the blocks of one tensor, as its journal line lists them, to the checksums."""
         for path, dtype, shape, sums in added:
             self._kinds[path] = (dtype, tuple(shape))
             before = self._sums.get(path, [0, 0])
             self._sums[path] = [(old + new) % 2**32 for old, new in zip(before, sums, strict=True)]
 
     def finish(self, paths: list[str], facts: Mapping[str, Any]) -> Path:
-        """Add what Orbax needs, the checksums and the record of the conversion, and make the folder the checkpoint.
+        """Write Orbax's metadata, conversion.json and the checksums, and rename the folder to its final name.
+
+        Args:
+          paths: of all parameters.
+          facts: content of conversion.json.
+
+        Returns:
+          The folder of the checkpoint.
 
         Raises:
           exits.PlaceFailed: the disk is full or fails.
@@ -221,11 +237,11 @@ class Store:
         return self._final
 
     def _describe(self, paths: list[str]) -> None:
-        """Write the files by which Orbax knows the arrays."""
+        """Write the metadata files with which Orbax finds the arrays."""
         skeleton = self._folder.with_name("converted.skeleton")
         shutil.rmtree(skeleton, ignore_errors=True)
         tree = unflatten_dict({tuple(path.split("/")): np.zeros(1, np.float32) for path in paths})
-        logging.disable(logging.WARNING)  # Orbax warns of the plain layout, which is what lets us write layer by layer
+        logging.disable(logging.WARNING)  # Orbax warns about use_ocdbt=False, which writing layer by layer requires
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
                 writer.save(skeleton, args=ocp.args.PyTreeSave(tree))
@@ -238,14 +254,14 @@ class Store:
 
 
 def check_room(out: Path, size: int) -> None:
-    """Whether so many bytes fit beside what is there.
+    """Check the free space of the disk that holds `out`, which need not exist yet.
 
     Raises:
-      exits.Mistake: they do not.
+      exits.Mistake: fewer than `size` bytes are free.
     """
     there = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
     if size > free:
         raise exits.Mistake(
-            f"--out {out}: {size:,} bytes are to be written, but only {free:,} are free; make room or give another folder"
+            f"--out {out}: needs {size:,} bytes, but only {free:,} are free; free some space or give another folder"
         )

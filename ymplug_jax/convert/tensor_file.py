@@ -1,8 +1,8 @@
-"""The tensors of one PyTorch file, without running anything that it may carry.
+"""Reads the tensors of one PyTorch file without running code that the file may contain.
 
-Only names, shapes and places are read when a file is opened. What `torch.save` wrote is opened with `weights_only=True`, TorchScript
-archives by `torch_script`, safetensors through their header. A file that can only be read by unpickling arbitrary objects is refused.
-Files older than PyTorch 1.6 have no directory and stand in memory as a whole.
+Opening a file reads only the names, shapes and offsets of its tensors. Files of `torch.save` are opened with `weights_only=True`,
+TorchScript archives by `torch_script`, and safetensors through their header. A file that needs arbitrary objects to be unpickled
+is refused. Files older than PyTorch 1.6 have no directory and are loaded into memory as a whole.
 """
 
 import argparse
@@ -28,35 +28,38 @@ from ymplug_jax.convert import pieces, torch_script
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.core import exits
 
-NESTS = ("model", "module", "state_dict")  # where training programs keep the tensors
+NESTS = ("model", "module", "state_dict")  # keys under which training programs store the tensors
 FLOATS = ("float32", "float16", "bfloat16")
 _SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-torch.serialization.add_safe_globals([argparse.Namespace])  # the settings of a run, which some programs store beside
+torch.serialization.add_safe_globals([argparse.Namespace])  # Megatron stores its settings beside the tensors
 
 
 class Stored(NamedTuple):
-    """Where a tensor is: `shape` and `strides` (in elements) at a byte offset of a file, or an array in memory."""
+    """Location of a tensor: `shape` and `strides` (in elements) at a byte offset of a file, or an array in memory."""
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None  # None: row by row
-    crc: int = 0  # of exactly these bytes; 0: unknown
+    strides: tuple[int, ...] | None  # None: C-contiguous
+    crc: int = 0  # CRC-32 of the tensor's bytes; 0: unknown
     array: np.ndarray | None = None
 
 
 def open_file(file: Path) -> tuple[Mapping[str, Stored], pieces.Facts]:
-    """The tensors of one file and what it says of itself; by its content, whatever its suffix.
+    """Locate the tensors of one file. The format is detected from the content, not from the suffix.
+
+    Returns:
+      Tensor name -> location, and the ranks and sizes that the file states.
 
     Raises:
-      SourceError: broken, unsafe, or no state dict.
+      SourceError: the file is damaged, unsafe or not a state dict.
     """
     with file.open("rb") as stream:
         head = stream.read(9)
     by_header = (
         head[8:] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
-    )  # the most that safetensors allows
+    )  # the largest header that safetensors allows
     if by_header or (file.suffix == ".safetensors" and not head.startswith(b"PK")):
         return _safetensors(file), pieces.Facts()
     if not zipfile.is_zipfile(file):
@@ -70,7 +73,9 @@ def open_file(file: Path) -> tuple[Mapping[str, Stored], pieces.Facts]:
         with zipfile.ZipFile(file) as archive:
             members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if "data.pkl" not in members:
-                raise SourceError(f"{file}: a zip archive that torch.save did not write; unpack it")
+                raise SourceError(
+                    f"{file}: a zip archive that torch.save did not write; unpack it and give the file inside"
+                )
             if "constants.pkl" in members:
                 return {
                     name: _with_crc(Stored(file, offset, dtype, shape, strides), archive, member)
@@ -82,10 +87,10 @@ def open_file(file: Path) -> tuple[Mapping[str, Stored], pieces.Facts]:
     except SourceError:
         raise
     except _BROKEN as error:
-        raise SourceError(f"{file}: no file of torch.save, or broken or cut off ({type(error).__name__})") from None
+        raise SourceError(_broken(file, "torch.save", type(error).__name__)) from None
 
 
-# What the readers of archives and pickles raise on bytes that their writers did not write.
+# Exceptions of the readers of archives and pickles for damaged files.
 _BROKEN: tuple[type[Exception], ...] = (
     RuntimeError, EOFError, ValueError, LookupError, OSError, TypeError, AttributeError, AssertionError,
     zipfile.BadZipFile, struct.error, OverflowError, MemoryError, pickle.UnpicklingError, zlib.error,
@@ -93,27 +98,33 @@ _BROKEN: tuple[type[Exception], ...] = (
 
 
 def _loaded(file: Path) -> Any:
-    """What `torch.load` finds in a file, of tensors and plain values only. Its own messages advise to let the file run: none is passed on.
+    """Load the tensors and plain values of a file with `torch.load`.
+
+    The messages of `torch.load` are replaced, because they advise the user to run the code in the file.
 
     Raises:
-      SourceError: broken, or it holds more.
+      SourceError: the file is damaged or holds other objects.
     """
     try:
-        # As a stream: torch goes by the suffix where it is given a name.
+        # Given a name, torch.load chooses the format by the suffix.
         with file.open("rb") as stream, warnings.catch_warnings(action="ignore"):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if asked := re.search(r"(?:GLOBAL|[Uu]nsupported class|unsafe class) ([\w.]+)", str(error)):
-            raise SourceError(_unsafe(file, f"it asks for {asked[1]}")) from None
-        raise SourceError(f"{file}: no file of torch.save, or broken or cut off (its pickle cannot be read)") from None
+            raise SourceError(_unsafe(file, f"its pickle refers to {asked[1]}")) from None
+        raise SourceError(_broken(file, "torch.save", "its pickle cannot be read")) from None
     except _BROKEN as error:
-        raise SourceError(f"{file}: no file of torch.save, or broken or cut off ({type(error).__name__})") from None
+        raise SourceError(_broken(file, "torch.save", type(error).__name__)) from None
+
+
+def _broken(file: Path, writer: str, reason: str) -> str:
+    return f"{file}: not a file of {writer}, or damaged or truncated ({reason}); download it again"
 
 
 def _unsafe(file: Path, reason: str) -> str:
     return (
-        f"{file}: holds more than tensors ({reason}) and would have to be unpickled, which can run any program; save its state dict "
-        "alone, or as safetensors, where it was made"
+        f"{file}: holds more than tensors ({reason}), and unpickling it could run any code; save only its state dict, or as "
+        "safetensors, in the program that wrote it"
     )
 
 
@@ -122,8 +133,7 @@ def _safetensors(file: Path) -> dict[str, Stored]:
         with safe_open(str(file), framework="np"):  # checks the header against the size of the file
             pass
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise SourceError(f"{file}: no file of safetensors, or broken or cut off ({reason})") from None
+        raise SourceError(_broken(file, "safetensors", str(error).splitlines()[0])) from None
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -141,14 +151,14 @@ def _safetensors(file: Path) -> dict[str, Stored]:
 
 
 def _zipped(file: Path, archive: zipfile.ZipFile) -> tuple[dict[str, Stored], pieces.Facts]:
-    """What `torch.save` wrote: fake tensors know their storage's offset, and no byte of it is read."""
+    """Tensors of a `torch.save` archive. Fake tensors give the offset of their storage without reading it."""
     with FakeTensorMode():
         loaded = _loaded(file)
     by_offset = {torch_script.data_offset(file, info): info for info in archive.infolist()}
     found = {}
     for name, tensor in _unnested(loaded, file).items():
         storage = tensor.untyped_storage()
-        begin: int = storage._checkpoint_offset  # type: ignore[assignment]  # never None for what torch.load has read
+        begin: int = storage._checkpoint_offset  # type: ignore[assignment]  # torch.load always sets it
         stored = Stored(
             file,
             begin + int(tensor.storage_offset()) * tensor.itemsize,
@@ -162,7 +172,7 @@ def _zipped(file: Path, archive: zipfile.ZipFile) -> tuple[dict[str, Stored], pi
 
 
 def _with_crc(stored: Stored, archive: zipfile.ZipFile, member: str) -> Stored:
-    """The archive's checksum, where the tensor is all of its member."""
+    """Add the archive's checksum, if the tensor fills its archive member."""
     if not member or stored.strides is not None or stored.dtype not in FLOATS:
         return stored
     info = archive.getinfo(member)
@@ -175,11 +185,11 @@ def _unnested(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict):
-        raise SourceError(f"{file}: holds a {type(loaded).__name__}, no state dict")
+        raise SourceError(f"{file}: holds a {type(loaded).__name__}, not a state dict; give the model's state dict")
     tensors = dict(_flat(loaded))
     if not tensors:
         raise SourceError(
-            f"{file}: holds no tensors; its keys are {', '.join(str(key)[:40] for key in list(loaded)[:5])}"
+            f"{file}: holds no tensors (keys: {', '.join(str(key)[:40] for key in list(loaded)[:5])}); give the model's weights"
         )
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -187,7 +197,7 @@ def _unnested(loaded: Any, file: Path) -> dict[str, torch.Tensor]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of nested dicts, as Megatron stores them; what else a training program keeps is passed over."""
+    """Tensors of nested dicts, as Megatron stores them. Other values and the optimizer's state are skipped."""
     for name, value in tree.items():
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{name}", value
@@ -196,47 +206,47 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torc
 
 
 def read(name: str, stored: Stored) -> np.ndarray:
-    """The values of one tensor; bfloat16 as ml_dtypes.bfloat16.
+    """Values of one tensor; bfloat16 as ml_dtypes.bfloat16.
 
     Raises:
-      SourceError: values that are not finite, or bytes that are not those that were written.
+      SourceError: a value is not finite, or the bytes are truncated or do not match their checksum.
       exits.PlaceFailed: the disk fails.
     """
     if stored.array is not None:
         value = stored.array
     else:
         if min((stored.offset, *stored.shape, *(stored.strides or ())), default=0) < 0:
-            raise SourceError(f"{stored.file}: broken: {name} has a negative size or place")
+            raise SourceError(f"{stored.file}: damaged, {name} has a negative size or offset; download it again")
         count = math.prod(stored.shape)
         if stored.strides is not None:
             count = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True)) if count else 0
         dtype = np.dtype(stored.dtype)
         if stored.offset + count * dtype.itemsize > stored.file.stat().st_size:
-            raise SourceError(f"{stored.file}: broken or cut off: {name} ends behind the end of the file")
+            raise SourceError(f"{stored.file}: damaged or truncated, {name} ends beyond the file; download it again")
         try:
             flat = np.fromfile(stored.file, dtype, count, offset=stored.offset)
         except OSError as error:
             raise exits.PlaceFailed(
-                f"{stored.file}: cannot be read: {error.strerror}; the same command goes on"
+                f"{stored.file}: cannot be read: {error.strerror}; repair the disk and repeat the command to continue"
             ) from None
         if flat.size != count:
             raise SourceError(
-                f"{stored.file}: cut off while it was read: {name} ends after {flat.size} of {count} values"
+                f"{stored.file}: truncated while it was read, {name} has {flat.size} of {count} values; download it again"
             )
         if stored.crc and zlib.crc32(flat.view(np.uint8).data) != stored.crc:
-            raise SourceError(f"{stored.file}: broken: the checksum of {name} is wrong; fetch the file again")
+            raise SourceError(f"{stored.file}: damaged, {name} does not match its checksum; download it again")
         if stored.strides is None:
             value = flat.reshape(stored.shape)
         else:
             steps = [step * flat.itemsize for step in stored.strides]
             value = np.lib.stride_tricks.as_strided(flat, stored.shape, steps, writeable=False)
     if not _finite(value):
-        raise SourceError(f"{stored.file}: {name} holds values that are no finite numbers; the file is damaged")
+        raise SourceError(f"{stored.file}: {name} has values that are not finite; download it again")
     return value
 
 
 def _finite(value: np.ndarray, block: int = 1 << 18) -> bool:
-    """Whether no value is infinite or not a number: without its sign, its bits are below those of infinity."""
+    """Whether all values are finite: without the sign, their bits are below those of infinity."""
     infinity = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[value.dtype.name]
     bits = np.dtype(f"uint{8 * value.dtype.itemsize}")
     flat, magnitude = value.reshape(-1).view(bits), np.array(np.iinfo(bits).max >> 1, bits)

@@ -1,8 +1,9 @@
-"""One direction: PyTorch tensors into an Orbax checkpoint, one at a time."""
+"""Converts PyTorch checkpoints to Orbax, one tensor at a time."""
 
 import contextlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 import ymplug_jax
-from ymplug_jax.convert import hub_config, lora, rules
+from ymplug_jax.convert import hub_config, lock, lora, rules
 from ymplug_jax.convert.plan import MODELS, Layout, Plan, UnknownModel, extra, map_of
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.store import Store
@@ -25,34 +26,35 @@ from ymplug_jax.core.config import settings_of
 
 
 class Wish(NamedTuple):
-    """What the command line asks for beyond the model and its files."""
+    """Options of a conversion."""
 
-    heads: Mapping[str, int] = {}
-    dtype: Mapping[str, str] = {}  # subtree or "frozen" -> type
-    image_size: int | None = None  # pixels
-    frames: int | None = None
-    adapter: Path | None = None
-    keep_adapter: bool = False
-    allow_missing: Sequence[str] = ()
+    heads: Mapping[str, int] = {}  # "llm", "vision" or "text" -> attention heads
+    dtype: Mapping[str, str] = {}  # subtree or "frozen" -> dtype
+    image_size: int | None = None  # pixels to resize the positional embeddings for; None: keep them
+    frames: int | None = None  # frames to resize the temporal embeddings for; None: keep them
+    adapter: Path | None = None  # folder that PEFT wrote
+    keep_adapter: bool = False  # store the adapter separately instead of merging it
+    allow_missing: Sequence[str] = ()  # regexes of tensor names, full match
     allow_unexpected: Sequence[str] = ()
 
 
 class Opened(NamedTuple):
-    """A source and what it turned out to be."""
+    """An opened source and the model that was recognised in it."""
 
     source: Source
     adapter: lora.Adapter | None
     plan: Plan
     layout: Layout
-    entries: dict[str, rules.Entry]
-    config: hub_config.HubConfig | None  # beside the weights
+    entries: dict[str, rules.Entry]  # source tensor -> where it goes
+    config: hub_config.HubConfig | None  # config.json in the folder of the weights
 
 
 def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
-    """Read names and shapes, and find the model and its layout.
+    """Read the names and shapes of a source, and recognise its sizes and layout.
 
     Raises:
-      SourceError, UnknownModel: files that cannot be used, or another model; the message names the likely one.
+      SourceError: the files cannot be used.
+      UnknownModel: the files hold another model; the message names a likely one.
     """
     module = map_of(model)
     rename = extra(module, "RENAME", ())
@@ -91,30 +93,47 @@ def _fits(model: str, files: list[Path]) -> bool:
 
 
 def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
-    """Convert one model, tensor by tensor; returns the checkpoint's folder. conversion.json beside it records what was done.
+    """Convert one model, tensor by tensor, and record the conversion in `out`/conversion.json.
+
+    Args:
+      model: one of `plan.MODELS`.
+      files: files of the source, or one folder that holds them.
+      out: folder for the conversion; it is locked meanwhile, see `lock`.
+      wish: options.
+
+    Returns:
+      The folder of the checkpoint.
 
     Raises:
-      SourceError, UnknownModel: see there; also tensors that are missing, unexpected or of another shape.
-      exits.Mistake: there is a checkpoint already, the folder cannot be made, or the disk has not enough room.
-      exits.PlaceFailed: a disk fails on the way; the same call goes on.
+      SourceError: the files cannot be used, or tensors are missing, unexpected or of another shape.
+      UnknownModel: the files hold another model.
+      exits.Mistake: another conversion writes into `out`, a checkpoint exists, or `out` cannot be written or has too little space.
+      exits.PlaceFailed: a disk fails during the conversion; the same call resumes it.
     """
-    module, opened = map_of(model), open_source(model, files, wish)
-    source, entries = opened.source, opened.entries
+    opened = open_source(model, files, wish)
     table = compared(opened, wish)
-    print(*source.notes, table.text, sep="\n", file=sys.stderr)
+    print(*opened.source.notes, table.text, sep="\n", file=sys.stderr)
     if table.bad:
         raise SourceError(
-            f"{files[0]} does not fit model {model}: {table.bad}. See --allow_missing, --allow_unexpected"
+            f"{files[0]}: does not fit model {model}: {table.bad}; give the right model, or allow the difference with "
+            "--allow_missing or --allow_unexpected"
         )
     for copy, original in table.tied:
-        if not np.array_equal(_bits(source.read(copy)), _bits(source.read(original))):
+        if not np.array_equal(_bits(opened.source.read(copy)), _bits(opened.source.read(original))):
             raise SourceError(
-                f"{files[0]}: {copy} should be the same tensor as {original} but is not; it is another model"
+                f"{files[0]}: {copy} and {original} are tied in model {model} but differ here; give the files of that model"
             )
+    resized = dict(_resized(map_of(model), opened.plan, wish))
+    with lock.held(out):
+        return _written(model, opened, table, resized, out, wish)
+
+
+def _written(model: str, opened: Opened, table: "Table", resized: "Resized", out: Path, wish: Wish) -> Path:
+    """Write the checkpoint, or the rest of an interrupted one; returns its folder."""
+    source, entries = opened.source, opened.entries
     whole = {path: tuple(leaf.shape) for path, leaf in flatten_dict(opened.plan.like, sep="/").items()}
-    resized = dict(_resized(module, opened.plan, wish))
     whole |= {path: shape for path, (shape, _) in resized.items()}
-    casts = _casts(module, whole, wish.dtype)
+    casts = _casts(map_of(model), whole, wish.dtype)
     identity = {
         "model": model,
         "converter": ymplug_jax.__version__,
@@ -125,8 +144,9 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
     total = sum(_bytes(source, name) for name in table.taken)
     written: set[str] = set()
     bar: progress.Bar[None] = progress.bar(total=total, unit="B", scale=True, desc="convert")
-    with _discarded_if_bad(store), ThreadPoolExecutor(1) as beside, bar:
-        digests = beside.submit(_digests, opened)
+    ended = threading.Event()
+    with _closed_on_error(store), ThreadPoolExecutor(1) as beside, _set_on_error(ended), bar:
+        digests = beside.submit(_digests, opened, ended)
         for name in table.taken:
             if name not in store.done:
                 for path, layer, value in rules.pieces(entries[name], source.read(name)):
@@ -157,31 +177,44 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
 
 
 @contextlib.contextmanager
-def _discarded_if_bad(store: Store) -> Iterator[None]:
-    """A source that proves bad leaves nothing; all other ends leave what a later run goes on with."""
+def _closed_on_error(store: Store) -> Iterator[None]:
+    """Remove the partial checkpoint if the source is invalid; after any other error keep it, so that a later call resumes."""
     try:
         yield
     except exits.Mistake:
         store.discard()
         raise
+    except BaseException:
+        store.stop()
+        raise
+
+
+@contextlib.contextmanager
+def _set_on_error(event: threading.Event) -> Iterator[None]:
+    """Set `event` when an error ends the block, Ctrl-C included."""
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise
 
 
 class Table(NamedTuple):
-    """How the source fits the model."""
+    """The tensors of a source, compared with those of the model."""
 
     taken: list[str]
     tied: list[tuple[str, str]]
     dropped: list[str]
     missing: list[str]
     unexpected: list[str]
-    bad: str  # what is not allowed, in words; "" if all is well
-    text: str  # for people
+    bad: str  # differences that are not allowed, as text; "" if there are none
+    text: str  # the table that is printed
 
 
 def compared(opened: Opened, wish: Wish) -> Table:
-    """Every tensor of the source and of the model: matched, tied, known and dropped, missing, unexpected or of another shape."""
+    """Sort the tensors of source and model into matched, tied, dropped, missing, unexpected and of another shape."""
     shapes, entries, layout = opened.source.shapes(), opened.entries, opened.layout
-    # A tensor that has a place of its own in the tree (an untied output layer) is no copy.
+    # An untied output layer has its own parameter and is not a copy.
     tied = [pair for pair in layout.tied if shapes.keys() >= set(pair) and pair[0] not in entries]
     copies = {copy for copy, _ in tied}
     drop = [*layout.drop, *(re.escape(name).replace(r"\{\}", r"\d+") for name, _ in layout.zeros)]
@@ -213,7 +246,7 @@ def compared(opened: Opened, wish: Wish) -> Table:
     lines += [f"{kind:<14}{len(names):>8}  {_some(names)}".rstrip() for kind, names in listed.items()]
     layers = {path for name in taken for path in entries[name].rule.targets if entries[name].layer is not None}
     wrong["missing"] += [
-        f"{name} (of a parameter whose other layers are there)"
+        f"{name} (other layers of this parameter are present)"
         for name in mismatch.missing
         if _any(name, wish.allow_missing) and layers.intersection(entries[name].rule.targets) - {None}
     ]
@@ -221,9 +254,9 @@ def compared(opened: Opened, wish: Wish) -> Table:
     return Table(taken, tied, dropped, mismatch.missing, mismatch.unexpected, bad, "\n".join(lines))
 
 
-def _digests(opened: Opened) -> dict[str, str]:
-    merged = opened.adapter.source.digests() if opened.adapter else {}
-    return opened.source.digests() | merged
+def _digests(opened: Opened, ended: threading.Event) -> dict[str, str]:
+    merged = opened.adapter.source.digests(ended) if opened.adapter else {}
+    return opened.source.digests(ended) | merged
 
 
 def _bytes(source: Source, name: str) -> int:
@@ -233,7 +266,7 @@ def _bytes(source: Source, name: str) -> int:
 def _size(
     source: Source, name: str, entry: rules.Entry, whole: Mapping[str, tuple[int, ...]], casts: Mapping[str, Any]
 ) -> int:
-    """Bytes that a tensor of the source has as parameters."""
+    """Size of a source tensor in the checkpoint, in bytes."""
     size = 0
     for path in filter(None, entry.rule.targets):
         shape = whole[path] if entry.layer is None else whole[path][1:]
@@ -246,7 +279,7 @@ def _bits(value: np.ndarray) -> np.ndarray:
 
 
 def _dense(value: np.ndarray) -> np.ndarray:
-    """In memory row by row, in two fast steps: gathered in the order it has, then turned round by torch."""
+    """A C-contiguous copy. Copying in memory order and transposing with torch is faster than one strided copy in NumPy."""
     if value.flags.c_contiguous:
         return value
     order = np.argsort([-step for step in value.strides], kind="stable")
@@ -255,34 +288,44 @@ def _dense(value: np.ndarray) -> np.ndarray:
 
 
 def _sizes(plan: Plan) -> dict[str, Any]:
-    """The settings of the model's modules: {"Bloom": {"vocab": ...}}."""
+    """Settings of the model's modules: {"Bloom": {"vocab": ...}}."""
     modules = plan.model if isinstance(plan.model, tuple) else (plan.model,)
     return {type(module).__name__: settings_of(module) for module in modules}
 
 
 Resize = Callable[[Any, tuple[int, ...]], Any]
+Resized = Mapping[str, tuple[tuple[int, ...], Resize]]  # path -> (new shape, resize function)
 
 
 def _resized(module: ModuleType, plan: Plan, wish: Wish) -> Iterator[tuple[str, tuple[tuple[int, ...], Resize]]]:
-    """(path, (new shape, function)) of the tables of positions and times that are to have another size."""
+    """(path, (new shape, resize function)) of the embeddings to resize.
+
+    Raises:
+      SourceError: the model has no such embedding, or the size does not fit its patches.
+    """
     rows = {}
     if wish.image_size:
         patch = plan.like["vision"]["patch"]["kernel"].shape[0] if "vision" in plan.like else 0
         if not patch or wish.image_size % patch:
-            raise SourceError(f"--image_size {wish.image_size}: not a multiple of the patch size {patch}")
+            raise SourceError(
+                f"--image_size {wish.image_size}: not a multiple of the patch size {patch}; give a multiple"
+                if patch
+                else f"--image_size {wish.image_size}: this model has no vision encoder; leave the flag out"
+            )
         rows["vision/pos_embed"] = 1 + (wish.image_size // patch) ** 2
     if wish.frames:
         rows["vision/temporal_embed"] = wish.frames
     flat = flatten_dict(plan.like, sep="/")
     for path, count in rows.items():
         if path not in flat or path not in extra(module, "RESIZE"):
-            raise SourceError(f"this model has no {path} to resize")
+            flag = "--image_size" if path == "vision/pos_embed" else "--frames"
+            raise SourceError(f"{flag}: this model has no {path} to resize; leave the flag out")
         if flat[path].shape[0] != count:
             yield path, ((count, *flat[path].shape[1:]), module.RESIZE[path])
 
 
 def _casts(module: ModuleType, shapes: Mapping[str, Any], wanted: Mapping[str, str]) -> dict[str, Any]:
-    """Path -> type of the parameters whose type is to change; a later subtree overrides an earlier one."""
+    """Path -> dtype of the parameters to cast. Later subtrees override earlier ones."""
     casts: dict[str, Any] = {}
     for subtree, dtype in wanted.items():
         if subtree == "frozen":
@@ -291,7 +334,7 @@ def _casts(module: ModuleType, shapes: Mapping[str, Any], wanted: Mapping[str, s
             found = [path for path in shapes if path == subtree or path.startswith(subtree + "/")]
         if not found:
             tops = ", ".join(sorted({path.split("/")[0] for path in shapes}))
-            raise SourceError(f"--dtype {subtree}: the model has no such subtree; there are {tops}")
+            raise SourceError(f"--dtype {subtree}: the model has no such subtree; give one of {tops}")
         casts |= dict.fromkeys(found, jnp.dtype(dtype))
     return casts
 

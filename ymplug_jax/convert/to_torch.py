@@ -1,8 +1,9 @@
-"""The other direction: a run's or a converted folder's parameters as safetensors under the names of the source."""
+"""Converts the parameters of a run or of a conversion back to safetensors, under the names of the original model."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ymplug_jax.convert import hub_config, rules
+from ymplug_jax.convert import hub_config, lock, rules
 from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.plan import Layout, map_of
 from ymplug_jax.convert.source_files import SourceError, read_json
@@ -21,35 +22,40 @@ _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> list[Path]:
-    """Write model.safetensors, and adapter_model.safetensors where there are adapters, tensor by tensor; returns the files.
+    """Write model.safetensors and, for a model with adapters, adapter_model.safetensors, tensor by tensor.
 
-    Where the model's table can, config.json stands beside them: with it Hugging Face's classes load the folder.
+    For language models config.json is written too, so that the classes of Hugging Face load the folder.
 
     Args:
-      model: name of the map file.
-      folder: a run (its newest step) or the folder of a conversion.
-      out: folder, or the file model.safetensors itself.
-      layout: names to write; None: those that the conversion read, else the first that the map knows.
+      model: one of `plan.MODELS`.
+      folder: a run, of which the newest step is read, or a conversion.
+      out: output folder, or a path that ends in .safetensors. The folder is locked meanwhile, see `lock`.
+      layout: naming scheme to write; None: the one that the conversion read, or the model's first.
+
+    Returns:
+      The files written.
 
     Raises:
-      exits.Mistake: no checkpoint there, a damaged one, or not of this model; `out` cannot be made, has not enough room, or holds
-        the file already.
-      exits.PlaceFailed: a disk fails on the way; nothing half-written stays.
+      exits.Mistake: `folder` holds no checkpoint, a damaged one, or one of another model; another conversion writes into `out`, or
+        it cannot be written, has too little space or holds the files.
+      exits.PlaceFailed: a disk fails during the conversion; no file is left behind.
     """
     module, record = map_of(model), folder / "conversion.json"
     read = read_json(record) if record.is_file() else {}
     facts = read if isinstance(read, dict) and read.get("model") == model else {}
     layout = layout or facts.get("layout") or next(iter(module.LAYOUTS))
     if layout not in module.LAYOUTS:
-        raise SourceError(f"--layout {layout}: model {model} has {', '.join(module.LAYOUTS)}")
+        raise SourceError(f"--layout {layout}: unknown for model {model}; give one of {', '.join(module.LAYOUTS)}")
     named: Layout = module.LAYOUTS[layout]
     leaves = verified(folder)
     wanted = {path for rule in named.rules for path in rule.targets if path} & set(leaves)
     if not wanted:
-        raise SourceError(f"{folder}: none of its parameters belong to model {model}")
+        raise SourceError(f"{folder}: no parameter belongs to model {model}; give the right --model")
     decoder = any(path.startswith("llm/") for path in wanted)
     if decoder and (others := sorted(path for path in set(leaves) - wanted if path.startswith("llm/"))):
-        raise SourceError(f"{folder}: model {model} has no {others[0]}, so the language model in it is of another kind")
+        raise SourceError(
+            f"{folder}: holds {others[0]}, which model {model} does not have; give the --model of its language model"
+        )
     like = state.unflatten(
         {p: jax.ShapeDtypeStruct(leaves[p].shape, leaves[p].dtype.numpy_dtype) for p in sorted(wanted)}
     )
@@ -81,26 +87,43 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
 
     config = _config(module, folder, read, facts, {form(name)[0] for name in files[0][1]})
     beside = [file.with_name(hub_config.FILE)] if config else []
-    for path in [*(path for path, _ in files), *beside]:
+    outputs = [*(path for path, _ in files), *beside]
+    with lock.held(file.parent), _removed_on_error(out, outputs):
+        for path, names in files:
+            _write(path, {name: form(name) for name in names}, ((name, tensor(name)) for name in names))
+        for path in beside:
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return outputs
+
+
+@contextlib.contextmanager
+def _removed_on_error(out: Path, files: Iterable[Path]) -> Iterator[None]:
+    """Remove the files when an error or Ctrl-C ends the block, because a repeated command refuses existing files.
+
+    Raises:
+      exits.Mistake: a file exists before the block.
+    """
+    for path in files:
         if os.path.exists(path):
-            raise exits.Mistake(f"{path} is there already; remove it or give another --out")
-    for path, names in files:
-        _write(path, {name: form(name) for name in names}, ((name, tensor(name)) for name in names))
-    for path in beside:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return [*(path for path, _ in files), *beside]
+            raise exits.Mistake(f"--out {out}: {path} exists; remove it or give another folder")
+    try:
+        yield
+    except BaseException:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _config(
     module: ModuleType, folder: Path, record: Any, facts: Mapping[str, Any], dtypes: set[str]
 ) -> dict[str, Any]:
-    """config.json to write: that which the conversion read, else made of the decoder's settings; empty: none is known.
+    """Content of config.json: the one that the conversion read, or one made from the decoder's settings. Empty if the model has none.
 
     Args:
-      module: the model's map file.
+      module: the model's converter, see `plan.map_of`.
       folder: a run or a conversion.
       record: conversion.json of the folder, of any model.
-      facts: the same, empty if it is of another model.
+      facts: the same; empty if it is of another model.
       dtypes: of the tensors that are written.
     """
     if not hasattr(module, "config_of"):
@@ -119,7 +142,17 @@ def _config(
 def _write(
     file: Path, forms: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """A safetensors file, written as the tensors come; it gets its name when it is whole."""
+    """Write a safetensors file tensor by tensor, under a temporary name until it is complete.
+
+    Args:
+      file: in a folder that exists.
+      forms: tensor name -> dtype and shape.
+      tensors: (name, values) in the order of `forms`.
+
+    Raises:
+      exits.Mistake: the disk has too little free space.
+      exits.PlaceFailed: the disk is full or fails.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in forms.items():
@@ -129,10 +162,6 @@ def _write(
     text += b" " * (-len(text) % 8)
     partial = file.with_name(file.name + ".partial")
     check_room(file.parent, end)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise exits.Mistake(f"--out {file.parent}: cannot be made: {error.strerror}; give another folder") from None
     try:
         with partial.open("wb") as stream:
             bar: progress.Bar[None] = progress.bar(total=end, unit="B", scale=True, desc=file.name)
@@ -144,7 +173,7 @@ def _write(
         partial.rename(file)
     except OSError as error:
         raise exits.PlaceFailed(
-            f"{file}: cannot be written: {error.strerror}; make room and run the same command again"
+            f"{file}: cannot be written: {error.strerror}; free some space and repeat the command"
         ) from None
     finally:
         partial.unlink(missing_ok=True)

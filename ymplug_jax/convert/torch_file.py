@@ -1,7 +1,8 @@
-"""Tensors of PyTorch files, one at a time: a tensor's bytes are read from the disk when it is asked for, so that memory holds one."""
+"""Reads the tensors of PyTorch files one at a time, so that memory holds one tensor and not the model."""
 
 import hashlib
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.tensor_file import FLOATS, Stored, open_file, read
 from ymplug_jax.core import exits
 
-DRIFT = 1e-2  # of the largest value: the most that copies of a parameter in two pieces differ
+DRIFT = 1e-2  # largest difference between the copies of a parameter in two pieces, relative to its largest value
+BLOCK = 2**20  # bytes hashed at a time
 
 
 class Source:
-    """The tensors of one or more files, by name."""
+    """The tensors of one or more files, by name.
+
+    A model saved under tensor parallelism comes as several files, here called pieces. Each piece holds a slice of some tensors and
+    a copy of all others.
+    """
 
     def __init__(
         self,
@@ -25,23 +31,23 @@ class Source:
         merge: Mapping[str, int] | None = None,
         rename: Sequence[tuple[str, str]] = (),
     ):
-        """Open the files; nothing but names and shapes is read.
+        """Open the files and read the names and shapes of their tensors.
 
         Args:
-          paths: files, an `*.index.json` that names them, or a folder that holds one model.
-          merge: regex of a name (full match) -> axis: files with the same names are tensor-parallel pieces, which are put
-            together by their ranks; a name that no regex matches is the same in all of them.
-          rename: (regex, replacement) pairs that bring the spellings of other releases to one.
+          paths: files, an `*.index.json` that lists them, or a folder that holds one model.
+          merge: regex of a tensor name (full match) -> axis along which the tensor is split in the pieces. Files with the same
+            tensor names are pieces and are joined in the order of their ranks.
+          rename: (regex, replacement) pairs that map the names of other releases to one spelling.
 
         Raises:
-          exits.Mistake: a file that is missing, broken, unsafe, or of no known kind, or files that are not one model.
+          exits.Mistake: a file is missing, damaged, unsafe or of an unknown kind, or the files are not one model.
         """
-        found, self.notes = source_files.listed(paths)  # notes: what was chosen, for people
+        found, self.notes = source_files.listed(paths)  # lines that tell the user which files were chosen
         opened = {file: open_file(file) for file, _ in found}
         for file, names in found:
             if names is not None and (absent := sorted(names - set(opened[file][0]))):
                 raise SourceError(
-                    f"{file}: lacks {absent[0]}, which the index says it holds; fetch the files of one model again"
+                    f"{file}: lacks {absent[0]}, which the index lists in it; download the model's files again"
                 )
         self.files = list(opened)
         self._merge = dict(merge or {})
@@ -61,10 +67,10 @@ class Source:
                 self._where.setdefault(name, []).append(stored)
 
     def _are_pieces(self, names: Mapping[Path, set[str]]) -> bool:
-        """Whether the files are tensor-parallel pieces: they hold the same names.
+        """Whether the files are tensor-parallel pieces, which hold the same tensor names.
 
         Raises:
-          SourceError: they share only some, or no tensor that is cut.
+          SourceError: the files share only some names, or none of a tensor that pieces split.
         """
         files = list(names)
         pairs = ((one, two) for i, one in enumerate(files) for two in files[i + 1 :] if names[one] & names[two])
@@ -73,20 +79,20 @@ class Source:
         both = names[pair[0]] & names[pair[1]]
         alike = all(held == names[files[0]] for held in names.values())
         if not alike or not any(self._axis(name) is not None for name in both):
-            raise SourceError(
-                f"{pair[0]} and {pair[1]} both hold {min(both)}; give every tensor once, from the files of one model only"
-            )
+            raise SourceError(f"{pair[0]} and {pair[1]}: both hold {min(both)}; give only the files of one model")
         return True
 
     def check_pieces(self) -> None:
-        """Compare the pieces: no two are copies, and what is not cut is the same in all. Reads what has no checksum in its archive.
+        """Check that no piece is given twice and that tensors which are not split agree in all pieces.
+
+        Tensors without a checksum in their archive are read.
 
         Raises:
-          SourceError: copies, or pieces of different models.
+          SourceError: two pieces are copies, or come from different models.
         """
         cut = [name for name, where in self._where.items() if len(where) > 1 and self._axis(name) is not None]
         alike = [list(range(len(self.files)))] if cut else []
-        for name in cut:  # as a rule the first tensor tells all pieces apart
+        for name in cut:  # the first tensor usually tells all pieces apart
             groups: dict[Any, list[int]] = {}
             for number, group in enumerate(alike):
                 for i in group:
@@ -96,7 +102,7 @@ class Source:
                 break
         if alike:
             one, two = (self.files[i] for i in alike[0][:2])
-            raise SourceError(f"{one} and {two} hold the same tensors; give every piece once")
+            raise SourceError(f"{one} and {two}: hold the same tensors; give every piece once")
         for name, where in self._where.items():
             if len(where) == 1:
                 continue
@@ -105,12 +111,12 @@ class Source:
             for i, stored in enumerate(where[1:], 1):
                 if forms[i] != forms[0]:
                     here, there = (f"{part.file} ({part.dtype} {part.shape})" for part in (where[0], stored))
-                    raise SourceError(f"{name} differs in {here} and {there}; give the pieces of one model only")
+                    raise SourceError(f"{here} and {there}: {name} differs; give only the pieces of one model")
                 if axis is None and self._content(name, 0) != self._content(name, i):
                     self._check_near(name, where[0], stored)
 
     def _content(self, name: str, i: int) -> Any:
-        """What tells the content of piece i of a tensor from others: its checksum in the archive, else a hash of its values."""
+        """Fingerprint of piece i of a tensor: its checksum in the archive, or a hash of its values."""
         stored = self._where[name][i]
         if all(piece.crc for piece in self._where[name]):
             return stored.dtype, stored.shape, stored.crc
@@ -119,40 +125,44 @@ class Source:
         return hashlib.sha256(np.ascontiguousarray(read(name, stored)).view(np.uint8).data).digest()
 
     def _check_near(self, name: str, first: Stored, other: Stored) -> None:
-        """Copies of a parameter drift apart by roundings in some programs; those of another model are far from each other."""
+        """Accept copies that differ by accumulated rounding, as some training programs leave them.
+
+        Raises:
+          SourceError: the copies differ by more than `DRIFT`, so they belong to different models.
+        """
         one, two = (read(name, stored).astype(np.float32) for stored in (first, other))
         if np.abs(one - two).max() > DRIFT * np.abs(one).max():
-            raise SourceError(f"{name} differs in {first.file} and {other.file}; give the pieces of one model only")
-        self.notes.append(f"{name} differs a little in {first.file} and {other.file}; the former's is taken")
+            raise SourceError(f"{first.file} and {other.file}: {name} differs; give only the pieces of one model")
+        self.notes.append(f"{name} differs slightly in {first.file} and {other.file}; using the first")
 
     def join(self, other: "Source") -> None:
-        """Take the tensors of another source in."""
+        """Add the tensors of another source."""
         self.files, self._where = [*self.files, *other.files], self._where | other._where
 
     def change(self, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> None:
-        """Pass the tensors of these names through functions when they are read."""
+        """Apply a function to each of these tensors when it is read."""
         self._changes |= changes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, pieces put together."""
+        """Shape of every tensor, with its pieces joined."""
         return {name: self.shape(name) for name in self._where}
 
     def dtype(self, name: str) -> str:
-        """Type of a tensor: "float32", "float16" or "bfloat16".
+        """Dtype of a tensor: "float32", "float16" or "bfloat16".
 
         Raises:
-          SourceError: it is another.
+          SourceError: the tensor has another dtype.
         """
         stored = self._where[name][0]
         if stored.dtype not in FLOATS:
             raise SourceError(
-                f"{stored.file}: {name} is {stored.dtype}; only {', '.join(FLOATS)} are converted, so save the model in one "
-                "of them (a quantised model must be unpacked first)"
+                f"{stored.file}: {name} is {stored.dtype}; save the model as {', '.join(FLOATS[:-1])} or {FLOATS[-1]} "
+                "(dequantise a quantised model first)"
             )
         return stored.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
+        """Shape of one tensor, with its pieces joined."""
         shapes = [stored.shape for stored in self._where[name]]
         axis = self._axis(name)
         if len(shapes) == 1 or axis is None:
@@ -165,10 +175,11 @@ class Source:
         return next((axis for pattern, axis in self._merge.items() if re.fullmatch(pattern, name)), None)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor; bfloat16 as ml_dtypes.bfloat16.
+        """Values of one tensor, with its pieces joined; bfloat16 as ml_dtypes.bfloat16.
 
         Raises:
-          SourceError: another type than `dtype` knows, values that are not finite, or bytes that are not those that were written.
+          SourceError: the dtype is unknown, a value is not finite, or the bytes do not match their checksum.
+          exits.PlaceFailed: the disk fails.
         """
         self.dtype(name)
         where, axis = self._where[name], self._axis(name)
@@ -177,17 +188,26 @@ class Source:
         return self._changes[name](value) if name in self._changes else value
 
     def identity(self) -> list[tuple[str, int, int]]:
-        """(path, bytes, time of the last change in ns) of each file: enough to know a conversion that was begun."""
+        """(path, size in bytes, modification time in ns) of each file, by which an interrupted conversion is recognised."""
         return [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
 
-    def digests(self) -> dict[str, str]:
-        """File name (with its folder's, where names repeat) -> SHA-256."""
+    def digests(self, ended: threading.Event) -> dict[str, str]:
+        """File name (with its folder, where names repeat) -> SHA-256; incomplete once `ended` is set.
+
+        Raises:
+          exits.PlaceFailed: the disk fails.
+        """
         found, names = {}, [file.name for file in self.files]
         for file in self.files:
             name = file.name if names.count(file.name) == 1 else f"{file.parent.name}/{file.name}"
+            digest = hashlib.sha256()
             try:
                 with file.open("rb") as stream:
-                    found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+                    while not ended.is_set() and (block := stream.read(BLOCK)):
+                        digest.update(block)
             except OSError as error:
-                raise exits.PlaceFailed(f"{file}: cannot be read: {error.strerror}; the same command goes on") from None
+                raise exits.PlaceFailed(
+                    f"{file}: cannot be read: {error.strerror}; repair the disk and repeat the command to continue"
+                ) from None
+            found[name] = digest.hexdigest()
         return found

@@ -1,7 +1,7 @@
-"""Tensors of a TorchScript archive, such as OpenAI's CLIP files, without loading its programs.
+"""Locates the tensors of a TorchScript archive, such as OpenAI's CLIP files, without running its code.
 
-The archive's pickle builds objects of scripted classes and tensors. Here a class of `__torch__` becomes a plain holder of
-attributes, a tensor becomes a note of where its bytes are, and every other name is refused: nothing of the archive is called.
+The archive's pickle refers to scripted classes and tensors. A class of `__torch__` is read as a plain object with attributes and a
+tensor as the location of its bytes. Any other name is refused, so nothing of the archive is called.
 """
 
 import pickle
@@ -31,11 +31,11 @@ Place = tuple[
 
 
 class Unsafe(ValueError):
-    """The pickle asks for something that a scripted model does not need."""
+    """The pickle refers to a name that a scripted model does not need."""
 
 
 class _Module:
-    """An object of a scripted class: its attributes and nothing else."""
+    """The attributes of an object of a scripted class."""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
@@ -43,7 +43,7 @@ class _Module:
 
 
 class _Tensor:
-    """Arguments of a tensor that was to be built."""
+    """The arguments with which torch would build a tensor."""
 
     def __init__(self, storage: tuple, offset: int, shape: tuple, strides: tuple, *_: Any):
         self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
@@ -65,28 +65,28 @@ class _Reader(pickle.Unpickler):
             return lambda values, *_: values
         if module == "__torch__" or module.startswith("__torch__."):
             return type(name, (_Module,), {})
-        raise Unsafe(f"it asks for {module}.{name}")
+        raise Unsafe(f"its pickle refers to {module}.{name}")
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
         kind, dtype, key, *_ = pid
         if kind != "storage" or dtype not in DTYPES.values():
-            raise Unsafe(f"it asks for {kind!r}")
+            raise Unsafe(f"its pickle refers to {kind!r}")
         return dtype, key
 
 
 def tensors(file: Path, archive: zipfile.ZipFile) -> dict[str, Place]:
-    """Name as in a state dict -> where the tensor is.
+    """State dict name -> location of the tensor.
 
     Raises:
-      Unsafe: the pickle names a class or function beyond tensors and scripted modules.
-      KeyError, ValueError: no such archive.
+      Unsafe: the pickle refers to a class or function other than tensors and scripted modules.
+      KeyError, ValueError: the archive is damaged.
     """
     (root,) = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     with archive.open(f"{root}data.pkl") as stream:
         try:
             model = _Reader(stream).load()
         except (TypeError, AttributeError, IndexError) as error:
-            raise Unsafe(f"it is no pickle of a scripted model: {error}") from None
+            raise Unsafe(f"its pickle is not that of a scripted model: {error}") from None
     found: dict[str, Place] = {}
     stack, seen = [("", model)], set()
     while stack:
@@ -95,7 +95,7 @@ def tensors(file: Path, archive: zipfile.ZipFile) -> dict[str, Place]:
             dtype, key = value.storage
             info = archive.getinfo(f"{root}data/{key}")
             if not all(isinstance(n, int) and n >= 0 for n in (value.offset, *value.shape, *value.strides)):
-                raise ValueError(f"{prefix} has a shape that no tensor has")
+                raise ValueError(f"{prefix} has an invalid shape")
             at = data_offset(file, info) + value.offset * _BYTES.get(dtype, 1)
             dense = value.strides == _dense(value.shape)
             found[prefix] = (at, dtype, tuple(value.shape), None if dense else tuple(value.strides), info.filename)
@@ -106,7 +106,7 @@ def tensors(file: Path, archive: zipfile.ZipFile) -> dict[str, Place]:
 
 
 def data_offset(file: Path, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of an uncompressed member begin.
+    """Byte offset of an uncompressed member's content in the file.
 
     Raises:
       ValueError: the member is compressed.

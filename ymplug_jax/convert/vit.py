@@ -1,6 +1,7 @@
-"""ViT of timm as the spatial part of the video encoder.
+"""Converts a ViT of timm to the spatial part of the video encoder.
 
-What is temporal (attention over time, its norm and projection, the table of times) is new and stays at its start values.
+The conversion holds no temporal parameters (temporal attention, its norm and projection, temporal embeddings). A run initialises
+them, see `docs/models/mplug_video.md`, Video encoder.
 """
 
 import logging
@@ -16,7 +17,7 @@ from ymplug_jax.convert.rules import Rule, under
 from ymplug_jax.models.mplug_video import RESIZE
 from ymplug_jax.models.timesformer import TimeSformer
 
-# The encoder has no key bias, which would shift all logits of a query alike; the file has one bias for q, k and v.
+# The file has one bias for q, k and v. The encoder has no key bias: it adds the same value to all logits of a query.
 _QKV_BIAS = Rule("blocks.{}.attn.qkv.bias", "(part n h) -> n h", ("blocks/attn/q/bias", None, "blocks/attn/v/bias"))
 TIMM = (
     *(rule for rule in mplug_video.TIMESFORMER if not re.search(r"temporal|q_bias|v_bias", rule.source)),
@@ -27,7 +28,7 @@ __all__ = ["LAYOUTS", "RESIZE", "plan", "spatial_like", "warn_of_heads"]
 
 
 def spatial_like(model: TimeSformer) -> dict:
-    """Abstract parameters of a TimeSformer without what is temporal."""
+    """Parameter tree (ShapeDtypeStructs) of a TimeSformer without its temporal parameters."""
     video = jnp.zeros((1, 1, model.image_size, model.image_size, 3))
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0), video))["params"]
     tree = {name: part for name, part in tree.items() if name != "temporal_embed"}
@@ -35,18 +36,18 @@ def spatial_like(model: TimeSformer) -> dict:
 
 
 def warn_of_heads(model: TimeSformer, heads: Mapping[str, int]) -> None:
-    """Image encoders have heads of 64 channels; say so where this one gets others, unless the user chose them."""
+    """Warn if the number of heads differs from that of the image encoder (64 channels a head), unless the user gave it."""
     own = model.width // 64
     if "vision" not in heads and own != model.heads:
         logging.warning(
-            "width %d was trained with %d heads and is laid out with %d, as the published video models run it; to keep %d give "
-            "--heads vision=%d here and --config.model.vision.heads=%d in training",
+            "vision: an image encoder of width %d is trained with %d heads, but the conversion has %d, as the published video models "
+            "do; to keep %d, give --heads vision=%d here and --config.model.vision.heads=%d in training",
             *(model.width, own, model.heads, own, own, own),
         )
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> Plan:
-    """What the tensors are: a ViT of timm, plain or in CLIP's form, for the vision tower."""
+    """Recognise a ViT of timm, plain or in CLIP's form; its parameters go under "vision"."""
     model = mplug_video.timesformer_of(shapes, "", heads)
     warn_of_heads(model, heads)
     return Plan("timm", {"vision": spatial_like(model)}, model)
