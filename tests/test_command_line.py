@@ -163,7 +163,7 @@ def own(folder: Path, module: str, name: str) -> Path:
         ("json", ".recipe", "recipe.py"),  # the folder has the name of a library
     ],
 )
-def test_imports_beside_a_config_of_ones_own(tmp_path: Path, folder: str, module: str, recipe: str):
+def test_imports_from_the_folder_of_a_config(tmp_path: Path, folder: str, module: str, recipe: str):
     file = own(tmp_path / folder, module, "one")
     (tmp_path / folder / recipe).parent.mkdir(exist_ok=True)
     (tmp_path / folder / recipe).write_text(RECIPE.format(name="dance"), encoding="utf-8")
@@ -173,7 +173,7 @@ def test_imports_beside_a_config_of_ones_own(tmp_path: Path, folder: str, module
     assert sys.path == path and set(sys.modules) == modules and json.loads("1") == 1
 
 
-def test_each_config_finds_the_recipes_of_its_own_tree(tmp_path: Path):
+def test_each_config_imports_recipes_of_its_own_checkout(tmp_path: Path):
     """Two checkouts are loaded in turn while this checkout's `configs` is on the path."""
     for name in ("one", "two"):
         tree = tmp_path / name / "configs" / "family"
@@ -240,7 +240,7 @@ def test_exit_codes():
     assert main._line(Mistake("two\nlines")) == "two lines"
 
 
-def test_errors_of_subfolders_count_as_the_package_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_errors_raised_in_subfolders_are_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "tasks" / "family" / "task.py"
     file.parent.mkdir(parents=True)
     file.write_text("def make():\n    raise ValueError('config.model is wrong')\ndef bug():\n    return int('x')\n")

@@ -124,7 +124,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_tasks_do_not_see_each_other(family: str):
+def test_tasks_do_not_import_each_other(family: str):
     """A task imports no other task, of its own or another family; shared code lies in tasks/common or a file without `make`."""
     tasks = {f"ymplug_jax.tasks.{family}.{path.stem}" for path in FAMILIES[family] if makes_a_task(path)}
     assert tasks
@@ -136,7 +136,7 @@ def test_tasks_do_not_see_each_other(family: str):
         assert not [name for name in used for other in others if f"{name}.".startswith(f"{other}.")], path
 
 
-def test_what_tasks_share_and_the_programs_name_none():
+def test_shared_code_imports_no_task_family():
     """tasks/common, the task record and the packages above import no task family; configs choose the task."""
     families = tuple(f"ymplug_jax.tasks.{name}" for name in FAMILIES)
     shared = [*(PACKAGE / "tasks").glob("*.py"), *(PACKAGE / "tasks" / "common").glob("*.py")]
@@ -145,7 +145,7 @@ def test_what_tasks_share_and_the_programs_name_none():
         assert not [name for name in imports_of(path) if name.startswith(families)], path
 
 
-def test_data_prep_knows_only_data():
+def test_data_prep_imports_only_data():
     for path in (ROOT / "data_prep").rglob("*.py"):
         used = {name for name in imports_of(path) if name.startswith("ymplug_jax")}
         assert all(name.startswith("ymplug_jax.data.") for name in used), f"{path}: {used}"

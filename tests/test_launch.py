@@ -178,7 +178,9 @@ def test_slurm_requeues_by_exit_code(tmp_path: Path, code: int, restarts: str, a
         (None, 5, 5),
     ],
 )
-def test_a_run_that_was_asked_to_stop_is_unfinished(tmp_path: Path, asked: int | None, code: int, ends: int) -> None:
+def test_a_run_stopped_by_a_signal_counts_as_unfinished(
+    tmp_path: Path, asked: int | None, code: int, ends: int
+) -> None:
     env = slurm(tmp_path / "bin", AFTER=str(code), CODE="" if asked else str(code))
     process = subprocess.Popen([LAUNCH / "unfinished.sh", "srun"], env=env)
     if asked:

@@ -64,45 +64,48 @@ def parser(doc: str) -> argparse.ArgumentParser:
         metavar="FILE.py[:SIZE]",
         help="config file, e.g. configs/mplug_video/pretrain.py:1.3b; without it, the settings stored in --workdir are used",
     )
-    add("--workdir", help="run folder (local path or gs://BUCKET/PATH) for checkpoints, metrics and settings")
+    add(
+        "--workdir",
+        metavar="DIR",
+        help="run folder (local path or gs://BUCKET/PATH) for checkpoints, metrics and settings",
+    )
     add(
         "--mode", type=_mode, default="train", metavar="|".join(MODES),
         help="train: start or resume a run; eval: score its newest checkpoint; plan: print the parameter table and the memory "
         "of a step; compile: compile the step ahead of time for a TPU slice; bench: time the step (default: train)",
     )  # fmt: skip
     add(
-        "--topology", default="v5e:4x4",
+        "--topology", default="v5e:4x4", metavar="TYPE:SHAPE",
         help="compile: topology of the TPU slice, e.g. v5e:4x8, v5p:4x4x4, v6e:8x8 (default: v5e:4x4)",
     )  # fmt: skip
     add(
-        "--slices", type=_whole, default=1,
+        "--slices", type=_whole, default=1, metavar="N",
         help="compile: number of slices; the data axis of the mesh spans them over the data-centre network (default: 1)",
     )  # fmt: skip
     add(
-        "--steps", type=_whole, default=30,
+        "--steps", type=_whole, default=30, metavar="N",
         help="bench: number of timed steps, at least 2 (default: 30). Up to 3 warm-up steps run before them, never more than "
         "--steps. With --workdir, 3 further steps are profiled",
     )  # fmt: skip
     add(
-        "--examples",
-        type=_whole,
-        default=0,
+        "--examples", type=_whole, default=0, metavar="N",
         help="eval: maximum number of examples; 0 scores the whole split (default: 0)",
-    )
+    )  # fmt: skip
     add(
-        "--seeds", type=_whole, default=1,
+        "--seeds", type=_whole, default=1, metavar="N",
         help="train, eval: number of runs, with seeds config.train.seed, config.train.seed + 1, ...; each run uses the folder "
         "WORKDIR/seed_N, and eval reports the mean and standard deviation of every score (default: 1)",
     )  # fmt: skip
-    add("--coordinator", help="host:port of process 0; TPU slices and SLURM jobs do not need it")
-    add("--processes", type=_whole, help="number of processes of the run; requires --coordinator")
-    add("--process_id", type=_whole, help="index of this process, from 0; requires --coordinator")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0; TPU slices and SLURM jobs do not need it")
+    add("--processes", type=_whole, metavar="N", help="number of processes of the run; requires --coordinator")
+    add("--process_id", type=_whole, metavar="I", help="index of this process, from 0; requires --coordinator")
     add(
-        "--start_timeout", type=_whole, default=300, help="multi-process runs: seconds to wait for all to join (default: 300)"
+        "--start_timeout", type=_whole, default=300, metavar="SECONDS",
+        help="multi-process runs: time limit for all processes to join (default: 300)",
     )  # fmt: skip
     add(
-        "--heartbeat", type=_whole, default=100,
-        help="multi-process runs: seconds without a message after which a process counts as lost (default: 100)",
+        "--heartbeat", type=_whole, default=100, metavar="SECONDS",
+        help="multi-process runs: time without a message after which a process counts as lost (default: 100)",
     )  # fmt: skip
     return made
 

@@ -1,12 +1,20 @@
-"""Entry point: `python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR --mode train|eval|plan|compile|bench`.
+"""Train, evaluate, plan, compile or benchmark a run.
 
-With `--workdir DIR` alone, the run in that folder resumes (or is evaluated with `--mode eval`) with the settings stored there. In
-every mode but train, the last line on stdout is one JSON object; all other output goes to stderr. On a pod, start the same command
-on every host.
+  python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR   start a run, or resume it
+  python -m ymplug_jax.main --workdir DIR                                     resume with its stored settings
+  python -m ymplug_jax.main --workdir DIR --mode eval                         score its newest checkpoint
 
-Exit codes: 0 success; 1 bug in the program; 2 user error in settings, flags or data; 3 the step does not fit the chip's memory
-(`--mode compile`); 4 another process of the run is missing or lost; 5 a disk, folder or bucket failed during the run;
-130 interrupted by Ctrl-C with nothing to save.
+On a pod, start the same command on every host. In every mode but train, the last line on stdout is one
+JSON object; all other output goes to stderr.
+
+Exit codes:
+  0    success
+  1    bug in the program (with a traceback)
+  2    user error in the settings, flags, paths or data; do not retry
+  3    --mode compile: the step does not fit the memory of a chip
+  4    another process of the run is missing or lost; start the same command on all hosts to resume
+  5    a disk, folder or bucket failed during the run; retry a few times
+  130  interrupted by Ctrl-C with nothing to save
 """
 
 import argparse

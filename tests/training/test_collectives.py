@@ -98,7 +98,7 @@ def trained_bytes(run: Run) -> int:
 
 
 @pytest.mark.parametrize("maker", ["cpu", "tpu"])
-def test_replicas_send_gradients_and_nothing_else(maker: str) -> None:
+def test_data_parallelism_sends_only_gradients(maker: str) -> None:
     ones, run = found("data 8", maker), ready("data 8", jax.devices())
     assert {(one.kind, one.axes) for one in ones} == {("all-reduce", "data")}
     gradients = trained_bytes(run)
@@ -111,7 +111,7 @@ def test_replicas_send_gradients_and_nothing_else(maker: str) -> None:
 
 
 @pytest.mark.parametrize("maker", ["cpu", "tpu"])
-def test_matching_takes_negatives_from_its_own_device(maker: str) -> None:
+def test_matching_takes_negatives_from_the_same_device(maker: str) -> None:
     ones = found("match", maker)
     assert {(one.kind, one.axes) for one in ones} == {("all-reduce", "data")}
     assert sent(ones) < 1.3 * trained_bytes(ready("match", jax.devices()))
@@ -126,7 +126,7 @@ def test_weak_scaling() -> None:
     assert max(traffic) < 1.1 * min(traffic) and min(traffic) > 0
 
 
-def test_tensor_sums_states_and_gathers_no_activation() -> None:
+def test_tensor_parallelism_sums_hidden_states_and_gathers_no_activation() -> None:
     """Per layer and direction there are two all-reduces, after the row-parallel products; logits stay sharded by vocabulary."""
     ones, rows = found("tensor 2", "tpu"), ROWS // 4
     assert {one.kind for one in ones if "tensor" not in one.axes} == {"all-reduce"}
@@ -151,7 +151,7 @@ def test_fsdp_gathers_one_layer_at_a_time() -> None:
     assert gathered == 2 * sum(map(math.prod, kernels))  # forward and backward
 
 
-def test_fsdp_moves_weights_to_the_rows() -> None:
+def test_fsdp_gathers_weights_not_activations() -> None:
     """No activation is exchanged inside the towers: all gathers and sums have the shape of one layer's parameter."""
     run = ready("fsdp 4", jax.devices())
     params = state.flatten(state.merge(run.state.trainable, run.frozen))
@@ -165,7 +165,7 @@ def test_fsdp_moves_weights_to_the_rows() -> None:
 
 
 @pytest.mark.parametrize(("name", "maker"), [("contrastive", "cpu"), ("contrastive", "tpu"), ("retrieve", "tpu")])
-def test_pairs_meet_as_embeddings(name: str, maker: str) -> None:
+def test_contrastive_losses_exchange_only_embeddings(name: str, maker: str) -> None:
     """A loss over the global batch exchanges embeddings, scores, ids and masks, but no hidden states, which are larger."""
     ones, run = found(name, maker), ready(name, jax.devices())
     assert {one.axes for one in ones} == {"data"}

@@ -130,7 +130,7 @@ def test_a_prediction_that_is_not_finite_names_its_example(folder: Path, tmp_pat
     assert not (tmp_path / "eval").exists()
 
 
-def test_what_is_kept_stays_on_the_devices_and_must_be_finite(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_kept_predictions_stay_on_the_devices_and_must_be_finite(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """The large prediction of row i is [i, i, i]; rescoring gathers its rows 7, 0 and 9 from the devices."""
 
     def predict(params, batch):

@@ -115,8 +115,8 @@ def test_numbers_that_do_not_fit_are_refused_at_once(numbers: list[int], counts:
     assert processes[0].returncode == hosts.LOST and message in first, first
 
 
-def test_a_stranger_at_the_port_disturbs_nobody() -> None:
-    """A port scan and a web browser call process 0 before the others do."""
+def test_unrelated_connections_to_the_port_are_ignored() -> None:
+    """A port scan and a silent client connect to process 0 before the other process does."""
     with started({0: "0"}, count=2) as (first,):
         address = first.args[3].split(":")
         while True:
@@ -139,7 +139,7 @@ def test_a_stranger_at_the_port_disturbs_nobody() -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_process_is_named_and_all_end(victim: int) -> None:
+def test_a_killed_process_is_named_and_all_others_exit(victim: int) -> None:
     with started(dict.fromkeys(range(3), "wait"), count=3) as processes:
         together(processes)
         processes[victim].kill()
@@ -159,7 +159,7 @@ def test_a_silent_process_is_named_after_the_heartbeat() -> None:
             assert code == hosts.LOST and f"process 1 ({HOST}) is lost: no message for 5 s" in errors, errors
 
 
-def test_an_error_of_one_process_ends_all() -> None:
+def test_an_error_of_one_process_stops_all() -> None:
     with started({0: "wait", 1: "raise", 2: "wait"}, count=3) as processes:
         (zero, zero_says), (one, one_says), (two, two_says) = ends(processes, hosts.GRACE + 2 * SLACK)
     assert one == 1 and "OSError: the disk is full" in one_says
@@ -182,7 +182,7 @@ def test_flags_that_do_not_fit_are_refused() -> None:
         cluster.find("a:1", 2, 2, 1)
 
 
-def test_alone_without_flags() -> None:
+def test_a_single_process_needs_no_flags() -> None:
     assert cluster.find(None, None, None, 1) is None
 
 
@@ -192,7 +192,7 @@ SLURM = {
 }  # fmt: skip
 
 
-def test_slurm_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_variables_give_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     meeting = cluster.find(None, None, None, 1)
@@ -208,7 +208,7 @@ def test_slurm_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cluster.find(None, None, None, 1) is None
 
 
-def test_a_tpu_slice_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tpu_variables_give_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # this machine has no chips
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,b.svc,c.svc,d.svc")
     monkeypatch.setenv("TPU_WORKER_ID", "3")
@@ -230,7 +230,7 @@ TPU_ENV = "ACCELERATOR_TYPE: 'v5litepod-16'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCAL
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_the_metadata_server_tells_the_meeting(monkeypatch: pytest.MonkeyPatch, joined: bool):
+def test_the_metadata_server_gives_the_meeting(monkeypatch: pytest.MonkeyPatch, joined: bool):
     """A local server answers like the metadata server of a TPU VM."""
     answers = {
         "agent-worker-number": "1",
@@ -250,7 +250,7 @@ def test_the_metadata_server_tells_the_meeting(monkeypatch: pytest.MonkeyPatch, 
 
     server = http.server.ThreadingHTTPServer(("localhost", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # there are no chips here
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # this machine has no chips
     for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_SKIP_MDS_QUERY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
@@ -267,8 +267,8 @@ def test_the_metadata_server_tells_the_meeting(monkeypatch: pytest.MonkeyPatch, 
     )
 
 
-def test_a_first_host_without_an_address(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # there are no chips here
+def test_a_host_name_of_process_0_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # this machine has no chips
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "nowhere.invalid,b")
     with pytest.raises(

@@ -66,13 +66,13 @@ def test_share_of_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait:
         assert line["samples_per_second"] == pytest.approx(4 / (wait + work))
 
 
-def test_an_evaluation_is_neither_waiting_nor_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_evaluation_time_is_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = run_log(tmp_path, monkeypatch, 1.0, 3.0, pause=500.0)
     assert [line["input_wait"] for line in lines] == pytest.approx([0.25, 0.25])
 
 
 @pytest.mark.slow
-def test_a_run_writes_it(tmp_path: Path):
+def test_a_run_logs_input_wait(tmp_path: Path):
     """A real run with worker processes, which the thread of the feed starts."""
     data = runs.make_data(tmp_path)
     runs.run(tmp_path / "run", data, "--config.train.duration=3 steps", "--config.data.workers=1")

@@ -38,7 +38,7 @@ def test_no_frozen_leaf_in_state_or_gradient():
     assert set(state.flatten(moments)) == set(trainable)
 
 
-def test_frozen_bytes_after_ten_steps():
+def test_frozen_parameters_are_unchanged_after_ten_steps():
     run = tiny.prepare()
     step = step_lib.compile_step(run)
     now, frozen, key = start(run)

@@ -32,7 +32,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             return text.replace("gs://bucket", str(tmp_path / "bucket")).rstrip("/")
 
         def _open(self, path, mode="rb", **options):
-            assert "a" not in mode, f"{path}: an object cannot grow"
+            assert "a" not in mode, f"{path}: objects cannot be appended to"
             Path(self._strip_protocol(path)).parent.mkdir(parents=True, exist_ok=True)
             return super()._open(path, mode)
 

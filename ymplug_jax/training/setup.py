@@ -24,7 +24,7 @@ from ymplug_jax.tasks.task import Task
 if TYPE_CHECKING:
     from ymplug_jax.core import checkpoint
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")  # of frozen parameters
+DTYPES = ("float32", "bfloat16", "float16", "int8")  # values of config.train.frozen_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Run:
     frozen_patterns: tuple[str, ...]
     tx: optax.GradientTransformation
     rate: Callable[[jax.Array], jax.Array]
-    examples: int  # in the training split
+    examples: int  # number of examples in the training split
     steps_per_epoch: int
     total_steps: int
     state: TrainState  # abstract
