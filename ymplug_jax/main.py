@@ -7,7 +7,7 @@
 On a pod, start the same command on every host. In every mode but train, the last line on stdout is one
 JSON object; all other output goes to stderr.
 
-Exit codes:
+Exit codes (docs/troubleshooting.md explains every message):
   0    success
   1    bug in the program (with a traceback)
   2    user error in the settings, flags, paths or data; do not retry

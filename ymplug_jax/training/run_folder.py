@@ -163,7 +163,8 @@ def _check_same_classes(old: Experiment, new: Experiment, folder: epath.Path) ->
         return  # the original file is gone; the run's copy replaces it
     after = preprocess.class_names(new.data) if given else None
     if before != after:
-        source = f"config.data.classes={kept}" if before is not None else "config.data.classes= (empty: its 45 classes)"
+        youku = "config.data.classes= (the 45 classes of Youku-mPLUG)"
+        source = f"config.data.classes={kept}" if before is not None else youku
         raise Mistake(
             f"config.data.classes {given!r}: differs from the class names of the run in {folder}; set {source}, or choose another "
             "--workdir"
