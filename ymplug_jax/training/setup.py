@@ -184,7 +184,10 @@ def _stored(train: config.Train) -> str:
 
 
 def hold(run: Run, frozen: Params) -> Params:
-    """Convert frozen parameters from their stored form to the form used on the devices (quantized for int8)."""
+    """Convert frozen parameters from their stored form to the form used on the devices.
+
+    Only `frozen_dtype="int8"` changes them: see `docs/models/language_models.md`, section Frozen matrices in eight bits.
+    """
     return quantize.hold(frozen, run.task.axes) if run.experiment.train.frozen_dtype == "int8" else frozen
 
 

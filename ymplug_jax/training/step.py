@@ -1,6 +1,7 @@
 """The training step: as a pure function of a task and an optimizer, and compiled for a device mesh.
 
-Imports nothing that reads data or checkpoints, so it needs only JAX, Flax and Optax.
+Imports nothing that reads data or checkpoints, so it needs only JAX, Flax and Optax. The optimizer and schedule of each model are
+described in `docs/models/mplug_video.md` and `docs/models/alpro.md`, section Recipe.
 """
 
 import dataclasses
