@@ -156,7 +156,7 @@ class _Training:
             log.say(f"step {step}: evaluation " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
         best, sums = evaluation.best, self._checkpoints.frozen_sums
         if best and whole and best.offer(self._state, step, self._seen_after(step), whole, sums):
-            log.say(f"step {step}: best {self._run.experiment.train.best} so far, saved to {self._workdir / BEST}")
+            log.say(f"step {step}: best {self._run.experiment.train.best} so far, kept in {self._workdir / BEST}")
         log.restart_clock()
 
     def _seen_after(self, step: int) -> int:
