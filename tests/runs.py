@@ -1,4 +1,4 @@
-"""Real runs of `python -m ymplug_jax.main` in subprocesses, on small shards and a model that compiles quickly."""
+"""Start real runs of `python -m ymplug_jax.main` in subprocesses, with small shards and a model that compiles quickly."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ SMALL = [
 
 
 def make_data(folder: Path) -> list[str]:
-    """Shards of two splits and a tokenizer; returns the flags that name them."""
+    """Write shards of two splits and a tokenizer; return the flags that name them."""
     shards.write(folder / "data", (13, 8))
     shards.write(folder / "data", (9,), split="validation", first=50)
     shards.tokenizer(folder / "t.model")
@@ -57,13 +57,13 @@ def free_port() -> int:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """That of the tests (their compilation cache, how they compile) with so many devices."""
+    """Return the environment of the tests (compilation cache, XLA flags) with the given number of devices."""
     flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     return os.environ | {"XLA_FLAGS": flags}
 
 
 def start(*args, devices: int = 1, **options) -> subprocess.Popen:
-    """A run that goes on in the background."""
+    """Start a run in the background."""
     return subprocess.Popen(
         command(*args),
         cwd=ROOT,
@@ -76,7 +76,7 @@ def start(*args, devices: int = 1, **options) -> subprocess.Popen:
 
 
 def run(*args, devices: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    """A run to its end, with the exit code that is expected."""
+    """Run to the end and check the exit code."""
     done = subprocess.run(
         command(*args), cwd=ROOT, env=environment(devices), text=True, capture_output=True, timeout=300
     )
@@ -85,12 +85,12 @@ def run(*args, devices: int = 1, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    """Step -> training loss."""
+    """Return {step: training loss}."""
     return {line["step"]: line["loss"] for line in metrics.read_metrics(workdir) if "loss" in line}
 
 
 def saved(workdir: Path) -> dict[str, np.ndarray]:
-    """Path -> value of every parameter in the newest checkpoint."""
+    """Return {path: value} of every parameter in the newest checkpoint."""
     experiment = config.from_json((workdir / "config.json").read_text(encoding="utf-8"))
     one = dataclasses.replace(experiment, mesh=config.Mesh())
     run = setup.prepare(one, jax.devices()[:1])

@@ -1,4 +1,4 @@
-"""Small data sets written byte by byte, as the builder would, for tests that need shards but no videos."""
+"""Write small shards in the format of data_prep.build_shards, for tests that need shards but no videos."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,13 @@ COLOURS = ("红色", "蓝色", "绿色", "黄色")
 
 
 def jpeg(seed: int, side: int = 24) -> bytes:
-    """A noisy picture."""
+    """Return a JPEG of random noise."""
     image = np.random.default_rng(seed).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
     return cv2.imencode(".jpg", image)[1].tobytes()
 
 
 def example(i: int, frames: int = 4) -> bytes:
-    """Record i: frames seeded by i, a title out of twelve."""
+    """Return record i: frames seeded by i and one of twelve titles."""
     message = tf_example_pb2.Example()
     feature = message.features.feature
     feature[schema.IMAGE].bytes_list.value.extend(jpeg(100 * i + t) for t in range(frames))
@@ -39,7 +39,7 @@ def title(i: int) -> str:
 
 
 def frame(payload: bytes) -> bytes:
-    """One TFRecord record."""
+    """Frame a payload as one TFRecord record."""
     size = len(payload).to_bytes(8, "little")
     crcs = (schema.masked_crc(google_crc32c.value(data)).to_bytes(4, "little") for data in (size, payload))
     return size + next(crcs) + payload + next(crcs)
@@ -48,7 +48,10 @@ def frame(payload: bytes) -> bytes:
 def write(
     folder: Path, counts: tuple[int, ...] = (5, 4), split: str = "train", first: int = 0, kind: str = "pretrain"
 ) -> Path:
-    """Shards with so many records each, their indices, and a manifest that calls them of a kind (records have all columns)."""
+    """Write one shard per entry of `counts` with that many records, their indices, and a manifest with the given kind.
+
+    Records have the columns of all kinds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     i = first
     for number, count in enumerate(counts):
@@ -66,13 +69,13 @@ def write(
 
 
 def call(folder: Path, kind: str) -> None:
-    """The manifest again, with another kind."""
+    """Write the manifest with the given kind."""
     facts = {"schema_version": schema.SCHEMA_VERSION, "kind": kind}
     (folder / schema.MANIFEST).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def tokenizer(file: Path) -> Path:
-    """A sentencepiece model of the titles."""
+    """Train a sentencepiece model on the titles."""
     import io
 
     import sentencepiece
@@ -88,7 +91,7 @@ def tokenizer(file: Path) -> Path:
 
 
 def vocabulary(file: Path) -> Path:
-    """A BERT vocabulary of the titles' characters."""
+    """Write a BERT vocabulary of the titles' characters."""
     characters = sorted({c for i in range(12) for c in title(i)} | set("第个视频0123456789"))
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in "0123456789")]
     file.write_text("\n".join(tokens) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A task's examples, predictions and kept rows of some records, without a run: shared by the tests of the tasks."""
+"""Examples, predictions and kept rows of a task without a run; shared by the tests of the tasks."""
 
 import jax
 import numpy as np
@@ -15,13 +15,13 @@ def batch_of(task: Task, records: Records, rng: np.random.Generator | None, indi
 
 
 def rows_of(task: Task, params: dict, records: Records) -> list[dict]:
-    """Predictions of all records in one batch, those that a run keeps on its devices too."""
+    """Return the predictions of all records from one batch, including those that a run keeps on its devices."""
     found = jax.device_get(jax.jit(task.predict)(params, batch_of(task, records, None, range(len(records)))))
     return [{key: value[i] for key, value in found.items()} | {"index": i} for i in range(len(records))]
 
 
 def kept_of(task: Task, rows: list[dict], devices: int = 1, batch: int = 4) -> KeptRows:
-    """What a run on so many devices keeps of these rows, in batches of so many; the last one is padded."""
+    """Return the kept rows of a run with `devices` devices and batches of `batch` rows; the last batch is padded."""
     mesh = sharding.make_mesh(fsdp=devices // 2 or 1, devices=jax.devices()[:devices])
     kept = KeptRows(mesh, -(-len(rows) // batch))
     for number in range(kept.batches):

@@ -1,4 +1,4 @@
-"""ALPRO by its commands: the same run on one device and on eight, then fine-tuning, evaluation and answers from it."""
+"""ALPRO from the command line: pre-training on one and on eight devices, fine-tuning, evaluation and prediction."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from ymplug_jax import predict
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "data_prep"))
-import videos  # noqa: E402  the drawn test videos
+import videos  # noqa: E402  generated test videos
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def main(
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pre-trained run, and what was fine-tuned from it."""
+    """A pre-training run and two runs fine-tuned from it."""
     home = tmp_path_factory.mktemp("alpro")
     shards.write(home / "data", (13, 8))
     shards.write(home / "data", (9,), split="validation", first=50)
@@ -72,7 +72,7 @@ def test_eight_devices_learn_the_same(home: Path) -> None:
     np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=1e-4)
 
 
-def test_evaluations_of_what_was_fine_tuned(home: Path) -> None:
+def test_evaluations_of_the_runs(home: Path) -> None:
     found = json.loads(main(home, "alpro_retrieve", "alpro_retrieve", "--config.options.group=8", "--mode=eval").stdout)
     assert found["task"] == "alpro_retrieve" and found["examples"] == found["texts"] == 9
     assert {"t2v_r1", "match/t2v_r1", "match/r_mean", "matching_loss"} <= set(found)
@@ -84,7 +84,7 @@ def test_evaluations_of_what_was_fine_tuned(home: Path) -> None:
     assert found["masked_loss"] > 0 and "t2v_r1" in found
 
 
-def test_answers_about_files(home: Path, capsys: pytest.CaptureFixture) -> None:
+def test_predictions_for_files(home: Path, capsys: pytest.CaptureFixture) -> None:
     def ask(*command: str | Path) -> list[dict]:
         capsys.readouterr()
         assert predict.main([str(flag) for flag in (*command, "--json")]) == 0

@@ -1,4 +1,4 @@
-"""Where settings come from: a config file of any folder, the run itself, and the command line over them."""
+"""Sources of settings: a config file in any folder, an existing run, and overrides on the command line."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def read(*argv: str) -> Experiment:
     ],
 )
 def test_settings_as_they_are_written(written: list[str], group: str, name: str, value: object):
-    """Before --config or behind it."""
+    """Overrides may stand before or after --config."""
     for argv in ([f"--config={PRETRAIN}", *written], [*written, "--config", PRETRAIN]):
         found = getattr(getattr(read(*argv), group), name)
         assert found == value and type(found) is type(value)
@@ -58,18 +58,18 @@ def test_settings_of_the_model():
 
 
 def test_the_kind_of_a_language_model():
-    """The config file gives it with the settings that belong to it; the command line can state it, not change it."""
+    """The config file sets the kind together with its settings; the command line may repeat it but not change it."""
     model = read("--config", f"{PRETRAIN}:qwen", "--config.model.llm.kind=qwen", "--config.model.llm.kv_heads=4").model
     assert model["llm"]["kind"] == "qwen" and model["llm"]["kv_heads"] == 4
     with pytest.raises(Mistake) as caught:
         read("--config", PRETRAIN, "--config.model.llm.kind=qwen", "--config.model.llm.width=64")
     assert str(caught.value) == (
-        "config.model.llm.kind: a 'gpt3' cannot become a 'qwen', whose settings are others; give a size of it to --config, as "
+        "config.model.llm.kind: cannot change 'gpt3' to 'qwen', which has other settings; choose the model with --config, e.g. "
         "--config configs/mplug_video/pretrain.py:qwen2.5-1.5b"
     )
     with pytest.raises(Mistake) as caught:
         read("--config", PRETRAIN, "--config.model.llm.kind=llama")
-    assert str(caught.value) == "config.model.llm.kind: there is no 'llama'; there are gpt3, bloom, qwen"
+    assert str(caught.value) == "config.model.llm.kind: unknown kind 'llama'; choose one of gpt3, bloom, qwen"
     with pytest.raises(
         Mistake, match=r"^config\.model.llm: no setting named 'max_position'; did you mean 'max_positions'"
     ):
@@ -82,7 +82,7 @@ def test_the_kind_of_a_language_model():
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A folder with the settings of a run; its tokenizer is gone from where it was."""
+    """A run folder with settings and a copy of a tokenizer whose original no longer exists."""
     data = Data(path="shards", tokenizer=str(tmp_path / "gone" / "t.model"))
     made = Experiment("pretrain", {"llm": {"vocab": 9}}, data, Optim(lr=0.5), Mesh(), Train(frozen=("a",), seed=7))
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
@@ -94,7 +94,7 @@ def run(tmp_path: Path) -> Path:
 def test_settings_of_a_run(run: Path):
     made = read("--workdir", str(run), "--mode=eval", "--config.data.eval_split=test")
     assert (made.task, made.optim.lr) == ("pretrain", 0.5)
-    assert made.model == {"llm": {"kind": "gpt3", "vocab": 9}}, "the run is older than the choice of a decoder"
+    assert made.model == {"llm": {"kind": "gpt3", "vocab": 9}}, "runs from before the setting `kind` have GPT-3"
     assert made.train.frozen == ("a",) and made.data.path == "shards" and made.data.eval_split == "test"
     assert made.data.tokenizer == f"{run}/tokenizer/t.model"
     (run.parent / "gone").mkdir()
@@ -102,7 +102,9 @@ def test_settings_of_a_run(run: Path):
     assert read("--workdir", str(run)).data.tokenizer == f"{run.parent}/gone/t.model"
 
 
-def test_relative_places_of_a_run_are_those_of_its_start(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_relative_paths_of_a_run_resolve_against_its_start_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "there" / "shards").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     settings = json.loads((run / "config.json").read_text())
@@ -145,7 +147,7 @@ def get_config(arg="none"):
 
 
 def own(folder: Path, module: str, name: str) -> Path:
-    """A config that imports a recipe, and one more file when it is called."""
+    """Write a config that imports a recipe at import time and another module when get_config is called."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "late.py").write_text(RECIPE.format(name=f"late {name}"), encoding="utf-8")
     (folder / "mine.py").write_text(CONFIG.format(module=module), encoding="utf-8")
@@ -158,10 +160,10 @@ def own(folder: Path, module: str, name: str) -> Path:
         ("my runs.2", "recipe", "recipe.py"),
         ("my runs.2", ".recipe", "recipe.py"),
         ("my runs.2", "..shared.recipe", "../shared/recipe.py"),
-        ("json", ".recipe", "recipe.py"),  # named like a library
+        ("json", ".recipe", "recipe.py"),  # the folder has the name of a library
     ],
 )
-def test_imports_beside_a_config_of_ones_own(tmp_path: Path, folder: str, module: str, recipe: str):
+def test_imports_from_the_folder_of_a_config(tmp_path: Path, folder: str, module: str, recipe: str):
     file = own(tmp_path / folder, module, "one")
     (tmp_path / folder / recipe).parent.mkdir(exist_ok=True)
     (tmp_path / folder / recipe).write_text(RECIPE.format(name="dance"), encoding="utf-8")
@@ -171,8 +173,8 @@ def test_imports_beside_a_config_of_ones_own(tmp_path: Path, folder: str, module
     assert sys.path == path and set(sys.modules) == modules and json.loads("1") == 1
 
 
-def test_each_config_finds_the_recipes_of_its_own_tree(tmp_path: Path):
-    """Two checkouts, one after the other, and this one's `configs` on the path."""
+def test_each_config_imports_recipes_of_its_own_checkout(tmp_path: Path):
+    """Two checkouts are loaded in turn while this checkout's `configs` is on the path."""
     for name in ("one", "two"):
         tree = tmp_path / name / "configs" / "family"
         tree.mkdir(parents=True)
@@ -191,11 +193,11 @@ def test_each_config_finds_the_recipes_of_its_own_tree(tmp_path: Path):
 
 
 def test_a_config_of_the_checkout_from_another_folder(tmp_path: Path):
-    """Started elsewhere, where another `configs` lies."""
+    """The working folder has a `configs` of its own, which must not be used."""
     (tmp_path / "configs" / "mplug_video").mkdir(parents=True)
     (tmp_path / "configs" / "mplug_video" / "recipe.py").write_text("raise RuntimeError('another tree')")
     command = [sys.executable, "-m", "ymplug_jax.main", "--mode=plan", f"--config={runs.ROOT}/configs/tiny/language.py"]
-    # Installed, the package is found in a folder without configs.
+    # An installed package lies in a folder without configs.
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "ymplug_jax").symlink_to(runs.ROOT / "ymplug_jax")
     settings = [
@@ -213,18 +215,18 @@ def test_a_config_of_the_checkout_from_another_folder(tmp_path: Path):
 
 
 def raised(make) -> Exception:
-    """The error with its traceback."""
+    """Return the error that `make` raises, with its traceback."""
     with pytest.raises(Exception) as caught:
         make()
     return caught.value
 
 
-def place(error: OSError) -> None:
+def place(error: Exception) -> None:
     raise error
 
 
 def test_exit_codes():
-    """A raise in the package is for the user, whatever the depth of its folder; what Python raises there is a bug."""
+    """Errors raised by a `raise` statement of the package are user errors; those that Python raises there are bugs."""
     code = main._code
     assert code(Mistake("x"), False) == 2 and code(PlaceFailed("x"), True) == 5
     assert code(raised(lambda: config.steps_in("x", steps_per_epoch=1)), False) == 2
@@ -238,7 +240,7 @@ def test_exit_codes():
     assert main._line(Mistake("two\nlines")) == "two lines"
 
 
-def test_a_task_in_a_folder_of_its_own_is_ours_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_errors_raised_in_subfolders_are_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "tasks" / "family" / "task.py"
     file.parent.mkdir(parents=True)
     file.write_text("def make():\n    raise ValueError('config.model is wrong')\ndef bug():\n    return int('x')\n")

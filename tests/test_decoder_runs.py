@@ -1,4 +1,4 @@
-"""Runs with another decoder than GPT-3, by their commands: on text alone, frozen in a pre-training, evaluated from its folder."""
+"""Runs with decoders other than GPT-3: text-only training, pre-training with the decoder frozen, and evaluation."""
 
 import json
 import re
@@ -21,7 +21,7 @@ LLM = ["--config.model.llm.vocab=320", "--config.model.llm.width=32", "--config.
 
 
 def tokenizer(file: Path) -> Path:
-    """A byte-level BPE with Qwen's control tokens: there is no beginning token."""
+    """Train a byte-level BPE with Qwen's control tokens, which have no begin-of-text token."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -81,4 +81,7 @@ def test_a_tiny_qwen_is_trained_frozen_and_pretrained_through(home: Path, capsys
 
     settings = [f"--config={runs.ROOT}/configs/tiny/pretrain.py:bloom", f"--workdir={home / 'pretrain'}"]
     assert main.main(["main", *settings, f"--config.data.path={home / 'data'}", *SMALL, *LLM]) == 2
-    assert "holds a run of another model: config.model.llm.kind 'qwen' -> 'bloom'" in capsys.readouterr().err
+    assert (
+        "holds a run of another model (config.model.llm.kind 'qwen' -> 'bloom'); use its settings"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,4 @@
-"""`benchmarks.device` at its small size: every step has a result, a failing one does not end it, and it needs little."""
+"""`benchmarks.device` at its small size: every step has a result, failures do not stop it, and it needs few libraries."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ import runs
 from benchmarks import attention_parity, device, device_report, profile_summary, torch_generate
 
 BLOCKED = ("grain", "tensorflow", "tensorflow_datasets", "ml_collections", "apache_beam", "cv2", "sentencepiece")
-# A GPU's part of a trace: two streams with kernels, one line that repeats their time, and a plane of the host.
+# The planes of a GPU trace: two streams with kernels, one line with the time of the whole module, and a plane of the host.
 TRACE = """
 planes {
   name: "/device:GPU:0"
@@ -114,7 +114,7 @@ def test_a_failing_step_is_one_line_and_the_next_one_follows(
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-def test_a_step_that_never_ends_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_hangs_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(device_report.os, "_exit", codes.append)
     report = device_report.Report(tmp_path / "r.json", limit=0.1, began=time.perf_counter())
@@ -130,7 +130,7 @@ def test_a_step_that_never_ends_ends_the_process(tmp_path: Path, monkeypatch: py
 
 def test_an_attention_that_differs_is_found() -> None:
     def blind(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention_parity.plain(q, k, v)  # sees what comes later
+        return attention_parity.plain(q, k, v)  # lacks the causal mask
 
     def detached(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attention_parity.plain_causal(q, jax.lax.stop_gradient(k), v)
@@ -151,7 +151,7 @@ def test_plain_attention_is_softmax_attention() -> None:
     np.testing.assert_allclose(attention_parity.plain_causal(q, k, v)[0, :, 0], expected, rtol=1e-5)
 
 
-def test_kernels_are_told_by_what_the_program_calls() -> None:
+def test_kernels_are_recognised_by_their_custom_call() -> None:
     call = '%x = (bf16[2]) custom-call(%q), custom_call_target="{}", backend_config={{}}'
     assert attention_parity.kernel_of(call.format("__cudnn$fmhaSoftmaxBackward")) == "cuDNN"
     assert attention_parity.kernel_of(call.format("tpu_custom_call")) == "Pallas on TPU"
@@ -177,7 +177,7 @@ def test_kernels_of_a_gpu_are_summed_by_operation(tmp_path: Path) -> None:
     assert first["milliseconds"] == pytest.approx(0.004) and first["times"] == 1 and first["share"] == 0.8
 
 
-def test_without_operations_in_the_trace_the_cost_analysis_is_told(tmp_path: Path) -> None:
+def test_the_cost_analysis_is_reported_without_operations_in_the_trace(tmp_path: Path) -> None:
     report = device_report.Report(tmp_path / "r.json", limit=60, began=time.perf_counter())
     work = device.Bench(device.SIZES["small"], "float32", report)
     compiled = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()
@@ -188,7 +188,7 @@ def test_without_operations_in_the_trace_the_cost_analysis_is_told(tmp_path: Pat
     assert results["XLA's cost analysis"]["flops"] == 2 * 16**3
 
 
-def test_an_unknown_step_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         device.main(["--steps=train,everything", f"--out={tmp_path / 'd.json'}"])
     assert "no step named 'everything'; there are attention, build" in capsys.readouterr().err

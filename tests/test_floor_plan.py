@@ -1,4 +1,4 @@
-"""Imports go down a floor or stay inside one box; heavy libraries stay in their home; files stay short."""
+"""The layering of the package: imports go down one list, heavy libraries stay in few places, files stay short."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ymplug_jax"
-# Imports go down this list or stay inside one package. Packages on one floor do not see each other.
+# Imports go down this list or stay inside one package. Packages in the same row do not import each other.
 FLOORS = (
     ("main", "predict", "api", "demo", "compare", "command_line"),
     ("inference", "analysis"),
@@ -28,7 +28,7 @@ HEAVY = {
     "torch": ["convert"],
     "transformers": ["convert"],
 }
-# TFDS lends the reader its Example protobuf, which loads without TensorFlow.
+# The reader takes the Example protobuf from TFDS, which loads without TensorFlow.
 TFDS_HOMES = ("data_prep", "ymplug_jax/data/records.py")
 SOURCES = sorted(
     p for folder in ("ymplug_jax", "data_prep", "configs", "benchmarks") for p in (ROOT / folder).rglob("*.py")
@@ -37,7 +37,7 @@ IDS = [str(p.relative_to(ROOT)) for p in SOURCES]
 
 
 def imports_of(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, at any depth."""
+    """Return the dotted names of all imports of a file, including those inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -49,7 +49,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def box_of(path: Path) -> str:
-    """First part below ymplug_jax: "models", "train", ..."""
+    """Return the package below ymplug_jax that holds the file: "models", "training", ..."""
     part = path.relative_to(PACKAGE).parts[0]
     return part.removesuffix(".py")
 
@@ -92,7 +92,7 @@ def test_imports_go_down(path: Path):
 
 
 def test_no_cycles():
-    """Between modules, at every level of the package."""
+    """No import cycles between modules, at any level of the package."""
     places = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
     graph = {}
     for name, p in places.items():
@@ -124,8 +124,8 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_tasks_do_not_see_each_other(family: str):
-    """Neither those of one family nor another family; what several share lies in tasks/common, or in a file without `make`."""
+def test_tasks_do_not_import_each_other(family: str):
+    """A task imports no other task, of its own or another family; shared code lies in tasks/common or a file without `make`."""
     tasks = {f"ymplug_jax.tasks.{family}.{path.stem}" for path in FAMILIES[family] if makes_a_task(path)}
     assert tasks
     for path in FAMILIES[family]:
@@ -136,8 +136,8 @@ def test_tasks_do_not_see_each_other(family: str):
         assert not [name for name in used for other in others if f"{name}.".startswith(f"{other}.")], path
 
 
-def test_what_tasks_share_and_the_programs_name_none():
-    """tasks/common, the record itself and every package above know no family; configs choose the task."""
+def test_shared_code_imports_no_task_family():
+    """tasks/common, the task record and the packages above import no task family; configs choose the task."""
     families = tuple(f"ymplug_jax.tasks.{name}" for name in FAMILIES)
     shared = [*(PACKAGE / "tasks").glob("*.py"), *(PACKAGE / "tasks" / "common").glob("*.py")]
     above = [path for path in SOURCES if path.is_relative_to(PACKAGE) and not path.is_relative_to(PACKAGE / "tasks")]
@@ -145,7 +145,7 @@ def test_what_tasks_share_and_the_programs_name_none():
         assert not [name for name in imports_of(path) if name.startswith(families)], path
 
 
-def test_data_prep_knows_only_data():
+def test_data_prep_imports_only_data():
     for path in (ROOT / "data_prep").rglob("*.py"):
         used = {name for name in imports_of(path) if name.startswith("ymplug_jax")}
         assert all(name.startswith("ymplug_jax.data.") for name in used), f"{path}: {used}"
@@ -163,7 +163,7 @@ def test_files_stay_short(path: Path):
 
 
 def test_import_is_quick_and_light():
-    """`import ymplug_jax` under 2 s is checked by what it loads, not by the clock: no jax, no TensorFlow."""
+    """`import ymplug_jax` loads neither JAX nor TensorFlow; this keeps it fast without measuring time."""
     code = (
         "import sys, ymplug_jax; print([m for m in ('jax', 'tensorflow', 'torch', 'apache_beam') if m in sys.modules])"
     )
@@ -178,7 +178,7 @@ def test_training_loads_no_tensorflow():
 
 
 def test_tests_are_found_by_pytest_alone() -> None:
-    """`pytest tests/parity` does not put the project on the path as `python -m pytest` does."""
+    """`pytest`, unlike `python -m pytest`, does not put the project on the import path."""
     command = [
         Path(sys.executable).with_name("pytest"),
         "--collect-only",

@@ -1,4 +1,4 @@
-"""The launch scripts: their syntax, what they would start, and when they start it again."""
+"""The launch scripts: their syntax, the commands that they start, and when they restart a run."""
 
 import importlib.util
 import math
@@ -23,14 +23,14 @@ def test_syntax(script: Path) -> None:
 
 
 def stub(folder: Path, name: str, body: str) -> dict[str, str]:
-    """A program of that name, first on the path; LOG is a file for it to write to."""
+    """Create a program of that name and return an environment with it first on PATH; $LOG names a file for its output."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
     (folder / name).chmod(0o755)
     return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(folder / "log")}
 
 
-def test_a_slice_is_tried_again_until_the_run_is_done(tmp_path: Path) -> None:
+def test_a_slice_restarts_until_the_run_is_done(tmp_path: Path) -> None:
     body = 'printf "%s\\n" "$@" >> "$LOG"; [ "$(grep -c -- --worker=all "$LOG")" -ge 2 ]'
     env = stub(tmp_path / "bin", "gcloud", body) | {"TPU": "a", "ZONE": "z"}
     stub(tmp_path / "bin", "sleep", "exit 0")
@@ -40,7 +40,7 @@ def test_a_slice_is_tried_again_until_the_run_is_done(tmp_path: Path) -> None:
     assert ".venv/bin/python -m ymplug_jax.main --config c.py --workdir gs://b/a\\ run" in log
 
 
-def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_user_error_is_not_retried(tmp_path: Path) -> None:
     env = stub(tmp_path / "bin", "gcloud", 'echo x >> "$LOG"; exit 2') | {"TPU": "a", "ZONE": "z"}
     assert subprocess.run([LAUNCH / "tpu_vm.sh", "--config", "c.py"], env=env).returncode == 2
     assert (tmp_path / "bin" / "log").read_text() == "x\n"
@@ -48,7 +48,7 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     assert subprocess.run([LAUNCH / "tpu_vm.sh"], env=env, capture_output=True).returncode != 0
 
 
-def test_a_place_that_fails_is_tried_a_few_times(tmp_path: Path) -> None:
+def test_a_failed_disk_or_bucket_is_retried_a_few_times(tmp_path: Path) -> None:
     env = stub(tmp_path / "bin", "gcloud", 'echo x >> "$LOG"; exit 5') | {"TPU": "a", "ZONE": "z"}
     stub(tmp_path / "bin", "sleep", "exit 0")
     assert subprocess.run([LAUNCH / "tpu_vm.sh", "--config", "c.py"], env=env).returncode == 5
@@ -62,8 +62,8 @@ def test_a_place_that_fails_is_tried_a_few_times(tmp_path: Path) -> None:
     assert (tmp_path / "queued" / "log").read_text() == "x\n" * 5
 
 
-def test_what_a_host_runs_ends_what_was_left_running(tmp_path: Path) -> None:
-    """The command that gcloud would give every host, given to this one while a run of a lost connection is still there."""
+def test_a_host_stops_a_run_left_from_a_lost_connection(tmp_path: Path) -> None:
+    """Execute the command that gcloud sends to every host while an earlier run is still active."""
     env = stub(tmp_path / "bin", "gcloud", 'for last; do :; done; bash -c "${last#--command=}"') | {
         "TPU": "a",
         "ZONE": "z",
@@ -76,7 +76,7 @@ def test_what_a_host_runs_ends_what_was_left_running(tmp_path: Path) -> None:
         ["bash", "-c", 'trap "echo saved >> $LOG; exit 0" TERM; while :; do sleep 0.1; done'], env=env
     )
     (tmp_path / "code" / "run.pid").write_text(f"{left.pid}\n")
-    time.sleep(1)  # until its trap is set
+    time.sleep(1)  # until the trap is set
     run = subprocess.Popen([LAUNCH / "tpu_vm.sh", "--x=a b"], env=env | {"FOLDER": str(tmp_path / "code")})
     left.wait(timeout=60)
     assert run.wait(timeout=60) == 0
@@ -100,7 +100,7 @@ QUEUED = {"TPU": "a", "ZONE": "z", "TYPE": "v5litepod-64", "RUNTIME": "r", "SETU
 
 
 @pytest.mark.parametrize(("code", "ends"), [(0, 0), (2, 2)])
-def test_a_slice_that_is_taken_away_is_made_again(tmp_path: Path, code: int, ends: int) -> None:
+def test_a_preempted_slice_is_created_again(tmp_path: Path, code: int, ends: int) -> None:
     env = stub(tmp_path / "bin", "gcloud", GCLOUD) | QUEUED | {"CODE": str(code)}
     stub(tmp_path / "bin", "sleep", "exit 0")
     done = subprocess.run([LAUNCH / "tpu_queued.sh", "--config", "c.py"], env=env, timeout=60)
@@ -120,7 +120,7 @@ def test_a_queued_slice_needs_its_settings(tmp_path: Path) -> None:
     assert done.returncode == 2 and "SETUP is missing" in done.stderr
 
 
-# srun passes signals to its tasks; here it is the one task, which saves when it is told to stop.
+# srun passes signals to its tasks. This stub is the only task: it saves when it receives SIGTERM.
 SRUN = """
 echo "srun $@" >> "$LOG"
 trap 'echo saved >> "$LOG"; exit ${AFTER:-0}' TERM
@@ -135,8 +135,10 @@ def slurm(folder: Path, **more: str) -> dict[str, str]:
     return stub(folder, "srun", SRUN) | {"SLURM_JOB_ID": "7"} | more
 
 
-def test_slurm_saves_and_queues_again_before_the_time_limit(tmp_path: Path) -> None:
-    assert "#SBATCH --signal=B:TERM@300\n" in (LAUNCH / "slurm.sh").read_text(), "B: this shell gets it, not the steps"
+def test_slurm_saves_and_requeues_before_the_time_limit(tmp_path: Path) -> None:
+    assert "#SBATCH --signal=B:TERM@300\n" in (LAUNCH / "slurm.sh").read_text(), (
+        "B: the batch shell receives the signal, not the job steps"
+    )
     batch = subprocess.Popen([LAUNCH / "slurm.sh", "--workdir", "/a run"], env=slurm(tmp_path / "bin"))
     while not (tmp_path / "bin" / "log.ready").exists():
         time.sleep(0.05)
@@ -159,7 +161,7 @@ def test_slurm_saves_and_queues_again_before_the_time_limit(tmp_path: Path) -> N
         (5, "5", False),
     ],
 )
-def test_slurm_queues_again_what_may_go_on(tmp_path: Path, code: int, restarts: str, again: bool) -> None:
+def test_slurm_requeues_by_exit_code(tmp_path: Path, code: int, restarts: str, again: bool) -> None:
     env = slurm(tmp_path / "bin", CODE=str(code), SLURM_RESTART_COUNT=restarts)
     assert subprocess.run([LAUNCH / "slurm.sh"], env=env, timeout=60).returncode == code
     assert ("scontrol requeue 7" in (tmp_path / "bin" / "log").read_text()) == again
@@ -176,7 +178,9 @@ def test_slurm_queues_again_what_may_go_on(tmp_path: Path, code: int, restarts: 
         (None, 5, 5),
     ],
 )
-def test_a_run_that_was_asked_to_stop_is_unfinished(tmp_path: Path, asked: int | None, code: int, ends: int) -> None:
+def test_a_run_stopped_by_a_signal_counts_as_unfinished(
+    tmp_path: Path, asked: int | None, code: int, ends: int
+) -> None:
     env = slurm(tmp_path / "bin", AFTER=str(code), CODE="" if asked else str(code))
     process = subprocess.Popen([LAUNCH / "unfinished.sh", "srun"], env=env)
     if asked:
@@ -198,7 +202,7 @@ def test_the_manifest_fits_its_slice() -> None:
     chips = math.prod(map(int, topology.split("x")))
     assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0, (
-        "one host less ends the others; all start again"
+        "if one host fails, the others exit, and the JobSet restarts all of them"
     )
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]

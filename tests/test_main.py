@@ -1,4 +1,4 @@
-"""The command line: JSON alone on stdout, tables on stderr, and one clear line for each mistake of a user."""
+"""The command line: JSON on stdout, tables and logs on stderr, one line per user error."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def call(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_plan_of_the_real_model():
-    """The 1.3B model is laid out and its step compiled without a byte of it allocated (the published counts, exactly)."""
+    """The 1.3B model has exactly the published parameter counts; its step compiles without allocating a parameter."""
     done = call("--config=configs/mplug_video/pretrain.py:1.3b", "--mode=plan")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
@@ -62,17 +62,17 @@ def test_eval_takes_the_settings_of_the_run_prints_one_json_line_and_writes_pred
     assert len(rows) == 9 and all(row["title"].endswith("在移动") for row in rows)
 
 
-def test_a_finished_run_is_left_alone(trained: tuple[Path, list[str]]):
+def test_a_finished_run_is_not_changed(trained: tuple[Path, list[str]]):
     workdir, _ = trained
     before = sorted(path.name for path in (workdir / "checkpoints" / "steps").iterdir())
     done = call(f"--workdir={workdir}")
     assert done.returncode == 0 and "nothing to train" in done.stderr
-    assert "other settings" not in done.stderr
+    assert "settings differ" not in done.stderr
     assert sorted(path.name for path in (workdir / "checkpoints" / "steps").iterdir()) == before
 
 
-def test_a_run_goes_on_by_its_folder_alone(trained: tuple[Path, list[str]], tmp_path: Path):
-    """Settings of the command line override the run's own; its tokenizer is its own copy where the file is gone."""
+def test_a_run_resumes_from_its_folder_alone(trained: tuple[Path, list[str]], tmp_path: Path):
+    """The command line overrides the stored settings; the run's copy replaces a tokenizer file that no longer exists."""
     workdir, data = shutil.copytree(trained[0], tmp_path / "run"), trained[0].parent
     tokenizer = (data / "t.model").rename(data / "moved.model")
     try:
@@ -88,10 +88,10 @@ def test_a_run_goes_on_by_its_folder_alone(trained: tuple[Path, list[str]], tmp_
 
 
 @pytest.mark.parametrize("place", ["_accepted", "_result_of"])
-def test_ctrl_c_is_no_traceback(
+def test_ctrl_c_prints_no_traceback(
     place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    """While the settings are checked, and in an evaluation; a run in training saves first."""
+    """During the checks and during an evaluation; training saves a checkpoint first (see test_resume)."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -101,4 +101,4 @@ def test_ctrl_c_is_no_traceback(
     flags = ["--config=configs/tiny/pretrain.py", "--mode=eval", f"--workdir={tmp_path}"]
     assert main.main(["main", *flags]) == 130 == exits.STOPPED
     out, err = capsys.readouterr()
-    assert out == "" and err == "stopped\n"
+    assert out == "" and err == "interrupted\n"

@@ -1,6 +1,6 @@
-"""The commonest mistakes: each ends in one line and exit code 2, before anything is compiled and before a folder is made.
+"""Common user errors: each prints one line and exits with code 2, before anything is compiled or a folder is created.
 
-`--durations=0` shows the seconds of each; those of a whole process are in `test_as_a_process`.
+`--durations=0` shows the seconds of each check; `test_as_a_process` includes the start of a process.
 """
 
 import json
@@ -29,7 +29,7 @@ COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, duration, **_: COMPILED.append(event) if "backend_compile" in event else None
 )
-# Of the small model, what every task has.
+# The settings of runs.SMALL that every mPLUG-video task has.
 SMALL = [flag for flag in runs.SMALL if not flag.startswith("--config.model.abstractor")]
 ALPRO = [
     "--config.model.vision.image_size=16", "--config.model.vision.patch_size=8", "--config.model.vision.frames=2",
@@ -41,7 +41,7 @@ LANGUAGE = [flag for flag in SMALL if "llm" in flag or "data.max_tokens" in flag
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of each kind, tokenizers, and a run of the language model."""
+    """Shards of every kind, two tokenizers and a run of the language model."""
     home = tmp_path_factory.mktemp("home")
     runs.make_data(home)
     shards.vocabulary(home / "vocab.txt")
@@ -56,7 +56,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_run(folder: Path, experiment: config.Experiment) -> None:
-    """The folder of a run that has not taken a step."""
+    """Write the folder of a run with a checkpoint but without any training."""
     run = setup.prepare(experiment)
     run_folder.write(experiment, folder)
     checkpoints = Checkpoints(str(folder))
@@ -79,13 +79,13 @@ def tree(folder: Path) -> set[str]:
 
 
 class Refused:
-    """Calls main with flags for a folder that must not be made."""
+    """Calls main with flags that it must refuse, without changing anything on disk."""
 
     def __init__(self, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
         self.home, self.tmp_path, self.capsys = home, tmp_path, capsys
 
     def __call__(self, *flags: str, task: str = "", workdir: str = "run") -> str:
-        """The one line, without "error: ". With a task: its tiny config, whole settings, and shards that fit it."""
+        """Return the one line of output without "error: ". A `task` adds its tiny config, valid settings and fitting shards."""
         flags = tuple(flag.format(home=self.home, tmp=self.tmp_path) for flag in flags)
         if task:
             flags = (*base(self.home, task), f"--workdir={self.tmp_path / workdir}", *flags)
@@ -113,7 +113,7 @@ KINDS = {
 
 
 def base(home: Path, task: str) -> list[str]:
-    """Flags of a run that would train."""
+    """Return the flags of a valid training run."""
     alpro = task.startswith("alpro")
     kind, tokenizer = KINDS.get(task, "pretrain"), "vocab.txt" if alpro else "t.model"
     small = ALPRO if alpro else LANGUAGE if task == "language" else runs.SMALL
@@ -125,12 +125,12 @@ def base(home: Path, task: str) -> list[str]:
 
 SETTINGS = {
     "wrong path": (["--config.data.path={tmp}/nowhere"], "{tmp}/nowhere: no such folder; build it with"),
-    "no path": (["--config.data.path="], "config.data.path is empty; give the folder"),
+    "no path": (["--config.data.path="], "config.data.path: empty; give the folder"),
     "a file as path": (["--config.data.path={home}/t.model"], "{home}/t.model: no such folder"),
     "missing split": (["--config.data.train_split=test"], "{home}/pretrain: no split 'test' here, there are: train, validation"),
     "missing evaluation split": (["--config.data.eval_split=test"], "{home}/pretrain: no split 'test' here"),
     "missing tokenizer": (["--config.data.tokenizer={tmp}/t.model"], "tokenizer {tmp}/t.model: no such file; set"),
-    "no tokenizer": (["--config.data.tokenizer="], "config.data.tokenizer is empty; give"),
+    "no tokenizer": (["--config.data.tokenizer="], "config.data.tokenizer: empty; give"),
     "no tokenizer in it": (["--config.data.tokenizer={home}/titles.txt"], "tokenizer {home}/titles.txt: the token '红色的圆形' stands in line 1 and"),
     "other tokenizer": (["--config.model.llm.vocab=16"], "{home}/t.model has 26 tokens, the model only 16; give the tokenizer"),
     "wrong init_from": (["--config.train.init_from={tmp}/no"], "config.train.init_from: {tmp}/no: no such folder; give"),
@@ -153,22 +153,22 @@ SETTINGS = {
     "wrong key": (["--config.train.batch_sise=3"], "config.train: no setting named 'batch_sise'; did you mean 'batch_size'?"),
     "wrong group": (["--config.trian.batch_size=3"], "config: no setting named 'trian'; did you mean 'train'?"),
     "wrong key of the model": (["--config.model.llm.rank=3"], "config.model.llm: no setting named 'rank'; there are depth, "),
-    "key below a value": (["--config.train.batch_size.x=3"], "config.train.batch_size: a value, not a group of settings"),
+    "key below a value": (["--config.train.batch_size.x=3"], "config.train.batch_size: a single value, not a group of settings; remove .x from the name"),
     "text for a number": (["--config.train.batch_size=abc"], "config.train.batch_size: 'abc' is not a whole number"),
     "float for an int": (["--config.train.batch_size=8.5"], "config.train.batch_size: '8.5' is not a whole number"),
     "text for a float": (["--config.optim.lr=fast"], "config.optim.lr: 'fast' is not a number"),
     "text for a bool": (["--config.data.augment=maybe"], "config.data.augment: 'maybe' is not true or false"),
-    "no list": (["--config.optim.no_decay=('a', b"], "config.optim.no_decay: \"('a', b\" is not a list as ('a', 'b')"),
-    "no value": (["--config.data.path"], "config.data.path: a value is missing; write --config.data.path=VALUE"),
+    "no list": (["--config.optim.no_decay=('a', b"], "config.optim.no_decay: \"('a', b\" is not a tuple such as ('a', 'b')"),
+    "no value": (["--config.data.path"], "config.data.path: no value given; write --config.data.path=VALUE"),
     "batch of nothing": (["--config.train.batch_size=0"], "config.train.batch_size: 0 is too small; give 1 or more"),
-    "batch too large": (["--config.train.batch_size=7000"], "config.train.batch_size 7000 is larger than the training split"),
-    "batch and accumulate": (["--config.train.accumulate=3"], "config.train.batch_size 8 is no multiple of accumulate 3"),
+    "batch too large": (["--config.train.batch_size=7000"], "config.train.batch_size: 7000 is larger than the training split; give at most 9"),
+    "batch and accumulate": (["--config.train.accumulate=3"], "config.train.batch_size: 8 is not a multiple of config.train.accumulate x mesh"),
     "mesh": (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 x tensor=1 does not make"),
     "frames": (["--config.data.frames=3"], "config.data gives 3 frames of 16 px, config.model.vision takes 2 of 16"),
     "too many tokens": (["--config.data.max_tokens=4000"], "4 queries + 4000 tokens (config.data.max_tokens or"),
     "duration": (["--config.train.duration=forever"], "config.train.duration: cannot read the duration 'forever'; write"),
-    "no duration": (["--config.train.duration=0 steps"], "config.train.duration: '0 steps' are 0 steps of this data"),
-    "no interval": (["--config.train.save_every=0 steps"], "config.train.save_every: '0 steps' is no interval"),
+    "no duration": (["--config.train.duration=0 steps"], "config.train.duration: '0 steps' is less than one step of this data"),
+    "no interval": (["--config.train.save_every=0 steps"], "config.train.save_every: '0 steps' is not an interval; write"),
     "warm-up": (["--config.optim.warmup=10"], "config.optim.warmup: cannot read the duration '10'"),
     "no layer": (["--config.model.llm.depth=0"], "config.model.llm.depth: 0 is too small; give 1 or more"),
     "no head": (["--config.model.vision.heads=0"], "config.model.vision.heads: 0 is too small; give 1 or more"),
@@ -177,11 +177,11 @@ SETTINGS = {
     "dropout": (["--config.model.llm.dropout=1.5"], "config.model.llm.dropout: 1.5 is out of range; give 0 or more"),
     "beta": (["--config.optim.b1=1"], "config.optim.b1: 1.0 is out of range; give less than 1"),
     "seed": (["--config.train.seed=4294967296"], "config.train.seed: 4294967296 is out of range; give at most 4294967295"),
-    "mesh rule": (["--config.mesh.rules=(('embed', 'fdsp'),)"], "config.mesh.rules: no mesh axis 'fdsp'; there are data, fsdp"),
+    "mesh rule": (["--config.mesh.rules=(('embed', 'fdsp'),)"], "config.mesh.rules: unknown mesh axis 'fdsp'; choose one of data, fsdp"),
     "schedule": (["--config.optim.schedule=cosin"], "config.optim.schedule is 'cosin'; write"),
     "task": (["--config.task=dance"], "config.task: unknown task 'dance'; choose one of alpro_classify, "),
     "frozen pattern": (["--config.train.frozen=lm/.*"], "config.train.frozen: the pattern 'lm/.*' matches no parameter"),
-    "frozen dtype": (["--config.train.frozen_dtype=int4"], "config.train.frozen_dtype is 'int4'; there are float32, "),
+    "frozen dtype": (["--config.train.frozen_dtype=int4"], "config.train.frozen_dtype: unknown dtype 'int4'; choose one of float32, "),
     "best": (
         ["--config.train.best=token_acuracy", "--config.train.eval_scores_every=1 steps"],
         "config.train.best: this task has no score 'token_acuracy'; did you mean 'token_accuracy'?",
@@ -192,17 +192,17 @@ SETTINGS = {
     ),
     "option of another task": (["--config.options.beams=3"], "config.options: no setting named 'beams'; there are none"),
     "classes": (["--config.data.classes={tmp}/names.txt"], "config.data.classes {tmp}/names.txt: No such file"),
-    "unknown flag": (["--wrokdir=x"], "--wrokdir: no such flag; did you mean --workdir?"),
-    "unknown mode": (["--mode=trian"], "--mode: 'trian' is no mode; did you mean train?"),
-    "text as steps": (["--steps", "abc"], "--steps: 'abc' is not a whole number"),
-    "no seed": (["--seeds=0"], "--seeds 0: give 1 or more"),
-    "fewer than no examples": (["--mode=eval", "--examples=-1"], "--examples: -1 is too small"),
-    "a word too many": (["train"], "'train': nothing takes this; settings are written as"),
-    "one process of many": (["--processes=2"], "--coordinator, --processes and --process_id belong together"),
-    "evaluation before training": (["--mode=eval"], "{tmp}/run: no checkpoint here; give the --workdir of a run, or"),
+    "unknown flag": (["--wrokdir=x"], "--wrokdir: unknown flag; did you mean --workdir?"),
+    "unknown mode": (["--mode=trian"], "--mode: unknown mode 'trian'; did you mean train?"),
+    "text as steps": (["--steps", "abc"], "--steps: 'abc' is not a whole number; give an integer"),
+    "no seed": (["--seeds=0"], "--seeds 0: too small; give 1 or more"),
+    "fewer than no examples": (["--mode=eval", "--examples=-1"], "--examples: -1 is negative; give 1 or more"),
+    "a word too many": (["train"], "'train': unexpected argument; write settings as"),
+    "one process of many": (["--processes=2"], "--coordinator, --processes, --process_id: only some of them are set; give all three or none"),
+    "evaluation before training": (["--mode=eval"], "{tmp}/run: no checkpoint here; give the --workdir of a trained run, or"),
     "evaluation of no split": (
         ["--mode=eval", "--config.train.init_from=llm={home}/language", "--config.data.eval_split="],
-        "config.data.eval_split is empty; name the split to score",
+        "config.data.eval_split: empty; name the split to score",
     ),
 }  # fmt: skip
 
@@ -259,15 +259,19 @@ def test_a_text_for_a_group(refused: Refused):
 
 
 def test_no_config_and_no_run(refused: Refused):
-    assert refused("--mode=plan").startswith("--config: missing; give a file, as --config configs/tiny/pretrain.py, or")
+    assert refused("--mode=plan").startswith(
+        "--config: missing; give a config file, e.g. --config configs/tiny/pretrain.py, or"
+    )
     line = refused(f"--workdir={refused.tmp_path}/run", "--mode=eval")
-    assert line.startswith(f"--config: missing, and --workdir {refused.tmp_path}/run holds no run whose settings")
+    assert line.startswith(
+        f"--config: missing, and --workdir {refused.tmp_path}/run holds no run (no config.json); give"
+    )
     assert refused("--config", f"{runs.ROOT}/configs/tiny/pretrain.py").startswith(
         "--workdir: missing; give the folder"
     )
 
 
-# What each task reads: a title, captions, or a label. Anything else trains on empty texts, or on no target at all.
+# The kinds of shards that each task accepts. With another kind it would train on empty texts or without a target.
 TITLE, CAPTION = {"pretrain", "classification", "question"}, {"captioning", "retrieval"}
 TAKES = {
     "language": TITLE,
@@ -288,7 +292,7 @@ TAKES = {
 )
 def test_shards_of_another_kind(refused: Refused, task: str, kind: str):
     line = refused(f"--config.data.path={refused.home / kind}", "--config.data.eval_split=", task=task)
-    assert line.startswith(f"{refused.home / kind}: split 'train' is of kind '{kind}', config.task='{task}' takes '")
+    assert line.startswith(f"{refused.home / kind}: split 'train' has kind '{kind}', but config.task='{task}' needs '")
     assert all(f"'{good}'" in line for good in TAKES[task]) and "data_prep.build_shards --config" in line
 
 
@@ -310,7 +314,9 @@ def test_a_text_file_is_for_the_language_model_alone(refused: Refused):
     texts = f"--config.data.path={refused.home}/titles.txt"
     preflight.check(experiment(refused.home, "language", texts), refused.tmp_path / "run", "train")
     line = refused(texts, task="pretrain")
-    assert line.startswith(f"{refused.home}/titles.txt: split 'train' is of kind 'text', config.task='pretrain' takes")
+    assert line.startswith(
+        f"{refused.home}/titles.txt: split 'train' has kind 'text', but config.task='pretrain' needs"
+    )
 
 
 def test_questions_with_a_list_of_answers(home: Path, tmp_path: Path, refused: Refused):
@@ -326,20 +332,20 @@ def test_questions_with_a_list_of_answers(home: Path, tmp_path: Path, refused: R
 
 
 def test_splits_of_two_kinds_in_one_folder(home: Path, tmp_path: Path, refused: Refused):
-    """Each split is built by itself; the manifest's own kind is that of the last one."""
+    """Each split is built separately; the manifest's top-level kind is that of the split built last."""
     folder = shutil.copytree(home / "captioning", tmp_path / "data")
     splits = {"train": {"kind": "captioning"}, "validation": {"kind": "classification"}}
     facts = {"schema_version": schema.SCHEMA_VERSION, "kind": "captioning", "splits": splits}
     (folder / schema.MANIFEST).write_text(json.dumps(facts), encoding="utf-8")
     line = refused(f"--config.data.path={folder}", task="caption")
-    assert line.startswith(f"{folder}: split 'validation' is of kind 'classification', config.task='caption' takes")
+    assert line.startswith(f"{folder}: split 'validation' has kind 'classification', but config.task='caption' needs")
 
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        (None, "manifest.json is missing or names no kind; copy it too, or build the shards again"),
-        ('{"schema_version": "1.0.0"}', "manifest.json is missing or names no kind"),
+        (None, "manifest.json: missing or without a kind, so the content of the records is unknown; copy the manifest"),
+        ('{"schema_version": "1.0.0"}', "manifest.json: missing or without a kind"),
         ('{"schema_version": "1.0.0", "kind": "pretr', "manifest.json: no manifest of data_prep ("),
         ("", "manifest.json: no manifest of data_prep ("),
         ("[1]", "manifest.json: no manifest of data_prep ("),
@@ -375,18 +381,18 @@ def test_an_evaluation_needs_its_own_split_alone(home: Path, tmp_path: Path):
 def test_arrays_that_an_index_lacks(tmp_path: Path, refused: Refused):
     np.savez(tmp_path / "index.npz", video=np.zeros((2, 3)))
     line = refused(f"--config.options.entities={tmp_path}/index.npz", task="alpro_pretrain")
-    assert line.startswith(f"config.options.entities {tmp_path}/index.npz: no 'entity_features' in it; give")
+    assert line.startswith(f"config.options.entities {tmp_path}/index.npz: has no array 'entity_features'; give")
 
 
 def test_files_that_options_name(tmp_path: Path, refused: Refused):
     line = refused("--config.options.candidates={tmp}/i.npz", task="match")
     assert line.startswith(f"config.options.candidates {tmp_path}/i.npz: no such file")
     line = refused("--config.options.candidates={home}/t.model", task="match")
-    assert line.startswith(f"config.options.candidates {refused.home}/t.model: no .npz file (")
+    assert line.startswith(f"config.options.candidates {refused.home}/t.model: not an .npz file (")
 
 
 def test_prompts_that_are_none(tmp_path: Path, refused: Refused):
-    """They are read when the scores are made, after all else."""
+    """Prompts are read only when scores are computed, so the check happens before the run."""
     (tmp_path / "prompts.json").write_text("[]", encoding="utf-8")
     line = refused(f"--config.options.prompts={tmp_path}/prompts.json", task="alpro_prompter")
     assert line.startswith(f"{tmp_path}/prompts.json (config.options.prompts): not readable as entity prompts")
@@ -397,7 +403,7 @@ def test_the_folder_of_another_task(home: Path, tmp_path: Path, refused: Refused
     for mode in ("train", "eval"):
         line = refused(f"--mode={mode}", task="pretrain")
         assert line.startswith(
-            f"{tmp_path}/run holds a run with config.task='language', not 'pretrain'; use its settings"
+            f"{tmp_path}/run: holds a run with config.task='language', not 'pretrain'; use its settings"
         )
 
 
@@ -442,7 +448,7 @@ def test_a_place_that_cannot_be_a_folder(tmp_path: Path, refused: Refused, place
 
 def test_no_permission(tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "closed").mkdir(mode=0o500)
-    if os.geteuid() == 0:  # root may write everywhere: the system is made to answer as it answers others
+    if os.geteuid() == 0:  # root may write everywhere, so simulate the answer that other users get
         asked, closed = os.access, tmp_path / "closed"
         monkeypatch.setattr(os, "access", lambda path, mode, **more: path != closed and asked(path, mode, **more))
     assert "no permission to write" in refused(task="pretrain", workdir="closed/run")
@@ -456,21 +462,21 @@ def test_each_of_several_seeds_is_checked(home: Path, tmp_path: Path, refused: R
 
 
 PROCESSES = {
-    "unknown flag": (["--confg=x"], "--confg: no such flag; did you mean --config?"),
+    "unknown flag": (["--confg=x"], "--confg: unknown flag; did you mean --config?"),
     "wrong path": (["--config={root}/configs/tiny/pretrain.py", "--config.data.path=nowhere", "--config.data.tokenizer={home}/t.model",
                     "--workdir=run"], "nowhere: no such folder; build it with"),
     "misspelt setting": (["--config={root}/configs/tiny/pretrain.py", "--config.train.batch_sise=3"], "config.train: no setting"),
     "other kind": (["--config={root}/configs/tiny/caption.py", "--config.data.path={home}/classification",
                     "--config.data.tokenizer={home}/t.model", "--workdir=run", "--config.train.batch_size=2",
                     "--config.optim.warmup=1 steps"],
-                   "{home}/classification: split 'train' is of kind 'classification', config.task='caption' takes"),
+                   "{home}/classification: split 'train' has kind 'classification', but config.task='caption' needs"),
     "no run": (["--workdir=run", "--mode=eval"], "--config: missing, and --workdir run holds no run"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_as_a_process(home: Path, tmp_path: Path, name: str):
-    """The exit code as the launch scripts see it, from a folder outside the checkout."""
+    """The exit code that launch scripts see, started outside the checkout."""
     flags, message = PROCESSES[name]
     command = [sys.executable, "-m", "ymplug_jax.main", *(flag.format(root=runs.ROOT, home=home) for flag in flags)]
     done = subprocess.run(
@@ -483,14 +489,16 @@ def test_as_a_process(home: Path, tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("there", ["one", "few"])
 def test_an_evaluation_of_seeds_that_were_not_trained(home: Path, tmp_path: Path, refused: Refused, there: str):
-    """Not those of `init_from`, which would be scored as they stand."""
+    """Parameters of `init_from` must not be scored in place of a missing run."""
     folder = tmp_path / ("run" if there == "one" else "run/seed_42")
     shutil.copytree(home / "language", folder)
     line = refused("--mode=eval", "--seeds=2", f"--config.train.init_from={home}/language", task="language")
     if there == "one":
-        assert line == f"--seeds 2: {folder} holds one run, not runs of several seeds; leave --seeds out"
+        assert line == f"--seeds 2: {folder} holds a single run, not one run per seed; evaluate it without --seeds"
     else:
-        assert line.startswith(f"--seeds 2: no run in {tmp_path}/run/seed_43; there are seed_42: train them first")
+        assert line.startswith(
+            f"--seeds 2: no run in {tmp_path}/run/seed_43 (found: seed_42); train with the same --seeds first"
+        )
 
 
 def test_a_conversion_is_not_trained_in(tmp_path: Path, refused: Refused):
@@ -501,7 +509,7 @@ def test_a_conversion_is_not_trained_in(tmp_path: Path, refused: Refused):
 def test_a_corrupt_record_in_the_middle_saves_first(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    """One line, exit code 2, and the steps before it are kept."""
+    """One line, exit code 2, and a checkpoint of the last step before the record."""
     data = tmp_path / "titles.txt"
     data.write_text("红色的圆形\n" * 79 + "坏\n", encoding="utf-8")
     real = source.Texts.__getitem__
@@ -521,6 +529,6 @@ def test_a_corrupt_record_in_the_middle_saves_first(
     assert "record 79" in line, line
     (step,) = (folder.name for folder in (tmp_path / "run/checkpoints/steps").iterdir())
     assert line.startswith(
-        f"error: {data}: record 79: checksum does not fit; restore the shard; step {step} is saved"
+        f"error: {data}: record 79: checksum does not fit; restore the shard; saved step {step}, run the same"
     ), line
     assert int(step) > 0

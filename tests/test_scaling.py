@@ -1,4 +1,4 @@
-"""SCALING.md is what its data say, and the data are of the programs that the configs make now."""
+"""SCALING.md matches its stored results, and the results match the programs of the current configs."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_every_layout_fits_its_chips() -> None:
 
 @pytest.mark.parametrize("name", ["pretrain 1.3b@v5e-16 v5e:4x4 x1", "match 2.7b@v5e-16 v5e:4x4 x1"])
 def test_the_work_of_a_step_is_still_that_of_the_table(name: str) -> None:
-    """FLOPs and layout follow from tracing alone, so a change of the model that forgets the table is noticed without compiling."""
+    """Tracing gives FLOPs and layout without compiling, so a model change without an update of the table is noticed."""
     row = RESULTS[name]
     script = f"""
 import json, os

@@ -1,4 +1,4 @@
-"""A tiny experiment and batches for it, without files: shared by the tests of the step, the state and the mesh."""
+"""A tiny experiment and random batches, without files; shared by the tests of the step, the state and the mesh."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ MODEL = MPLUGVideo(
 
 
 def experiment(model: MPLUGVideo = MODEL, **changes) -> Experiment:
-    """Eight examples a step; settings by group, e.g. train={"accumulate": 2}, mesh={"fsdp": 8}."""
+    """Return an experiment with a batch size of 8; change settings by group, e.g. train={"accumulate": 2}, mesh={"fsdp": 8}."""
     groups = {
         "data": Data(frames=2, image_size=16, max_tokens=8, augment=False, examples=64),
         "optim": Optim(lr=1e-2, warmup="0 steps", no_decay=(".*/bias",)),
@@ -35,12 +35,12 @@ def experiment(model: MPLUGVideo = MODEL, **changes) -> Experiment:
 
 
 def prepare(devices: int = 1, **changes) -> Run:
-    """The run on the first `devices` of the virtual devices."""
+    """Prepare the run on the first `devices` virtual devices."""
     return setup.prepare(experiment(**changes), jax.devices()[:devices])
 
 
 def batch(run: Run, seed: int = 0, **changes) -> dict[str, jax.Array]:
-    """A random global batch, placed; keys can be replaced by numpy arrays."""
+    """Return a random global batch on the devices; `changes` replaces arrays by key."""
     rng = np.random.default_rng(seed)
     size, data = run.experiment.train.batch_size, run.experiment.data
     lengths = rng.integers(3, data.max_tokens + 1, size)

@@ -1,4 +1,4 @@
-"""Processes on this machine that are one run, for the tests; what each reads and writes can be asked."""
+"""Start several local processes as one run, and record the records that each reads and the files that each writes."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import runs
 
-SECONDS = 1200  # for a busy machine
-# The entry point, which also tells what it reads of the splits and what it writes below its folder, and takes its time.
+SECONDS = 1200  # time limit, generous for a busy machine
+# Runs ymplug_jax.main, logs every record it reads and every file it writes below the run folder, and sleeps after each step.
 PROGRAM = """
 import os, runpy, sys, time
 from ymplug_jax.training import loop
@@ -30,7 +30,7 @@ runpy.run_module("ymplug_jax.main", run_name="__main__", alter_sys=True)
 
 
 class Group:
-    """Processes of one run that were started together."""
+    """The processes of one run, started together."""
 
     def __init__(
         self, workdir: Path, flags: list[str], count: int, *, devices: int = 1, pause: float = 0, slurm: bool = False
@@ -40,7 +40,7 @@ class Group:
         for i in range(count):
             env = runs.environment(devices) | {
                 "TOLD": f"{workdir}.told{i}", "WORKDIR": f"{workdir}/", "PAUSE": str(pause),
-                # The same program is compiled for every start on the same topology.
+                # Restarts on the same topology compile the same program.
                 "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }  # fmt: skip
             own = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process_id={i}"] if count > 1 else []
@@ -55,7 +55,7 @@ class Group:
             self.processes.append(subprocess.Popen(command, cwd=runs.ROOT, env=env, **pipes))
 
     def wait_for_step(self, step: int) -> None:
-        """Until that step is in the metrics and a checkpoint is whole."""
+        """Wait until the metrics have reached that step and a checkpoint is complete."""
         end = time.monotonic() + SECONDS
         while not any(line >= step for line in runs.losses(self.workdir)) or not steps(self.workdir):
             for process in self.processes:
@@ -63,7 +63,7 @@ class Group:
             time.sleep(0.05)
 
     def end(self, seconds: float = SECONDS) -> list[tuple[int, str]]:
-        """(exit code, stderr) of each."""
+        """Wait for all processes and return (exit code, stderr) of each."""
         end = time.monotonic() + seconds
         try:
             said = [process.communicate(timeout=max(0.1, end - time.monotonic()))[1] for process in self.processes]
@@ -78,7 +78,7 @@ class Group:
 
 
 def steps(workdir: Path) -> list[int]:
-    """Whole checkpoints, ascending."""
+    """Return the steps of all complete checkpoints, ascending."""
     return sorted(int(p.name) for p in (workdir / "checkpoints" / "steps").glob("*") if p.name.isdigit())
 
 

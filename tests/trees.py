@@ -1,4 +1,4 @@
-"""Whole checkpoints in memory, of files and of folders: what the tests of conversion and parity compare with."""
+"""Load whole checkpoints into memory, from files and from run folders; used by the tests of conversion and parity."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from ymplug_jax.core import checkpoint_files, verified_read
 
 
 def to_tree(rules: Sequence[rules_lib.Rule], tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict:
-    """Checkpoint in memory -> nested parameter dict shaped like `like`; types are the checkpoint's.
+    """Convert the tensors of a checkpoint to a nested parameter dict with the structure of `like` and the checkpoint's dtypes.
 
     Raises:
-      ValueError: tensors that are missing, unexpected or of another shape; all are listed.
+      ValueError: tensors are missing, unexpected or of another shape; the message lists all of them.
     """
     entries = rules_lib.expand(rules, like)
     mismatch = rules_lib.compare(entries, {name: tensor.shape for name, tensor in tensors.items()})
@@ -35,7 +35,7 @@ def to_tree(rules: Sequence[rules_lib.Rule], tensors: Mapping[str, np.ndarray], 
 
 
 def stored_params(workdir: str) -> dict[str, Any]:
-    """Path -> metadata (shape, dtype) of every parameter of a run's newest checkpoint or a converted one."""
+    """Return {path: metadata (shape, dtype)} of every parameter of a run's newest checkpoint or of a conversion."""
     found = checkpoint_files.places(workdir)
     assert found, workdir
     return {path: leaf for place in found for path, leaf in verified_read.stored_in(place).items()}

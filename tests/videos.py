@@ -1,4 +1,4 @@
-"""Small videos, good and bad, drawn for the tests of the builder."""
+"""Generate small videos, valid and invalid ones, for the tests of the shard builder."""
 
 import wave
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 def write(
     path: Path, frames: int = 24, size: tuple[int, int] = (64, 48), codec: str = "libx264", fps: int = 12
 ) -> Path:
-    """A clip whose frame i is a grey of brightness 8 * i + 20, so that a stored frame tells its index."""
+    """Write a clip whose frame i has the brightness 8 * i + 20, so that a decoded frame reveals its index."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
@@ -24,7 +24,7 @@ def write(
 
 
 def write_sound(path: Path) -> Path:
-    """A container with sound only."""
+    """Write a file with an audio stream only."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)

@@ -1,8 +1,20 @@
-"""Entry point: `python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR --mode train|eval|plan|compile|bench`.
+"""Train, evaluate, plan, compile or benchmark a run.
 
-`--workdir DIR` alone goes on with the run in that folder, or evaluates it with `--mode eval`: its settings are kept there. For all
-modes but train the last line on stdout is one JSON object; everything else goes to stderr. On a pod the same command runs on every
-host. Exit codes: 0, 1 for an error in the program, and those of `exits.py`.
+  python -m ymplug_jax.main --config configs/tiny/pretrain.py --workdir DIR   start a run, or resume it
+  python -m ymplug_jax.main --workdir DIR                                     resume with its stored settings
+  python -m ymplug_jax.main --workdir DIR --mode eval                         score its newest checkpoint
+
+On a pod, start the same command on every host. In every mode but train, the last line on stdout is one
+JSON object; all other output goes to stderr.
+
+Exit codes (docs/troubleshooting.md explains every message):
+  0    success
+  1    bug in the program (with a traceback)
+  2    user error in the settings, flags, paths or data; do not retry
+  3    --mode compile: the step does not fit the memory of a chip
+  4    another process of the run is missing or lost; start the same command on all hosts to resume
+  5    a disk, folder or bucket failed during the run; retry a few times
+  130  interrupted by Ctrl-C with nothing to save
 """
 
 import argparse
@@ -22,24 +34,24 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.training import cluster, hosts
 
 HERE = Path(__file__).parent
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)  # a write that fails names no file
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)  # failed writes carry no file name
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one mode. Mistakes of the user (settings, paths, data) end in one line on stderr and exit code 2.
+    """Run one mode and return the exit code. User errors (settings, paths, data) print one line on stderr and return 2.
 
     Args:
       argv: the program's name and its arguments.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
-    started = False  # what fails before is the user's to mend, what fails later is a place that has worked
+    started = False  # an OSError before the start is a user error; a later one is a path that stopped working
     try:
         flags, settings = command_line.parse(argv[1:], __doc__)
         _quiet()
         if flags.mode == "compile":
-            # The compiler is asked, no chip: JAX must not look for one.
+            # Ahead-of-time compilation needs libtpu but no chip: keep JAX from searching for one.
             os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-            os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor is the library held by one process
+            os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # allow parallel compilations
         experiment = command_line.experiment_of(flags, settings)
         if flags.mode != "compile":
             _join(flags)
@@ -51,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
             raise
         logging.error("error: %s", _line(error))
         return code
-    except KeyboardInterrupt:  # training has a way of its own to stop
-        logging.error("stopped")
+    except KeyboardInterrupt:  # `training.stop` handles Ctrl-C during training
+        logging.error("interrupted")
         return exits.STOPPED
     import jax
 
@@ -64,13 +76,13 @@ def main(argv: Sequence[str]) -> int:
 def _quiet() -> None:
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of metadata that a part of a checkpoint never has
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns about optional metadata of partial checkpoints
     for noisy in ("jax", "orbax", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _join(flags: argparse.Namespace) -> None:
-    """Meet the other processes, where there are any."""
+    """Join the other processes of a multi-process run; only process 0 logs below the level WARNING."""
     meeting = cluster.find(flags.coordinator, flags.processes, flags.process_id, flags.start_timeout)
     if meeting:
         hosts.join(meeting, flags.start_timeout, flags.heartbeat)
@@ -81,13 +93,13 @@ def _join(flags: argparse.Namespace) -> None:
 
 
 def _accepted(flags: argparse.Namespace, experiment: Experiment) -> list[tuple[Experiment, Any]]:
-    """(settings, folder) of each run to train or evaluate; all are checked before the first one starts."""
+    """Return (settings, folder) of each run to train or evaluate, after checking all of them."""
     if flags.mode not in ("train", "eval"):
         return []
     if not flags.workdir:
-        raise exits.Mistake(f"--workdir: missing; give the folder of the run that --mode {flags.mode} works in")
+        raise exits.Mistake(f"--workdir: missing; give the folder of the run for --mode {flags.mode}")
     if flags.examples < 0:
-        raise exits.Mistake(f"--examples: {flags.examples} is too small; give 0 for the whole split, or more")
+        raise exits.Mistake(f"--examples: {flags.examples} is negative; give 1 or more, or 0 for the whole split")
     from ymplug_jax.core import checkpoint_files
     from ymplug_jax.training import preflight, setup
 
@@ -101,29 +113,29 @@ def _accepted(flags: argparse.Namespace, experiment: Experiment) -> list[tuple[E
 
 
 def _check_seeds(folder: Any, runs: list[tuple[Experiment, Any]]) -> None:
-    """Whether there is a run in the folder of each seed that is to be evaluated.
+    """Check that every seed to evaluate has a run.
 
     Raises:
-      Mistake: there is not, or `folder` is that of a single run.
+      Mistake: a seed has no run, or `folder` holds a single run.
     """
     from ymplug_jax.training import run_folder
 
     if (folder / run_folder.CONFIG).exists():
         raise exits.Mistake(
-            f"--seeds {len(runs)}: {folder} holds one run, not runs of several seeds; leave --seeds out"
+            f"--seeds {len(runs)}: {folder} holds a single run, not one run per seed; evaluate it without --seeds"
         )
     if missing := [place.name for _, place in runs if not (place / run_folder.CONFIG).exists()]:
         there = sorted(place.name for place in folder.glob("seed_*")) if folder.exists() else []
         raise exits.Mistake(
-            f"--seeds {len(runs)}: no run in {folder / missing[0]}; there are {', '.join(there) or 'no runs of seeds'}: train them "
-            "first, with the same --seeds"
+            f"--seeds {len(runs)}: no run in {folder / missing[0]} (found: {', '.join(there) or 'none'}); train with the same "
+            "--seeds first"
         )
 
 
 def _result_of(
     flags: argparse.Namespace, experiment: Experiment, runs: list[tuple[Experiment, Any]]
 ) -> dict[str, Any] | None:
-    """What the mode prints as JSON."""
+    """Run the mode and return what it prints as JSON; None for training."""
     if flags.mode == "plan":
         from ymplug_jax.analysis import estimate
         from ymplug_jax.training import parameter_table, setup
@@ -143,7 +155,7 @@ def _result_of(
     if flags.mode == "bench":
         from etils import epath
 
-        from ymplug_jax.analysis import bench  # needs neither Orbax nor anything that reads data
+        from ymplug_jax.analysis import bench  # imports neither Orbax nor data libraries
 
         result = bench.bench(experiment, flags.steps, epath.Path(flags.workdir) if flags.workdir else None)
         logging.info("%s", bench.render(result))
@@ -160,7 +172,7 @@ def _result_of(
 
 
 def _code(error: Exception, started: bool) -> int | None:
-    """Exit code of an error that has a message for the user; None for a bug, which keeps its traceback."""
+    """Return the exit code of an error whose message is meant for the user; None for a bug, which keeps its traceback."""
     if isinstance(error, exits.Mistake):
         return exits.MISTAKE
     if isinstance(error, exits.PlaceFailed):
@@ -169,7 +181,7 @@ def _code(error: Exception, started: bool) -> int | None:
         return exits.LOST
     if _on_purpose(error) and isinstance(error, ValueError | FileNotFoundError):
         return exits.MISTAKE
-    if _on_purpose(error) and type(error).__name__ == "TrainingStopped":  # its module imports JAX
+    if _on_purpose(error) and type(error).__name__ == "TrainingStopped":  # by name: importing its module imports JAX
         return exits.MISTAKE
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK or _on_purpose(error)):
         return exits.PLACE if started else exits.MISTAKE
@@ -177,14 +189,16 @@ def _code(error: Exception, started: bool) -> int | None:
 
 
 def _line(error: Exception) -> str:
-    """The message in one line; of an error of the system, the place and what is wrong with it."""
+    """Return the error's message as one line; for an operating system error, its path and reason."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror or error}; look at the place and its permissions"
+        return (
+            f"{os.fsdecode(error.filename)}: {error.strerror or error}; check that the path exists and its permissions"
+        )
     return " ".join(str(error).splitlines())
 
 
 def _on_purpose(error: BaseException) -> bool:
-    """Whether a `raise` of this package raised the error, with a message for the user. What Python or a library raises is a bug."""
+    """Return whether a `raise` statement of this package raised the error; errors raised by Python or a library are bugs."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""The step with the best score is kept beside the newest ones, as a run's folder of its own."""
+"""The checkpoint with the best score is kept beside the newest ones, as a run folder of its own."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def training_state(value: float) -> state.TrainState:
 
 
 def kept(workdir: Path) -> tuple[int | None, float]:
-    """(step, value of the parameter) of the best folder."""
+    """Return (step, value of the parameter) of the folder best/."""
     folder = str(workdir / "best")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {"head": {"kernel": jax.ShapeDtypeStruct((2, 3), "float32", sharding=place)}}
@@ -33,11 +33,10 @@ def test_a_better_step_replaces_the_one_before(tmp_path: Path) -> None:
         assert keeper.offer(training_state(step), step, 8 * step, {"cider": value, "clips": 3}, None) == better
     assert kept(tmp_path) == (4, 4.0)
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"score": "cider", "value": 0.75, "step": 4}
-    again = best_step.Best(
-        experiment, checkpoint_files.folder_of(str(tmp_path)), higher_is_better=True
-    )  # a resumed run knows what it has
+    # A resumed run continues from the stored best score.
+    again = best_step.Best(experiment, checkpoint_files.folder_of(str(tmp_path)), higher_is_better=True)
     assert not again.offer(training_state(5), 5, 40, {"cider": 0.7}, None) and kept(tmp_path) == (4, 4.0)
-    with pytest.raises(exits.Mistake, match=r"'cider'.* it has bleu4"):
+    with pytest.raises(exits.Mistake, match=r"^config\.train\.best: .*'cider'; choose one of bleu4$"):
         again.offer(training_state(6), 6, 48, {"bleu4": 0.1, "clips": 3, "task": "caption"}, None)
 
 
@@ -55,7 +54,7 @@ def test_a_run_keeps_its_best_step(tmp_path: Path) -> None:
     assert checkpoint_files.latest_step(str(tmp_path / "run")) == 6
 
     folder = checkpoint_files.folder_of(str(tmp_path / "run" / "best"))
-    assert not (tmp_path / "run" / "best" / "checkpoints" / "frozen").exists()  # the run's own serves both
+    assert not (tmp_path / "run" / "best" / "checkpoints" / "frozen").exists()  # shared with the run
     experiment = config.from_json((folder / "config.json").read_text())
     assert evaluate.evaluate(experiment, folder)["loss"] == pytest.approx(note["value"], abs=1e-5)
     newest, kept_one = runs.saved(tmp_path / "run"), runs.saved(tmp_path / "run" / "best")

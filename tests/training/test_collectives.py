@@ -1,6 +1,7 @@
-"""What devices send each other in one compiled step: gradients, weights that are cut, and of the batch only what the loss must see.
+"""The collectives of one compiled step: gradients, gathered shards of weights, and only those activations that the loss needs.
 
-Compiled for eight devices of this machine, and by libtpu for eight TPUs: the two choose collectives for themselves.
+Each step is compiled by XLA for eight CPU devices and by libtpu for eight TPU chips, because the two compilers choose collectives
+independently.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
-pytestmark = pytest.mark.slow  # libtpu compiles all steps for whichever test comes first
+pytestmark = pytest.mark.slow  # the first test compiles all steps with libtpu
 
-# Widths that tell what is what by its shape: 3 layers in the decoder alone, 6 the width of embeddings alone.
+# Sizes that identify arrays by their shape: only the decoder has depth 3, only the shared embeddings have width 6.
 MODEL = tiny.MODEL.clone(llm=tiny.MODEL.llm.clone(depth=3))
 PAIRS = tiny.MODEL.clone(contrastive_width=6)
 NAMES = ("data 2", "data 4", "data 8", "tensor 2", "fsdp 4", "contrastive", "retrieve", "match")
@@ -34,14 +35,14 @@ ROWS, TEXT, QUERIES = 8, 8, tiny.MODEL.abstractor.queries
 
 
 def experiment(name: str) -> Experiment:
-    """By a name such as "data 8", "fsdp 4", "contrastive"; one row for each device that does not share it."""
+    """Return the experiment of a name such as "data 8", "fsdp 4" or "contrastive", with one row per data shard."""
     if name == "contrastive":
         return tiny.experiment(PAIRS)
     if name == "retrieve":
         return dataclasses.replace(tiny.experiment(PAIRS), task="retrieve")
     if name == "match":
         own = tiny.experiment(tiny.MODEL.clone(classes=2), train={"batch_size": 2 * ROWS})
-        return dataclasses.replace(own, task="match", options={"group": 2})  # two rows for each device
+        return dataclasses.replace(own, task="match", options={"group": 2})  # two rows per device
     axis, size = name.split()
     if axis == "data":
         return tiny.experiment(train={"batch_size": int(size)})
@@ -59,7 +60,7 @@ def collectives(name: str, devices: list[jax.Device]) -> list[Collective]:
 
 @functools.cache
 def by_libtpu() -> dict[str, list[Collective]]:
-    """All experiments, in a process that takes libtpu's word for the devices."""
+    """Compile all experiments for TPU in a separate process, where libtpu describes the devices."""
     script = f"""
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +85,7 @@ def found(name: str, maker: str) -> list[Collective]:
 
 
 def dims(shape: str) -> tuple[int, ...]:
-    """Of "bf16[1,32,128]": (32, 128); what is 1 says nothing."""
+    """Return the dimensions of an HLO shape without ones: "bf16[1,32,128]" -> (32, 128)."""
     return tuple(int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n not in ("", "1"))
 
 
@@ -97,27 +98,27 @@ def trained_bytes(run: Run) -> int:
 
 
 @pytest.mark.parametrize("maker", ["cpu", "tpu"])
-def test_replicas_send_gradients_and_nothing_else(maker: str) -> None:
+def test_data_parallelism_sends_only_gradients(maker: str) -> None:
     ones, run = found("data 8", maker), ready("data 8", jax.devices())
     assert {(one.kind, one.axes) for one in ones} == {("all-reduce", "data")}
     gradients = trained_bytes(run)
-    if maker == "cpu":  # it sums what comes of patches and what comes of cls apart, in the MLP that both go through
+    if maker == "cpu":  # XLA on CPU sums the gradients from patches and from cls separately, in the MLP that both use
         blocks = run.state.trainable["vision"]["blocks"]
         both = [leaf for name in ("mlp", "mlp_norm") for leaf in jax.tree.leaves(blocks[name])]
         gradients += 4 * sum(math.prod(leaf.shape) for leaf in both)
-    # Scalars of loss and metrics come on top; equal gradients (biases of one residual stream) are summed once.
+    # Upper margin: scalars of loss and metrics. Lower margin: equal gradients (biases of one residual stream) are summed once.
     assert 0.97 * gradients <= sent(ones) < gradients + 512
 
 
 @pytest.mark.parametrize("maker", ["cpu", "tpu"])
-def test_matching_takes_negatives_from_its_own_device(maker: str) -> None:
+def test_matching_takes_negatives_from_the_same_device(maker: str) -> None:
     ones = found("match", maker)
     assert {(one.kind, one.axes) for one in ones} == {("all-reduce", "data")}
     assert sent(ones) < 1.3 * trained_bytes(ready("match", jax.devices()))
 
 
 def test_weak_scaling() -> None:
-    """The same rows for each device: the same work and the same bytes, however many there are."""
+    """With a constant number of rows per device, FLOPs and bytes per device do not depend on the number of devices."""
     sizes = (2, 4, 8)
     work = [aot.model_flops(ready(f"data {size}", jax.devices())) / size for size in sizes]
     traffic = [sent(found(f"data {size}", "tpu")) for size in sizes]
@@ -125,12 +126,12 @@ def test_weak_scaling() -> None:
     assert max(traffic) < 1.1 * min(traffic) and min(traffic) > 0
 
 
-def test_tensor_sums_states_and_gathers_no_activation() -> None:
-    """Two sums a layer in each direction, behind the products whose rows are cut; logits stay cut along the vocabulary."""
+def test_tensor_parallelism_sums_hidden_states_and_gathers_no_activation() -> None:
+    """Per layer and direction there are two all-reduces, after the row-parallel products; logits stay sharded by vocabulary."""
     ones, rows = found("tensor 2", "tpu"), ROWS // 4
     assert {one.kind for one in ones if "tensor" not in one.axes} == {"all-reduce"}
     over = [one for one in ones if "tensor" in one.axes]
-    best = 4 * rows * (TEXT - 1) * 2  # the likeliest token of each half of the vocabulary, for each target
+    best = 4 * rows * (TEXT - 1) * 2  # the argmax of each vocabulary shard, for each target
     assert all(one.size <= best for one in over if one.kind != "all-reduce")
     assert not any(dims(shape)[-1:] == (MODEL.llm.vocab,) for one in over for shape in one.shapes)
     state_ = (rows, QUERIES + TEXT, MODEL.llm.width)
@@ -150,13 +151,13 @@ def test_fsdp_gathers_one_layer_at_a_time() -> None:
     assert gathered == 2 * sum(map(math.prod, kernels))  # forward and backward
 
 
-def test_fsdp_moves_weights_to_the_rows() -> None:
-    """No activation travels inside the towers: what is gathered or summed there has the shape of one layer's parameter."""
+def test_fsdp_gathers_weights_not_activations() -> None:
+    """No activation is exchanged inside the towers: all gathers and sums have the shape of one layer's parameter."""
     run = ready("fsdp 4", jax.devices())
     params = state.flatten(state.merge(run.state.trainable, run.frozen))
     layer = [sorted(leaf.shape[1:]) for path, leaf in params.items() if "/blocks/" in path]
     width = tiny.MODEL.vision.width
-    layer.append(sorted((4, width // 4, width)))  # attention over frames: a kernel [D, D] gathered as four parts of it
+    layer.append(sorted((4, width // 4, width)))  # attention over frames: a kernel [D, D], gathered as four shards
     inside = [one for one in found("fsdp 4", "tpu") if one.in_loop and "fsdp" in one.axes]
     assert inside and {one.kind for one in inside} == {"all-gather", "all-reduce"}
     strange = [(one.kind, shape) for one in inside for shape in one.shapes if sorted(dims(shape)) not in layer]
@@ -164,16 +165,18 @@ def test_fsdp_moves_weights_to_the_rows() -> None:
 
 
 @pytest.mark.parametrize(("name", "maker"), [("contrastive", "cpu"), ("contrastive", "tpu"), ("retrieve", "tpu")])
-def test_pairs_meet_as_embeddings(name: str, maker: str) -> None:
-    """A loss over the global batch sends unit vectors, scores, ids and masks; tokens and hidden states are larger."""
+def test_contrastive_losses_exchange_only_embeddings(name: str, maker: str) -> None:
+    """A loss over the global batch exchanges embeddings, scores, ids and masks, but no hidden states, which are larger."""
     ones, run = found(name, maker), ready(name, jax.devices())
     assert {one.axes for one in ones} == {"data"}
     embeddings = 4 * ROWS * QUERIES * PAIRS.contrastive_width  # f32[B, Q, E]
-    assert embeddings < 4 * ROWS * PAIRS.llm.width  # the last states of the texts, the smallest of what must stay
+    assert (
+        embeddings < 4 * ROWS * PAIRS.llm.width
+    )  # last hidden states of the texts: the smallest array that must not be exchanged
     exchanged = [one for one in ones if one.kind != "all-reduce"]
     assert exchanged
     for one in exchanged:
-        ring = one.kind == "collective-permute"  # the row of one device
+        ring = one.kind == "collective-permute"  # a ring step sends the row of one device
         assert (ROWS * one.size if ring else one.size) <= embeddings, one
     summed = sent([one for one in ones if one.kind == "all-reduce"])
     assert summed < 1.3 * trained_bytes(run)

@@ -1,4 +1,4 @@
-"""What an evaluation writes and what it refuses, with a task of a few lines in place of a model."""
+"""The files and errors of an evaluation, with a task of a few lines in place of a model."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def number_of(record) -> np.ndarray:
 
 
 def run_of(path: Path, loss=None, score=None, **more) -> Run:
-    """A run whose examples are numbers: predictions are the numbers, the loss is their mean."""
+    """Return a run whose examples are numbers: predictions are the numbers, the loss is their mean."""
 
     def mean(params, batch, key):
         count = jnp.sum(batch["valid"], dtype=jnp.float32)
@@ -61,7 +61,7 @@ def run_of(path: Path, loss=None, score=None, **more) -> Run:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A validation split of the videos 0 to 9."""
+    """A validation split with the videos 0 to 9."""
     return shards.write(tmp_path_factory.mktemp("numbers"), SHARDS, split="validation")
 
 
@@ -74,7 +74,7 @@ def scores_of(
 
 
 def nan_where(wanted: float):
-    """A loss that is no number in the batch that holds this one."""
+    """Return a loss whose second metric is NaN in the batch that contains the example `wanted`."""
 
     def loss(params, batch, key):
         bad = jnp.any(batch["valid"] & (batch["x"] == wanted))
@@ -86,7 +86,7 @@ def nan_where(wanted: float):
     return loss
 
 
-def test_metrics_that_nothing_counts_for_are_left_out(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_metrics_without_examples_are_omitted(folder: Path, tmp_path: Path, monkeypatch) -> None:
     none = Mean(jnp.float32(0), jnp.float32(0))
     loss = lambda params, batch, key: (0.0, {"loss": none, "words": none, "rows": Mean(jnp.float32(6), jnp.float32(4))})  # noqa: E731
     report = Report({"note": "this split has no labels"}, [])
@@ -106,13 +106,13 @@ def test_all_examples_count_once(folder: Path, tmp_path: Path, monkeypatch) -> N
     assert (scores["examples"], scores["loss"], scores["sum"]) == (10, 4.5, 45) and "note" not in scores
     scores = scores_of(run_of(folder), tmp_path, monkeypatch, examples=1)
     assert (scores["examples"], scores["loss"], scores["sum"]) == (1, 0, 0)
-    with pytest.raises(exits.Mistake, match="--examples -1"):
+    with pytest.raises(exits.Mistake, match=r"^--examples: -1 is negative; give 1 or more, or 0 for the whole split$"):
         scores_of(run_of(folder), tmp_path, monkeypatch, examples=-1)
 
 
-def test_a_loss_that_is_no_number_names_its_batch(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_loss_that_is_not_finite_names_its_batch(folder: Path, tmp_path: Path, monkeypatch) -> None:
     run = run_of(folder, nan_where(6))
-    message = r"videos/4.mp4: other_loss is nan in the batch of examples 4 to 7 of split 'validation', of which this is"
+    message = r"videos/4.mp4: other_loss is nan in the batch that starts with this example \(examples 4 to 7 of split 'validation'\)"
     with pytest.raises(exits.Mistake, match=message):
         scores_of(run, tmp_path, monkeypatch)
     with pytest.raises(exits.Mistake, match=message):
@@ -120,11 +120,9 @@ def test_a_loss_that_is_no_number_names_its_batch(folder: Path, tmp_path: Path, 
     assert not (tmp_path / "eval").exists()
 
 
-def test_a_prediction_that_is_no_number_names_its_example(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    for weight, index, found in (
-        (np.inf, 0, "nan"),
-        (3e38, 2, "inf"),
-    ):  # 0 * inf is nan; 2 * 3e38 is too much for float32
+def test_a_prediction_that_is_not_finite_names_its_example(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    # 0 * inf is NaN; 2 * 3e38 overflows float32.
+    for weight, index, found in ((np.inf, 0, "nan"), (3e38, 2, "inf")):
         with pytest.raises(
             exits.Mistake, match=rf"videos/{index}.mp4 \(example {index} of the split\): .*'y' is {found}"
         ):
@@ -132,8 +130,8 @@ def test_a_prediction_that_is_no_number_names_its_example(folder: Path, tmp_path
     assert not (tmp_path / "eval").exists()
 
 
-def test_what_is_kept_stays_on_the_devices_and_must_be_finite(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    """The large prediction of row i is the number i three times; rescoring takes rows 7, 0 and 9 of it."""
+def test_kept_predictions_stay_on_the_devices_and_must_be_finite(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The large prediction of row i is [i, i, i]; rescoring gathers its rows 7, 0 and 9 from the devices."""
 
     def predict(params, batch):
         return {"large": jnp.stack([batch["x"] * params["w"]] * 3, axis=1).astype("bfloat16"), "valid": batch["valid"]}
@@ -158,7 +156,7 @@ def test_what_is_kept_stays_on_the_devices_and_must_be_finite(folder: Path, tmp_
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nothing_is_written_that_is_no_number(folder: Path, tmp_path: Path, monkeypatch, bad: float) -> None:
+def test_nothing_is_written_that_is_not_finite(folder: Path, tmp_path: Path, monkeypatch, bad: float) -> None:
     for report, message in (
         (Report({"cider": bad}, []), f"the score 'cider' is {bad}"),
         (Report({}, [{"index": 3, "top5": {"猫": bad}}]), r"videos/3.mp4 \(example 3 of the split\): 'top5' is"),
@@ -176,8 +174,8 @@ def test_an_empty_split_is_refused(tmp_path: Path, monkeypatch) -> None:
     assert not (tmp_path / "eval").exists()
 
 
-def test_kernels_that_differ_are_left_out_of_an_evaluation(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    """The comparison traces the predictions, once; what it turns off stays off in every later pass."""
+def test_kernels_that_differ_are_turned_off_in_an_evaluation(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The comparison traces the predictions once; the kernels that it turns off stay off in later passes."""
     traced, told = [], []
 
     def predict(params, batch):
@@ -185,7 +183,7 @@ def test_kernels_that_differ_are_left_out_of_an_evaluation(folder: Path, tmp_pat
         return {"y": batch["x"], "valid": batch["valid"]}
 
     def check(run: Run, trace: Callable[[Run], object] | None = None) -> Run:
-        if trace is None:  # of the training step
+        if trace is None:  # the check of the training step
             return run
         trace(run)
         told.append(len(traced))

@@ -1,4 +1,4 @@
-"""Processes that come together: who is missing is named, who dies is named, and all end in bounded time. No model here."""
+"""Several processes of one run: missing and lost ones are named, and all others exit in bounded time. No model is involved."""
 
 import contextlib
 import fnmatch
@@ -18,7 +18,7 @@ from ymplug_jax.training import cluster, hosts
 
 HOST = socket.gethostname()
 SLACK = 60  # seconds for a busy machine
-# Meets the others, says so, adds up the process numbers, then does what its last argument says.
+# Joins the other processes, prints the sum of all process indices, then does what its last argument says.
 PROGRAM = """
 import sys, time, logging
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
@@ -48,7 +48,7 @@ sys.exit(hosts.announced(main)(sys.argv[1:]))
 def started(
     thens: dict[int, str], count: int, timeout: int = 120, heartbeat: int = 100, counts: dict | None = None
 ) -> Iterator[list[subprocess.Popen]]:
-    """Those processes of `count` on one coordinator; what is left of them at the end is killed."""
+    """Start the processes in `thens`, out of `count` with one coordinator; kill those still running at the end."""
     address = f"localhost:{runs.free_port()}"
     processes = []
     for number, then in thens.items():
@@ -65,40 +65,40 @@ def started(
 
 
 def ends(processes: list[subprocess.Popen], seconds: float) -> list[tuple[int, str]]:
-    """(exit code, stderr) of each."""
+    """Return (exit code, stderr) of each process."""
     deadline = time.monotonic() + seconds
     outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
     return [(process.returncode, errors) for process, (_, errors) in zip(processes, outputs, strict=True)]
 
 
 def together(processes: list[subprocess.Popen]) -> None:
-    """Until all have met."""
+    """Wait until all processes have joined."""
     for process in processes:
-        lines = iter(process.stdout.readline, "")  # Gloo says something first
+        lines = iter(process.stdout.readline, "")  # Gloo prints a line first
         assert any(line.startswith("together") for line in lines), process.stderr.read()
 
 
-def test_missing_processes_are_named_to_all_that_came() -> None:
+def test_processes_that_joined_name_the_missing_ones() -> None:
     with started({0: "0", 2: "0"}, count=4, timeout=8) as processes:
         for code, errors in ends(processes, 8 + SLACK):
             assert code == hosts.LOST
-            assert "2 of 4 processes have not come" in errors and ": process 1, process 3. " in errors, errors
-            assert f"Here are process 0 ({HOST}), process 2 ({HOST})" in errors and "--start_timeout" in errors
+            assert "2 of 4 processes did not join at" in errors and ": process 1, process 3; " in errors, errors
+            assert f"joined: process 0 ({HOST}), process 2 ({HOST});" in errors and "--start_timeout" in errors
             assert "Traceback" not in errors
 
 
 def test_a_missing_first_process_is_named() -> None:
     with started({1: "0"}, count=2, timeout=3) as processes:
         ((code, errors),) = ends(processes, 3 + SLACK)
-    assert code == hosts.LOST and "process 0 did not answer at localhost:" in errors and "for 3 s" in errors, errors
-    assert f"this is process 1 on {HOST}" in errors
+    assert code == hosts.LOST and f"process 1 ({HOST}): no answer from process 0 at localhost:" in errors, errors
+    assert "within 3 s" in errors and "start process 0 on that host" in errors, errors
 
 
 @pytest.mark.parametrize(
     ("numbers", "counts", "message"),
     [
-        ([0, 1, 1], {}, "--process_id 1 was given twice"),
-        ([0, 1], {1: 2}, "was started for 2 processes, process 0 for 3"),
+        ([0, 1, 1], {}, "--process_id 1: used by two processes, on "),
+        ([0, 1], {1: 2}, "was started with 2, process 0 with 3; give the same number on all hosts"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_at_once(numbers: list[int], counts: dict, message: str) -> None:
@@ -115,8 +115,8 @@ def test_numbers_that_do_not_fit_are_refused_at_once(numbers: list[int], counts:
     assert processes[0].returncode == hosts.LOST and message in first, first
 
 
-def test_a_stranger_at_the_port_disturbs_nobody() -> None:
-    """A port scan and a web browser call process 0 before the others do."""
+def test_unrelated_connections_to_the_port_are_ignored() -> None:
+    """A port scan and a silent client connect to process 0 before the other process does."""
     with started({0: "0"}, count=2) as (first,):
         address = first.args[3].split(":")
         while True:
@@ -139,34 +139,33 @@ def test_a_stranger_at_the_port_disturbs_nobody() -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_process_is_named_and_all_end(victim: int) -> None:
+def test_a_killed_process_is_named_and_all_others_exit(victim: int) -> None:
     with started(dict.fromkeys(range(3), "wait"), count=3) as processes:
         together(processes)
         processes[victim].kill()
         others = [process for i, process in enumerate(processes) if i != victim]
         for code, errors in ends(others, SLACK):
-            assert f"error: process {victim} ({HOST}) is gone" in errors, errors
-            assert code == hosts.LOST or (victim == 0 and code == -6), (
-                code
-            )  # -6: JAX, which needs process 0, was quicker
+            assert f"error: process {victim} ({HOST}) is lost: its connection closed" in errors, errors
+            # -6: JAX, whose coordinator is process 0, aborted first.
+            assert code == hosts.LOST or (victim == 0 and code == -6), code
 
 
 def test_a_silent_process_is_named_after_the_heartbeat() -> None:
-    """Stopped, not killed: no connection ends, as when a host loses its power or its network."""
+    """A stopped process keeps its connections open, like a host that loses power or network."""
     with started(dict.fromkeys(range(3), "wait"), count=3, heartbeat=5) as processes:
         together(processes)
         processes[1].send_signal(19)  # SIGSTOP
         for code, errors in ends([processes[0], processes[2]], 5 + SLACK):
-            assert code == hosts.LOST and f"process 1 ({HOST}) is gone: no sign of life for 5 s" in errors, errors
+            assert code == hosts.LOST and f"process 1 ({HOST}) is lost: no message for 5 s" in errors, errors
 
 
-def test_an_error_of_one_process_ends_all() -> None:
+def test_an_error_of_one_process_stops_all() -> None:
     with started({0: "wait", 1: "raise", 2: "wait"}, count=3) as processes:
         (zero, zero_says), (one, one_says), (two, two_says) = ends(processes, hosts.GRACE + 2 * SLACK)
     assert one == 1 and "OSError: the disk is full" in one_says
     assert zero == two == hosts.LOST
     for says in (zero_says, two_says):
-        assert f"error: process 1 ({HOST}) ended with exit code 1; its own output says why" in says, says
+        assert f"error: process 1 ({HOST}) exited with code 1; see the output of that process" in says, says
 
 
 def test_the_same_mistake_on_all_keeps_its_exit_code() -> None:
@@ -175,15 +174,15 @@ def test_the_same_mistake_on_all_keeps_its_exit_code() -> None:
 
 
 def test_flags_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="belong together"):
+    with pytest.raises(ValueError, match="give all three or none"):
         cluster.find("a:1", None, 0, 1)
     with pytest.raises(ValueError, match="write host:port"):
         cluster.find("a", 2, 0, 1)
-    with pytest.raises(ValueError, match="--process_id 2 is not in 0 to 1"):
+    with pytest.raises(ValueError, match="--process_id 2: out of range for --processes 2; give 0 to 1"):
         cluster.find("a:1", 2, 2, 1)
 
 
-def test_alone_without_flags() -> None:
+def test_a_single_process_needs_no_flags() -> None:
     assert cluster.find(None, None, None, 1) is None
 
 
@@ -193,24 +192,24 @@ SLURM = {
 }  # fmt: skip
 
 
-def test_slurm_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_variables_give_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     meeting = cluster.find(None, None, None, 1)
     assert meeting.names == ("gpu08", "gpu09", "gpu10", "login") and (meeting.count, meeting.number) == (4, 2)
-    assert meeting.address == "gpu08:61441" and meeting.devices is None, "one task a node has all GPUs of it"
+    assert meeting.address == "gpu08:61441" and meeting.devices is None, "the only task of a node uses all its GPUs"
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2)")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert cluster.find(None, None, None, 1).devices == (1,)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # SLURM has cut them itself
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # SLURM restricts the visible GPUs itself
     assert cluster.find(None, None, None, 1).devices is None
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert cluster.find(None, None, None, 1) is None
 
 
-def test_a_tpu_slice_tells_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # there are no chips here
+def test_tpu_variables_give_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # this machine has no chips
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,b.svc,c.svc,d.svc")
     monkeypatch.setenv("TPU_WORKER_ID", "3")
     for name, value in {
@@ -231,8 +230,8 @@ TPU_ENV = "ACCELERATOR_TYPE: 'v5litepod-16'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCAL
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_the_metadata_server_tells_the_meeting(monkeypatch: pytest.MonkeyPatch, joined: bool):
-    """As on a TPU VM: the answers of Google's server, from one of this process."""
+def test_the_metadata_server_gives_the_meeting(monkeypatch: pytest.MonkeyPatch, joined: bool):
+    """A local server answers like the metadata server of a TPU VM."""
     answers = {
         "agent-worker-number": "1",
         "worker-network-endpoints": "unknown:unknown:127.0.0.1,unknown:unknown:10.0.0.3",
@@ -251,14 +250,14 @@ def test_the_metadata_server_tells_the_meeting(monkeypatch: pytest.MonkeyPatch, 
 
     server = http.server.ThreadingHTTPServer(("localhost", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # there are no chips here
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # this machine has no chips
     for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_SKIP_MDS_QUERY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
     try:
         found = cluster.find(None, None, None, 1)
         del answers["agent-worker-number"]
-        assert cluster.find(None, None, None, 1) is None, "a machine that is no TPU VM"
+        assert cluster.find(None, None, None, 1) is None, "a machine that is not a TPU VM"
     finally:
         server.shutdown()
         server.server_close()
@@ -268,18 +267,20 @@ def test_the_metadata_server_tells_the_meeting(monkeypatch: pytest.MonkeyPatch, 
     )
 
 
-def test_a_first_host_without_an_address(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # there are no chips here
+def test_a_host_name_of_process_0_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: True)  # this machine has no chips
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "nowhere.invalid,b")
-    with pytest.raises(hosts.HostsError, match=r"no address of process 0's host nowhere\.invalid within 0 s"):
+    with pytest.raises(
+        hosts.HostsError, match=r"^nowhere\.invalid: the host name of process 0 does not resolve within 0 s; check"
+    ):
         cluster.find(None, None, None, 0.2)
 
 
-def test_the_names_of_missing_hosts_are_told_where_they_are_known() -> None:
+def test_missing_processes_are_listed_with_their_host_names() -> None:
     meeting = hosts.Meeting("gpu08:1", 4, 0, ("gpu08", "gpu09", "gpu10", "login"))
     text = hosts._missing(meeting, {2: hosts._Peer(2, "gpu10", socket.socket())}, 30.0)
-    assert "after 30 s 2 of 4 processes have not come to gpu08:1: process 1 (gpu09), process 3 (login). " in text
+    assert "2 of 4 processes did not join at gpu08:1 within 30 s: process 1 (gpu09), process 3 (login); " in text
     many = hosts._missing(hosts.Meeting("a:1", 64, 0), {}, 30.0)
     assert "process 16 and 47 more" in many
 
@@ -287,7 +288,7 @@ def test_the_names_of_missing_hosts_are_told_where_they_are_known() -> None:
 @pytest.mark.parametrize(
     ("files", "said", "expected"), [((), None, "cpu"), (("accel0",), None, None), ((), "tpu", "tpu")]
 )
-def test_no_tpu_is_looked_for_where_there_is_none(
+def test_jax_uses_the_cpu_on_a_host_without_accelerators(
     monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], said: str | None, expected: str | None
 ):
     class Folder:

@@ -1,4 +1,4 @@
-"""The share of time that the loop waits for batches, by a clock of its own."""
+"""The share of time that the loop waits for batches, measured with a simulated clock."""
 
 import types
 from pathlib import Path
@@ -12,7 +12,7 @@ from ymplug_jax.training import loop
 
 
 class Clock:
-    """Stands still unless moved."""
+    """A clock that advances only when `now` is changed."""
 
     now = 100.0
 
@@ -24,7 +24,15 @@ class Clock:
 
 
 def run_log(folder: Path, monkeypatch: pytest.MonkeyPatch, wait: float, work: float, pause: float = 0.0) -> list[dict]:
-    """Metrics of ten steps, logged every fifth, of which each waits and works so many seconds; `pause` is an evaluation."""
+    """Return the metrics of ten steps, logged every five steps.
+
+    Args:
+      folder: where metrics.jsonl is written.
+      monkeypatch: replaces the clock.
+      wait: seconds that each step waits for its batch.
+      work: seconds that each step computes.
+      pause: seconds of the evaluation after each log line.
+    """
     clock = Clock()
     monkeypatch.setattr(loop, "time", clock)
     settings = types.SimpleNamespace(batch_size=4, max_bad_steps=3)
@@ -58,14 +66,14 @@ def test_share_of_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait:
         assert line["samples_per_second"] == pytest.approx(4 / (wait + work))
 
 
-def test_an_evaluation_is_neither_waiting_nor_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_evaluation_time_is_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = run_log(tmp_path, monkeypatch, 1.0, 3.0, pause=500.0)
     assert [line["input_wait"] for line in lines] == pytest.approx([0.25, 0.25])
 
 
 @pytest.mark.slow
-def test_a_run_writes_it(tmp_path: Path):
-    """With worker processes, which the feed's thread starts."""
+def test_a_run_logs_input_wait(tmp_path: Path):
+    """A real run with worker processes, which the thread of the feed starts."""
     data = runs.make_data(tmp_path)
     runs.run(tmp_path / "run", data, "--config.train.duration=3 steps", "--config.data.workers=1")
     shares = [line["input_wait"] for line in metrics.read_metrics(tmp_path / "run") if "loss" in line]

@@ -1,4 +1,4 @@
-"""Two processes, of which one is killed or told to stop: the others end in time, and the run goes on to the bit."""
+"""A run of two processes of which one is killed or stopped: the other one exits in time, and the run resumes bit for bit."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(place: Path) -> list[str]:
-    """The language model, which compiles soonest."""
+    """Flags of the language model, the fastest one to compile."""
     return [
         "--config=configs/tiny/language.py",
         f"--config.data.path={place / 't.txt'}",
@@ -61,14 +61,14 @@ def two(place: Path, flags: list[str]) -> Group:
 
 @pytest.fixture(scope="module")
 def killed(place: Path, flags: list[str]) -> Path:
-    """Two processes, the second of them killed after a checkpoint; the first must end by itself and say why."""
+    """A run whose second process is killed after a checkpoint; the first one must log the loss and exit."""
     group = Group(place / "killed", flags, 2, pause=0.3)
     group.wait_for_step(SAVE + 2)
     group.processes[1].kill()
     begin = time.monotonic()
-    (code, errors), _ = group.end(60)  # seconds; the watch needs less than one, the rest is for a busy machine
+    (code, errors), _ = group.end(60)  # seconds; detection takes less than one, the rest is slack for a busy machine
     print(f"the other process ended {time.monotonic() - begin:.1f} s after the kill")
-    assert code == hosts.LOST and "error: process 1 (" in errors and "is gone" in errors, errors[-4000:]
+    assert code == hosts.LOST and "error: process 1 (" in errors and "is lost" in errors, errors[-4000:]
     assert max(steps(group.workdir)) < STEPS
     return group.workdir
 
@@ -77,12 +77,12 @@ def copied(source: Path, name: str) -> Path:
     return Path(shutil.copytree(source, source.parent / name))
 
 
-def test_a_killed_run_goes_on_exactly(two: Group, killed: Path, flags: list[str]):
+def test_a_killed_run_resumes_exactly(two: Group, killed: Path, flags: list[str]):
     group = finished(Group(copied(killed, "killed_two"), flags, 2))
     same_bytes(group.workdir, two.workdir)
 
 
-def test_a_killed_run_goes_on_with_another_number_of_processes(two: Group, killed: Path, flags: list[str]):
+def test_a_killed_run_resumes_with_another_number_of_processes(two: Group, killed: Path, flags: list[str]):
     group = finished(Group(copied(killed, "killed_one"), flags, 1, devices=2))
     want, got = runs.losses(two.workdir), runs.losses(group.workdir)
     assert sorted(got) == list(range(1, STEPS + 1))
@@ -100,7 +100,7 @@ def test_sigterm_makes_all_save_the_same_step(two: Group, place: Path, flags: li
     assert [code for code, _ in ended] == [0, 0], ended
     step = max(runs.losses(group.workdir))
     assert SAVE + 2 <= step < STEPS and max(steps(group.workdir)) == step
-    assert f"asked to stop: saving step {step}" in ended[0][1]
+    assert f"stop requested: saving step {step}" in ended[0][1]
     progress = group.workdir / "checkpoints" / "steps" / str(step) / "progress" / "metadata"
     assert json.loads(progress.read_text()) == {"step": step, "examples_seen": 8 * step}
     same_bytes(finished(Group(group.workdir, flags, 2)).workdir, two.workdir)

@@ -1,4 +1,4 @@
-"""Two and four processes on this machine are one run: the same losses, one set of files."""
+"""Runs of two and four local processes: the losses equal those of one process, and only process 0 writes files."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SETTINGS = [f"--config.train.duration={STEPS} steps", "--config.train.save_every
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data for one epoch of 40 steps: no record is read twice in a run."""
+    """Data for one epoch of 40 steps, so that no record is read twice in a run."""
     folder = tmp_path_factory.mktemp("processes")
     shards.write(folder / "data", (200, 120))
     shards.write(folder / "data", (9,), split="validation", first=500)
@@ -39,7 +39,7 @@ def one(place: Path, flags: list[str]) -> Group:
 
 @pytest.fixture(scope="module")
 def two(place: Path, flags: list[str]) -> Group:
-    """As two tasks of SLURM, which tells them where to meet."""
+    """Two SLURM tasks, which find the coordinator from SLURM's variables."""
     return finished(Group(place / "two", flags, 2, slurm=True))
 
 
@@ -79,7 +79,7 @@ def test_every_process_reads_its_own_rows(one: Group, several: Group):
     union = {line for part in parts for line in part}
     assert sum(map(len, parts)) == len(union), "a record was read twice"
     assert all(8 * STEPS // count <= len(part) <= 8 * STEPS // count + 40 for part in parts), (
-        "more than some batches ahead"
+        "prefetched more than a few batches"
     )
     assert {line for line in read(one, 0, "train")[: 8 * STEPS // 2]} <= union
     held_out = [set(read(several, i, "validation")) for i in range(count)]
@@ -89,7 +89,7 @@ def test_every_process_reads_its_own_rows(one: Group, several: Group):
 def test_only_the_first_process_writes(several: Group):
     def name_of(line: str) -> str:
         name = Path(line).relative_to(several.workdir).parts[0]
-        return name.removeprefix(".").removesuffix(".partial")  # under which a file is written until it is whole
+        return name.removeprefix(".").removesuffix(".partial")  # temporary name of an atomic write
 
     outside = [
         {name_of(line) for line in several.told(i, "write")} - {"checkpoints"} for i in range(len(several.processes))

@@ -1,4 +1,4 @@
-"""A run that was killed ends like one that was not, to the bit; on another mesh it goes on with the same data."""
+"""A killed run resumes bit for bit on the same mesh; on another mesh it resumes with the same data."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def straight(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty steps without a break."""
+    """A run of twenty steps without interruption."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     runs.run(workdir, data, END)
     return workdir
@@ -31,7 +31,7 @@ def straight(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed without warning while (or just after) step 10 was being saved, before step 20."""
+    """A run killed with SIGKILL during or just after the save of step 10, before step 20."""
     workdir = tmp_path_factory.mktemp("killed") / "run"
     process = runs.start(workdir, data, END)
     steps = workdir / "checkpoints" / "steps"
@@ -41,7 +41,7 @@ def killed(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (steps / "20").exists(), "the kill came too late to test anything"
+    assert not (steps / "20").exists(), "the run finished before the kill"
     return workdir
 
 
@@ -61,7 +61,7 @@ def test_kill_and_resume_is_exact(straight: Path, killed: Path, data: list[str],
 
 
 def test_an_incomplete_checkpoint_is_ignored_and_removed(straight: Path, data: list[str], tmp_path: Path):
-    """As a kill in the middle of a save leaves it: the temporary folder of a newer step, half its files."""
+    """A kill during a save leaves the temporary folder of a newer step with half its files."""
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
     steps = workdir / "checkpoints" / "steps"
@@ -114,9 +114,9 @@ def test_frozen_is_saved_once_and_steps_hold_none_of_it(straight: Path):
     assert not any("llm" in path.name for path in (checkpoints / "steps" / "20").rglob("*"))
 
 
-def test_a_run_that_cannot_stay_finite_stops_with_its_place(data: list[str], tmp_path: Path):
+def test_a_run_that_stays_non_finite_stops(data: list[str], tmp_path: Path):
     done = runs.run(tmp_path / "run", data, END, "--config.optim.lr=1e38", "--config.train.max_bad_steps=3", code=2)
-    assert "was not finite 3 times in a row" in done.stderr and "Traceback" not in done.stderr
+    assert "was not finite in 3 consecutive steps" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_checkpoint_of_another_model_is_refused(straight: Path, data: list[str], tmp_path: Path):
@@ -125,7 +125,7 @@ def test_checkpoint_of_another_model_is_refused(straight: Path, data: list[str],
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     done = runs.run(workdir, data, END, "--config.model.abstractor.queries=5", code=2)
     assert "config.model.abstractor.queries 4 -> 5" in done.stderr and "Traceback" not in done.stderr
-    # Without the settings that it was written with, the shapes say so.
+    # Without config.json, the comparison of shapes finds the difference.
     (workdir / "config.json").unlink()
     done = runs.run(workdir, data, END, "--config.model.abstractor.queries=5", code=2)
     assert "abstractor/queries is (4, 16), wanted (5, 16)" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""A run's folder: what is refused before anything in it changes, and what a run keeps."""
+"""The run folder: settings that are refused before anything in it changes, and the files it keeps."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ MODEL = {"llm": {"vocab": 64, "heads": 2, "remat": "none"}, "vision": {"width": 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with two tokenizers and a run in "run"."""
+    """The working folder, with two tokenizers and a run in "run"."""
     monkeypatch.chdir(tmp_path)
     Path("a.model").write_bytes(b"first")
     Path("b.model").write_bytes(b"other")
@@ -61,13 +61,15 @@ def test_what_may_change_on_resume(folder: Path, caplog: pytest.LogCaptureFixtur
 def test_what_may_not_change_on_resume(folder: Path):
     refused("config.task='pretrain', not 'caption'", experiment("caption"))
     other = MODEL | {"llm": MODEL["llm"] | {"heads": 4}}
-    refused("another model: config.model.llm.heads 2 -> 4; .*--workdir", experiment(model=other))
     refused(
-        "config.data.tokenizer b.model: not the tokenizer of the run in .*set config.data.tokenizer=.*/run/tokenizer/a.model",
+        r"run: holds a run of another model \(config.model.llm.heads 2 -> 4\); .*--workdir", experiment(model=other)
+    )
+    refused(
+        "tokenizer b.model: differs from the tokenizer of the run in .*set config.data.tokenizer=.*/run/tokenizer/a.model",
         experiment(data={"tokenizer": "b.model"}),
     )
     Path("a.model").write_bytes(b"changed under its name")
-    refused("not the tokenizer of the run", experiment())
+    refused("differs from the tokenizer of the run", experiment())
     refused("class names of the run", experiment(data={"tokenizer": "run/tokenizer/a.model", "classes": "names.txt"}))
 
 
@@ -77,7 +79,7 @@ def test_the_copies_of_a_run_never_change(folder: Path):
     assert (folder / "run/tokenizer/a.model").read_bytes() == b"first"
 
 
-def test_class_names_are_compared_by_what_they_say(folder: Path):
+def test_class_names_are_compared_regardless_of_encoding(folder: Path):
     new = experiment(data={"classes": "names.txt"})
     run_folder.write(new, "named")
     assert (folder / "named/classes.txt").read_bytes() == b"cats\ndogs\n"
@@ -91,21 +93,23 @@ def test_class_names_are_compared_by_what_they_say(folder: Path):
     refused("config.data.classes names.txt: No such file", new, "new")
 
 
-def test_lower_case_is_part_of_a_vocabulary(folder: Path):
+def test_lower_case_belongs_to_a_vocabulary(folder: Path):
     Path("vocab.txt").write_text("[UNK]\n")
     run_folder.write(experiment(data={"tokenizer": "vocab.txt"}), "bert")
     refused(
-        "lower_case is False, but .* has True", experiment(data={"tokenizer": "vocab.txt", "lower_case": False}), "bert"
+        "config.data.lower_case: is False, but .* has True",
+        experiment(data={"tokenizer": "vocab.txt", "lower_case": False}),
+        "bert",
     )
 
 
 @pytest.mark.parametrize("name", ["run[1]", "a*", "b?", "c\\d", "new[/run", "\udcff"])
-def test_names_that_checkpoints_cannot_be_read_from(folder: Path, name: str):
+def test_folder_names_that_orbax_cannot_read(folder: Path, name: str):
     refused("--workdir .*(read back|UTF-8)", experiment(), name)
 
 
 @pytest.mark.parametrize("name", ["run]", "a b", "lr=1e-3", "a,b", "a:b", "a#%{}", "圆形"])
-def test_names_that_work(folder: Path, name: str):
+def test_folder_names_that_work(folder: Path, name: str):
     run_folder.check(experiment(), name)
     value = {"w": jax.numpy.arange(4.0)}
     checkpoints = checkpoint.Checkpoints(name)
@@ -113,18 +117,18 @@ def test_names_that_work(folder: Path, name: str):
     assert checkpoint_files.places(name)
 
 
-def test_places_that_cannot_be_made(folder: Path):
+def test_folders_that_cannot_be_created(folder: Path):
     refused("a.model is a file, not a folder", experiment(), "a.model/new")
     refused("a.model is a file", experiment(), "a.model")
     os.symlink("nowhere", "link")
-    refused("a link to nowhere, which is not there", experiment(), "link")
-    refused("cannot be made", experiment(), "x" * 300)
+    refused("links to nowhere, which is missing", experiment(), "link")
+    refused("cannot create it", experiment(), "x" * 300)
 
 
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        (b"", "not JSON .it ends too early"),
+        (b"", "not JSON .the file is empty"),
         (b'{"task": "pretr', "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
         (b"[]", "damaged"),
@@ -141,7 +145,7 @@ def test_places_that_cannot_be_made(folder: Path):
 )
 def test_a_damaged_config_is_one_line(folder: Path, text: bytes, what: str):
     (folder / "run/config.json").write_bytes(text)
-    refused(f"^.*run/config.json: .*{what}.*; put back a copy, or delete it", experiment())
+    refused(f"^.*run/config.json: .*{what}.*; restore a copy, or delete the file", experiment())
 
 
 def test_settings_of_older_versions_are_read(folder: Path):
@@ -149,7 +153,7 @@ def test_settings_of_older_versions_are_read(folder: Path):
     del plain["train"]["other_tokenizer"], plain["data"]["classes"]
     plain["train"]["log_every"] = 7
     (folder / "run/config.json").write_text(json.dumps(plain))
-    model = {**MODEL, "llm": {"kind": "gpt3", **MODEL["llm"]}}  # the only decoder that there was
+    model = {**MODEL, "llm": {"kind": "gpt3", **MODEL["llm"]}}  # the only decoder of older versions
     assert run_folder.read_settings("run") == experiment(model=model, log_every="7 steps")
     with pytest.raises(Mistake, match=r"nowhere: no config.json here"):
         run_folder.read_settings("nowhere")
@@ -170,14 +174,14 @@ def test_init_from_another_tokenizer(folder: Path):
 
     with pytest.raises(Mistake, match="init_from: nowhere: no such folder"):
         check("nowhere")
-    with pytest.raises(Mistake, match=r"init_from: 1e-3: no such folder \(nor one named runs/lr=1e-3\)"):
+    with pytest.raises(Mistake, match=r"init_from: 1e-3: no such folder \(and none named runs/lr=1e-3\)"):
         check("runs/lr=1e-3")
     with pytest.raises(Mistake, match="init_from: run: no checkpoint here"):
         check("run")
     checkpoint.Checkpoints("run").save_frozen({"w": jax.numpy.zeros(2)})
     check("run")
     Path("a.model").write_bytes(b"changed")
-    with pytest.raises(Mistake, match=r"run was trained with another tokenizer than a.model, .*other_tokenizer=True"):
+    with pytest.raises(Mistake, match=r"run was trained with another tokenizer than a.model; .*other_tokenizer=True"):
         check("run")
     with pytest.raises(Mistake, match="another tokenizer"):
         check("llm=run")
@@ -195,7 +199,7 @@ def test_a_conversion_is_not_trained_in(folder: Path):
 
 
 def decoder(folder: str, **settings: object) -> None:
-    """A run in `folder` whose language model has these settings."""
+    """Write a run folder whose language model has these settings."""
     run_folder.write(experiment(model=llm(**settings)), folder)
     Path(folder, "checkpoints", "converted").mkdir(parents=True)
     Path(folder, "checkpoints", "converted", "_METADATA").write_text("{}")
@@ -212,15 +216,15 @@ def llm(**settings: object) -> dict:
         (
             {"rope_theta": 1e4},
             {},
-            "its language model has rope_theta 10000.0, config.model.llm.rope_theta is 1000000.0",
+            "its language model has rope_theta=10000.0, but config.model.llm.rope_theta is 1000000.0",
         ),
-        ({"tied": False}, {}, "its language model has tied False, config.model.llm.tied is True"),
-        ({"lora_rank": 4}, {}, "its language model has lora_rank 4, config.model.llm.lora_rank is 0"),
-        ({"kind": "bloom"}, {}, "its language model has kind 'bloom', config.model.llm.kind is 'qwen'"),
+        ({"tied": False}, {}, "its language model has tied=False, but config.model.llm.tied is True"),
+        ({"lora_rank": 4}, {}, "its language model has lora_rank=4, but config.model.llm.lora_rank is 0"),
+        ({"kind": "bloom"}, {}, "its language model has kind='bloom', but config.model.llm.kind is 'qwen'"),
     ],
 )
 def test_a_decoder_that_computes_something_else(folder: Path, stored: dict, wanted: dict, message: str):
-    """Shapes and names of these parameters are the same, or more than is wanted."""
+    """All wanted parameters exist with the right shape, so only the settings reveal the difference."""
     decoder("before", **stored)
     with pytest.raises(Mistake, match=re.escape(message)):
         run_folder.check_init_from(experiment(model=llm(**wanted), init_from="llm=before"))
@@ -228,7 +232,7 @@ def test_a_decoder_that_computes_something_else(folder: Path, stored: dict, want
 
 @pytest.mark.parametrize("stored", [{}, {"remat": "full"}, {"max_positions": 9}, {"vocab": 65, "rope_theta": 1e4}])
 def test_a_decoder_that_computes_the_same(folder: Path, stored: dict):
-    """Another vocabulary shows in the shapes, which are compared later."""
+    """A different vocabulary is left to the later comparison of shapes."""
     decoder("before", **stored)
     run_folder.check_init_from(experiment(model=llm(remat="none", max_positions=7), init_from="llm=before"))
 
@@ -238,8 +242,8 @@ def test_the_decoder_of_a_conversion(folder: Path):
     Path("converted", "checkpoints", "converted", "_METADATA").write_text("{}")
     record = {"sizes": {"llm": llm(rope_theta=1e4)["llm"]}}
     Path("converted", "conversion.json").write_text(json.dumps(record))
-    with pytest.raises(Mistake, match=r"has rope_theta 10000\.0"):
+    with pytest.raises(Mistake, match=r"has rope_theta=10000\.0"):
         run_folder.check_init_from(experiment(model=llm(), init_from="llm=converted"))
     Path("converted", "conversion.json").write_text('{"sizes": ')
-    with pytest.raises(Mistake, match=r"conversion\.json: damaged; convert again"):
+    with pytest.raises(Mistake, match=r"conversion\.json: damaged; run the conversion again"):
         run_folder.check_init_from(experiment(model=llm(), init_from="llm=converted"))

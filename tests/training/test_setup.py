@@ -1,4 +1,4 @@
-"""How a run is laid out: steps and warm-up from durations, and settings that contradict each other."""
+"""Preparing a run: steps and warm-up from durations, and settings that contradict each other."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from ymplug_jax.core.exits import Mistake
 
 
 def peaks(rate, steps: int, lr: float) -> list[int]:
-    """Steps at the highest rate."""
+    """Return the steps at the peak learning rate."""
     values = np.array([float(rate(jax.numpy.int32(step))) for step in range(steps)])
     return np.flatnonzero(np.isclose(values, lr)).tolist()
 
@@ -18,8 +18,8 @@ def peaks(rate, steps: int, lr: float) -> list[int]:
     ("warmup", "last"),
     [("10%", 4), ("7%", 2), ("5 steps", 4), ("0.5 epochs", 2)],  # 5.7, 3.99, 5 and 3.5 steps
 )
-def test_warm_up_is_cut_off_to_whole_steps(warmup: str, last: int):
-    """57 steps; the peak is the last step of the warm-up and the first one after it."""
+def test_warm_up_is_rounded_down_to_whole_steps(warmup: str, last: int):
+    """The run has 57 steps; the last warm-up step and the first one after it have the peak rate."""
     run = tiny.prepare(
         data={"examples": 57}, train={"duration": "57 steps"}, optim={"warmup": warmup, "lr": 0.5, "min_lr": 0.0}
     )
@@ -30,20 +30,23 @@ def test_warm_up_is_cut_off_to_whole_steps(warmup: str, last: int):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"duration": "0 steps"}}, "config.train.duration: '0 steps' are 0 steps of this data"),
-        ({"train": {"duration": "0.1 epochs"}}, "config.train.duration: '0.1 epochs' are 0 steps of this data"),
-        ({"train": {"duration": "10%"}}, "config.train.duration: '10%' is a share of itself"),
+        ({"train": {"duration": "0 steps"}}, "config.train.duration: '0 steps' is less than one step of this data"),
+        (
+            {"train": {"duration": "0.1 epochs"}},
+            "config.train.duration: '0.1 epochs' is less than one step of this data",
+        ),
+        ({"train": {"duration": "10%"}}, "config.train.duration: '10%' is relative to itself"),
         ({"train": {"duration": "-5 steps"}}, "config.train.duration: cannot read the duration '-5 steps'"),
-        ({"train": {"save_every": "0 steps"}}, "config.train.save_every: '0 steps' is no interval"),
-        ({"train": {"log_every": "0 steps"}}, "config.train.log_every: '0 steps' is no interval"),
+        ({"train": {"save_every": "0 steps"}}, "config.train.save_every: '0 steps' is not an interval"),
+        ({"train": {"log_every": "0 steps"}}, "config.train.log_every: '0 steps' is not an interval"),
         ({"train": {"log_every": "often"}}, "config.train.log_every: cannot read the duration 'often'"),
         ({"train": {"save_every": "often"}}, "config.train.save_every: cannot read the duration 'often'"),
-        ({"train": {"eval_every": "0%"}}, "config.train.eval_every: '0%' is no interval"),
+        ({"train": {"eval_every": "0%"}}, "config.train.eval_every: '0%' is not an interval"),
         ({"optim": {"warmup": "101%"}}, "config.optim.warmup: '101%' is more than the whole run"),
         ({"optim": {"warmup": "9 steps"}}, "config.optim.warmup is 9 steps but the run has 8"),
     ],
 )
-def test_durations_that_make_no_run(changes: dict, message: str):
+def test_invalid_durations(changes: dict, message: str):
     with pytest.raises(ValueError) as caught:
         tiny.prepare(**changes)
     assert str(caught.value).startswith(message)
@@ -52,17 +55,17 @@ def test_durations_that_make_no_run(changes: dict, message: str):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (("head", "tensor"), "no parameter of this model has an axis 'head'; there are classes, embed, "),
-        (("mlp", "tensr"), "no mesh axis 'tensr'; there are data, fsdp, tensor"),
+        (("head", "tensor"), "no parameter of this model has an axis 'head'; choose from classes, embed, "),
+        (("mlp", "tensr"), "unknown mesh axis 'tensr'; choose one of data, fsdp, tensor"),
     ],
 )
-def test_rules_of_the_mesh_that_say_nothing(rule: tuple[str, str], message: str):
+def test_mesh_rules_with_unknown_names(rule: tuple[str, str], message: str):
     with pytest.raises(Mistake) as caught:
         tiny.prepare(mesh={"rules": (("embed", "fsdp"), rule)})
     assert str(caught.value).startswith(f"config.mesh.rules: {message}")
 
 
-def test_a_share_below_one_step_is_each_step():
+def test_an_interval_below_one_step_means_every_step():
     tiny.prepare(train={"save_every": "1%", "eval_every": "0.1 epochs"})
 
 
@@ -75,7 +78,7 @@ def test_patterns_that_match_nothing(setting: str, group: str):
 
 
 @pytest.mark.parametrize(("setting", "group"), [("frozen", "train"), ("no_decay", "optim"), ("lr_scales", "optim")])
-def test_patterns_that_are_no_regex(setting: str, group: str):
+def test_patterns_that_are_not_regular_expressions(setting: str, group: str):
     value = (("a(", 0.1),) if setting == "lr_scales" else ("a(",)
     with pytest.raises(Mistake, match=f"^config.{group}.{setting}: 'a\\(' is no regular expression"):
         tiny.prepare(**{group: {setting: value}})

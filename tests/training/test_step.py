@@ -1,4 +1,4 @@
-"""The step: frozen means frozen, micro-batches and meshes change nothing, bad steps change nothing."""
+"""The training step: frozen parameters, gradient accumulation, results on different meshes, and non-finite steps."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from ymplug_jax.training.setup import Run
 
 
 def start(run: Run):
-    """(state, frozen, key) of a fresh run."""
+    """Return (state, frozen, key) of a fresh run."""
     now, frozen, _ = setup.fresh_state(run)
     key = jax.device_put(jax.random.key(run.experiment.train.seed), sharding.replicated(run.mesh))
     return now, frozen, key
@@ -38,7 +38,7 @@ def test_no_frozen_leaf_in_state_or_gradient():
     assert set(state.flatten(moments)) == set(trainable)
 
 
-def test_frozen_bytes_after_ten_steps():
+def test_frozen_parameters_are_unchanged_after_ten_steps():
     run = tiny.prepare()
     step = step_lib.compile_step(run)
     now, frozen, key = start(run)
@@ -52,7 +52,7 @@ def test_frozen_bytes_after_ten_steps():
 
 
 def test_loss_falls_on_one_batch():
-    run = tiny.prepare(train={"frozen": ()})  # a frozen random decoder has nothing to say
+    run = tiny.prepare(train={"frozen": ()})  # with a frozen random decoder the loss would not fall
     step = step_lib.compile_step(run)
     now, frozen, key = start(run)
     values = []
@@ -71,22 +71,22 @@ def test_losses_are_the_same_on_every_mesh(mesh: dict[str, int]):
         np.testing.assert_allclose(state.flatten(spread_end.trainable)[path], leaf, atol=2e-4, err_msg=path)
 
 
-def test_the_contrastive_loss_meets_the_global_batch():
+def test_the_contrastive_loss_uses_the_global_batch():
     model = tiny.MODEL.clone(contrastive_width=8)
     single, _ = losses_of(tiny.prepare(model=model))
     spread, _ = losses_of(tiny.prepare(8, model=model, mesh={"data": 2, "fsdp": 2, "tensor": 2}))
     np.testing.assert_allclose(spread, single, rtol=2e-5)
 
 
-def test_fsdp_really_cuts_the_parameters():
+def test_fsdp_shards_the_parameters():
     run = tiny.prepare(8, mesh={"fsdp": 8})
     up = state.flatten(run.state.trainable)["vision/blocks/mlp/up/kernel"]
     assert up.sharding.shard_shape(up.shape)[1] == up.shape[1] // 8
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_is_the_whole_batch(parts: int):
-    """The rows have different lengths, so a mean of means would differ."""
+def test_accumulation_equals_the_whole_batch(parts: int):
+    """The rows have different lengths, so an unweighted mean over micro-batches would differ."""
     whole, end = losses_of(tiny.prepare())
     cut, cut_end = losses_of(tiny.prepare(train={"accumulate": parts}))
     np.testing.assert_allclose(cut, whole, rtol=1e-5)
@@ -110,7 +110,7 @@ def test_invalid_rows_do_not_count():
     assert some["loss"].weight == jnp.sum(tiny.batch(run)["mask"][:5, 1:])
 
 
-def test_a_bad_step_changes_nothing_but_the_count():
+def test_a_non_finite_step_changes_nothing_but_the_count():
     run = tiny.prepare()
     step = step_lib.compile_step(run)
     now, frozen, key = start(run)
@@ -124,7 +124,7 @@ def test_a_bad_step_changes_nothing_but_the_count():
 
 
 def test_settings_that_contradict_each_other():
-    with pytest.raises(ValueError, match="batch_size 8 is no multiple of accumulate 3"):
+    with pytest.raises(ValueError, match=r"batch_size: 8 is not a multiple of .* = 3 x 1 x 1; change one of them"):
         tiny.prepare(train={"accumulate": 3})
     with pytest.raises(ValueError, match="make them equal"):
         tiny.prepare(data={"frames": 3})

@@ -1,4 +1,4 @@
-"""How a run ends before its time: signals, places that fail, and values that mean nothing."""
+"""Reasons for a run to end early: signals, failing disks or buckets, and values that are not finite."""
 
 import os
 import signal
@@ -16,20 +16,20 @@ from ymplug_jax.training.step import TrainingStopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks(number: int):
+def test_the_first_signal_requests_a_stop(number: int):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stop.Stop() as asked:
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # while it compiles
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # nothing to save yet
         asked.listen()
         assert not asked.asked(1)
         os.kill(os.getpid(), number)
         assert asked.asked(1)
         if number == signal.SIGINT:
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one ends it
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one ends the process
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_signal_leaves_an_evaluation():
+def test_a_signal_aborts_an_evaluation():
     done = []
     with stop.Stop() as asked:
         asked.listen()
@@ -49,16 +49,16 @@ def test_a_second_ctrl_c_ends_the_process():
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "still here\n", "")
 
 
-def test_data_that_cannot_be_read_any_more():
+def test_data_that_can_no_longer_be_read():
     with (
-        pytest.raises(PlaceFailed, match=r"^/gone/x: cannot be read any more \(No such file or directory\)"),
+        pytest.raises(PlaceFailed, match=r"^/gone/x: can no longer be read \(No such file or directory\); restore"),
         stop.reading("/data"),
     ):
         Path("/gone/x").read_bytes()
     with (
-        pytest.raises(PlaceFailed, match=r"^/data: cannot be read any more .OSError: .Errno 5. Input/output error"),
+        pytest.raises(PlaceFailed, match=r"^/data: can no longer be read .OSError: .Errno 5. Input/output error"),
         stop.reading("/data"),
-    ):  # as a worker process tells it
+    ):  # the text that Grain passes on from a worker process
         raise RuntimeError("Grain worker failed:\n  File x\nOSError: [Errno 5] Input/output error\n")
     with pytest.raises(CorruptRecord, match=r"^/data/x: record 3 at byte 9: cut$"), stop.reading("/data"):
         raise RuntimeError(
@@ -75,7 +75,7 @@ def test_data_that_cannot_be_read_any_more():
         ValueError("UNKNOWN: Error writing local file: write: No space left on device [OS error 28: ENOSPC]"),
     ],
 )
-def test_a_folder_that_cannot_be_written_any_more(error: Exception):
+def test_a_folder_that_can_no_longer_be_written(error: Exception):
     with (
         pytest.raises(PlaceFailed, match=r"^runs/x: cannot be written \(No space left on device\)[^\n]*$"),
         checkpoint_files.place_of(checkpoint_files.folder_of("runs/x")),
@@ -94,6 +94,9 @@ def test_a_batch_without_targets_is_named():
 def test_scores_that_are_not_finite():
     nan, inf = float("nan"), float("inf")
     assert stop.finite_scores(3, {"loss": 1.5, "masked": nan}, "validation") == {"loss": 1.5}
-    for values, name in (({"loss": nan}, "loss is nan"), ({"loss": 1.0, "x": inf}, "x is inf")):
-        with pytest.raises(TrainingStopped, match=f"step 3: the evaluation's {name}; .*'validation'"):
+    for values, name in (
+        ({"loss": nan}, "loss of the evaluation is nan"),
+        ({"loss": 1.0, "x": inf}, "x of the evaluation is inf"),
+    ):
+        with pytest.raises(TrainingStopped, match=f"^step 3: {name}; .*'validation'"):
             stop.finite_scores(3, values, "validation")

@@ -1,4 +1,4 @@
-"""The folder of a run may be a bucket: its name stays gs:// wherever it goes. The bucket here is a local folder behind fsspec."""
+"""A run folder in a bucket: its name stays gs:// in every library. Here fsspec maps the bucket to a local folder."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from ymplug_jax.training import evaluate, run_folder, setup
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that is gs://bucket. What is written there is written whole and cannot be appended to, as in a bucket."""
+    """The local folder behind gs://bucket. As in a real bucket, objects are written as a whole and cannot be appended to."""
 
     class Bucket(LocalFileSystem):
         cachable = False
@@ -32,7 +32,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             return text.replace("gs://bucket", str(tmp_path / "bucket")).rstrip("/")
 
         def _open(self, path, mode="rb", **options):
-            assert "a" not in mode, f"{path}: an object cannot grow"
+            assert "a" not in mode, f"{path}: objects cannot be appended to"
             Path(self._strip_protocol(path)).parent.mkdir(parents=True, exist_ok=True)
             return super()._open(path, mode)
 
@@ -43,7 +43,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "bucket").mkdir()
     monkeypatch.chdir(tmp_path)
     yield tmp_path / "bucket"
-    assert not (tmp_path / "gs:").exists(), "something took gs: for a local folder"
+    assert not (tmp_path / "gs:").exists(), "a library took gs: for a local folder"
     gpath._is_tf_installed.cache_clear()
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
@@ -66,7 +66,7 @@ def test_checkpoints_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, options: seen.append(folder))
     checkpoints = checkpoint.Checkpoints("gs://bucket/run")
     assert str(checkpoints.folder) == "gs://bucket/run/checkpoints" and not seen, (
-        "nothing is made before the first save"
+        "nothing is created before the first save"
     )
     assert checkpoints._manager is None
     assert str(seen[0]) == "gs://bucket/run/checkpoints/steps"
@@ -94,7 +94,7 @@ def test_metrics_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
     first.write(1, {"loss": 2.0})
     first.write(2, {"loss": 1.5})
     first.flush()
-    first.write(3, {"loss": 9.0})  # killed here: this line came after the checkpoint
+    first.write(3, {"loss": 9.0})  # killed here, after the checkpoint: this line must be dropped
     assert [line["step"] for line in metrics.read_metrics(workdir)] == [1, 2]
     second = metrics.Writer(workdir, active=True)
     second.write(3, {"loss": 1.0})

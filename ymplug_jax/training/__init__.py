@@ -1,1 +1,1 @@
-"""A run from its settings to its last checkpoint: setup, the step, the loop, evaluation, several hosts."""
+"""Training and evaluation of a run: setup, training step, loop, evaluation, run folder and multi-host coordination."""

@@ -1,7 +1,7 @@
-"""The step of a run with the best score so far, kept as a run's folder of its own at WORKDIR/best.
+"""Keep the checkpoint with the best evaluation score as a run folder of its own, WORKDIR/best.
 
-Whatever takes the folder of a run (evaluation, `predict`, `config.train.init_from`, `compare`) takes WORKDIR/best as well. Its
-frozen half is that of the run and is not copied.
+WORKDIR/best works wherever a run folder does: evaluation, `predict`, `config.train.init_from` and `compare`. It shares the frozen
+parameters of the run instead of copying them.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.state import TrainState
 from ymplug_jax.training import run_folder
 
-NOTE = "best.json"  # {"score", "value", "step"} in that folder
+NOTE = "best.json"  # {"score": name, "value": float, "step": int} in WORKDIR/best
 
 
 class Best:
-    """Keeps one step. A score that is equal to the best one does not replace it."""
+    """Keeps one checkpoint: the earliest one with the best score."""
 
     def __init__(self, experiment: Experiment, workdir: epath.Path, *, higher_is_better: bool):
-        """Read what is kept already.
+        """Load the best score so far, so that a resumed run continues from it.
 
         Args:
-          experiment: the settings of the run.
-          workdir: the run's folder.
-          higher_is_better: of the score `config.train.best`.
+          experiment: settings of the run.
+          workdir: folder of the run.
+          higher_is_better: whether a higher value of the score `config.train.best` is better.
         """
         self._higher = higher_is_better
         self._experiment, self._folder = experiment, workdir / BEST
@@ -46,20 +46,27 @@ class Best:
         scores: dict[str, Any],
         frozen_sums: dict[str, str] | None,
     ) -> bool:
-        """Save the state if its score is better than all before. All processes call it with the same scores.
+        """Save the state if its score is better than all earlier ones. Call it on all processes with the same scores.
+
+        Args:
+          state: state after `step`.
+          step: number of finished steps.
+          examples_seen: training examples consumed up to `step`.
+          scores: scores of the evaluation at `step`, by name.
+          frozen_sums: checksums of the frozen parameters, see `Checkpoints`.
 
         Returns:
-          Whether it was saved.
+          Whether the state was saved.
 
         Raises:
-          Mistake: the task has no such score.
+          Mistake: `scores` lacks the score named by `config.train.best`.
           PlaceFailed: the folder cannot be written.
         """
         value = scores.get(self._name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             numbers = sorted(name for name, value in scores.items() if isinstance(value, float))
             raise Mistake(
-                f"config.train.best is {self._name!r}; this evaluation has no such score, it has {', '.join(numbers)}"
+                f"config.train.best: this evaluation has no score {self._name!r}; choose one of {', '.join(numbers)}"
             )
         if not (math.isnan(self._value) or self._better(value)):
             return False
@@ -77,11 +84,11 @@ class Best:
         return value > self._value if self._higher else value < self._value
 
     def _stored(self) -> float:
-        """The score of the step that is kept, NaN if there is none by this name."""
+        """Return the score of the kept checkpoint; NaN if there is none or it was chosen by another score."""
         try:
             note = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
             if note["score"] == self._name and note["step"] in steps_of(self._folder):
                 return float(note["value"])
-        except (OSError, ValueError, TypeError, KeyError):  # none yet, or cut off by a kill
+        except (OSError, ValueError, TypeError, KeyError):  # nothing kept yet, or the process was killed while writing
             pass
         return math.nan

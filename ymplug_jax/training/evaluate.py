@@ -1,4 +1,4 @@
-"""A padded pass over a split: losses during training, predictions and scores from a checkpoint."""
+"""Evaluate a split in padded batches: losses during training, predictions and scores of a checkpoint."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ Arrays = dict[str, jax.Array]
 
 
 def make_loss_step(run: Run) -> LossStep:
-    """The jitted (trainable, frozen, batch) -> metrics; make it once, it compiles at its first call."""
+    """Return the jitted loss `(trainable, frozen, batch) -> metrics`. Create it once: it compiles at its first call."""
 
     def step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
         return run.task.loss(state_lib.merge(trainable, frozen), batch, None)[1]
@@ -41,12 +41,12 @@ def make_loss_step(run: Run) -> LossStep:
 
 
 def losses(run: Run, step: LossStep, records: Split, trainable: Params, frozen: Params) -> dict[str, float]:
-    """Mean of every metric of the task over the head of the evaluation split (`eval_examples` at most), without dropout.
+    """Return the mean of every metric over the first `eval_examples` examples of the evaluation split, without dropout.
 
-    A metric that nothing in the split counts for is left out.
+    Metrics with total weight 0 (no example counts for them) are omitted.
 
     Raises:
-      Mistake: a metric is not finite; the message names it and the first batch where it is not.
+      Mistake: a metric is not finite; the message names it and the first such batch.
     """
     batches = _batches(run, records, run.experiment.train.eval_examples, "evaluation")
     found = [(start, step(trainable, frozen, batch)) for batch, start in batches]
@@ -54,7 +54,7 @@ def losses(run: Run, step: LossStep, records: Split, trainable: Params, frozen: 
 
 
 class Scorer:
-    """Scores a run's evaluation split. Make it once: its functions compile at their first call."""
+    """Scores the evaluation split of a run. Create it once: its functions compile at their first call."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -63,7 +63,7 @@ class Scorer:
         self._compared = False
 
     def _compare_kernels(self, trainable: Params, frozen: Params, batch: Batch) -> None:
-        """Leave out the kernels of the predictions that differ from plain XLA; their rows have padding, those of training none."""
+        """Turn off the kernels whose predictions differ from plain XLA; unlike training, predictions have padded rows."""
         self._compared = True
         checked = step_lib.with_checked_kernels(
             self._run, lambda run: _traced(_predictor(run), run, trainable, frozen, batch)
@@ -75,18 +75,17 @@ class Scorer:
     def score(
         self, records: Split, trainable: Params, frozen: Params, examples: int, step: int
     ) -> tuple[dict[str, Any], Report]:
-        """(scores, what an evaluation found) of parameters as the devices hold them.
+        """Return (scores, report) of the given parameters.
 
         Args:
           records: the evaluation split.
-          trainable: half of the parameters.
-          frozen: the other half, see `setup.hold`.
-          examples: this many at most; 0: the whole split.
-          step: of the checkpoint, for the scores.
+          trainable: trainable parameters, on the devices.
+          frozen: frozen parameters in the form that `setup.hold` returns.
+          examples: maximum number of examples; 0: the whole split.
+          step: step of the checkpoint, recorded in the scores.
 
         Raises:
-          Mistake: something that would be written is not finite; the message names the score and the first example.
-          ValueError: no example to score.
+          Mistake: a metric, prediction or score is not finite (the message names the first example), or no record is readable.
         """
         run, experiment = self._run, self._run.experiment
         split = experiment.data.eval_split
@@ -106,7 +105,7 @@ class Scorer:
                 rows += _checked(_rows(jax.device_get(predicted), start), records)
         means, note = _means(found, records, experiment)
         if self._predict and not rows:
-            raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record to score; build it again")
+            raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record; build the shards again")
         report = Report({}, [])
         if run.task.rescore:
             with self._run.tracing():
@@ -135,8 +134,11 @@ def _traced(
 
 
 def _predictor(run: Run) -> Callable[[Params, Params, Batch], tuple[Arrays, Arrays, Arrays]]:
-    """The jitted (trainable, frozen, batch) -> predictions on every host, those that stay on the devices, and of these the first value
-    of each row that is not finite (0: none), beside "valid"."""
+    """Return the jitted `(trainable, frozen, batch) -> (predicted, large, odd)`.
+
+    `predicted` is replicated. `large` holds the arrays of `task.kept`, which stay sharded. `odd` holds, for each of them, the
+    first non-finite value of each row (0: none), and "valid".
+    """
     task = run.task
 
     def step(trainable: Params, frozen: Params, batch: Batch) -> tuple[Arrays, Arrays, Arrays]:
@@ -154,7 +156,16 @@ def _predictor(run: Run) -> Callable[[Params, Params, Batch], tuple[Arrays, Arra
 def evaluate_all(
     runs: list[tuple[Experiment, epath.Path]], workdir: epath.Path, *, examples: int = 0
 ) -> dict[str, Any]:
-    """`evaluate` of one run; of several, mean and standard deviation of every score, written to `workdir`/seeds.json too."""
+    """Evaluate one run, or several runs that differ by their seed.
+
+    Args:
+      runs: (settings, folder) of each run.
+      workdir: folder that holds the runs; with several, their summary is written to `workdir`/seeds.json.
+      examples: maximum number of examples per run; 0: the whole split.
+
+    Returns:
+      The scores of `evaluate` for one run; for several, the mean and standard deviation of every score.
+    """
     scores = [evaluate(experiment, folder, examples=examples) for experiment, folder in runs]
     if len(runs) == 1:
         return scores[0]
@@ -168,26 +179,26 @@ def evaluate_all(
 
 
 def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) -> dict[str, Any]:
-    """Score the run's newest checkpoint on its evaluation split.
+    """Score the newest checkpoint of a run on its evaluation split.
 
-    Writes `eval/<split>/`: scores.json, predictions.jsonl (one line an example), report.html (the same for the eye) and,
-    for retrieval, index.npz.
+    Writes to `workdir`/eval/<split>: scores.json, predictions.jsonl (one line per example), report.html and, for retrieval,
+    index.npz.
 
     Args:
-      experiment: the settings of the run.
-      workdir: the run's folder.
-      examples: stop after this many; 0: the whole split.
+      experiment: settings of the run.
+      workdir: folder of the run.
+      examples: maximum number of examples; 0: the whole split.
 
     Returns:
-      Scores, with the split, the step and the number of examples they were taken over. A metric that nothing in the split
-      counts for is left out and named in "note".
+      Scores by name, with "task", "split", "step" and "examples". Metrics for which no example counts are omitted and listed
+      in "note".
 
     Raises:
-      Mistake: something that would be written is not finite; the message names the score and the first example.
-      ValueError: no example to score.
+      Mistake: a metric, prediction or score is not finite (the message names the first example), or no record is readable.
+      ValueError: the split is missing or empty.
     """
     if examples < 0:
-        raise Mistake(f"--examples {examples}: give 1 or more, or 0 for the whole split")
+        raise Mistake(f"--examples: {examples} is negative; give 1 or more, or 0 for the whole split")
     run = step_lib.with_checked_kernels(setup.prepare(experiment, training=False))
     trainable, frozen = state_lib.split(load(run, workdir), run.frozen_patterns)
     frozen = setup.hold(run, frozen)
@@ -196,7 +207,7 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
     scorer = Scorer(run)
     scores, report = scorer.score(records, trainable, frozen, examples, checkpoint_files.latest_step(str(workdir)) or 0)
     if jax.process_index() == 0:
-        if report.arrays:  # vectors of two runs are not comparable
+        if report.arrays:  # stored with the vectors: those of different runs are not comparable
             facts = index_file.origin(experiment, str(workdir)) | {"split": split}
             report.arrays.update({name: np.asarray(value) for name, value in facts.items()})
         folder = workdir / "eval" / split
@@ -212,21 +223,24 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
 
 
 def load(run: Run, workdir: epath.Path) -> Params:
-    """All parameters of the run's newest checkpoint, placed as the run wants them; of a run that has not begun, those that
-    `init_from` gives, to score without training."""
+    """Load the parameters of the newest checkpoint, sharded for the run's mesh; without one, those of `init_from`."""
     if checkpoint_files.latest_step(str(workdir)) is None and run.experiment.train.init_from:
-        logging.warning("%s: no checkpoint; scoring config.train.init_from as it stands", workdir)
+        logging.warning("%s: no checkpoint; scoring the parameters of config.train.init_from without training", workdir)
         return setup.fresh_params(run)[0]
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
 
 
 def _means(found: list[tuple[int, Metrics]], records: Split, experiment: Experiment) -> tuple[dict[str, float], str]:
-    """(mean of every metric that anything counted for, note about the others), from the metrics of each batch with the place of
-    its first example.
+    """Return (mean of every metric with non-zero weight, note that lists the other metrics).
+
+    Args:
+      found: (index of the first example, metrics) of each batch.
+      records: the evaluation split.
+      experiment: settings of the run.
 
     Raises:
-      Mistake: a metric is not finite; the message names it and the first batch where it is not.
+      Mistake: a metric is not finite; the message names it and the first such batch.
     """
     total: Metrics = {}
     for start, metrics in jax.device_get(found):
@@ -234,8 +248,8 @@ def _means(found: list[tuple[int, Metrics]], records: Split, experiment: Experim
             if not (np.isfinite(mean.total) and np.isfinite(mean.weight)):
                 last = min(start + experiment.train.batch_size, len(records)) - 1
                 raise Mistake(
-                    f"{records[start].media_id}: {name} is {mean.total} in the batch of examples {start} to {last} of split "
-                    f"{records.split!r}, of which this is the first; nothing was scored: evaluate an earlier checkpoint, or "
+                    f"{records[start].media_id}: {name} is {mean.total} in the batch that starts with this example (examples "
+                    f"{start} to {last} of split {records.split!r}), so nothing was scored; evaluate an earlier checkpoint, or "
                     "train again with a lower config.optim.lr"
                 )
         total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
@@ -245,20 +259,20 @@ def _means(found: list[tuple[int, Metrics]], records: Split, experiment: Experim
 
 
 def _checked(rows: list[Row], records: Split) -> list[Row]:
-    """The rows of a batch, once all their floats are finite: a model that has diverged is found at its first batch."""
+    """Return the rows after checking that all their floats are finite, so that a diverged model fails at its first batch."""
     floats = [key for key, value in rows[0].items() if jax.numpy.issubdtype(value.dtype, np.floating)] if rows else []
     metrics_lib.check_rows(rows, records, *floats)
     return rows
 
 
 def _check_kept(rows: list[Row], records: Split) -> None:
-    """What stays on the devices is finite: rows of `_predictor`."""
+    """Check the rows of `odd` (see `_predictor`): every array that stays on the devices is finite."""
     if rows:
         metrics_lib.check_rows(rows, records, *(key for key in rows[0] if key != "index"))
 
 
 def _check_written(scores: dict[str, Any], report: Report, records: Split) -> None:
-    """Everything that is about to be written is finite, or a Mistake names it: JSON has no NaN."""
+    """Raise a `Mistake` that names the first score or row that is not finite: JSON has no NaN."""
 
     def wrong(value: Any) -> bool:
         if isinstance(value, dict):
@@ -270,20 +284,20 @@ def _check_written(scores: dict[str, Any], report: Report, records: Split) -> No
     for name, value in scores.items():
         if wrong(value):
             raise Mistake(
-                f"{scores['split']}: the score {name!r} is {value}; nothing was written, look at the model's answers"
+                f"{scores['split']}: the score {name!r} is {value}, so nothing was written; evaluate an earlier checkpoint"
             )
     for row in report.rows:
         if bad := next((name for name, value in row.items() if wrong(value)), None):
             raise Mistake(
-                f"{metrics_lib.example_name(row, records)}: {bad!r} is {row[bad]}; nothing was written, look at the model's "
-                "answers"
+                f"{metrics_lib.example_name(row, records)}: {bad!r} is {row[bad]}, so nothing was written; evaluate an earlier "
+                "checkpoint"
             )
 
 
 def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(_strict(row), ensure_ascii=False) + "\n" for row in report.rows)
-    # What is no text in a file name becomes an escape that JSON knows.
+    # File names may hold bytes that are not UTF-8: write them as JSON escapes.
     (folder / "predictions.jsonl").write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
     if report.arrays:
         index_file.write(folder / "index.npz", report.arrays)
@@ -292,7 +306,7 @@ def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _strict(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -305,8 +319,10 @@ def _size(records: Split, examples: int) -> int:
 
 
 def _batches(run: Run, records: Split, examples: int, title: str) -> Iterator[tuple[Batch, int]]:
-    """Every example once, in order, with the place of the batch's first one in the split; the last batch is padded with
-    `valid` False. The same number of batches on every host."""
+    """Yield (batch, index of its first example) over the split, in order, each example once.
+
+    The last batch is padded with rows whose `valid` is False. Every host yields the same number of batches.
+    """
     data, size = run.experiment.data, run.experiment.train.batch_size
     rows = sharding.local_rows(size, run.mesh)
     stream = loader.batches(
@@ -320,11 +336,11 @@ def _batches(run: Run, records: Split, examples: int, title: str) -> Iterator[tu
         for number, local in enumerate(bar):
             yield sharding.put_batch(local, rows, size, run.mesh), number * size
     if stream.skipped:
-        logging.warning("%s: %d corrupt records were left out", title, stream.skipped)
+        logging.warning("%s: skipped %d corrupt records", title, stream.skipped)
 
 
 def _rows(batch: dict[str, np.ndarray], start: int) -> list[Row]:
-    """The valid rows of a batch of predictions."""
+    """Return the valid rows of a batch of predictions, with their index in the split."""
     return [
         {key: value[i] for key, value in batch.items() if key != "valid"} | {"index": np.int64(start + i)}
         for i in np.flatnonzero(batch["valid"])

@@ -1,9 +1,9 @@
-"""Several processes become one run: where they meet, a roll call before JAX starts, and word of one that is gone.
+"""Connect the processes of a run and detect lost ones: a roll call before JAX starts, then a heartbeat.
 
-The processes meet at the coordinator's address, which is process 0's. Before JAX binds that port, process 0 hears the roll there:
-whoever is missing after the time limit is named, to all that came. The connections of the roll call stay open, and a process that
-dies, ends early or falls silent is named to all others, which then end with exit code LOST: a collective with a process that
-is gone would wait for ever. JAX has timeouts for both, but they end the process without saying which host to look at.
+All processes connect to the coordinator's address, which belongs to process 0. If a process does not join within the time limit,
+process 0 reports its index and host to all processes that did, and they exit with code LOST. The connections stay open as a
+heartbeat: if a process dies, exits early or stops answering, all others log its index and host and exit with code LOST, because a
+collective with a lost process would block forever. JAX has timeouts for both cases, but they do not name the host to look at.
 """
 
 import contextlib
@@ -24,14 +24,17 @@ from typing import Any
 
 from ymplug_jax.training.cluster import HostsError, Meeting
 
-LOST = 4  # exit code: another process is missing or gone; the same command on all hosts goes on
-GRACE = 10  # seconds for the others to end by the same mistake and say so themselves
-PORT_WAIT = 20  # seconds until the last run must have let go of the port
+LOST = 4  # exit code: another process is missing or lost; starting the same command on all hosts resumes the run
+GRACE = 10  # seconds in which other processes that hit the same error may log it and exit by themselves
+PORT_WAIT = 20  # seconds to wait for the previous run to release the port
 
 
 def without_accelerator() -> None:
-    """Tell JAX to take the CPU where this host has no device file of a TPU or GPU and the user says nothing: with the extra `tpu`
-    installed for its compiler, JAX would look for a TPU over the network first. Call it before JAX is imported."""
+    """Select the CPU backend on a host without TPU or GPU device files, unless JAX_PLATFORMS is set.
+
+    With libtpu installed for ahead-of-time compilation, JAX would otherwise first search the network for a TPU. Call this before
+    JAX is imported.
+    """
     files = [
         *Path("/dev").glob("accel*"),
         *Path("/dev").glob("vfio/*"),
@@ -43,21 +46,21 @@ def without_accelerator() -> None:
 
 
 def join(meeting: Meeting, timeout: float, heartbeat: float) -> None:
-    """Wait for all processes, start JAX's distributed runtime, and watch over the others from then on.
+    """Wait for all processes, start JAX's distributed runtime and start the heartbeat.
 
     Args:
-      meeting: from `cluster.find`.
-      timeout: seconds until all must have come, counted from the first.
-      heartbeat: seconds of silence after which a process counts as gone.
+      meeting: result of `cluster.find`.
+      timeout: seconds within which all processes must join, counted from the first one.
+      heartbeat: seconds without a message after which a process counts as lost.
 
     Raises:
-      HostsError: some process did not come.
+      HostsError: a process did not join in time.
     """
     global _watch
     import jax
 
     begin = time.monotonic()
-    logging.info("process %d of %d waits for the others at %s", meeting.number, meeting.count, meeting.address)
+    logging.info("process %d of %d: waiting for the others at %s", meeting.number, meeting.count, meeting.address)
     peers = _RollCall(meeting, timeout).hear() if meeting.number == 0 else [_answer(meeting, timeout)]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     left = max(30, timeout - (time.monotonic() - begin))
@@ -66,34 +69,34 @@ def join(meeting: Meeting, timeout: float, heartbeat: float) -> None:
         meeting.count,
         meeting.number,
         meeting.devices,
-        cluster_detection_method="deactivate",  # `cluster.find` has asked
+        cluster_detection_method="deactivate",  # `cluster.find` has done it
         initialization_timeout=int(left),
-        heartbeat_timeout_seconds=int(heartbeat) + 30,  # the watch speaks first: it knows the names
+        heartbeat_timeout_seconds=int(heartbeat) + 30,  # longer than ours: `_Watch` knows the host names
     )
     _watch = _Watch(peers, meeting, heartbeat)
 
 
 @dataclasses.dataclass
 class _Peer:
-    """A process at the other end of a connection."""
+    """The process at the other end of a connection."""
 
     number: int
     host: str
     socket: socket.socket
-    heard: float = 0.0  # clock of its last word
-    rest: bytes = b""  # of a line that has not ended
-    done: bool = False
+    heard: float = 0.0  # time.monotonic() of its last message
+    rest: bytes = b""  # start of a line that is still incomplete
+    done: bool = False  # whether it announced its exit
 
     def __str__(self) -> str:
         return f"process {self.number} ({self.host})"
 
     def say(self, **words: object) -> None:
-        """One line of JSON; a peer that is gone is noticed by reading."""
+        """Send one line of JSON. Errors are ignored: a lost peer is detected by reading."""
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(words).encode() + b"\n")
 
     def lines(self) -> list[dict[str, Any]] | None:
-        """What has come since the last call; None: the connection has ended. For a socket that is ready to read."""
+        """Return the messages received since the last call; None if the connection has closed. The socket must be readable."""
         try:
             data = self.socket.recv(65536)
         except TimeoutError:
@@ -106,22 +109,26 @@ class _Peer:
         try:
             return [json.loads(line) for line in whole]
         except ValueError:
-            return None  # not one of us
+            return None  # not a process of this run
 
 
 class _RollCall:
-    """Process 0: one connection of every other process, or an error to all that came."""
+    """Process 0's side: collects a connection from every other process, or sends the error to those that connected."""
 
     def __init__(self, meeting: Meeting, timeout: float):
         self._meeting = meeting
         self._begin = time.monotonic()
         self._deadline = self._begin + timeout
-        self._callers: list[_Peer] = []  # all that called; number -1 until one has said who it is
+        self._callers: list[_Peer] = []  # all connections; number is -1 until the caller identifies itself
         self._here: dict[int, _Peer] = {}
         self._problem = ""
 
     def hear(self) -> list[_Peer]:
-        """The connections, once all have come."""
+        """Wait for all processes and return the connections.
+
+        Raises:
+          HostsError: a process did not join in time, or the processes disagree about their indices or count.
+        """
         with (
             _listen(int(self._meeting.address.rsplit(":", 1)[1]), self._deadline) as server,
             selectors.DefaultSelector() as selector,
@@ -149,9 +156,9 @@ class _RollCall:
         return list(self._here.values())
 
     def _read(self, peer: _Peer, selector: selectors.BaseSelector) -> None:
-        """What a caller says of itself."""
+        """Read the index, host and process count that a caller sends."""
         lines = peer.lines()
-        if lines is None:  # a port scan, or a process that ended while it waited
+        if lines is None:  # a port scan, or a process that exited while waiting
             selector.unregister(peer.socket)
             peer.socket.close()
             self._callers.remove(peer)
@@ -162,9 +169,15 @@ class _RollCall:
             self._deadline = min(self._deadline, time.monotonic() + line["left"])
             other = self._here.setdefault(peer.number, peer)
             if line["count"] != self._meeting.count:
-                self._problem = f"{peer} was started for {line['count']} processes, process 0 for {self._meeting.count}"
+                self._problem = (
+                    f"--processes: {peer} was started with {line['count']}, process 0 with {self._meeting.count}; give the same "
+                    "number on all hosts"
+                )
             elif other is not peer:
-                self._problem = f"--process_id {peer.number} was given twice, on {other.host} and on {peer.host}"
+                self._problem = (
+                    f"--process_id {peer.number}: used by two processes, on {other.host} and on {peer.host}; give each process "
+                    "its own index"
+                )
 
 
 def _listen(port: int, deadline: float) -> socket.socket:
@@ -173,12 +186,12 @@ def _listen(port: int, deadline: float) -> socket.socket:
         try:
             try:
                 return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-            except (OSError, ValueError):  # no IPv6 here
+            except (OSError, ValueError):  # no IPv6 on this host
                 return socket.create_server(("", port), backlog=4096)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise HostsError(
-                    f"port {port} on {socket.gethostname()}: {error.strerror}; give --coordinator another"
+                    f"port {port} on {socket.gethostname()}: {error.strerror}; choose another port in --coordinator"
                 ) from None
             time.sleep(0.5)
 
@@ -191,14 +204,14 @@ def _missing(meeting: Meeting, here: dict[int, _Peer], waited: float) -> str:
     gone = [f"process {i}{names[i]}" for i in range(1, meeting.count) if i not in here]
     came = [f"process 0 ({socket.gethostname()})", *(str(here[i]) for i in sorted(here))]
     return (
-        f"after {waited:.0f} s {len(gone)} of {meeting.count} processes have not come to {meeting.address}: {some(gone)}. "
-        f"Here are {some(came)}. Start the same command on the missing hosts, look whether they reach that address, or wait "
-        "longer with --start_timeout"
+        f"{len(gone)} of {meeting.count} processes did not join at {meeting.address} within {waited:.0f} s: {some(gone)}; joined: "
+        f"{some(came)}; start the same command on the missing hosts, check that they can reach this address, or increase "
+        "--start_timeout"
     )
 
 
 def _answer(meeting: Meeting, timeout: float) -> _Peer:
-    """Every other process: the connection to process 0, once all have come."""
+    """All processes but 0: connect to process 0 and return the connection once all processes have joined."""
     host, port = meeting.address.rsplit(":", 1)
     deadline = time.monotonic() + timeout
     trouble = "no answer"
@@ -210,16 +223,15 @@ def _answer(meeting: Meeting, timeout: float) -> _Peer:
             time.sleep(0.3)
             continue
         peer = _Peer(0, host, connection)
-        if (
-            connection.getsockname() == connection.getpeername()
-        ):  # nobody listens, and the system's own port was just that
+        # A TCP self-connection: nobody listens, and the system chose this very port for our own end.
+        if connection.getsockname() == connection.getpeername():
             connection.close()
             continue
         peer.say(number=meeting.number, count=meeting.count, host=socket.gethostname(), left=left)
         connection.settimeout(1)
-        while time.monotonic() < deadline + GRACE:  # process 0 knows who is missing: let it say so
+        while time.monotonic() < deadline + GRACE:  # wait longer than process 0, which knows who is missing
             lines = peer.lines()
-            if lines is None:  # a run before this one, or process 0 ended: call again
+            if lines is None:  # the previous run or process 0 exited: connect again
                 break
             for line in lines:
                 if "error" in line:
@@ -230,17 +242,17 @@ def _answer(meeting: Meeting, timeout: float) -> _Peer:
         connection.close()
         time.sleep(0.3)
     raise HostsError(
-        f"process 0 did not answer at {meeting.address} for {timeout:.0f} s ({trouble}); this is process {meeting.number} on "
-        f"{socket.gethostname()}. Start process 0 there, open the port to this host, or wait longer with --start_timeout"
+        f"process {meeting.number} ({socket.gethostname()}): no answer from process 0 at {meeting.address} within "
+        f"{timeout:.0f} s ({trouble}); start process 0 on that host, open the port to this host, or increase --start_timeout"
     )
 
 
 class _Watch:
-    """A thread that talks to the others. All talk to process 0; process 0 tells the others who is gone."""
+    """A heartbeat thread. Every process exchanges messages with process 0, which tells all others about a lost one."""
 
     def __init__(self, peers: list[_Peer], meeting: Meeting, heartbeat: float):
         self._peers, self._first, self._heartbeat = peers, meeting.number == 0, heartbeat
-        self._failed, self._ends = "", float("inf")  # another process's error, and until when this one may say the same
+        self._failed, self._ends = "", float("inf")  # another process's error; when to exit because of it
         for peer in peers:
             peer.heard = time.monotonic()
         threading.Thread(target=self._look_after, daemon=True, name="hosts").start()
@@ -261,12 +273,12 @@ class _Watch:
                         selector.unregister(key.fileobj)
                 for peer in open_:
                     if not peer.done and time.monotonic() - peer.heard > self._heartbeat:
-                        self._end(f"{peer} is gone: no sign of life for {self._heartbeat:.0f} s")
+                        self._end(f"{peer} is lost: no message for {self._heartbeat:.0f} s")
                 if time.monotonic() > self._ends:
                     self._end(self._failed)
 
     def _hear(self, peer: _Peer) -> bool:
-        """Whether the connection goes on."""
+        """Handle the peer's messages; return whether the connection is still open."""
         lines = peer.lines()
         peer.heard = time.monotonic()
         for line in lines or []:
@@ -275,10 +287,10 @@ class _Watch:
             if "done" in line:
                 peer.done = True
                 if line["done"] and not self._failed:
-                    self._failed = f"{peer} ended with exit code {line['done']}; its own output says why"
+                    self._failed = f"{peer} exited with code {line['done']}; see the output of that process"
                     self._ends = time.monotonic() + GRACE
         if lines is None and not peer.done:
-            self._end(f"{peer} is gone: its connection has ended")
+            self._end(f"{peer} is lost: its connection closed")
         return lines is not None
 
     def _end(self, reason: str) -> None:
@@ -286,17 +298,17 @@ class _Watch:
             for peer in self._peers:
                 peer.say(gone=reason)
         logging.error("error: %s", reason)
-        logging.error("this process ends with it; the same command on all hosts goes on from the newest checkpoint")
+        logging.error("exiting; start the same command on all hosts to resume from the newest checkpoint")
         _exit(LOST)
 
     def leave(self, code: int) -> None:
-        """Tell the others that this process is through; with a code other than 0 it ends here."""
+        """Tell the other processes that this one is done; with a non-zero code, exit here."""
         for peer in self._peers:
             peer.say(done=code)
         if code:
             end = time.monotonic() + GRACE
             while self._first and time.monotonic() < end and not all(peer.done for peer in self._peers):
-                time.sleep(0.1)  # without process 0 JAX ends the others before they can say what is wrong
+                time.sleep(0.1)  # if process 0 exits first, JAX aborts the others before they log their error
             _exit(code)
 
 
@@ -304,7 +316,7 @@ _watch: _Watch | None = None
 
 
 def announced(program: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """The program, which tells the other processes how it ended: with an exit code, or with an error that nobody expects."""
+    """Wrap `program` so that it announces its exit code to the other processes; an uncaught exception becomes code 1."""
 
     def run(argv: list[str]) -> int:
         try:
@@ -313,7 +325,7 @@ def announced(program: Callable[[list[str]], int]) -> Callable[[list[str]], int]
             if _watch is None:
                 raise
             if type(error).__name__ == "JaxRuntimeError":
-                time.sleep(GRACE / 2)  # where a transfer has failed, the watch is about to say whose fault it is
+                time.sleep(GRACE / 2)  # a failed transfer: give `_Watch` time to name the lost process
             traceback.print_exc()
             code = 1
         if _watch is not None:
@@ -324,7 +336,7 @@ def announced(program: Callable[[list[str]], int]) -> Callable[[list[str]], int]
 
 
 def _exit(code: int) -> None:
-    """At once: an orderly end of JAX waits for the other processes."""
+    """Exit immediately: JAX's normal shutdown waits for the other processes."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The one training loop. It sees a Task, never a particular model; what a run needs is laid out in `setup.py`."""
+"""The training loop, shared by all tasks and models: it depends only on the `Task` record and the `Run` of `setup.py`."""
 
 import contextlib
 import logging
@@ -32,21 +32,24 @@ Describe = Callable[[Run, jax.stages.Compiled], str]
 
 
 def train(experiment: Experiment, workdir: epath.Path, describe: Describe | None = None) -> dict[str, float]:
-    """Train until the end of `duration`, or go on where this folder's newest checkpoint stands. Returns the last scores.
+    """Train until the end of `config.train.duration`, from the newest checkpoint in `workdir` if there is one.
 
-    The first SIGINT or SIGTERM saves and returns; a second SIGINT ends the process at once. Nothing in the folder changes before the
-    settings, the stored parameters and the compiled step were found to fit.
+    The first SIGINT or SIGTERM saves a checkpoint and returns; a second SIGINT ends the process immediately. The folder is not
+    changed until the settings and stored parameters have been checked and the step has compiled.
 
     Args:
       experiment: resolved settings.
       workdir: folder of the run.
-      describe: what to log of a run and its compiled step before it begins, such as its memory.
+      describe: returns text about the run and its compiled step, such as its memory use, to log before training starts.
+
+    Returns:
+      The scores of the last evaluation.
 
     Raises:
-      Mistake: the folder cannot be used, or holds a run that cannot go on with these settings.
-      TrainingStopped: too many consecutive non-finite steps, a step without any target, or an evaluation that is not finite.
-      CorruptRecord: a record is damaged and `skip_corrupt` is not set; the run was saved where that was possible.
-      PlaceFailed: the data or the folder could not be read or written any more; the run was saved where that was possible.
+      Mistake: the folder cannot be used, or holds a run that cannot resume with these settings.
+      TrainingStopped: `max_bad_steps` consecutive steps were not finite, a batch has no target, or an evaluation is not finite.
+      CorruptRecord: a record is damaged and `skip_corrupt` is not set. A single-process run saves a checkpoint first.
+      PlaceFailed: the data or the folder can no longer be read or written. A single-process run saves a checkpoint first.
     """
     run_folder.check(experiment, workdir)
     run_folder.check_no_conversion(workdir)
@@ -63,7 +66,7 @@ def train(experiment: Experiment, workdir: epath.Path, describe: Describe | None
 
 
 class _Training:
-    """A run from where it stands to its end."""
+    """One training run: its state, log, evaluation and checkpoints."""
 
     def __init__(self, run: Run, workdir: epath.Path, checkpoints: Checkpoints, stop: Stop, describe: Describe | None):
         self._run, self._workdir, self._checkpoints, self._stop = run, workdir, checkpoints, stop
@@ -80,7 +83,7 @@ class _Training:
             begins = text.load_tokenizer(data.tokenizer, lower_case=data.lower_case).begins()
             logging.info("tokenizer %s: %s", data.tokenizer, begins)
         if self._start >= run.total_steps:
-            logging.info("step %d of %d is reached already; nothing to train", self._start, run.total_steps)
+            logging.info("already at step %d of %d; nothing to train", self._start, run.total_steps)
         stop.listen()
         if first:
             with place_of(workdir):
@@ -96,7 +99,7 @@ class _Training:
         self._key = sharding.on_all_hosts(lambda: jax.random.key(settings.seed), sharding.replicated(run.mesh))
 
     def go(self) -> dict[str, float]:
-        """Every step that is left; the scores of the last evaluation."""
+        """Run the remaining steps and return the scores of the last evaluation."""
         run, stop, log = self._run, self._stop, self._log
         settings = run.experiment.train
         log_every, save_every = steps_in(run, settings.log_every), steps_in(run, settings.save_every)
@@ -115,7 +118,7 @@ class _Training:
                 if step % save_every == 0 or last or stopping:
                     self._save(step)
                 if stopping:
-                    log.say(f"asked to stop: saving step {step}; the same command goes on from there")
+                    log.say(f"stop requested: saving step {step}; run the same command again to resume")
                     break
         log.close()
         with place_of(self._workdir):
@@ -133,7 +136,7 @@ class _Training:
         return Feed(stream, lambda local: sharding.put_batch(local, rows, settings.batch_size, run.mesh))
 
     def _take(self, step: int, feed: Feed[Batch]) -> None:
-        """The step `step`."""
+        """Fetch a batch and dispatch training step `step`."""
         with self._saved_first(step - 1), self._log.waiting(), reading(self._run.experiment.data.path):
             batch = next(feed)
         with jax.transfer_guard("disallow"):
@@ -141,7 +144,7 @@ class _Training:
         self._log.add(step, metrics)
 
     def _check(self, step: int) -> None:
-        """An evaluation, unless the run is to stop; a signal leaves it."""
+        """Evaluate after `step`, unless a stop is requested; a signal aborts the evaluation."""
         stop, log, evaluation = self._stop, self._log, self._evaluation
         if evaluation is None or (stop.alone and stop.asked(step)):
             return
@@ -165,14 +168,14 @@ class _Training:
         return self._seen + (step - self._start) * self._run.experiment.train.batch_size
 
     def _save(self, step: int) -> None:
-        self._log.flush(step)  # a run of bad steps must not become the last good checkpoint
+        self._log.flush(step)  # raises on too many non-finite steps, before they become the newest checkpoint
         with place_of(self._workdir):
             self._writer.flush()
         self._checkpoints.save(self._state, step, self._seen_after(step))
 
     @contextlib.contextmanager
     def _saved_first(self, step: int) -> Iterator[None]:
-        """Where the data cannot be read any more after `step`, that step is saved; several processes would wait for each other."""
+        """Save `step` if reading data fails inside. Single process only: saving waits for all processes."""
         try:
             yield
         except (PlaceFailed, CorruptRecord) as error:
@@ -180,12 +183,12 @@ class _Training:
                 raise
             self._save(step)
             self._checkpoints.wait()
-            text = f"{error}; step {step} is saved, the same command goes on from there"
+            text = f"{error}; saved step {step}, run the same command again to resume"
             raise type(error)(text) from None
 
 
 class _Evaluation:
-    """What a run is checked with on its way, and when."""
+    """The evaluation during training: losses every `eval_every`, the task's scores every `eval_scores_every`."""
 
     def __init__(self, run: Run, workdir: epath.Path):
         settings, data = run.experiment.train, run.experiment.data
@@ -201,14 +204,15 @@ class _Evaluation:
             self.best = Best(run.experiment, workdir, higher_is_better=better)
 
     def due(self, step: int) -> bool:
-        """Whether there is one after this step."""
+        """Return whether to evaluate after this step."""
         scores = self._scorer is not None and step % self._scores_every == 0
         return step % self._every == 0 or step == self._run.total_steps or scores
 
     def at(self, step: int, state: TrainState, frozen: Params) -> tuple[dict[str, float], dict[str, Any]]:
-        """(the losses of the evaluation split, the task's own scores every `eval_scores_every`).
+        """Evaluate the state after `step`.
 
-        The first are what is written as numbers; the second is empty where only losses are due.
+        Returns:
+          (values to write to metrics.jsonl, all scores of the task). The second is empty if only the losses are due.
         """
         if self._scorer is None or (step % self._scores_every and step != self._run.total_steps):
             return evaluate.losses(self._run, self._loss_step, self._records, state.trainable, frozen), {}
@@ -218,12 +222,12 @@ class _Evaluation:
 
 
 def steps_in(run: Run, duration: str) -> int:
-    """Whole steps of an interval of the settings, at least 1."""
+    """Convert an interval of the settings, such as "2 epochs", to whole steps, at least 1."""
     return max(1, config.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
 
 
 class _Log:
-    """Keeps device metrics until a log step, so that the host never waits in between; counts and judges skipped steps."""
+    """Buffers metrics on the device until the next log step, so that the host does not block; counts skipped steps."""
 
     def __init__(self, run: Run, writer: Writer, checkpoints: Checkpoints, start: int):
         self._run, self._writer, self._checkpoints = run, writer, checkpoints
@@ -231,50 +235,56 @@ class _Log:
         self._bad_in_a_row = 0
         self._skipped = 0
         self._since = time.perf_counter()
-        self._waited = 0.0  # seconds since then, for batches
+        self._waited = 0.0  # seconds since then spent waiting for batches
         hidden = jax.process_index() != 0
         self._bar: progress.Bar[None] = progress.bar(
             total=run.total_steps, initial=start, unit="step", desc="train", hidden=hidden, leave=True
         )
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Returns when the step before is done: one step is queued behind the running one, and what the loop then waits for
-        is the input, not its own lead."""
+        """Buffer the metrics of `step`; return once the previous step has finished.
+
+        At most one step is queued behind the running one. Without this bound the host would run ahead, and `input_wait` would not
+        measure the time that the device waits for batches.
+        """
         if self._pending:
             jax.block_until_ready(self._pending[-1][1])
         self._pending.append((step, metrics))
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what fetches a batch: its time counts as `input_wait`."""
+        """Count the time spent inside as `input_wait`; wrap the fetching of a batch."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     def restart_clock(self) -> None:
-        """Leave out what was not training."""
+        """Exclude the time since the last log line, such as an evaluation, from throughput."""
         self._since, self._waited = time.perf_counter(), 0.0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.
+        """Write one line of metrics.
 
         Raises:
-          PlaceFailed: the folder takes it no more.
+          PlaceFailed: the folder can no longer be written.
         """
         with place_of(self._checkpoints.workdir):
             self._writer.write(step, values)
 
     def say(self, text: str) -> None:
-        """A line above the bar, on the first host."""
+        """Print a line above the progress bar, on process 0 only."""
         if not self._bar.disable:
             progress.write(text)
 
     def flush(self, step: int, corrupt: int = 0) -> None:
-        """Fetch what is pending, write one line; `corrupt` records were left out so far (on this host, those read ahead not
-        counted).
+        """Fetch the buffered metrics and write one line of metrics.
+
+        Args:
+          step: step of the line.
+          corrupt: number of corrupt records skipped so far on this host, without those in prefetched batches.
 
         Raises:
-          TrainingStopped: more than `max_bad_steps` steps in a row were not finite, or a batch had no target.
+          TrainingStopped: `max_bad_steps` consecutive steps were not finite, or a batch had no target.
         """
         if not self._pending:
             return
@@ -286,7 +296,7 @@ class _Log:
         values |= {
             "skipped_total": self._skipped,
             "samples_per_second": samples / seconds,
-            "input_wait": self._waited / seconds,  # share of the time, 0 to 1
+            "input_wait": self._waited / seconds,  # fraction of the time, 0 to 1
             "epoch": step / self._run.steps_per_epoch,
         }
         if corrupt:
@@ -303,7 +313,7 @@ class _Log:
         self.restart_clock()
 
     def _summed(self, fetched: list[tuple[int, Metrics]]) -> Metrics:
-        """The metrics of several steps, added up; of a bad step only that it was one."""
+        """Sum the metrics of several steps; a non-finite step contributes only `skipped` and `lr`."""
         limit = self._run.experiment.train.max_bad_steps
         total: Metrics = {}
         for number, metrics in fetched:
@@ -314,19 +324,20 @@ class _Log:
             if self._bad_in_a_row >= limit:
                 good = self._checkpoints.latest_step()
                 where = (
-                    "there is no checkpoint yet"
+                    "no checkpoint was saved yet"
                     if good is None
-                    else f"the last good checkpoint is step {good} in {self._checkpoints.folder}"
+                    else f"the newest checkpoint is step {good} in {self._checkpoints.folder}"
                 )
                 raise step_lib.TrainingStopped(
-                    f"step {number}: loss or gradient was not finite {limit} times in a row; {where}. Lower config.optim.lr or look at the data"
+                    f"step {number}: the loss or gradient was not finite in {limit} consecutive steps ({where}); lower "
+                    "config.optim.lr or check the data"
                 )
             for name, mean in metrics.items():
                 if bad and name not in ("skipped", "lr"):
-                    continue  # a NaN would hide the good steps of the interval
+                    continue  # one NaN would hide the finite steps of the interval
                 total[name] = total[name] + mean if name in total else mean
         return total
 
     def close(self) -> None:
-        """The bar's last state."""
+        """Close the progress bar."""
         self._bar.close()

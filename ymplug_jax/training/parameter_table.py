@@ -1,4 +1,4 @@
-"""The parameters of a run as a table: trained or frozen, where they lie and where they come from."""
+"""Render the parameters of a run as a table: trained or frozen, dtype, sharding and origin."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,7 +11,12 @@ from ymplug_jax.training.setup import Run
 
 
 def table(run: Run, origin: Mapping[str, str] | None = None) -> str:
-    """One line a subtree and kind of leaf: trained or frozen, parameters, dtype, sharding, origin."""
+    """Return a table with one line per subtree and kind of leaf.
+
+    Args:
+      run: run with abstract parameters.
+      origin: where each parameter path was loaded from; None leaves the column empty.
+    """
     rows: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
     for kind, tree in (("trained", run.state.trainable), ("frozen", run.held)):
         for path, leaf in state_lib.flatten(tree).items():

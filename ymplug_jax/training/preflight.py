@@ -1,4 +1,4 @@
-"""What can be found wrong before anything is compiled or initialised, and before the run's folder is made."""
+"""Check settings, files and data before anything is compiled or initialised and before the run folder is created."""
 
 import difflib
 from pathlib import Path
@@ -18,7 +18,7 @@ from ymplug_jax.training import run_folder, setup
 
 
 def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
-    """Whether a run can begin, or an evaluation. Changes nothing on disk, allocates no parameter.
+    """Check that training or evaluation can start. Changes nothing on disk and allocates no parameter.
 
     Args:
       experiment: resolved settings.
@@ -26,8 +26,8 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
       mode: "train" or "eval".
 
     Raises:
-      Mistake, ValueError, FileNotFoundError: what is wrong, in one line that names the setting or file and the fix.
-      OSError: a place that cannot be read.
+      Mistake, ValueError, FileNotFoundError: a check failed; the message is one line with the setting or file and the fix.
+      OSError: a file or folder cannot be read.
     """
     run_folder.check(experiment, workdir)
     if mode == "train":
@@ -36,24 +36,26 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
     begun = checkpoint_files.latest_step(str(workdir)) is not None
     if mode == "eval" and not (train.init_from or checkpoint_files.places(str(workdir))):
         raise Mistake(
-            f"{workdir}: no checkpoint here; give the --workdir of a run, or config.train.init_from to score as it stands"
+            f"{workdir}: no checkpoint here; give the --workdir of a trained run, or set config.train.init_from to score other "
+            "parameters without training"
         )
     if not data.path:
-        raise Mistake("config.data.path is empty; give the folder that data_prep.build_shards wrote")
+        raise Mistake("config.data.path: empty; give the folder that data_prep.build_shards wrote")
     if not data.tokenizer:
-        raise Mistake("config.data.tokenizer is empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt")
+        raise Mistake("config.data.tokenizer: empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt")
     if mode == "eval" and not data.eval_split:
         raise Mistake(
-            "config.data.eval_split is empty; name the split to score, as --config.data.eval_split=validation"
+            "config.data.eval_split: empty; name the split to score, e.g. --config.data.eval_split=validation"
         )
     if train.eval_scores_every and not data.eval_split:
         raise Mistake(
-            "config.train.eval_scores_every: config.data.eval_split is empty; name the split to score, as "
+            "config.train.eval_scores_every: needs a split, but config.data.eval_split is empty; name the split to score, e.g. "
             "--config.data.eval_split=validation"
         )
     if train.best and not train.eval_scores_every:
         raise Mistake(
-            f'config.train.best is {train.best!r}, but config.train.eval_scores_every is empty; write how often, as "5 epochs"'
+            f"config.train.best: {train.best!r} is never computed, because config.train.eval_scores_every is empty; set it, e.g. "
+            '--config.train.eval_scores_every="5 epochs"'
         )
     if not begun:
         run_folder.check_init_from(experiment)
@@ -65,31 +67,31 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         task.score_named(train.best)
     for split, found in records.items():
         _check_split(experiment, split, found, task.kinds)
-    run = setup.prepare(experiment, training=mode == "train")  # traces the model: the slowest check
+    run = setup.prepare(experiment, training=mode == "train")  # traces the model; the slowest check comes last
     if not begun:
         setup.init_from(run, values=False)
 
 
 def _check_split(experiment: Experiment, split: str, records: Split, kinds: tuple[str, ...]) -> None:
-    """Whether a split has what the task reads."""
+    """Check that a split has records of a kind that the task can read."""
     path = experiment.data.path
     if not len(records):
-        raise Mistake(f"{path}: split {split!r} has no records; build it again, or name another split")
+        raise Mistake(f"{path}: split {split!r} has no records; build it again or choose another split")
     if not records.kind:
         raise Mistake(
-            f"{path}/{schema.MANIFEST} is missing or names no kind; copy it too, or build the shards again: without it "
-            "nobody knows what the records hold"
+            f"{path}/{schema.MANIFEST}: missing or without a kind, so the content of the records is unknown; copy the manifest "
+            "along with the shards, or build them again"
         )
     if records.kind not in kinds:
         raise Mistake(
-            f"{path}: split {split!r} is of kind {records.kind!r}, config.task={experiment.task!r} takes "
-            f"{' or '.join(repr(kind) for kind in sorted(kinds))}; build shards of such a CSV (data_prep.build_shards "
-            f"--config {sorted(set(kinds) - {'text'})[0]}), or take the config of another task"
+            f"{path}: split {split!r} has kind {records.kind!r}, but config.task={experiment.task!r} needs "
+            f"{' or '.join(repr(kind) for kind in sorted(kinds))}; build shards of that kind (data_prep.build_shards "
+            f"--config {sorted(set(kinds) - {'text'})[0]}), or use the config of another task"
         )
 
 
 def _check_files(experiment: Experiment) -> None:
-    """Files that the options name. Some are read after hours, when the scores are made."""
+    """Check the files named by task options: some are read only when scores are computed, hours into a run."""
     for name, value, arrays in options.files(experiment):
         if "://" in value:
             continue
@@ -101,17 +103,17 @@ def _check_files(experiment: Experiment) -> None:
         try:
             with np.load(file, allow_pickle=False) as index:
                 there = set(index.files)
-        except Exception as error:  # numpy and zipfile raise many kinds on a file that is none of theirs
-            raise Mistake(f"{where}: no .npz file ({error}); give the index.npz of an evaluation") from None
+        except Exception as error:  # numpy and zipfile raise many types for other file formats
+            raise Mistake(f"{where}: not an .npz file ({error}); give the index.npz of an evaluation") from None
         if lost := [array for array in arrays if array not in there]:
-            raise Mistake(f"{where}: no {lost[0]!r} in it; give the index.npz of an evaluation of the right task")
+            raise Mistake(f"{where}: has no array {lost[0]!r}; give the index.npz of an evaluation of the right task")
 
 
 def missing(file: Path) -> str:
-    """What to say about a file that is not there: a folder, or the nearest name beside it."""
+    """Return the rest of a message about a missing file: it is a folder, or the closest name in its folder."""
     if file.is_dir():
-        return "a folder, not a file; name the file in it"
+        return "is a folder, not a file; give a file in it"
     if not file.parent.is_dir():
-        return f"no such file, and no folder {file.parent}"
+        return f"no such file, and no folder {file.parent}; correct the path"
     near = difflib.get_close_matches(file.name, [other.name for other in file.parent.iterdir()], 1)
-    return f"no such file; did you mean {str(file.parent / near[0])!r}?" if near else "no such file"
+    return f"no such file; did you mean {str(file.parent / near[0])!r}?" if near else "no such file; correct the path"

@@ -1,4 +1,4 @@
-"""A run made ready: task, mesh, optimizer, and where every parameter will live and come from. Shared by all programs."""
+"""Prepare a run: task, device mesh, optimizer, and the sharding and origin of every parameter. Shared by all programs."""
 
 import contextlib
 import dataclasses
@@ -24,12 +24,12 @@ from ymplug_jax.tasks.task import Task
 if TYPE_CHECKING:
     from ymplug_jax.core import checkpoint
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")  # of frozen parameters
+DTYPES = ("float32", "bfloat16", "float16", "int8")  # values of config.train.frozen_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Nothing in it takes device memory: trees are abstract (shape, dtype, sharding)."""
+    """A prepared run. It takes no device memory: all trees are abstract (shape, dtype, sharding)."""
 
     experiment: Experiment
     task: Task
@@ -37,29 +37,29 @@ class Run:
     frozen_patterns: tuple[str, ...]
     tx: optax.GradientTransformation
     rate: Callable[[jax.Array], jax.Array]
-    examples: int  # in the training split
+    examples: int  # number of examples in the training split
     steps_per_epoch: int
     total_steps: int
     state: TrainState  # abstract
-    frozen: Params  # abstract, as checkpoints keep it
-    held: Params  # abstract, as the devices hold it: with int8 not the same
-    kernels_off: frozenset[str] = frozenset()  # plain XLA computes what these would
+    frozen: Params  # abstract frozen parameters as stored in checkpoints
+    held: Params  # abstract frozen parameters as held on the devices; differs from `frozen` for int8
+    kernels_off: frozenset[str] = frozenset()  # fused kernels replaced by plain XLA
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Programs of the run are traced inside: for its mesh, by its mesh rules, with the kernels that are on."""
+        """Apply the run's mesh, mesh rules and enabled kernels; trace all programs of the run inside."""
         with sharding.computing(self.mesh, self.experiment.mesh.rules), kernels.without(self.kernels_off):
             yield
 
 
 def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple[Experiment, epath.Path]]:
-    """(settings, folder) of `count` runs that differ in nothing but the seed; one run keeps `workdir` for itself.
+    """Return (settings, folder) of `count` runs that differ only in their seed; a single run uses `workdir` itself.
 
     Raises:
-      ValueError: no run at all.
+      ValueError: `count` is less than 1.
     """
     if count < 1:
-        raise ValueError(f"--seeds {count}: give 1 or more")
+        raise ValueError(f"--seeds {count}: too small; give 1 or more")
     if count == 1:
         return [(experiment, workdir)]
     first = experiment.train.seed
@@ -73,33 +73,35 @@ def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple
 
 
 def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None, *, training: bool = True) -> Run:
-    """Check the settings against each other and lay the run out.
+    """Check the settings for consistency and return the abstract run.
 
     Args:
       experiment: resolved settings.
-      devices: of the mesh; None: all there are.
-      training: False for an evaluation, which needs no training split: examples and steps are 0 then.
+      devices: devices of the mesh; None: all devices.
+      training: False for an evaluation, which does not read the training split; `examples` and all step counts are then 0.
 
     Raises:
-      ValueError: settings that contradict each other, with the key to change.
+      ValueError: settings contradict each other; the message names the one to change.
     """
     train = experiment.train
     if train.frozen_dtype not in DTYPES:
-        raise Mistake(f"config.train.frozen_dtype is {train.frozen_dtype!r}; there are {', '.join(DTYPES)}")
+        raise Mistake(
+            f"config.train.frozen_dtype: unknown dtype {train.frozen_dtype!r}; choose one of {', '.join(DTYPES)}"
+        )
     task = task_lib.get(experiment)
     axes = experiment.mesh
     _check_rules(dict(axes.rules), task)
     mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, devices)
-    sharding.local_rows(train.batch_size, mesh)  # says so if the batch cannot be cut
+    sharding.local_rows(train.batch_size, mesh)  # raises if the batch cannot be sharded
     if train.batch_size % (train.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(
-            f"config.train.batch_size {train.batch_size} is no multiple of accumulate {train.accumulate} x mesh data x fsdp "
-            f"{mesh.shape['data'] * mesh.shape['fsdp']}"
+            f"config.train.batch_size: {train.batch_size} is not a multiple of config.train.accumulate x mesh data x fsdp = "
+            f"{train.accumulate} x {mesh.shape['data']} x {mesh.shape['fsdp']}; change one of them"
         )
     examples, per_epoch, total, warmup = _steps(experiment) if training else (0, 0, 0, 0)
 
     patterns = task.frozen if train.frozen is None else train.frozen
-    # The key is made under eval_shape too: nothing is compiled here.
+    # Create the key inside eval_shape as well, so that nothing is compiled here.
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     params = state_lib.cast_frozen(params, patterns, _stored(train))
     for line in sharding.uncut(params, task.axes, dict(axes.rules), mesh) if jax.process_index() == 0 else ():
@@ -123,45 +125,54 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None,
 
 
 def _check_rules(rules: Mapping[str, str], task: Task) -> None:
-    """Whether each rule of the mesh says something: a word of the model, or of the rules that every model has, to an axis."""
+    """Check that each mesh rule maps an axis name of the model, or of the default rules, to a mesh axis."""
     words = {word for _, axes in task.axes for word in axes.split()} | dict(config.Mesh().rules).keys()
     for word, axis in rules.items():
         if word not in words:
             raise Mistake(
-                f"config.mesh.rules: no parameter of this model has an axis {word!r}; there are {', '.join(sorted(words))}"
+                f"config.mesh.rules: no parameter of this model has an axis {word!r}; choose from {', '.join(sorted(words))}"
             )
         if axis not in sharding.MESH_AXES:
-            raise Mistake(f"config.mesh.rules: no mesh axis {axis!r}; there are {', '.join(sharding.MESH_AXES)}")
+            raise Mistake(
+                f"config.mesh.rules: unknown mesh axis {axis!r}; choose one of {', '.join(sharding.MESH_AXES)}"
+            )
 
 
 def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
-    """(examples, steps of an epoch, of the run, of the warm-up). All durations of the settings are read, so that none is found
-    wrong after the step is compiled."""
+    """Return (training examples, steps per epoch, total steps, warm-up steps).
+
+    Parses every duration of the settings, so that a wrong one fails before the step is compiled.
+
+    Raises:
+      ValueError: a duration or interval is invalid, or the training split is smaller than a batch.
+    """
     train = experiment.train
     if experiment.data.path:
         examples = len(open_split(experiment.data.path, experiment.data.train_split))
     elif not (examples := experiment.data.examples):
         raise Mistake(
-            "config.data.path is empty; give the folder of the shards, or config.data.examples to plan without them"
+            "config.data.path: empty; give the folder of the shards, or set config.data.examples to plan without data"
         )
     if (per_epoch := examples // train.batch_size) == 0:
         raise Mistake(
-            f"config.train.batch_size {train.batch_size} is larger than the training split ({examples} examples)"
+            f"config.train.batch_size: {train.batch_size} is larger than the training split; give at most {examples}"
         )
     if "%" in train.duration:
         raise Mistake(
-            f'config.train.duration: {train.duration!r} is a share of itself; write "2000 steps" or "10 epochs"'
+            f'config.train.duration: {train.duration!r} is relative to itself; write "2000 steps" or "10 epochs"'
         )
     total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
     if not total:
-        raise Mistake(f"config.train.duration: {train.duration!r} are 0 steps of this data; train for 1 step or more")
+        raise Mistake(
+            f"config.train.duration: {train.duration!r} is less than one step of this data; train for 1 step or more"
+        )
     for name in ("log_every", "save_every", "eval_every", "eval_scores_every"):
         value, setting = getattr(train, name), f"config.train.{name}"
         if name == "eval_scores_every" and not value:
             continue
         config.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
-        if config.is_zero(value):  # a share that is less than one step is each step
-            raise Mistake(f"{setting}: {value!r} is no interval; write 1 step or more")
+        if config.is_zero(value):  # a positive interval below one step means every step
+            raise Mistake(f"{setting}: {value!r} is not an interval; write 1 step or more")
     warmup = config.steps_in(
         experiment.optim.warmup, steps_per_epoch=per_epoch, total=total, setting="config.optim.warmup"
     )
@@ -173,7 +184,10 @@ def _stored(train: config.Train) -> str:
 
 
 def hold(run: Run, frozen: Params) -> Params:
-    """The frozen tree as the devices hold it while they compute."""
+    """Convert frozen parameters from their stored form to the form used on the devices.
+
+    Only `frozen_dtype="int8"` changes them: see `docs/models/language_models.md`, section Frozen matrices in eight bits.
+    """
     return quantize.hold(frozen, run.task.axes) if run.experiment.train.frozen_dtype == "int8" else frozen
 
 
@@ -184,7 +198,7 @@ def _placed(tree: Params, shardings: Params) -> Params:
 
 
 def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of one step: what the loader yields, with its sharding."""
+    """Return the shapes, dtypes and sharding of a global batch as the loader yields it."""
     place = sharding.batch_sharding(run.mesh)
     size = run.experiment.train.batch_size
     spec = {
@@ -195,8 +209,11 @@ def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainState, Params, int, dict[str, str]]:
-    """(state, frozen, examples seen, origin of each path): own run, else `init_from`, else fresh, parameter by parameter."""
-    from ymplug_jax.core import checkpoint  # here: a benchmark runs without Orbax
+    """Return (state, stored frozen parameters, examples seen, origin of each parameter path).
+
+    The state comes from the run's newest checkpoint, if there is one, else from `fresh_state`.
+    """
+    from ymplug_jax.core import checkpoint  # imported here, because benchmarks run without Orbax
 
     step = checkpoints.latest_step()
     if step is not None:
@@ -209,7 +226,7 @@ def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainSt
 
 
 def fresh_state(run: Run) -> tuple[TrainState, Params, dict[str, str]]:
-    """(state at step 0, frozen as checkpoints keep it, origin of each path) of a run that begins: see `fresh_params`."""
+    """Return (state at step 0, stored frozen parameters, origin of each parameter path); see `fresh_params`."""
     params, origin = fresh_params(run)
     trainable, frozen = state_lib.split(params, run.frozen_patterns)
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
@@ -219,7 +236,7 @@ def fresh_state(run: Run) -> tuple[TrainState, Params, dict[str, str]]:
 
 
 def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
-    """(parameters, origin of each path): from `init_from` where it has them, else initialised by seed."""
+    """Return (parameters, origin of each path): loaded from `config.train.init_from`, else initialised from the seed."""
     train = run.experiment.train
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -234,14 +251,14 @@ def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
 
 
 def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """(parameters by path, folder name by path) that `config.train.init_from` gives.
+    """Return (parameters by path, folder name by path) loaded from `config.train.init_from`.
 
     Args:
-      run: with abstract trees.
-      values: False compares names and shapes, reads no value and returns nothing.
+      run: the prepared run.
+      values: False only compares names and shapes; no value is read and the results are empty.
 
     Raises:
-      CheckpointError: a folder without a checkpoint, or one that does not fit the model.
+      CheckpointError: a folder has no checkpoint, or its parameters do not fit the model.
     """
     from ymplug_jax.core import checkpoint, checkpoint_files
 

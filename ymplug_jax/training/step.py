@@ -1,6 +1,7 @@
-"""The training step: a pure function of a task and an optimizer, and the same as a program for a mesh.
+"""The training step: as a pure function of a task and an optimizer, and compiled for a device mesh.
 
-Needs nothing that reads data or checkpoints, so that it runs wherever JAX, Flax and Optax are.
+Imports nothing that reads data or checkpoints, so it needs only JAX, Flax and Optax. The optimizer and schedule of each model are
+described in `docs/models/mplug_video.md` and `docs/models/alpro.md`, section Recipe.
 """
 
 import dataclasses
@@ -26,17 +27,23 @@ Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metric
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message names the step and the last good checkpoint."""
+    """Training cannot continue; the message names the step and the fix. Exit code `exits.MISTAKE`."""
 
 
 def make_train_step(
     task: Task, tx: optax.GradientTransformation, rate: Callable[[jax.Array], jax.Array], accumulate: int = 1
 ) -> Step:
-    """The pure step (state, frozen, batch, key) -> (state, metrics); the caller jits it.
+    """Return the pure training step `(state, frozen, batch, key) -> (state, metrics)`; the caller jits it.
 
-    Gradients are taken for the trainable tree alone. With `accumulate` > 1 the batch is cut into that many micro-batches,
-    weighted by the weight of their loss, so that a token mean stays the token mean of the whole batch. A step whose loss or
-    gradient is not finite changes nothing but the step count, and says so in `skipped`.
+    Only the trainable parameters have gradients. If the loss or the gradient norm is not finite, the step leaves parameters and
+    optimizer state unchanged, increments the step count and sets the metric `skipped` to 1.
+
+    Args:
+      task: provides the loss and the bounds of parameters.
+      tx: Optax transformation; its updates are scaled by the learning rate and subtracted.
+      rate: learning rate f32[] of step i32[].
+      accumulate: number of micro-batches. Each is weighted by the weight of its loss, so a mean over tokens stays the mean over
+        all tokens of the batch.
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -80,7 +87,10 @@ def make_train_step(
 def _accumulated(
     gradient: Callable[..., Any], trainable: Params, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[jax.Array, Metrics, Params]:
-    """Weighted mean of loss and gradients over micro-batches. Row i goes to part i % parts: every device keeps its own rows."""
+    """Return (loss, metrics, gradients) averaged over micro-batches by the weight of their loss.
+
+    Row i of the batch goes to micro-batch i % parts, so that every device keeps its own rows.
+    """
     micro = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )  # [A, B/A, ...]
@@ -100,7 +110,7 @@ def _accumulated(
 
 
 def trace_step(run: Run) -> jax.stages.Traced:
-    """The training step traced for the run's mesh, from abstract arguments: nothing is allocated."""
+    """Trace the training step for the run's mesh with abstract arguments; allocates nothing."""
     step = make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(run.mesh))
@@ -110,12 +120,12 @@ def trace_step(run: Run) -> jax.stages.Traced:
 
 
 def with_checked_kernels(run: Run, trace: Callable[[Run], object] | None = None) -> Run:
-    """The run without the kernels that do not compute on its devices what plain XLA computes; one line of log for each use.
+    """Return the run with those fused kernels turned off whose results on its devices differ from plain XLA.
 
-    All processes turn off the same ones. Nothing happens where no kernel is used, as on CPU.
+    Logs one line per use of a kernel. All processes turn off the same kernels. Does nothing if no kernel is in use, as on CPU.
 
     Args:
-      run: made ready.
+      run: the prepared run.
       trace: traces the program whose kernels are compared; None: the training step.
     """
     with run.tracing():
@@ -132,5 +142,5 @@ def with_checked_kernels(run: Run, trace: Callable[[Run], object] | None = None)
 
 
 def compile_step(run: Run) -> jax.stages.Compiled:
-    """The training step compiled for the run's mesh: nothing is allocated."""
+    """Compile the training step for the run's mesh ahead of time; allocates nothing."""
     return trace_step(run).lower().compile()

@@ -1,4 +1,4 @@
-"""How a training run ends before its time: signals that ask for it, places that fail, and values that mean nothing."""
+"""Reasons for a training run to end early: signals, failing disks or buckets, and values that are not finite."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.data.records import CorruptRecord
 from ymplug_jax.training.step import TrainingStopped
 
-# What worker processes pass on is text alone.
+# Errors of worker processes arrive as text, so they are recognised by it.
 FAILED_READ = re.compile(
     r"\b(FileNotFoundError|PermissionError|OSError|IsADirectoryError|NotADirectoryError)\b:?[^\n]*"
 )
@@ -24,15 +24,15 @@ CORRUPT = re.compile(r"\bCorruptRecord: ([^\n]+)")
 
 
 class _Asked(BaseException):
-    """Ends what may be left unfinished when the run was asked to stop."""
+    """Raised by a signal handler to abort work that may stay unfinished."""
 
 
 class Stop:
-    """Notices SIGINT (Ctrl-C) and SIGTERM. On several hosts all of them must stop at the same step, which JAX's preemption sync
-    decides.
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a request to save and stop.
 
-    Inside its context, until `listen`, SIGINT ends the process at once: there is nothing to save. From then on the first one asks to
-    stop and the second ends the process.
+    Used as a context manager. Until `listen` is called there is nothing to save, and SIGINT ends the process immediately. After
+    that, the first signal requests a stop and a second SIGINT ends the process. With several processes, JAX's preemption sync
+    point makes all of them stop after the same step.
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,11 @@ class Stop:
         self._flag = False
         self._at_once = False
         self._before: dict[int, Any] = {}
-        self._main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+        # Python allows signal handlers to be set in the main thread only.
+        self._main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "Stop":
-        # Python's own handler would wait for the compiler and then print a traceback. What ignores SIGINT goes on to.
+        # Python's default handler would wait for the compiler and print a traceback. Keep SIGINT ignored if it was ignored.
         if self._main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._handle(signal.SIGINT, signal.SIG_DFL)
         return self
@@ -53,7 +54,7 @@ class Stop:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """From now on there is something to save."""
+        """Start handling signals as stop requests; call it once there is state to save."""
         if not self._main:
             return
         self._handle(signal.SIGINT, self._interrupt)
@@ -69,7 +70,7 @@ class Stop:
         if self.alone:
             self._ask(number, frame)
         else:
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on to all
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's preemption service notifies all processes
 
     def _ask(self, number: int, frame: Any) -> None:
         self._flag = True
@@ -78,12 +79,12 @@ class Stop:
             raise _Asked
 
     def asked(self, step: int) -> bool:
-        """Whether to save and stop after this step; with several processes call it once a step on all of them."""
+        """Return whether to save and stop after this step. With several processes, call it once per step on all of them."""
         return self._flag if self.alone else multihost_utils.reached_preemption_sync_point(step)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Around what nothing depends on, such as an evaluation: a signal leaves it. Alone only; several processes must stay together."""
+        """Let a signal abort the work inside, such as an evaluation. Single process only: several must stay in step."""
         try:
             self._at_once = self.alone
             yield
@@ -95,14 +96,19 @@ class Stop:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Around what reads data in the middle of a run: a place that worked at the start and fails now is PlaceFailed, in one line.
-    A damaged record is CorruptRecord, also where a worker process found it."""
+    """Convert errors of reading data during a run: to `PlaceFailed` if `path` fails, to `CorruptRecord` for a damaged record.
+
+    Recognises the errors of worker processes as well.
+
+    Args:
+      path: value of `config.data.path`, for messages.
+    """
     try:
         yield
     except OSError as error:
         where = error.filename or path
         reason = error.strerror or str(error)
-        raise PlaceFailed(f"{where}: cannot be read any more ({reason}); bring it back") from error
+        raise PlaceFailed(f"{where}: can no longer be read ({reason}); restore access to it") from error
     except RuntimeError as error:
         if isinstance(error, jax.errors.JaxRuntimeError | PlaceFailed):
             raise
@@ -110,32 +116,32 @@ def reading(path: str) -> Iterator[None]:
             raise CorruptRecord(corrupt[1].strip()) from error
         if not (found := FAILED_READ.search(str(error))):
             raise
-        raise PlaceFailed(f"{path}: cannot be read any more ({found[0].strip()}); bring it back") from error
+        raise PlaceFailed(f"{path}: can no longer be read ({found[0].strip()}); restore access to it") from error
 
 
 def must_have_targets(step: int, weight: float) -> None:
-    """`weight` is that of the step's loss.
+    """Check the weight (number of targets) of the step's loss.
 
     Raises:
-      TrainingStopped: it is 0, so that the loss is the mean of nothing.
+      TrainingStopped: `weight` is 0, so the batch has no target and its loss is undefined.
     """
     if weight == 0:
         raise TrainingStopped(
-            f"step {step}: no example of the batch has a target, so there is no loss; look at the titles, captions or labels of "
-            "config.data.path, and whether its shards were built for this task"
+            f"step {step}: no example of the batch has a target, so the loss is undefined; check that the shards in "
+            "config.data.path were built for this task and have titles, captions or labels"
         )
 
 
 def finite_scores(step: int, values: Mapping[str, float], split: str) -> dict[str, float]:
-    """The values of an evaluation that were counted over something.
+    """Return the finite values of an evaluation, without metrics for which no example counts (NaN).
 
     Raises:
-      TrainingStopped: the loss, or an infinite value: it would be written as null and pass for a run that is well.
+      TrainingStopped: the loss is NaN or a value is infinite. metrics.jsonl would hold null and hide the failure.
     """
     for name, value in values.items():
         if math.isinf(value) or (name == "loss" and math.isnan(value)):
             raise TrainingStopped(
-                f"step {step}: the evaluation's {name} is {value}; look whether examples of split {split!r} have targets for this "
-                "task, and whether training diverged (config.optim.lr)"
+                f"step {step}: {name} of the evaluation is {value}; check that split {split!r} has targets for this task, or lower "
+                "config.optim.lr if training diverged"
             )
     return {name: value for name, value in values.items() if not math.isnan(value)}
