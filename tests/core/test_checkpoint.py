@@ -122,7 +122,7 @@ def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how
     steps = copy / "checkpoints" / "steps"
     text = str(error.value)
     assert "\n" not in text and len(text) < 900
-    assert text.startswith(f"{copy}: step 10: ") and "the newest whole step is 5" in text
+    assert text.startswith(f"{copy}: step 10: ") and "the newest undamaged step is 5" in text
     assert any(f": {path} is damaged: " in text for path in trees.stored_params(str(copy))), text
     command = f"mv {steps / '10'} {copy / 'checkpoints' / 'damaged_10'}"
     assert text.endswith(command)
@@ -146,20 +146,20 @@ def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how
 def test_a_step_that_cannot_be_read_is_one_line(copy: Path, file: str, how):
     how(copy / "checkpoints" / file)
     with pytest.raises(
-        checkpoint_files.CheckpointError, match=r"^[^\n]* step 10: [^\n]*the newest whole step is 5[^\n]*$"
+        checkpoint_files.CheckpointError, match=r"^[^\n]* step 10: [^\n]*the newest undamaged step is 5[^\n]*$"
     ):
         restore(copy)
 
 
 def test_a_step_without_its_parameters_is_no_checkpoint_of_frozen_ones(copy: Path):
     shutil.rmtree(copy / "checkpoints" / "steps" / "10" / "trainable")
-    with pytest.raises(checkpoint_files.CheckpointError, match="the newest whole step is 5"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="the newest undamaged step is 5"):
         load(copy)
 
 
 def test_optimizer_state_is_verified(copy: Path):
     damage(copy / "checkpoints" / "steps" / "10" / "opt_state", overwrite)
-    with pytest.raises(checkpoint_files.CheckpointError, match=r"step 10: .*the newest whole step is 5"):
+    with pytest.raises(checkpoint_files.CheckpointError, match=r"step 10: .*the newest undamaged step is 5"):
         restore(copy)
     assert len(load(copy)) > 50  # an evaluation needs none of it
 
@@ -209,8 +209,8 @@ def test_checksums_that_are_gone_as_a_whole_are_missed(copy: Path, read: Callabl
     shutil.rmtree(copy / "checkpoints" / "steps" / "10" / "checksums")
     with pytest.raises(checkpoint_files.CheckpointError) as caught:
         read(copy)
-    assert "step 10: its item 'checksums' is damaged: it was saved with the step but is gone (" in str(caught.value)
-    assert "the newest whole step is 5: to go on from it" in str(caught.value)
+    assert "step 10: its item 'checksums' is damaged: saved with the step but missing (" in str(caught.value)
+    assert "the newest undamaged step is 5; to resume from it" in str(caught.value)
 
 
 def test_a_fingerprint_is_of_the_weights(saved: Path, copy: Path, tmp_path: Path):
@@ -241,9 +241,9 @@ def test_a_first_save_that_cannot_be_read_back_ends_at_once(tmp_path: Path):
     """In such a folder Orbax writes without a word what it can never find again."""
     state, frozen = state_of(prepare())
     checkpoints = checkpoint.Checkpoints(str(tmp_path / "run[1]"))
-    with pytest.raises(PlaceFailed, match="frozen: was saved but cannot be read back"):
+    with pytest.raises(PlaceFailed, match="frozen: saved, but cannot be read back"):
         checkpoints.save_frozen(frozen)
-    with pytest.raises(PlaceFailed, match="trainable: was saved but cannot be read back"):
+    with pytest.raises(PlaceFailed, match="trainable: saved, but cannot be read back"):
         checkpoints.save(state, 5, 40)
 
 
@@ -271,7 +271,7 @@ def test_names_of_folders_in_init_from(tmp_path: Path, monkeypatch: pytest.Monke
     assert sources("llm=a,b, vision=x:y") == [("llm", "llm", "a,b"), ("vision", "vision", "x:y")]
     assert sources("prompter:=a,b") == [("prompter", "", "a,b")]
     assert sources("vision/t:vision/s=DIR") == [("vision/t", "vision/s", "DIR")]
-    with pytest.raises(checkpoint_files.CheckpointError, match="llm= names no folder"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="llm= has no folder"):
         sources("llm=")
 
 

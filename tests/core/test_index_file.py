@@ -65,5 +65,5 @@ def test_entities_are_of_the_prompter_that_teaches(tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(load("mine", **origin), table)
     with pytest.raises(Mistake, match=r"weights aaaaaaaaaaaa, but .*other.* is weights bbbbbbbbbbbb"):
         load("other", **origin)
-    with pytest.raises(Mistake, match="does not say which run computed it"):
+    with pytest.raises(Mistake, match="does not record which run computed it"):
         load("mine")

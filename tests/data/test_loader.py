@@ -211,7 +211,7 @@ def test_evaluation_can_go_on(records: Records):
 
 def test_a_corrupt_record_stops_with_its_place(broken: Records):
     stream = stream_of(broken)
-    with pytest.raises(CorruptRecord, match=r"tfrecord-00000-of-00002: record 3 at byte [0-9]+: checksum does not fit"):
+    with pytest.raises(CorruptRecord, match=r"tfrecord-00000-of-00002: record 3 at byte [0-9]+: wrong checksum"):
         list(islice(stream, 2))
     assert threads_end(), "an error leaves no threads"
     with pytest.raises(StopIteration):
@@ -305,7 +305,7 @@ raise SystemExit("the end")
 
 @pytest.mark.parametrize("rows", [[], [8], [-1, 2]])
 def test_rows_outside_the_batch(records: Records, rows: list[int]):
-    with pytest.raises(ValueError, match=r"rows must be a few of 0\.\.7"):
+    with pytest.raises(ValueError, match=r"give rows from 0 to 7"):
         stream_of(records, rows=rows)
 
 

@@ -72,7 +72,7 @@ def bad_payloads() -> dict[str, bytes]:
     text.features.feature[schema.IMAGE].bytes_list.value.append(shards.jpeg(0))
     text.features.feature[schema.TITLE].bytes_list.value.append("红".encode("gbk"))
     return {
-        "no tf.train.Example": b"\xff\xff not a message",
+        "not a tf.train.Example": b"\xff\xff not a message",
         "no image/encoded": empty.SerializeToString(),
         "not UTF-8": text.SerializeToString(),
     }
@@ -105,18 +105,18 @@ def test_truncated_shard(tmp_path: Path, cut: int):
     """The last record is cut, or begins beyond the end."""
     file = first_shard(shards.write(tmp_path))
     file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(CorruptRecord, match=r"record 4 .*length does not fit the index"):
+    with pytest.raises(CorruptRecord, match=r"record 4 .*length differs from the index"):
         Records(str(tmp_path), "train")[4]
 
 
 def test_missing_folder_and_split(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such folder; build it"):
         Records(str(tmp_path / "nowhere"), "train")
-    with pytest.raises(FileNotFoundError, match="no split 'train' here, there are: no shards at all"):
+    with pytest.raises(FileNotFoundError, match="no split 'train' here, it has no shards"):
         Records(str(tmp_path), "train")
     shards.write(tmp_path)
     shards.write(tmp_path, split="test")
-    with pytest.raises(FileNotFoundError, match="no split 'validation' here, there are: test, train"):
+    with pytest.raises(FileNotFoundError, match="no split 'validation' here, it has test, train"):
         Records(str(tmp_path), "validation")
 
 
@@ -125,10 +125,10 @@ def test_missing_and_broken_index(tmp_path: Path):
     kept = index.read_bytes()
     for content in (b"", kept[:-1], b"something else"):
         index.write_bytes(content)
-        with pytest.raises(ValueError, match=r"index.npy is broken .* make it again with .*data_prep.index_shards"):
+        with pytest.raises(ValueError, match=r"index.npy is damaged .* write it again with .*data_prep.index_shards"):
             Records(str(tmp_path), "train")
     np.save(index, np.zeros((4, 3), np.int64))
-    with pytest.raises(ValueError, match="is no index"):
+    with pytest.raises(ValueError, match="is not an index"):
         Records(str(tmp_path), "train")
     index.unlink()
     with pytest.raises(FileNotFoundError, match=r"index.npy is missing \(one of 1\); .*data_prep.index_shards"):
@@ -155,11 +155,11 @@ def test_schema_version(tmp_path: Path):
     manifest.write_text(json.dumps({"schema_version": schema.SCHEMA_VERSION}))
     assert len(Records(str(tmp_path), "train")) == 9
     manifest.write_text(json.dumps({"schema_version": "9.0.0"}))
-    with pytest.raises(ValueError, match=r"schema_version 9.0.0, this reader knows"):
+    with pytest.raises(ValueError, match=r"schema_version 9.0.0, but this version reads"):
         Records(str(tmp_path), "train")
     for content in ("{", "[]", "{}"):
         manifest.write_text(content)
-        with pytest.raises(ValueError, match=r"manifest.json: no manifest of data_prep"):
+        with pytest.raises(ValueError, match=r"manifest.json: not a manifest of data_prep"):
             Records(str(tmp_path), "train")
 
 
@@ -233,13 +233,13 @@ def test_mistakes_in_a_bucket(bucket: Path):
     with pytest.raises(FileNotFoundError, match="gs://bucket/nowhere: no such folder"):
         Records("gs://bucket/nowhere/", "train")
     file = first_shard(shards.write(bucket))
-    with pytest.raises(FileNotFoundError, match="gs://bucket/data: no split 'test' here, there are: train"):
+    with pytest.raises(FileNotFoundError, match="gs://bucket/data: no split 'test' here, it has train"):
         Records("gs://bucket/data", "test")
     records = Records("gs://bucket/data", "train")
     data = file.read_bytes()
     for cut in (3, 20_000):
         file.write_bytes(data[:-cut])
-        with pytest.raises(CorruptRecord, match=r"gs://bucket/data/.*record 4 at byte .*length does not fit"):
+        with pytest.raises(CorruptRecord, match=r"gs://bucket/data/.*record 4 at byte .*length differs"):
             records[4]
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"gs://bucket/data/clips-train.tfrecord-00000-of-00002 is gone"):

@@ -172,7 +172,7 @@ def test_the_id_of_a_token_of_bert_is_its_line(tmp_path: Path, end: str, mark: s
 def test_a_token_of_bert_that_stands_twice_is_refused(tmp_path: Path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "大", "象", "大"]
     (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"vocab\.txt: the token '大' stands in line 5 and in line 7") as caught:
+    with pytest.raises(ValueError, match=r"vocab\.txt: the token '大' is in line 5 and in line 7") as caught:
         text.load_tokenizer(str(tmp_path / "vocab.txt"))
     assert "\n" not in str(caught.value)
 
@@ -190,7 +190,7 @@ def test_files_that_stand_for_a_tokenizer(tmp_path: Path, name: str):
     for data, message in (
         (pointer, "a Git LFS pointer, not the file itself \\(109,540 bytes\\); run `git lfs install && git lfs pull`"),
         (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", "a web page"),
-        (b"", "empty; fetch it again"),
+        (b"", "empty; download it again"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"tokenizer .*{name}: {message}") as caught:
@@ -204,7 +204,7 @@ def test_mistakes_are_named(tmp_path: Path):
     ):
         text.load_tokenizer(str(tmp_path / "gone.model"))
     (tmp_path / "vocab.bin").touch()
-    with pytest.raises(ValueError, match=r"vocab.bin: not a known kind; .*\*.model .*, tokenizer.json or vocab.txt"):
+    with pytest.raises(ValueError, match=r"vocab.bin: unknown file type; .*\*.model .*, tokenizer.json or vocab.txt"):
         text.load_tokenizer(str(tmp_path / "vocab.bin"))
     for name in ("broken.model", "broken.json"):
         (tmp_path / name).write_text("{")
@@ -294,7 +294,7 @@ def test_the_start_token_is_said(tmp_path: Path):
     qwen = text.load_tokenizer(str(json_file(tmp_path, ["!", *QWEN])))
     assert (
         qwen.begins()
-        == "a text starts with <|endoftext|> (1), the end of the text before it: there is no beginning token"
+        == "a text starts with <|endoftext|> (1), the end-of-text token, since the tokenizer has no beginning token"
     )
     bloom = text.load_tokenizer(str(json_file(tmp_path, ["<s>", "</s>", "<pad>"])))
     assert bloom.begins() == "a text starts with <s> (0), the beginning token"

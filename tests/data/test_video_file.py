@@ -142,7 +142,7 @@ def test_faults_of_the_program_are_no_rejects(tmp_path: Path, monkeypatch: pytes
 
 def test_faults_of_the_program_come_back_from_the_decoder_process(tmp_path: Path):
     reader = Reader(30.0)
-    with pytest.raises(RuntimeError, match=r"(?s)fault of the program.*Traceback.*TypeError"):
+    with pytest.raises(RuntimeError, match=r"(?s)a bug in reading .*Traceback.*TypeError"):
         reader.read(videos.write(tmp_path / "a.mp4"), "four")
     assert reader.read(tmp_path / "a.mp4", 4).decoded == 4
     reader.close()
@@ -262,7 +262,7 @@ def test_a_decoder_that_dies_on_every_file_ends_with_an_error(tmp_path: Path, mo
     reader = Reader(30.0)
     with pytest.raises(Reject, match="killed by signal 9"):
         reader.read(videos.write(tmp_path / "a.mp4"), 4)
-    with pytest.raises(DecoderFailed, match="died on 2 files in a row"):
+    with pytest.raises(DecoderFailed, match="died on 2 consecutive files"):
         reader.read(videos.write(tmp_path / "b.mp4"), 4)
 
 

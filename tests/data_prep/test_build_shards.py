@@ -373,7 +373,7 @@ def test_oversized_pictures_are_refused_before_decoding(tmp_path: Path, monkeypa
     with pytest.raises(video_file.Reject, match="too_large"):
         video_file.read_clip(str(root / "a.mp4"), 4)
     monkeypatch.setattr(video_file, "MAX_BYTES", 10)
-    with pytest.raises(video_file.Reject, match="bytes, the limit is 10"):
+    with pytest.raises(video_file.Reject, match="bytes; the limit is 10"):
         video_file.read_clip(str(root / "a.mp4"), 4)
 
 

@@ -91,7 +91,7 @@ def test_cells_that_are_no_list_of_strings(cell: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("猫\n狗\n猫\n", "line 3: class name '猫' stands in line 1"),
+        ("猫\n狗\n猫\n", "line 3: class name '猫' repeats line 1"),
         ("猫\n\n狗", "line 2: an empty line"),
         ("", "no class names"),
     ],
