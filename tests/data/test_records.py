@@ -242,5 +242,5 @@ def test_mistakes_in_a_bucket(bucket: Path):
         with pytest.raises(CorruptRecord, match=r"gs://bucket/data/.*record 4 at byte .*length differs"):
             records[4]
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"gs://bucket/data/clips-train.tfrecord-00000-of-00002 is gone"):
+    with pytest.raises(FileNotFoundError, match=r"gs://bucket/data/clips-train.tfrecord-00000-of-00002: missing"):
         records[4]

@@ -142,7 +142,7 @@ def test_building_again_changes_nothing(built: Path, root: Path, capsys: pytest.
     build(built, built.parent / "all.csv", root, "--partition_rows", "5")
     assert "built already" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in built.iterdir()} == before
-    with pytest.raises(build_shards.BuildError, match="another CSV or with other settings; use --overwrite"):
+    with pytest.raises(build_shards.BuildError, match="another CSV or with other settings; give --overwrite"):
         build(built, built.parent / "all.csv", root, "--partition_rows", "6")
     with pytest.raises(build_shards.BuildError, match="holds a pretrain data set with 4 frames"):
         build(built, built.parent / "all.csv", root, frames=5)
@@ -212,7 +212,7 @@ def test_own_class_names(root: Path, tmp_path: Path):
     for more in ((), ("--classes", str(tmp_path / "other.txt"))):
         with pytest.raises(build_shards.BuildError, match="built with other classes"):
             build(out, val, root, *more, kind="classification")
-    with pytest.raises(build_shards.BuildError, match="--classes is for --config classification"):
+    with pytest.raises(build_shards.BuildError, match="--classes applies to --config classification"):
         build(out, csv, root, *names)
 
 
@@ -231,7 +231,10 @@ def test_publishing_goes_on_after_a_full_disk(root: Path, tmp_path: Path, monkey
         write(path, text)
 
     monkeypatch.setattr(publish, "write_text", full)
-    with pytest.raises(build_shards.PlaceError, match=r"manifest.json: No space left on device; give the same command"):
+    with pytest.raises(
+        build_shards.PlaceError,
+        match=r"manifest.json: No space left on device; make it writable and run the same command",
+    ):
         build(tmp_path / "out", csv, root)
     assert not (tmp_path / "out" / schema.MANIFEST).exists(), "until the end there is no whole data set"
     monkeypatch.setattr(publish, "write_text", write)
@@ -254,7 +257,7 @@ def test_a_full_disk_while_partitions_are_written(root: Path, tmp_path: Path, mo
         patch.setattr(builder.os, "fsync", full)
         assert build_shards.main(flags) == 5
     (line,) = capsys.readouterr().err.split("\n")[:-1]
-    assert line.startswith(f"error: {tmp_path / 'out'}") and "No space left on device; mend it" in line
+    assert line.startswith(f"error: {tmp_path / 'out'}") and "No space left on device; fix this" in line
     assert build_shards.main(flags) == 0
     assert f"{tmp_path / 'out'}: train: 1 rows (data set: 1), " in capsys.readouterr().out
 
@@ -268,9 +271,9 @@ def test_a_full_disk_while_partitions_are_written(root: Path, tmp_path: Path, mo
         ("--num_frames=0", "--num_frames 0: give at least 1"),
         ("--num_frames=x", "argument --num_frames: invalid int value: 'x'"),
         ("--config=video", "argument --config: invalid choice: 'video'"),
-        ("--out=gs://b/x", "gs://b/x is no local place"),
-        ("--out={file}/out", "cannot be made or written (Not a directory); choose another place"),
-        ("--video_root={file}", "no folder but a file; give the folder of the videos"),
+        ("--out=gs://b/x", "gs://b/x is not a local path"),
+        ("--out={file}/out", "cannot be created or written (Not a directory); choose another folder"),
+        ("--video_root={file}", "a file, not a folder; give the folder of the videos"),
         ("--csv=nowhere.csv", "--csv nowhere.csv: no such file"),
     ],
 )
@@ -289,12 +292,15 @@ def test_mistakes_are_one_line(root: Path, tmp_path: Path, capsys: pytest.Captur
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(build_shards.importlib.util, "find_spec", lambda name: None)
     assert build_shards.main(["--config=pretrain", "--csv=x", "--video_root=x", "--out=x"]) == 2
-    assert capsys.readouterr().err.endswith("not installed: pip install 'ymplug_jax[prep]'\n")
+    assert capsys.readouterr().err.endswith("not installed; run pip install 'ymplug_jax[prep]'\n")
 
 
 def test_too_many_rejects_publish_nothing(tmp_path: Path, root: Path):
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲"), ("nowhere.mp4", "乙")])
-    with pytest.raises(build_shards.BuildError, match=r"1 of 2 rows were rejected, more than --max_rejects 0.25"):
+    with pytest.raises(
+        build_shards.BuildError,
+        match=r"1 of 2 rows were rejected and nothing was published; .*raise --max_rejects 0.25",
+    ):
         build(tmp_path / "out", csv, root, "--max_rejects", "0.25")
     with pytest.raises(FileNotFoundError, match="no split"):
         Records(str(tmp_path / "out"), "train")
@@ -324,7 +330,7 @@ def test_killed_build_goes_on(tmp_path: Path, root: Path):
         Records(str(out), "train")
     again = subprocess.run([*run[:-1], "--workers=2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert f"going on: {len(done)} of 30 partitions" in again.stderr
+    assert f"resuming: {len(done)} of 30 partitions" in again.stderr
     records = Records(str(out), "train")
     assert sorted(int(records[i].title[1:-1]) for i in range(len(records))) == list(range(600))
     assert {path.stat().st_mtime_ns for path in out.glob("*.tfrecord-?????-of-?????")} >= set(done.values()), (
@@ -347,7 +353,7 @@ def test_damaged_partition_is_built_anew(tmp_path: Path, root: Path, monkeypatch
     monkeypatch.setattr(build_shards, "_run_beam", damage)
     with pytest.raises(
         build_shards.BuildError,
-        match=r"part-00001.tfrecord: record 0 at byte 0: checksum .* Give the same command again",
+        match=r"part-00001.tfrecord: record 0 at byte 0: wrong checksum; .*; the same command rebuilds only this partition",
     ):
         build(tmp_path / "out", csv, root, "--partition_rows", "1")
     monkeypatch.setattr(build_shards, "_run_beam", run_beam)

@@ -150,7 +150,7 @@ def test_title_says_nothing_of_the_class_in_the_test_part(corpus: Path):
 def test_complete_corpus_is_reused(corpus: Path, capsys):
     before = {p: p.stat().st_mtime_ns for p in corpus.rglob("*")}
     main(["--out", str(corpus), "--clips", "40", "--seed", "3"])
-    assert "36 training and 4 validation clips, drawn before" in capsys.readouterr().out
+    assert "36 training and 4 validation clips, already drawn" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in corpus.rglob("*")} == before
     assert main(["--out", str(corpus), "--clips", "40", "--seed", "4"]) == 2
     assert "remove it or give another --out" in capsys.readouterr().err
@@ -161,11 +161,11 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys):
     for flags, message in (
         (
             [f"--out={tmp_path}/file/corpus"],
-            f"error: {tmp_path}/file/corpus: cannot be made: Not a directory; give another --out",
+            f"error: {tmp_path}/file/corpus: cannot be created (Not a directory); give another --out",
         ),
-        ([f"--out={tmp_path}/file"], "is not a corpus of draw_shapes: give another --out"),
+        ([f"--out={tmp_path}/file"], "is not a corpus of draw_shapes; give another --out"),
         ([f"--out={tmp_path}/new", "--clips=3"], "error: "),
-        (["--out=gs://bucket/corpus"], "no local place"),
+        (["--out=gs://bucket/corpus"], "is not a local path"),
         (["--out=x", "--clip=40"], "unrecognized arguments: --clip=40"),
     ):
         try:
@@ -182,7 +182,7 @@ def test_strange_folders_are_left_alone(tmp_path: Path):
     with pytest.raises(FileExistsError, match="not a corpus of draw_shapes"):
         draw(tmp_path, clips=20)
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
-    with pytest.raises(ValueError, match="--clips 5: at least 20"):
+    with pytest.raises(ValueError, match="--clips 5: too few"):
         draw(tmp_path / "few", clips=5)
 
 

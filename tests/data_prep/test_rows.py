@@ -18,15 +18,18 @@ HEADER = "video_id:FILE,title\n"
     ("text", "message"),
     [
         (HEADER + 'a.mp4,一\nb.mp4,"第一集\nc.mp4,第二集\nd.mp4,三\n', "lines 3 to 5: a quoted field does not end"),
-        (HEADER + 'a.mp4,"第一集\nb.mp4,第二集"\n', "line 3: a quoted field that begins in line 2 takes in what looks"),
+        (
+            HEADER + 'a.mp4,"第一集\nb.mp4,第二集"\n',
+            "line 3: this line looks like a row .b.mp4., but is inside a quoted field that begins in line 2",
+        ),
         (HEADER + 'a.mp4,"一\nb.mp4,二\nc.mp4,"三"\n', "lines 2 to 4: text follows a closing quote"),
         (HEADER + 'a.mp4,"一"二\n', "line 2: text follows a closing quote"),
         (HEADER + 'a.mp4,"一\n' + "b.mp4,很长的标题\n" * 20_000, "line 2 to "),
         (HEADER + "a.mp4,一\rb.mp4,二\r", "line 2: a carriage return inside a line"),
         ("title,title,video_id:FILE\n一,二,a.mp4\n", "column 'title' stands 2 times"),
-        ("video_id:FILE;title\na.mp4;一\n", "separated by ';', save it with commas"),
-        ("", "empty; it needs a header of video_id:FILE,title"),
-        ("\ufeff" + HEADER, "a header and no rows"),
+        ("video_id:FILE;title\na.mp4;一\n", "separator is ';', so save it with commas"),
+        ("", "empty; write a header of video_id:FILE,title"),
+        ("\ufeff" + HEADER, "no rows after the header"),
     ],
 )
 def test_broken_tables_name_the_line(tmp_path: Path, text: str, message: str):
@@ -58,7 +61,7 @@ def test_odd_but_whole_tables(tmp_path: Path):
         ("c.mp4", '一"二'),
     ]
     assert [bool(row.problem) for row in rows] == [False, False, False, True, True, True]
-    assert "3 fields, the header has 2" in rows[3].problem and "NUL" in rows[5].problem
+    assert "3 fields, but the header has 2" in rows[3].problem and "NUL" in rows[5].problem
 
 
 @pytest.mark.parametrize(
@@ -139,4 +142,4 @@ def test_a_missing_caption_as_pandas_prints_it(tmp_path: Path):
     file.write_text("clip_name:FILE,caption\na.mp4,nan\nb.mp4,nan 是什么\n", encoding="utf-8")
     rows = read_rows(file, "retrieval")
     assert [row.captions for row in rows] == [(), ("nan 是什么",)]
-    assert rows[0].problem.startswith("caption is nan, a missing value") and rows[1].problem == ""
+    assert rows[0].problem.startswith("caption is nan, which is a missing value") and rows[1].problem == ""
