@@ -1,4 +1,4 @@
-"""Settings: locked, typed, the same after a round trip."""
+"""Settings: locking, types, ranges and round trips."""
 
 import dataclasses
 import json

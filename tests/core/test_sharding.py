@@ -1,4 +1,4 @@
-"""Paths to specs, rows of a host, and global arrays that equal their numpy source."""
+"""PartitionSpecs of parameters, rows of a host, and global arrays."""
 
 import jax
 import numpy as np
@@ -54,7 +54,7 @@ def test_batch_must_divide():
         sharding.local_rows(12, sharding.make_mesh())
 
 
-def test_what_cannot_be_cut_is_named_once():
+def test_replicated_dimensions_are_reported_once():
     params = {
         "a": {"kernel": np.zeros((4, 3, 2)), "bias": np.zeros(4)},
         "b": {"up": np.zeros((7, 3, 6)), "down": np.zeros((7, 3, 6))},
@@ -74,7 +74,7 @@ def test_axis_words_follow_the_rules_of_the_run():
         assert (sharding.parts("heads"), sharding.parts("mlp"), sharding.parts("batch")) == (4, 1, 4)
 
 
-def test_kernels_are_cut_where_every_dimension_of_a_word_can_be():
+def test_by_device_shards_a_word_only_if_all_its_dimensions_divide():
     def run(x: jax.Array, y: jax.Array) -> jax.Array:
         shapes.append((x.shape, y.shape))
         return x

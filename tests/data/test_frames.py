@@ -1,4 +1,4 @@
-"""Which frames are shown, and that the pixels are those of the JPEG."""
+"""Sampling of frames, and decoding of JPEG."""
 
 import cv2
 import numpy as np
@@ -38,12 +38,12 @@ def test_no_frames():
 
 
 def flat(colour: tuple[int, int, int], height: int = 16, width: int = 24) -> bytes:
-    """A JPEG of one RGB colour."""
+    """Encode a JPEG of a single RGB colour."""
     return cv2.imencode(".jpg", np.full((height, width, 3), colour[::-1], np.uint8))[1].tobytes()
 
 
 def test_decoding():
-    """RGB, in the order asked; a frame asked twice is the same; frames that are not asked for are not looked at."""
+    """Frames are RGB and in the requested order; repeated indices repeat frames; other frames are not decoded."""
     colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
     jpegs = [flat(colours[0]), b"not a picture", flat(colours[1]), flat(colours[2])]
     clip = frames.decode_frames(jpegs, np.array([0, 2, 3, 3]))
@@ -57,7 +57,7 @@ def test_decoding():
     np.testing.assert_array_equal(list(one_by_one), clip)
 
 
-def test_decoding_is_opencv_to_the_bit():
+def test_decoding_is_bit_identical_to_opencv():
     image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
     expected = cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)

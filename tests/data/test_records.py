@@ -1,4 +1,4 @@
-"""Random access: the right record, checked, and every mistake answered in one line."""
+"""Random access to records: content, verification and one-line errors."""
 
 import http.server
 import json
@@ -44,13 +44,13 @@ def test_no_such_record(tmp_path: Path, i: int):
         Records(str(shards.write(tmp_path)), "train")[i]
 
 
-def test_pickled_records_read_on(tmp_path: Path):
+def test_pickled_records_can_be_read(tmp_path: Path):
     records = Records(str(shards.write(tmp_path)), "train")
     assert records[7].title == pickle.loads(pickle.dumps(records))[7].title
 
 
 def test_a_bare_record_has_defaults(tmp_path: Path):
-    """Captions, labels and titles may be missing: not every kind of CSV has them."""
+    """Captions, labels and titles are optional, since not every kind of CSV has them."""
     message = shards.tf_example_pb2.Example()
     message.features.feature[schema.IMAGE].bytes_list.value.append(shards.jpeg(0))
     put(tmp_path, message.SerializeToString())
@@ -60,14 +60,14 @@ def test_a_bare_record_has_defaults(tmp_path: Path):
 
 
 def put(folder: Path, payload: bytes) -> None:
-    """A data set of one record."""
+    """Write a data set with one record."""
     shard = folder / schema.shard_name("clips", "train", 0, 1)
     shard.write_bytes(shards.frame(payload))
     np.save(index_of(shard), np.array([[0, len(payload)]], np.int64))
 
 
 def bad_payloads() -> dict[str, bytes]:
-    """Payloads whose checksum is right, by what the message must say."""
+    """Return {expected message: payload} of invalid payloads with correct checksums."""
     empty, text = shards.tf_example_pb2.Example(), shards.tf_example_pb2.Example()
     text.features.feature[schema.IMAGE].bytes_list.value.append(shards.jpeg(0))
     text.features.feature[schema.TITLE].bytes_list.value.append("红".encode("gbk"))
@@ -79,7 +79,7 @@ def bad_payloads() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("says", bad_payloads())
-def test_content_that_is_not_ours(tmp_path: Path, says: str):
+def test_invalid_content_is_named(tmp_path: Path, says: str):
     put(tmp_path, bad_payloads()[says])
     with pytest.raises(CorruptRecord, match=f"00000-of-00001: record 0 at byte 0: .*{says}"):
         Records(str(tmp_path), "train")[0]
@@ -87,7 +87,7 @@ def test_content_that_is_not_ours(tmp_path: Path, says: str):
 
 @pytest.mark.parametrize("where", [2, 9, 400, -2])
 def test_a_flipped_bit_is_found(tmp_path: Path, where: int):
-    """In the length, its checksum, the payload and the payload's checksum."""
+    """The bit is in the length, its checksum, the payload or the checksum of the payload."""
     shards.write(tmp_path)
     file = first_shard(tmp_path)
     offset, size = np.load(index_of(file))[3]
@@ -102,7 +102,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, where: int):
 
 @pytest.mark.parametrize("cut", [3, 20_000])
 def test_truncated_shard(tmp_path: Path, cut: int):
-    """The last record is cut, or begins beyond the end."""
+    """The last record is truncated, or missing entirely."""
     file = first_shard(shards.write(tmp_path))
     file.write_bytes(file.read_bytes()[:-cut])
     with pytest.raises(CorruptRecord, match=r"record 4 .*length differs from the index"):
@@ -170,7 +170,7 @@ def test_no_tensorflow_to_read_records():
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """What Google Cloud Storage answers to a listing and to a read of some bytes. `folder` is gs://bucket/data."""
+    """Fake of Google Cloud Storage: answers listings and ranged reads. `folder` is gs://bucket/data."""
 
     folder: Path
 
@@ -208,7 +208,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is also gs://bucket/data."""
+    """A local folder that is also available as gs://bucket/data."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Bucket,), {"folder": tmp_path}))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

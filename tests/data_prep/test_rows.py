@@ -1,4 +1,4 @@
-"""CSVs as people save them, cells of captions, class names, and which file a name means."""
+"""Parsing of CSVs, caption cells and class names, and resolution of file names."""
 
 import unicodedata
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_other_encodings_are_named(tmp_path: Path, encoding: str, message: str):
         read_rows(tmp_path / "x.csv", "pretrain")
 
 
-def test_odd_but_whole_tables(tmp_path: Path):
+def test_unusual_but_valid_tables(tmp_path: Path):
     text = (
         "\ufeff" + HEADER + 'a.mp4,"第一行\n第二行, 3.5 分"\r\nb.mp4,上\u2028下\r\n\r\nc.mp4,一"二\n'
         "d.mp4,一,二\ne.mp4\nf.mp4,空\x00字\n"
@@ -86,7 +86,7 @@ def test_captions(cell: str, captions: tuple[str, ...]):
     ["['一' '二']", "['一'\n '二']", "['一', None]", "[None]", "[nan]", "[1, 2]", "[['一']]", "[]", "['']", "['一', ' ']", "['坏",
      "array(['一', '二'], dtype=object)", "('一', '二')", "[‘一’, ‘二’]", "['一', ...]", "['一', 'b' \"c\"]", "[f'一']", "None", "nan", "NaN", "<NA>"],
 )  # fmt: skip
-def test_cells_that_are_no_list_of_strings(cell: str):
+def test_cells_that_are_not_a_list_of_strings(cell: str):
     captions, problem = captions_of(cell)
     assert captions == () and problem.startswith("golden_caption ")
 
@@ -105,7 +105,7 @@ def test_class_names(text: str, message: str):
         parse_class_names(text, "n.txt")
 
 
-def test_links_and_spellings(tmp_path: Path):
+def test_links_and_unicode_normalisation(tmp_path: Path):
     root, blobs, other = tmp_path / "snapshots/1", tmp_path / "blobs", tmp_path / "other"
     for folder in (root / "v", blobs, other):
         folder.mkdir(parents=True)

@@ -61,7 +61,7 @@ def test_titles_split_into_words(processor):
     assert processor.encode("蓝色的五角星在向左移动", out_type=str) == ["蓝色的", "五角星在", "向左移动"]
 
 
-def test_vocabulary_is_the_largest_possible():
+def test_vocabulary_is_limited_by_the_texts():
     large = sentencepiece.SentencePieceProcessor(model_proto=train(iter(TITLES), 5000))
     small = sentencepiece.SentencePieceProcessor(model_proto=train(iter(TITLES), 285))
     assert small.vocab_size() == 285
