@@ -5,7 +5,8 @@
 The list has one entity per line; only the first word of a line is used, so a word frequency file works too. With --csv the
 entities that occur in most titles are kept, otherwise the first ones. The output file holds {"entities", "templates", "counts"};
 a prompt is a template with an entity in place of {}. ALPRO's English templates combine four nouns with three articles. No Chinese
-templates were published; those used here have the same form. See docs/models/alpro.md.
+templates were published; those used here have the same form. See
+docs/models/alpro.md, "Entity prompts".
 """
 
 import json

@@ -61,7 +61,7 @@ class Optim:
     """AdamW, its learning rate schedule, and parameter groups."""
 
     lr: float = 1e-4  # Peak learning rate.
-    min_lr: float = 1e-6  # Learning rate at the end of the schedule.
+    min_lr: float = 1e-6  # Final learning rate; with schedule "bert", a lower bound.
     warmup: str = "2000 steps"  # Duration of the linear warm-up from 0 to `lr`, in steps, epochs or percent of the run.
     # Decay after the warm-up: "cosine" or "linear" from `lr` to `min_lr`; "bert": linear to 0 with steps counted from 1.
     schedule: str = "cosine"

@@ -1,4 +1,7 @@
-"""AdamW on the trainable parameters, with per-path weight decay and learning rate factors, and the published schedules."""
+"""AdamW on the trainable parameters, with per-path weight decay and learning rate factors, and the published schedules.
+
+See the section "Recipe" of docs/models/mplug_video.md and docs/models/alpro.md.
+"""
 
 import re
 from collections.abc import Callable, Iterable

@@ -1,7 +1,8 @@
 """Int8 quantisation of frozen stacked matrices at the start of a run, with one scale per layer and output channel.
 
 Checkpoints store the unquantised parameters. The scan over layers slices the quantised matrices, and a layer dequantises its
-slice where it reads it (`matrix`, `promote`), so only one layer at a time exists in the computation's dtype.
+slice where it reads it (`matrix`, `promote`), so only one layer at a time exists in the computation's dtype. See
+docs/models/language_models.md, "Frozen matrices in eight bits".
 """
 
 from collections.abc import Callable, Mapping

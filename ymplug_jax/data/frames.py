@@ -1,4 +1,7 @@
-"""Sampling and decoding of frames. Frames are sampled before decoding, so unused frames cost nothing."""
+"""Sampling and decoding of frames. Frames are sampled before decoding, so unused frames cost nothing.
+
+See docs/models/mplug_video.md, "Frames and augmentation".
+"""
 
 import functools
 from collections.abc import Iterator, Sequence

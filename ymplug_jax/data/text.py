@@ -9,7 +9,7 @@ Every text begins with a start token, from which the model predicts the first to
     Qwen2, Qwen2.5, Qwen3         <|endoftext|>, which also ends and pads a text. Qwen has no beginning token, and in its training
                                   data <|endoftext|> separates documents, so it precedes each of them
 
-See docs/models/language_models.md.
+See docs/models/language_models.md, "Tokenizers", and docs/models/mplug_video.md, "Text input".
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 RandAugment follows the reference: it always applies two different operations out of nine at level 5 of 10. At this level contrast,
 brightness and sharpness are the identity, and warps have a fixed direction. Warps use the fixed-point arithmetic of OpenCV 4, as
-the reference did (OpenCV 5 differs by up to 5 grey levels).
+the reference did (OpenCV 5 differs by up to 5 grey levels). See docs/models/mplug_video.md, "Frames and augmentation".
 """
 
 import math
