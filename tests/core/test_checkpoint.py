@@ -167,7 +167,7 @@ def test_optimizer_state_is_verified(copy: Path):
 def test_frozen_parameters_are_verified(copy: Path):
     damage(copy / "checkpoints" / "frozen", overwrite)
     with pytest.raises(
-        checkpoint_files.CheckpointError, match=f"(vision|llm)/.* is damaged: .*no step of {copy} is whole"
+        checkpoint_files.CheckpointError, match=f"(vision|llm)/.* is damaged: .*every step of {copy} is damaged"
     ):
         load(copy)
 
