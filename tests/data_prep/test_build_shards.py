@@ -140,7 +140,7 @@ def test_tfds_loads_it(built: Path):
 def test_repeated_build_changes_nothing(built: Path, root: Path, capsys: pytest.CaptureFixture):
     before = {path.name: path.stat().st_mtime_ns for path in built.iterdir()}
     build(built, built.parent / "all.csv", root, "--partition_rows", "5")
-    assert "built already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in built.iterdir()} == before
     with pytest.raises(build_shards.BuildError, match="another CSV or with other settings; give --overwrite"):
         build(built, built.parent / "all.csv", root, "--partition_rows", "6")

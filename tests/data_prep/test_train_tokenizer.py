@@ -128,7 +128,11 @@ def test_lines_end_at_newlines_only(tmp_path: Path):
         (b"", [], "empty; write a header"),
         ("video_id:FILE,title\na.mp4,标题\n".encode("gbk"), [], "not UTF-8"),
         (b"video_id:FILE,title\na.mp4,\n", [], "hold no text"),
-        ("video_id:FILE,title\na.mp4,标题\n".encode(), ["--vocab", "200"], "--vocab 200: 260 pieces"),
+        (
+            "video_id:FILE,title\na.mp4,标题\n".encode(),
+            ["--vocab", "200"],
+            "--vocab 200: special tokens and bytes need 260",
+        ),
         ("video_id:FILE,title\na.mp4,一二三四五六七八九十\n".encode(), ["--vocab", "265"], "characters alone need 271"),
     ],
 )
