@@ -40,7 +40,7 @@ def test_every_record_in_order(tmp_path: Path):
 
 @pytest.mark.parametrize("i", [-1, 9])
 def test_no_such_record(tmp_path: Path, i: int):
-    with pytest.raises(IndexError, match=rf"no record {i} in split 'train', which has 9"):
+    with pytest.raises(IndexError, match=rf"record {i} is out of range; split 'train' has 9 records"):
         Records(str(shards.write(tmp_path)), "train")[i]
 
 
