@@ -1,1 +1,1 @@
-"""Videos and CSVs to shards, once, before training: the only home of TensorFlow and Beam."""
+"""Preparation of data before training: videos and CSVs to shards. Only this package uses TensorFlow and Beam."""

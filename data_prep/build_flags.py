@@ -1,4 +1,4 @@
-"""Flags of `build_shards`, and what is checked of them before anything is read."""
+"""Flags of `build_shards`, and their validation before any data is read."""
 
 import argparse
 import difflib
@@ -10,47 +10,70 @@ from ymplug_jax.data import schema
 
 
 class BuildError(ValueError):
-    """The build cannot go on; the message names what to change."""
+    """The build cannot continue. The message says what to change."""
 
 
 def parser(description: str = "") -> Parser:
-    """Our flags."""
+    """Return the parser of the flags of `build_shards`, without those of Beam."""
     parser = Parser("build_shards", description)
-    parser.add_argument("--config", required=True, choices=sorted(schema.COLUMNS), help="kind of CSV")
-    parser.add_argument("--csv", required=True, type=local_path)
+    parser.add_argument("--config", required=True, choices=sorted(schema.COLUMNS), help="kind of the CSV")
+    parser.add_argument("--csv", required=True, type=local_path, help="CSV file with one row per clip")
     parser.add_argument(
-        "--video_root", required=True, type=local_path, help="folder that the FILE column is relative to"
+        "--video_root", required=True, type=local_path, help="folder to which the FILE column is relative"
     )
-    parser.add_argument("--out", required=True, type=local_path, help="folder of the data set")
+    parser.add_argument("--out", required=True, type=local_path, help="folder of the data set to write")
     parser.add_argument(
-        "--split", choices=("train", "validation", "test"), help="default: by the CSV's name (_val, _test)"
+        "--split",
+        choices=("train", "validation", "test"),
+        help="default: by the name of the CSV (*_val, *_test, else train)",
     )
-    parser.add_argument("--classes", type=local_path, help="classification: class names, one a line; default: the 45")
     parser.add_argument(
-        "--allow_links_to", type=local_path, action="append", default=[], help="folder that symbolic links may lead to"
+        "--classes",
+        type=local_path,
+        help="classification: file of class names, one per line; default: the 45 categories of Youku-mPLUG",
     )
-    parser.add_argument("--num_frames", type=int, default=16, help="frames stored of every clip")
-    parser.add_argument("--time_limit", type=float, default=120.0, help="seconds a clip")
-    parser.add_argument("--max_rejects", type=float, default=1.0, help="fraction of rows above which the build fails")
-    parser.add_argument("--partition_rows", type=int, help="rows a shard; default: a sixteenth of the CSV, 16 to 1024")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes on this machine")
-    parser.add_argument("--overwrite", action="store_true", help="build a split again that is there already")
+    parser.add_argument(
+        "--allow_links_to",
+        type=local_path,
+        action="append",
+        default=[],
+        help="folder outside the video root that symbolic links may point to; may be repeated",
+    )
+    parser.add_argument("--num_frames", type=int, default=16, help="number of frames stored per clip (default 16)")
+    parser.add_argument(
+        "--time_limit", type=float, default=120.0, help="maximum seconds of decoding per clip (default 120)"
+    )
+    parser.add_argument(
+        "--max_rejects",
+        type=float,
+        default=1.0,
+        help="maximum fraction of rejected rows; above it nothing is published (default 1.0)",
+    )
+    parser.add_argument("--partition_rows", type=int, help="rows per shard; default: 1/16 of the CSV, 16 to 1024")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="number of local processes; default: all cores"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="build a split again that already exists")
     return parser
 
 
 def parse(argv: list[str] | None = None, description: str = "") -> tuple[argparse.Namespace, list[str]]:
-    """(our flags, flags for Beam)."""
+    """Return (flags of this program, flags for Beam)."""
     return parser(description).parse_known_args(argv)
 
 
 def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
-    """Raises BuildError where a flag or a folder cannot be used."""
+    """Validate flags and folders.
+
+    Raises:
+      BuildError: a flag or a folder cannot be used.
+    """
     if args.csv.is_dir() or not args.csv.exists():
         raise BuildError(f"--csv {args.csv}: {'a folder' if args.csv.is_dir() else 'no such file'}; give a CSV")
     for flag, folders in (("--video_root", [args.video_root]), ("--allow_links_to", args.allow_links_to)):
         for folder in folders:
             if not folder.is_dir():
-                what = "no folder but a file" if folder.exists() else "no such folder"
+                what = "a file, not a folder" if folder.exists() else "no such folder"
                 raise BuildError(f"{flag} {folder}: {what}; give the folder of the videos")
     for name, value, least in (
         ("num_frames", args.num_frames, 1),
@@ -63,12 +86,12 @@ def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
     if not args.time_limit > 0:
         raise BuildError(f"--time_limit {args.time_limit:g}: give seconds above 0")
     if args.classes and args.config != "classification":
-        raise BuildError(f"--classes is for --config classification, not for {args.config}; leave it out")
+        raise BuildError(f"--classes applies to --config classification only, not to {args.config}; leave it out")
     _check_beam_flags(beam_flags)
 
 
 def _check_beam_flags(flags: list[str]) -> None:
-    """Raises BuildError for what is neither a flag of ours nor of Beam."""
+    """Raise BuildError for flags that neither this program nor Beam knows."""
     from apache_beam.options.pipeline_options import PipelineOptions
 
     if not flags:
@@ -83,6 +106,6 @@ def _check_beam_flags(flags: list[str]) -> None:
         value = not flag.startswith("-") and previous.startswith("--") and "=" not in previous
         if not value and name not in known and (not runner or near or not flag.startswith("--")):
             raise BuildError(
-                f"{name}: no such flag{f'; did you mean {near[0]}?' if near else ', neither here nor of Beam; --help lists the flags'}"
+                f"{name}: no such flag{f'; did you mean {near[0]}?' if near else ' in this program or Beam; --help lists the flags'}"
             )
         previous = flag

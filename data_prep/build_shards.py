@@ -1,10 +1,10 @@
-"""Videos and a CSV to TFRecord shards, once.
+"""Build TFRecord shards from videos and a CSV.
 
     python -m data_prep.build_shards --config pretrain --csv pretrain.csv --video_root VIDEOS --out SHARDS
 
-Beam's own flags may follow (`--runner=DataflowRunner --project=...`); by default every core of this machine works.
-A killed build goes on where it stopped: give the same command again. Run it once more with the next CSV to add a split.
-Exit code 2 is a mistake in flags, CSV or folders, 5 a disk or machine that failed on the way.
+Flags of Beam may follow (`--runner=DataflowRunner --project=...`); by default the build uses all cores of this machine.
+To resume a killed build, run the same command again. To add a split, run the command with its CSV and the same --out.
+Exit codes: 2 for an error in flags, CSV or folders; 5 if a disk or the machine failed during the build.
 """
 
 import argparse
@@ -38,15 +38,15 @@ NEEDS = ("apache_beam", "tensorflow", "tensorflow_datasets")  # the extra `prep`
 
 
 class PlaceError(RuntimeError):
-    """A disk, a folder or the machine failed on the way; the message names the place, and the same command goes on."""
+    """A disk, a folder or the machine failed during the build. The message names it; the same command resumes."""
 
 
 def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
     """Build one split and return the data set's manifest.
 
     Raises:
-      BuildError: input that cannot be used, too many rejects, or a data set of other settings in the folder.
-      PlaceError: a disk or the machine failed on the way.
+      BuildError: the input is unusable, too many rows are rejected, or the folder holds a data set with other settings.
+      PlaceError: a disk or the machine failed during the build.
     """
     check(args, beam_flags)
     split = args.split or rows_lib.split_of(args.csv)
@@ -76,58 +76,58 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
         written, rejected = (sum(part["written"] for part in done), sum(len(part["rejects"]) for part in done))
         if written + rejected != len(rows):
             raise BuildError(
-                f"{work}: {written} written + {rejected} rejected are not {len(rows)} rows; delete the folder and build again"
+                f"{work}: {written} written + {rejected} rejected rows are not {len(rows)}; delete the folder and build again"
             )
         _print_summary(split, done, len(rows))
         if rejected > args.max_rejects * len(rows):
             raise BuildError(
-                f"{rejected} of {len(rows)} rows were rejected, more than --max_rejects {args.max_rejects:g} allows; the reasons stand above, nothing was published"
+                f"{rejected} of {len(rows)} rows were rejected and nothing was published; fix the rows (reasons above) or raise --max_rejects {args.max_rejects:g}"
             )
         if written == 0:
-            raise BuildError("no row gave a record; the reasons stand above")
+            raise BuildError(
+                f"all {len(rows)} rows were rejected and nothing was published; fix the rows (reasons above)"
+            )
         repeated = rows_lib.duplicates(rows)
         if repeated:
             examples = ", ".join(f"{name} ({count} times)" for name, count in list(repeated.items())[:3])
-            print(f"{len(repeated)} files stand in more than one row (all rows are kept): {examples}", file=sys.stderr)
+            print(f"{len(repeated)} files occur in more than one row (all rows are kept): {examples}", file=sys.stderr)
         try:
             return publish(args.out, work, split, facts, done, manifest, {"duplicated_ids": len(repeated)})
         except ValueError as error:
             raise BuildError(str(error)) from None
     except OSError as error:
         place = error.filename or args.out
-        raise PlaceError(f"{place}: {error.strerror}; give the same command again once it can be written") from None
+        raise PlaceError(f"{place}: {error.strerror}; make it writable and run the same command again") from None
 
 
 def _check_built(out: Path, split: str, old: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Says that there is nothing to do. Raises BuildError where the split was built otherwise."""
+    """Report that the split already exists. Raises BuildError if it was built with other settings."""
     if any(old[key] != value for key, value in facts.items()):
         raise BuildError(
-            f"{out}: split {split!r} was built from another CSV or with other settings; use --overwrite or another --out"
+            f"{out}: split {split!r} was built from another CSV or with other settings; give --overwrite or another --out"
         )
-    again = f" ({old['rejected']:,} rows were rejected; --overwrite builds it again)" if old["rejected"] else ""
-    print(
-        f"{out}: split {split!r} is built already ({old['written']:,} records); nothing to do{again}", file=sys.stderr
-    )
+    again = f" ({old['rejected']:,} rows were rejected; --overwrite builds the split again)" if old["rejected"] else ""
+    print(f"{out}: split {split!r} already exists ({old['written']:,} records); nothing to do{again}", file=sys.stderr)
 
 
 def _text(path: Path) -> str:
-    """A small UTF-8 file. Raises BuildError."""
+    """Read a small UTF-8 file. Raises BuildError."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise BuildError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
-        raise BuildError(f"{path}: {error.strerror}; give a file that can be read") from None
+        raise BuildError(f"{path}: {error.strerror}; give a readable file") from None
 
 
 def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, rows: list, size: int) -> list[dict]:
-    """What is known of every partition, once all are built."""
+    """Build the missing partitions and return the summaries of all."""
     from data_prep.builder import Settings
 
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     todo = [i for i in range(len(parts)) if not (work / f"part-{i:05d}.json").exists()]
     if len(todo) < len(parts):
-        print(f"going on: {len(parts) - len(todo)} of {len(parts)} partitions are there already", file=sys.stderr)
+        print(f"resuming: {len(parts) - len(todo)} of {len(parts)} partitions are already built", file=sys.stderr)
     if todo:
         links = tuple(str(folder.absolute()) for folder in args.allow_links_to)
         settings = Settings(args.config, args.num_frames, args.time_limit, links)
@@ -146,7 +146,7 @@ def _run_beam(
 
     if not any(flag.startswith("--runner") for flag in beam_flags):
         workers = min(args.workers, len(elements))
-        # The local runner of many processes; Prism, Beam's newer default, would need a download.
+        # FnApiRunner runs local processes. Prism, the default of newer versions of Beam, needs a download.
         beam_flags = [*beam_flags, "--runner=BundleBasedDirectRunner" if workers == 1 else "--runner=FnApiRunner"]
         if workers > 1:
             beam_flags += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
@@ -158,12 +158,12 @@ def _run_beam(
             pipeline | beam.Create(elements) | beam.Reshuffle() | beam.ParDo(step)
     except Exception as error:
         if found := FAILED.search(f"{type(error).__name__}: {error}"):
-            raise PlaceError(f"{found[1]}; mend it and give the same command again") from None
+            raise PlaceError(f"{found[1]}; fix this and run the same command again") from None
         raise
 
 
 class _Progress:
-    """A bar over all rows, fed by the small files that partitions leave."""
+    """Shows progress over all rows, from the small files that the partitions write."""
 
     def __init__(self, work: Path, parts: list):
         self._work, self._parts, self._end = work, parts, threading.Event()
@@ -198,13 +198,13 @@ class _Progress:
         for path in self._work.glob("part-*.progress"):
             try:
                 count += int(path.read_text() or 0)
-            except (FileNotFoundError, ValueError):  # just renamed or being written
+            except (FileNotFoundError, ValueError):  # just renamed, or being written
                 continue
         return count
 
 
 def _old_manifest(out: Path) -> dict:
-    """The manifest of the data set as it stands; a split that was being published is finished first.
+    """Return the current manifest of the data set, after finishing an interrupted publication.
 
     Raises:
       BuildError: the folder cannot be read, or the manifest is damaged.
@@ -219,7 +219,7 @@ def _old_manifest(out: Path) -> dict:
         _ = manifest["kind"], manifest["frames"]["per_clip"], manifest["splits"].items()
         return manifest
     except OSError as error:
-        raise BuildError(f"--out {out}: {error.strerror}; choose another place") from None
+        raise BuildError(f"--out {out}: {error.strerror}; choose another folder") from None
     except KeyError as error:
         raise BuildError(f"{path}: damaged (no {error} in it); build into another --out") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -227,12 +227,12 @@ def _old_manifest(out: Path) -> dict:
 
 
 def _check_fits(manifest: dict, args: argparse.Namespace, classes: tuple[str, ...]) -> None:
-    """Raises BuildError where the data set in the folder has other frames, another kind or other classes."""
+    """Raise BuildError if the existing data set has another kind, number of frames or classes."""
     if not manifest:
         return
     if (manifest["frames"]["per_clip"], manifest["kind"]) != (args.num_frames, args.config):
         raise BuildError(
-            f"{args.out} holds a {manifest['kind']} data set with {manifest['frames']['per_clip']} frames a clip; use another --out"
+            f"{args.out} holds a {manifest['kind']} data set with {manifest['frames']['per_clip']} frames per clip; choose another --out"
         )
     if args.config == "classification":
         old = manifest.get("classes", list(schema.CLASS_NAMES))
@@ -245,11 +245,13 @@ def _check_fits(manifest: dict, args: argparse.Namespace, classes: tuple[str, ..
                 ),
                 f"{len(old)} there, {len(classes)} here",
             )
-            raise BuildError(f"{args.out} was built with other classes ({other}); use its --classes, or another --out")
+            raise BuildError(
+                f"{args.out} was built with other classes ({other}); give the same --classes, or another --out"
+            )
 
 
 def _resume_folder(work: Path, args: argparse.Namespace, facts: dict) -> None:
-    """An empty folder for the partitions, or the one of an earlier try of the very same build.
+    """Prepare the folder of the partitions: keep that of an interrupted build with equal settings, else empty it.
 
     Raises:
       BuildError: the folder cannot be made or written.
@@ -259,7 +261,7 @@ def _resume_folder(work: Path, args: argparse.Namespace, facts: dict) -> None:
     same = json.dumps({**facts, "places": places, "time_limit": args.time_limit})
     try:
         if work.exists() and (not note.exists() or note.read_text(encoding="utf-8") != same):
-            shutil.rmtree(work)  # of another CSV or other settings: its partitions do not fit
+            shutil.rmtree(work)  # partitions of another CSV or other settings
         work.mkdir(parents=True, exist_ok=True)
         for pattern in ("*.partial*", "*.progress"):
             for leftover in work.glob(pattern):
@@ -267,7 +269,7 @@ def _resume_folder(work: Path, args: argparse.Namespace, facts: dict) -> None:
         note.write_text(same, encoding="utf-8")
     except OSError as error:
         raise BuildError(
-            f"--out {args.out}: cannot be made or written ({error.strerror}); choose another place"
+            f"--out {args.out}: cannot be created or written ({error.strerror}); choose another folder"
         ) from None
 
 
@@ -281,8 +283,10 @@ def _print_summary(split: str, done: list[dict], rows: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Beam, its worker processes and TensorFlow write to stderr by themselves; here only this program does. What they wrote is
-    shown after all where the build ends with a fault of the program."""
+    """Capture what Beam, its workers and TensorFlow write to stderr, so that only messages of this program appear.
+
+    The last captured lines are shown if the build ends with an unexpected error.
+    """
     logging.getLogger().addHandler(logging.NullHandler())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
@@ -308,7 +312,7 @@ def _main(argv: list[str] | None) -> int:
     args, beam_flags = parse(argv, __doc__)
     absent = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if absent:
-        raise BuildError(f"{', '.join(absent)} not installed: pip install 'ymplug_jax[prep]'")
+        raise BuildError(f"{', '.join(absent)} not installed; run pip install 'ymplug_jax[prep]'")
     try:
         with _quiet():
             manifest = build(args, beam_flags)
@@ -321,12 +325,12 @@ def _main(argv: list[str] | None) -> int:
         f"{args.out}: {split}: {entry['written']:,} rows (data set: {manifest['written']:,}), {manifest['bytes'] / 1e6:,.1f} MB, {sum(len(s['shards']) for s in manifest['splits'].values())} shards"
     )
     if entry["rejected"]:
-        print(f"{entry['rejected']:,} rows of {entry['rows']:,} rejected, with reasons: {args.out / schema.REJECTS}")
+        print(f"{entry['rejected']:,} of {entry['rows']:,} rows rejected; reasons in {args.out / schema.REJECTS}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 with one line on stderr for what the user can mend, 5 where a disk or the machine failed."""
+    """Run the program. Returns exit code 0, 2 after an error that the user can fix, or 5 if a disk or the machine failed."""
     return run(lambda: _main(argv))
 
 

@@ -1,8 +1,8 @@
-"""The data set: its TFDS features, and the Beam step that turns a partition of rows into one whole shard.
+"""TFDS features of the data set, and the Beam step that builds one shard from a partition of rows.
 
-TFDS describes the data set (features, splits, metadata), so `tfds.builder_from_directory` loads it. Its own writer cannot
-go on after a kill and shuffles everything through Beam, which a build for random access does not need: reading permutes
-globally. So a partition of rows becomes a shard in one Beam element, written under a temporary name and then renamed.
+The data set has TFDS metadata, so `tfds.builder_from_directory` loads it. The TFDS writer is not used, because it cannot resume
+after a kill and shuffles all records through Beam, which is unnecessary: the loader permutes globally. Instead, one Beam element
+writes one shard under a temporary name and then renames it.
 """
 
 import errno
@@ -26,24 +26,26 @@ from ymplug_jax.data.video_file import Clip, DecoderFailed, Reader
 
 
 class Settings(NamedTuple):
-    """What the records depend on; another value makes another data set."""
+    """Settings that determine the content of the records."""
 
-    kind: str  # pretrain, classification, retrieval or captioning
-    num_frames: int
-    time_limit: float  # seconds a clip
-    allow_links_to: tuple[str, ...] = ()  # folders outside the video root that links may lead to
+    kind: str  # a kind of CSV, see schema.COLUMNS
+    num_frames: int  # frames stored per clip
+    time_limit: float  # seconds per clip
+    allow_links_to: tuple[str, ...] = ()  # folders outside the video root that symbolic links may point to
 
 
 class PartitionFailed(RuntimeError):
-    """The machine failed, not a row: its disk is full, a folder is gone, no decoder starts. The message is one line; Beam
-    carries it from process to process as text, so `FAILED` finds it there."""
+    """The machine failed, not a row: the disk is full, a folder is missing or no decoder starts.
+
+    The message is one line. Beam passes errors between processes as text, where `FAILED` finds the message.
+    """
 
 
 FAILED = re.compile(r"PartitionFailed: ([^\n]*?)(?: \[while running|\n|$)")
 
 
 def features(num_frames: int) -> Any:
-    """TFDS features; their flat names are the keys of `ymplug_jax.data.schema`."""
+    """Return the TFDS features. Their flattened names are the keys in `ymplug_jax.data.schema`."""
     import numpy as np
     import tensorflow_datasets as tfds
 
@@ -63,7 +65,7 @@ def features(num_frames: int) -> Any:
 
 
 def serialize(row: Row, clip: Clip) -> bytes:
-    """The Example of one clip."""
+    """Serialise a clip and its row as a tf.train.Example."""
     message = tf_example_pb2.Example()
     feature = message.features.feature
     texts = {
@@ -88,21 +90,21 @@ def serialize(row: Row, clip: Clip) -> bytes:
 
 
 class BuildPartition(beam.DoFn):
-    """(number, rows) -> one shard `part-<number>.tfrecord` and, once that is whole, `part-<number>.json` beside it."""
+    """Writes (number, rows) to a shard `part-<number>.tfrecord` and then, once it is complete, `part-<number>.json`."""
 
     def __init__(self, settings: Settings, video_root: str, folder: str):
         self._settings, self._root, self._folder = settings, video_root, folder
 
     def setup(self) -> None:
-        """A reader for each worker."""
+        """Create the reader of this worker."""
         self._reader = Reader(self._settings.time_limit)
 
     def teardown(self) -> None:
-        """Ends its decoder process."""
+        """Stop the decoder process."""
         self._reader.close()
 
     def process(self, element: tuple[int, list[tuple[Any, ...]]]) -> Iterator[int]:
-        """Builds one partition.
+        """Build one partition and yield its number.
 
         Raises:
           PartitionFailed: a disk or the decoder failed.
@@ -119,7 +121,7 @@ class BuildPartition(beam.DoFn):
         yield number
 
     def _write(self, shard: Path, partial: Path, rows: list[Row]) -> None:
-        """Raises OSError where the shard cannot be written or the video root is gone."""
+        """Write the shard and its summary. Raises OSError if a file cannot be written or the video root is missing."""
         progress = shard.with_suffix(".progress")
         rejects: list[dict] = []
         sizes: list[int] = []
@@ -133,7 +135,7 @@ class BuildPartition(beam.DoFn):
                     payload = self._record(row)
                 except Reject as reject:
                     if reject.reason == "missing_file" and not os.path.isdir(self._root):
-                        raise FileNotFoundError(errno.ENOENT, f"the video root {self._root} is gone") from None
+                        raise FileNotFoundError(errno.ENOENT, f"the video root {self._root} is missing") from None
                     rejects.append(
                         {"row": row.number, "id": row.media_id, "reason": reject.reason, "detail": reject.detail}
                     )

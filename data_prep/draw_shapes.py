@@ -1,17 +1,17 @@
-"""Draws a small corpus of real videos: a coloured shape that moves, with a Chinese title that says so.
+"""Draw a small corpus of videos of moving coloured shapes, with Chinese titles that describe them.
 
     python -m data_prep.draw_shapes --out runs/corpus --clips 1200 --seed 0
 
-The title follows from the video alone (one template: colour, shape, motion), so comparing a generated title with the true
-one is a fair score. 8 of the 128 combinations are held out: they appear in validation only, while each pair of shape and
-colour, shape and motion, colour and motion stays in training. The clips differ in background, size, place and speed.
+A title is determined by its video (one template of colour, shape and motion), so a generated title can be scored by comparison
+with the true one. 8 of the 128 combinations are held out for validation; every pair of colour and shape, shape and motion, and
+colour and motion occurs in training. Clips also differ in background, size, position and speed.
 
-The folder becomes a video root with the release's four kinds of CSV beside it, and questions about the motion:
-`videos/*.mp4`, `pretrain_{train,val}.csv`, `classification_{train,val}.csv`, `retrieval_{train,val}.csv`,
-`captioning_{train,val}.csv`, `question_{train,val}.csv`, `classification_test.csv`, `answers.txt`, `texts.txt` (what a language
-model may read before it sees any video: every title, and how one asks for a class or for a match, with every answer) and
-`corpus.json` (settings and counts). In `classification_val.csv` a title speaks against its class, since its colour and shape have
-the three other motions in training; the test part has every combination once, so that a title says nothing of its class.
+The output folder is a video root with the CSVs of Youku-mPLUG and questions about the motion: `videos/*.mp4`,
+`pretrain_{train,val}.csv`, `classification_{train,val}.csv`, `retrieval_{train,val}.csv`, `captioning_{train,val}.csv`,
+`question_{train,val}.csv`, `classification_test.csv`, `answers.txt`, `texts.txt` and `corpus.json` (settings and counts).
+`texts.txt` is the pre-training text of a language model: every title, and the prompts for classes and matches with every answer.
+In `classification_val.csv`, the title is misleading, because its colour and shape occur only with the three other motions in
+training. The test CSV contains every combination once, so that titles carry no information about the class.
 """
 
 import csv
@@ -36,17 +36,17 @@ from ymplug_jax.data.schema import CLASS_NAMES, COLUMNS
 SIZE = 112  # pixels, both sides
 FRAMES = 16
 FPS = 12
-SUPERSAMPLE = 4  # shapes are drawn this much larger, then averaged: smooth edges and motion of less than a pixel
-# No macroblock tree: at sizes that are not multiples of 32 its result varies from run to run.
+SUPERSAMPLE = 4  # factor of supersampling, for smooth edges and sub-pixel motion
+# The macroblock tree is off, because at sizes that are not multiples of 32 its result is not deterministic.
 ENCODER = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "no-mbtree=1"}
-MARGIN = 4  # pixels between a shape and the border, at all times
+MARGIN = 4  # minimum distance between a shape and the border, pixels
 VAL_SHARE = 0.1
 MIN_CLIPS = 20
 SETTINGS = "corpus.json"
 TEST = "classification_test.csv"
-VERSION = 8  # raise it when the same settings draw something else
+VERSION = 8  # increase it when the same settings draw other files
 
-COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
+COLOURS = {  # RGB; backgrounds are grey, so that all eight are visible
     "红色": (220, 25, 30),
     "橙色": (250, 130, 10),
     "黄色": (250, 230, 30),
@@ -57,15 +57,15 @@ COLOURS = {  # RGB; backgrounds stay grey, so that all eight stand out
     "黑色": (15, 15, 15),
 }
 SHAPES = ("圆形", "正方形", "三角形", "圆环")
-MOTIONS = ("向上移动", "向下移动", "慢慢变大", "慢慢变小")  # none of them changes in a mirror
-DIRECTIONS = {"向上移动": -1, "向下移动": 1}  # along y, which points down
-# The class of a clip is that of its motion: a classifier has to look at more than one frame.
+MOTIONS = ("向上移动", "向下移动", "慢慢变大", "慢慢变小")  # unaffected by a horizontal flip
+DIRECTIONS = {"向上移动": -1, "向下移动": 1}  # direction along y, which points down
+# The class of a clip depends on its motion only, so a classifier needs several frames.
 LABELS = dict(zip(MOTIONS, ("汽车", "足球", "萌娃日常", "科技"), strict=True))
 assert set(LABELS.values()) <= set(CLASS_NAMES)
 
 
 class Clip(NamedTuple):
-    """One clip to draw. `file` is relative to the video root; `seed` fixes everything that the title does not say."""
+    """One clip to draw. `file` is relative to the video root; `seed` determines everything that the title does not describe."""
 
     file: str
     colour: str
@@ -75,17 +75,17 @@ class Clip(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What the clip shows, motion included."""
+        """Title with the motion."""
         return f"{self.colour}的{self.shape}在{self.motion}"
 
     @property
     def plain_title(self) -> str:
-        """The title without the motion, which is what the class stands for."""
+        """Title without the motion, since the motion determines the class."""
         return f"{self.colour}的{self.shape}"
 
     @property
     def references(self) -> list[str]:
-        """Three captions that say the same, the title first."""
+        """Three equivalent captions, the title first."""
         return [
             self.title,
             f"一个{self.colour}的{self.shape}正在{self.motion}",
@@ -94,14 +94,17 @@ class Clip(NamedTuple):
 
 
 def plan(clips: int, seed: int) -> tuple[list[Clip], list[Clip], list[Clip]]:
-    """What to draw: (training clips, validation clips, gallery); a tenth of `clips` for validation, the gallery besides.
+    """Plan the corpus: (training clips, validation clips, gallery). A tenth of `clips` is for validation; the gallery is extra.
 
-    Eight combinations are held out, one a colour, two a shape and two a motion: few enough that colour and shape do not
-    give the motion away. Validation takes them in turn, training the other 120. The gallery, which retrieval validates on and
-    classification tests on, has a new clip of every combination: no two of its titles are alike, and its classes are equal in number.
+    Eight combinations are held out, one per colour, two per shape and two per motion, so that colour and shape do not predict the
+    motion. Validation cycles through them, training through the other 120. The gallery has one new clip of every combination, so
+    its titles are distinct and its classes balanced; it is the retrieval validation split and the classification test split.
+
+    Raises:
+      ValueError: too few clips.
     """
     if clips < MIN_CLIPS:
-        raise ValueError(f"--clips {clips}: at least {MIN_CLIPS} are needed for a training and a validation part")
+        raise ValueError(f"--clips {clips}: too few for training and validation splits; give at least {MIN_CLIPS}")
     rng = np.random.default_rng(seed)
     colours, shapes, motions = (rng.permutation(words).tolist() for words in (list(COLOURS), SHAPES, MOTIONS))
     held_out = [
@@ -122,28 +125,28 @@ def plan(clips: int, seed: int) -> tuple[list[Clip], list[Clip], list[Clip]]:
 
 
 def all_texts() -> list[str]:
-    """What the language of this corpus can say: a language model may know it before it sees a video, and no more than that.
+    """Return the texts that a language model is pre-trained on before it sees a video.
 
-    Every title with every class of its shape and colour, yes and no to every title: the answers are in the videos alone.
+    They contain every title with every class, and both answers to every match question, so that the answer is in the video only.
     """
     clips = [Clip("", *words, seed=()) for words in itertools.product(COLOURS, SHAPES, MOTIONS)]
     titles = [clip.title for clip in clips]
     classes = [f"视频标题：{clip.plain_title} 视频类目：{LABELS[clip.motion]}" for clip in clips]
     matches = [f"标题：{title} 这个视频与标题匹配吗？{answer}" for title in titles for answer in "是否"]
-    return titles * 3 + classes + matches + list(CLASS_NAMES)  # titles are what the videos are trained through
+    return titles * 3 + classes + matches + list(CLASS_NAMES)  # titles are repeated, since video pre-training uses them
 
 
 def outline(shape: str) -> np.ndarray:
-    """Corners of a polygon shape within [-1, 1], x to the right and y down: [corners, 2]."""
+    """Return the corners of a polygon in [-1, 1], x to the right and y down: f64[corners, 2]."""
     if shape == "正方形":
         return np.array([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)])
     if shape == "三角形":
         return np.array([(0, -1), (1, 0.85), (-1, 0.85)])
-    raise ValueError(f"{shape} is not a polygon")
+    raise ValueError(f"shape {shape!r} is not a polygon; give 正方形 or 三角形")
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel the shape covers, 0..1: f32[SIZE, SIZE, 1]. All lengths in pixels."""
+    """Return the fraction of each pixel that the shape covers: f32[SIZE, SIZE, 1] in 0..1. Arguments are in pixels."""
     canvas = np.zeros((SIZE * SUPERSAMPLE, SIZE * SUPERSAMPLE), np.uint8)
     centre = (np.array([x, y]) * SUPERSAMPLE).round().astype(int)
     r = radius * SUPERSAMPLE
@@ -158,21 +161,21 @@ def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
 
 
 def background(rng: np.random.Generator) -> np.ndarray:
-    """A still, greyish background between dark and bright: f32[SIZE, SIZE, 3]."""
+    """Draw a static, greyish background: f32[SIZE, SIZE, 3]."""
     first, second = (rng.uniform(100, 165) + rng.uniform(-9, 9, 3) for _ in range(2))
     v, u = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
     angle = rng.uniform(0, 2 * math.pi)
     along = u * math.cos(angle) + v * math.sin(angle)
-    slope = rng.random() < 0.5  # of brightness; else soft stripes
+    slope = rng.random() < 0.5  # True: a brightness gradient; False: soft stripes
     mix = along + 0.5 if slope else 0.5 + 0.4 * np.sin(2 * math.pi * rng.uniform(2, 4) * along)
     return (first + np.clip(mix, 0, 1)[..., None] * (second - first)).astype(np.float32)  # [SIZE, SIZE, 3]
 
 
 def path_of(motion: str, rng: np.random.Generator) -> np.ndarray:
-    """Where the shape is in each frame: f64[FRAMES, 3] of x, y and radius in pixels, wholly inside the picture.
+    """Return x, y and radius of the shape in each frame, in pixels: f64[FRAMES, 3]. The shape stays inside the picture.
 
-    A moving shape goes at least 42 pixels, a growing or shrinking one changes its radius at least twofold, both evenly
-    over the clip, so that any few frames spread over it tell the motion.
+    A moving shape travels at least 42 pixels, and a growing or shrinking one changes its radius by at least a factor of 2, both
+    at constant speed, so that a few frames spread over the clip suffice to recognise the motion.
     """
     progress = np.linspace(0, 1, FRAMES)[:, None]  # [FRAMES, 1]
     if motion in DIRECTIONS:
@@ -191,7 +194,7 @@ def path_of(motion: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def frames_of(clip: Clip) -> np.ndarray:
-    """The clip's pictures: uint8[FRAMES, SIZE, SIZE, 3], RGB."""
+    """Draw the frames of a clip: uint8[FRAMES, SIZE, SIZE, 3], RGB."""
     rng = np.random.default_rng(clip.seed)
     behind = background(rng)
     colour = np.clip(np.array(COLOURS[clip.colour]) + rng.uniform(-10, 10, 3), 0, 255)
@@ -203,7 +206,7 @@ def frames_of(clip: Clip) -> np.ndarray:
 
 
 def write_clip(clip: Clip, root: Path) -> None:
-    """Draws the clip and encodes it as h264 in mp4. One thread, so that equal clips are equal files."""
+    """Draw a clip and encode it as H.264 in MP4, with one thread, so that equal clips give identical files."""
     cv2.setNumThreads(1)
     with av.open(str(root / clip.file), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options=ENCODER)
@@ -215,10 +218,10 @@ def write_clip(clip: Clip, root: Path) -> None:
 
 
 def write_tables(clips: list[Clip], split: str, root: Path, gallery: list[Clip] | None = None) -> None:
-    """The release's four CSVs of one split, and one of questions. As there, the benchmarks train on fewer clips than pre-training, here a third.
+    """Write the four CSVs of Youku-mPLUG and the CSV of questions for one split.
 
-    Captioning has one caption a row in training, a list of three in validation; the titles of classification do not say the
-    motion, which is what the class stands for.
+    As in Youku-mPLUG, the benchmarks have fewer training clips than pre-training, here a third. Captioning has one caption per row
+    in training and a list of three in validation. Classification titles do not mention the motion, since it determines the class.
     """
     for kind in COLUMNS:
         share = len(clips) if kind == "pretrain" or split == "val" else math.ceil(len(clips) / 3)
@@ -227,7 +230,7 @@ def write_tables(clips: list[Clip], split: str, root: Path, gallery: list[Clip] 
 
 
 def write_table(path: Path, kind: str, split: str, clips: list[Clip]) -> None:
-    """One CSV of `clips`, with the columns of its kind."""
+    """Write a CSV of `clips` with the columns of its kind."""
     file_column, text_columns = COLUMNS[kind]
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
@@ -236,7 +239,7 @@ def write_table(path: Path, kind: str, split: str, clips: list[Clip]) -> None:
 
 
 def texts_of(clip: Clip, kind: str, split: str) -> tuple[str, ...]:
-    """The text columns of a clip in one kind of CSV."""
+    """Return the text columns of a clip for one kind of CSV."""
     if kind == "classification":
         return clip.plain_title, LABELS[clip.motion]
     if kind == "question":
@@ -247,45 +250,47 @@ def texts_of(clip: Clip, kind: str, split: str) -> tuple[str, ...]:
 
 
 def is_drawn(out: Path, settings: dict[str, int], files: list[str]) -> bool:
-    """Whether `out` holds this corpus already. Raises FileExistsError where it holds something else."""
+    """Return whether `out` already holds this corpus. Raises FileExistsError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
         found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(f"{out} exists and is not a corpus of draw_shapes: give another --out") from None
+        raise FileExistsError(f"{out} exists and is not a corpus of draw_shapes; give another --out") from None
     if found != settings:
         raise FileExistsError(
-            f"{out} holds a corpus drawn with {found}, not {settings}: remove it or give another --out"
+            f"{out} holds a corpus drawn with {found}, not {settings}; remove it or give another --out"
         )
     tables = [f"{kind}_{split}.csv" for kind in COLUMNS for split in ("train", "val")]
     missing = [name for name in (*files, *tables, TEST) if not (out / name).is_file()]
     if missing:
         raise FileExistsError(
-            f"{out} lacks {len(missing)} of its files, such as {missing[0]}: remove it and draw again"
+            f"{out} lacks {len(missing)} of its files, such as {missing[0]}; remove it and draw again"
         )
     return True
 
 
 def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
-    """Draws the corpus into `out`, which appears only when it is complete; returns False where it was there already.
+    """Draw the corpus to `out`, which appears only when it is complete. Returns False if it already existed.
 
-    Raises ValueError for too few clips, FileExistsError where `out` holds anything but the same corpus.
+    Raises:
+      ValueError: too few clips.
+      FileExistsError: `out` holds anything but the same corpus.
     """
     train, val, gallery = plan(clips, seed)
     everything = train + val + gallery
     settings = {"version": VERSION, "clips": clips, "seed": seed}
     if is_drawn(out, settings, [clip.file for clip in everything]):
         return False
-    partial = out.with_name(f".{out.name}.partial")  # also sweeps what a killed run left
+    partial = out.with_name(f".{out.name}.partial")  # fixed name, so that leftovers of a killed run are removed
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "videos").mkdir(parents=True)
     except OSError as error:
-        raise OSError(error.errno, f"cannot be made: {error.strerror}; give another --out", str(out)) from None
+        raise OSError(error.errno, f"cannot be created ({error.strerror}); give another --out", str(out)) from None
     try:
         workers = min(os.cpu_count() or 1, math.ceil(clips / 32))
-        # Spawned, not forked: the caller may have threads.
+        # Spawned, not forked, because the caller may have threads.
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             drawn = pool.map(write_clip, everything, [partial] * len(everything), chunksize=8)
             for _ in bar(drawn, "drawing", "clip", total=len(everything)):
@@ -312,21 +317,23 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    """Run the program. Returns exit code 0, or 2 after one error line on stderr."""
     return run(lambda: _main(argv))
 
 
 def _main(argv: list[str] | None) -> None:
     parser = Parser("draw_shapes", __doc__.splitlines()[0])
-    parser.add_argument("--out", type=local_path, required=True, help="folder to make: the video root and its CSVs")
-    parser.add_argument("--clips", type=int, default=1200, help="clips in all, a tenth for validation (default 1200)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default 0)")
+    parser.add_argument("--out", type=local_path, required=True, help="folder to create: the video root and its CSVs")
+    parser.add_argument(
+        "--clips", type=int, default=1200, help="number of clips, a tenth of them for validation (default 1200)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed; equal seeds give identical files (default 0)")
     args = parser.parse_args(argv)
     out = args.out.absolute()
     drawn = draw(out, args.clips, args.seed)
     train, val, _ = plan(args.clips, args.seed)
-    print(f"{out}: {len(train)} training and {len(val)} validation clips{'' if drawn else ', drawn before'}")
-    print(f"titles such as {train[0].title}; the combinations in validation are not in training")
+    print(f"{out}: {len(train)} training and {len(val)} validation clips{'' if drawn else ', already drawn'}")
+    print(f"titles such as {train[0].title}; the combinations of the validation clips do not occur in training")
 
 
 if __name__ == "__main__":

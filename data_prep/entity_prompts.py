@@ -1,11 +1,12 @@
-"""Prompts of entities for ALPRO's teacher: a list of nouns, counted in the titles, set into templates.
+"""Build the entity prompts of ALPRO's teacher from a list of nouns and templates.
 
     python -m data_prep.entity_prompts --entities nouns.txt --csv pretrain.csv --out prompts.json [--count 1000]
 
-The list has one entity a line, its first word counts (so a frequency file will do). With --csv the ones that stand in most
-titles are kept, without it the first ones. The file holds {"entities", "templates", "counts"}; a prompt is a template with an entity
-in place of {}. The English templates of ALPRO are four nouns with three articles; the Chinese ones here are built alike and are
-ours, because none were published.
+The list has one entity per line; only the first word of a line is used, so a word frequency file works too. With --csv the
+entities that occur in most titles are kept, otherwise the first ones. The output file holds {"entities", "templates", "counts"};
+a prompt is a template with an entity in place of {}. ALPRO's English templates combine four nouns with three articles. No Chinese
+templates were published; those used here have the same form. See
+docs/models/alpro.md, "Entity prompts".
 """
 
 import json
@@ -32,19 +33,20 @@ TEMPLATES = {
 
 
 def read_entities(path: Path) -> list[str]:
-    """First word of every line that has one, each once, in order.
+    """Return the first word of every line, without duplicates, in order.
 
-    Raises ValueError where there is none, or the file is not UTF-8.
+    Raises:
+      ValueError: the file holds no entity or is not UTF-8.
     """
     words = (re.split("[ \t\u3000]+", line.strip(), maxsplit=1)[0] for line in read_lines(path))
     found = list(dict.fromkeys(filter(None, words)))
     if not found:
-        raise ValueError(f"{path}: no entity in it; write one a line")
+        raise ValueError(f"{path}: no entity in it; write one per line")
     return found
 
 
 def count_in(texts: Iterable[str], entities: Sequence[str]) -> Counter[str]:
-    """In how many texts each entity stands. Where one entity is part of another ("猫", "猫咪") both are counted."""
+    """Count the texts that contain each entity. An entity inside another one ("猫" in "猫咪") is counted too."""
     longest = max(map(len, entities))
     known = set(entities)
     counts: Counter[str] = Counter()
@@ -55,22 +57,26 @@ def count_in(texts: Iterable[str], entities: Sequence[str]) -> Counter[str]:
 
 
 def choose(entities: Sequence[str], counts: Counter[str], count: int) -> list[str]:
-    """The `count` most frequent ones, ties and zeros in the order of the list."""
+    """Return the `count` most frequent entities, with ties in the order of the list."""
     return sorted(entities, key=lambda entity: -counts[entity])[:count]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    """Run the program. Returns exit code 0, or 2 after one error line on stderr."""
     return run(lambda: _main(argv))
 
 
 def _main(argv: list[str] | None) -> None:
     parser = Parser("entity_prompts", __doc__.splitlines()[0])
-    parser.add_argument("--entities", type=local_path, required=True, help="text file, one entity a line")
-    parser.add_argument("--csv", type=local_path, nargs="*", default=[], help="CSVs of the release to count in")
+    parser.add_argument("--entities", type=local_path, required=True, help="text file with one entity per line")
+    parser.add_argument(
+        "--csv", type=local_path, nargs="*", default=[], help="CSVs of Youku-mPLUG whose texts are counted"
+    )
     parser.add_argument("--out", type=local_path, required=True, help="JSON file to write")
-    parser.add_argument("--count", type=int, default=1000, help="entities to keep (default 1000)")
-    parser.add_argument("--language", choices=list(TEMPLATES), default="zh", help="of the templates")
+    parser.add_argument("--count", type=int, default=1000, help="number of entities to keep (default 1000)")
+    parser.add_argument(
+        "--language", choices=list(TEMPLATES), default="zh", help="language of the templates (default zh)"
+    )
     args = parser.parse_args(argv)
     if args.count < 1:
         raise ValueError(f"--count {args.count}: give at least 1")
@@ -90,7 +96,7 @@ def _main(argv: list[str] | None) -> None:
     write_text(args.out, json.dumps(made, ensure_ascii=False, indent=1) + "\n")
     print(f"{args.out}: {len(chosen)} entities, {len(templates)} templates; config.model.entities={len(chosen)}")
     if args.csv and (never := sum(counts[entity] == 0 for entity in chosen)):
-        print(f"note: {never} of them stand in no title")
+        print(f"note: {never} of them occur in no text")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the programs of data_prep have in common: flags, and mistakes that end in one line."""
+"""Shared code of the data_prep programs: flags, one-line error messages, file writing and progress."""
 
 import argparse
 import sys
@@ -9,14 +9,14 @@ from typing import NoReturn, TypeVar, cast
 
 from tqdm import tqdm
 
-MISTAKE, PLACE = 2, 5  # exit codes, those of ymplug_jax.core.exits
-EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+MISTAKE, PLACE = 2, 5  # exit codes, as in ymplug_jax.core.exits
+EVERY = 30.0  # seconds between progress lines without a terminal
 
 Item = TypeVar("Item")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for a mistake, and no flags by their first letters (they would hide misspelt ones)."""
+    """ArgumentParser with one-line errors and without abbreviated flags, which would hide misspelt ones."""
 
     def __init__(self, program: str, description: str):
         super().__init__(
@@ -27,27 +27,27 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program."""
+        """Print the error in one line and exit."""
         self.exit(MISTAKE, f"error: {message}; --help lists the flags\n")
 
 
 def local_path(text: str) -> Path:
-    """Type of a flag: a place on this machine.
+    """Parse a flag as a local path.
 
     Raises:
-      argparse.ArgumentTypeError: a URL such as gs://bucket, or an empty name.
+      argparse.ArgumentTypeError: a URL such as gs://bucket, or an empty path.
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text} is no local place; data_prep reads and writes local files, so mount or copy the bucket"
+            f"{text} is not a local path, and data_prep reads and writes local files only; mount or copy the bucket"
         )
     if not text or "\x00" in text:
-        raise argparse.ArgumentTypeError("an empty name; give a path")
+        raise argparse.ArgumentTypeError("the path is empty; give a path")
     return Path(text)
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """The exit code of `main`; mistakes (ValueError) and places that fail (OSError) cost one line on stderr."""
+    """Run `main` and return its exit code. A ValueError or OSError becomes one line on stderr and exit code 2."""
     try:
         return main() or 0
     except (ValueError, OSError) as error:
@@ -59,19 +59,19 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def say(error: Exception) -> str:
-    """An error in one line; of an OSError the place and what is wrong with it."""
+    """Format an error in one line. For an OSError: the path and the reason."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split("\n"))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all; its folder is made. Raises OSError."""
+    """Write a UTF-8 file atomically and create its folder. Raises OSError."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_text`."""
+    """Write a file atomically and create its folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -92,7 +92,7 @@ def bar(
     leave: bool = True,
     mininterval: float = 0.1,
 ) -> "tqdm[Item]":
-    """tqdm on a terminal; elsewhere a plain line every EVERY seconds, so that logs hold no redrawn bars."""
+    """Return tqdm on a terminal; elsewhere print a plain line every EVERY seconds, since redrawn bars would fill a log."""
     shown = sys.stderr.isatty()
     if items is not None and not shown:
         items = _with_lines(items, desc, unit, total)
@@ -111,14 +111,14 @@ def _with_lines(items: Iterable[Item], desc: str, unit: str, total: int | None) 
 
 
 class Ticks:
-    """Plain lines of progress, one every EVERY seconds."""
+    """Prints plain lines of progress, one every EVERY seconds."""
 
     def __init__(self, desc: str, unit: str, total: int | None = None):
         self._desc, self._unit, self._total = desc, unit, total
         self._next = time.monotonic() + EVERY
 
     def tell(self, done: int) -> None:
-        """Print a line, if it is time for one."""
+        """Print a line if EVERY seconds have passed since the last one."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY

@@ -1,4 +1,4 @@
-"""Offsets and lengths of every record, checksums verified: `python -m data_prep.index_shards DIR`."""
+"""Verify the checksums of all shards and write their indices: `python -m data_prep.index_shards DIR`."""
 
 import sys
 from pathlib import Path
@@ -11,14 +11,14 @@ from ymplug_jax.data import schema
 
 
 class BrokenShard(ValueError):
-    """A shard that is cut or damaged; the message names file, record and byte offset."""
+    """A truncated or damaged shard. The message names the file, the record and the byte offset."""
 
 
 def index_of(shard: Path) -> np.ndarray:
-    """int64[n, 2]: (offset of the header, payload bytes) of each record.
+    """Return (offset of the header, payload bytes) of each record, int64[n, 2].
 
     Raises:
-      BrokenShard: a length or a checksum does not fit.
+      BrokenShard: a length or a checksum is wrong.
     """
     places: list[tuple[int, int]] = []
     total = shard.stat().st_size
@@ -29,18 +29,18 @@ def index_of(shard: Path) -> np.ndarray:
             header = file.read(schema.HEADER_BYTES)
             size = int.from_bytes(header[:8], "little")
             if len(header) < schema.HEADER_BYTES or offset + schema.HEADER_BYTES + size + schema.FOOTER_BYTES > total:
-                raise BrokenShard(f"{where}: the file ends inside it; build or copy this shard again")
+                raise BrokenShard(f"{where}: the file ends inside this record; build or copy the shard again")
             payload, footer = file.read(size), file.read(schema.FOOTER_BYTES)
             for data, stored in ((header[:8], header[8:]), (payload, footer)):
                 if schema.masked_crc(google_crc32c.value(data)) != int.from_bytes(stored, "little"):
-                    raise BrokenShard(f"{where}: checksum does not fit; build or copy this shard again")
+                    raise BrokenShard(f"{where}: wrong checksum; build or copy the shard again")
             places.append((offset, size))
             offset += schema.HEADER_BYTES + size + schema.FOOTER_BYTES
     return np.array(places, np.int64).reshape(-1, 2)
 
 
 def write_index(shard: Path) -> int:
-    """Write `<shard>.index.npy` beside a shard, atomically. Returns the number of records.
+    """Write the index `<shard>.index.npy` beside a shard, atomically, and return the number of records.
 
     Raises:
       BrokenShard: the shard is damaged; no index is written.
@@ -59,27 +59,27 @@ def write_index(shard: Path) -> int:
 
 
 def frame(payload: bytes) -> bytes:
-    """A payload in TFRecord framing."""
+    """Return a payload in TFRecord framing."""
     size = len(payload).to_bytes(8, "little")
     head, body = (schema.masked_crc(google_crc32c.value(data)).to_bytes(4, "little") for data in (size, payload))
     return size + head + payload + body
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    """Run the program. Returns exit code 0, or 2 after one error line on stderr."""
     return run(lambda: _main(argv))
 
 
 def _main(argv: list[str] | None) -> None:
     """Index every shard of a folder."""
     parser = Parser("index_shards", __doc__)
-    parser.add_argument("folder", type=local_path)
+    parser.add_argument("folder", type=local_path, help="folder of the shards")
     folder = parser.parse_args(argv).folder
     shards = sorted(
         p for p in folder.glob("*.tfrecord-*-of-*") if not p.name.endswith((schema.INDEX_SUFFIX, ".partial"))
     )
     if not shards:
-        raise ValueError(f"{folder}: no shards (*.tfrecord-00000-of-00001) here")
+        raise ValueError(f"{folder}: no shards (*.tfrecord-00000-of-00001) here; give the folder of a data set")
     records = sum(write_index(shard) for shard in bar(shards, "index", "shard"))
     print(f"{records:,} records in {len(shards)} shards")
 

@@ -1,7 +1,7 @@
-"""Partitions that are whole become a data set: shards under their names, metadata, rejects, and last the manifest.
+"""Publication of finished partitions as a data set: final shard names, metadata, rejects and, last, the manifest.
 
-What is to be published is decided and written down first (`publish.json` in the work folder). From there on every step can be
-done again, so a build that is killed or meets a full disk in the middle goes on with `finish`, whatever was moved already.
+A plan is written first (`publish.json` in the work folder), and every step of it can be repeated. A build that is killed or runs out
+of disk space during publication therefore resumes with `finish`, whatever was already moved.
 """
 
 import json
@@ -16,17 +16,29 @@ from data_prep.index_shards import BrokenShard, write_index
 from ymplug_jax.data import schema
 from ymplug_jax.data.video_file import JPEG_QUALITY, SHORT_SIDE
 
-NAME = "youku_mplug"  # of the TFDS data set
-BUILDING = ".building"  # folder inside OUT for partitions that are not yet shards
+NAME = "youku_mplug"  # name of the TFDS data set
+BUILDING = ".building"  # folder inside OUT for partitions that are not published yet
 PLAN = "publish.json"
 
 
 def publish(out: Path, work: Path, split: str, facts: dict, done: list[dict], old: dict, more: dict) -> dict:
-    """Verify and index the partitions, plan, and finish. `old` is the manifest before, `more` numbers of this split.
+    """Verify and index the partitions, write the plan and execute it.
+
+    Args:
+      out: folder of the data set.
+      work: folder of the partitions.
+      split: split to publish.
+      facts: settings of the build.
+      done: summary of each partition, as `builder.BuildPartition` writes it.
+      old: previous manifest, or an empty dict.
+      more: additional counts of this split.
+
+    Returns:
+      The new manifest.
 
     Raises:
-      ValueError: a partition is damaged; the same command builds it anew.
-      OSError: a place failed; the same command goes on.
+      ValueError: a partition is damaged; running the command again rebuilds it.
+      OSError: a file cannot be written; running the command again resumes.
     """
     kept = [i for i, part in enumerate(done) if part["written"]]
     shards, moves = [], []
@@ -36,7 +48,7 @@ def publish(out: Path, work: Path, split: str, facts: dict, done: list[dict], ol
             count = write_index(part)
         except BrokenShard as error:
             (work / f"part-{i:05d}.json").unlink()
-            raise ValueError(f"{error}. Give the same command again: only this partition is built anew") from None
+            raise ValueError(f"{error}; the same command rebuilds only this partition") from None
         if count != done[i]["written"]:
             raise ValueError(f"{part}: {count} records, expected {done[i]['written']}; delete {work} and build again")
         name = schema.shard_name(NAME, split, number, len(kept))
@@ -75,17 +87,17 @@ def publish(out: Path, work: Path, split: str, facts: dict, done: list[dict], ol
 
 
 def finish(out: Path, work: Path) -> dict:
-    """Do what the plan of `work` says, again if need be. Returns the manifest. Raises OSError."""
+    """Execute the plan in `work`, which may be partly done, and return the manifest. Raises OSError."""
     plan = json.loads((work / PLAN).read_text(encoding="utf-8"))
     split, manifest = plan["split"], plan["manifest"]
-    (out / schema.MANIFEST).unlink(missing_ok=True)  # until the end there is no whole data set
+    (out / schema.MANIFEST).unlink(missing_ok=True)  # the data set is incomplete until the end
     wanted = {name for _, name in plan["moves"]}
     for old in out.glob(f"{NAME}-{split}.tfrecord-*"):
         if old.name.removesuffix(schema.INDEX_SUFFIX) not in wanted:
             old.unlink()
     for part, name in plan["moves"]:
         for suffix in (schema.INDEX_SUFFIX, ""):
-            if (work / (part + suffix)).exists():  # else it was moved before
+            if (work / (part + suffix)).exists():  # else it is already moved
                 (work / (part + suffix)).rename(out / (name + suffix))
     _write_rejects(out, split, plan["rejects"])
     _write_tfds(out, manifest["splits"], manifest["frames"]["per_clip"])
@@ -98,13 +110,15 @@ def finish(out: Path, work: Path) -> dict:
 
 def _write_rejects(out: Path, split: str, rejects: list[dict]) -> None:
     path = out / schema.REJECTS
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []  # a title may hold U+2028
+    lines = (
+        path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    )  # not splitlines: a title may contain U+2028
     kept = [reject for reject in map(json.loads, filter(None, lines)) if reject["split"] != split]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept + rejects))
 
 
 def _write_tfds(out: Path, splits: dict, num_frames: int) -> None:
-    """dataset_info.json and features.json, which make the folder a TFDS data set."""
+    """Write dataset_info.json and features.json, which make the folder a TFDS data set."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow_datasets as tfds
 

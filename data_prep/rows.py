@@ -1,4 +1,4 @@
-"""The release's CSV files as rows: which file, which text, which label. Standard library only."""
+"""Parser of Youku-mPLUG CSV files into rows of video file, texts and label. Standard library only."""
 
 import hashlib
 from collections import Counter
@@ -12,9 +12,9 @@ from ymplug_jax.data import schema
 
 
 class Row(NamedTuple):
-    """One row of a CSV. `problem` is why it cannot be used, or empty; `reason` is then a key of container.REASONS."""
+    """One row of a CSV. A row with a `problem` is rejected with `reason`, a key of video_container.REASONS."""
 
-    number: int  # 0-based, header not counted
+    number: int  # 0-based, without the header
     media_id: str
     title: str
     captions: tuple[str, ...]
@@ -25,10 +25,15 @@ class Row(NamedTuple):
 
 
 def read_rows(csv_file: Path, kind: str, classes: Sequence[str] = schema.CLASS_NAMES) -> list[Row]:
-    """All rows of a CSV of one of the kinds in schema.COLUMNS, UTF-8 with or without byte order mark.
+    """Read all rows of a CSV, UTF-8 with or without byte order mark.
+
+    Args:
+      csv_file: path of the CSV.
+      kind: one of schema.COLUMNS.
+      classes: class names, for kind "classification".
 
     Raises:
-      ValueError: no rows, or whatever `tables.read_table` finds; the message names file and line or columns.
+      ValueError: the file has no rows, or an error that `tables.read_table` reports; names the file and line or columns.
     """
     file_column, text_columns = schema.COLUMNS[kind]
     table = read_table(csv_file, (file_column, *text_columns), (file_column,))
@@ -36,7 +41,7 @@ def read_rows(csv_file: Path, kind: str, classes: Sequence[str] = schema.CLASS_N
     indices = {name: i for i, name in enumerate(classes)}
     rows = [_row(i, header, fields, kind, indices) for i, (_, fields) in enumerate(table)]
     if not rows:
-        raise ValueError(f"{csv_file}: a header and no rows")
+        raise ValueError(f"{csv_file}: no rows after the header; give a CSV with at least one row")
     return rows
 
 
@@ -53,7 +58,7 @@ def _row(number: int, header: list[str], fields: list[str], kind: str, classes: 
         if text("caption") in MISSING:
             captions, problem = (
                 (),
-                f"caption is {text('caption')}, a missing value and no caption; leave the cell empty",
+                f"caption is {text('caption')}, which is a missing value, not a caption; leave the cell empty",
             )
     elif kind == "captioning":
         captions, problem = captions_of(text("golden_caption"))
@@ -62,30 +67,30 @@ def _row(number: int, header: list[str], fields: list[str], kind: str, classes: 
     elif kind == "classification":
         label = text("label")
         index = classes.get(label, -1)
-        if label and index < 0:  # an empty label is a withheld one
-            problem, reason = f"label {label!r} is none of the {len(classes)} class names", "unknown_label"
+        if label and index < 0:  # an empty label is a withheld label
+            problem, reason = f"label {label!r} is not among the {len(classes)} class names", "unknown_label"
     if len(fields) != len(header):
         problem, reason = (
-            f"{len(fields)} fields, the header has {len(header)}; is a comma or a quote missing?",
+            f"{len(fields)} fields, but the header has {len(header)}; check the commas and quotes",
             "bad_row",
         )
     elif any("\x00" in field for field in fields):
-        problem, reason = "a NUL character", "bad_row"
+        problem, reason = "the row contains a NUL character", "bad_row"
     return Row(number, text(schema.COLUMNS[kind][0]), title, captions, label, index, problem, reason)
 
 
 def duplicates(rows: list[Row]) -> dict[str, int]:
-    """FILE -> how often, for those that occur more than once (several captions of one clip, or a mistake)."""
+    """Return {FILE: count} of files in more than one row (several captions of a clip, or an error)."""
     return {name: count for name, count in Counter(row.media_id for row in rows).items() if count > 1}
 
 
 def sha256(file: Path) -> str:
-    """Hash of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def split_of(csv_file: Path) -> str:
-    """Split by the end of the file name: *_val -> validation, *_test -> test, anything else train."""
+    """Return the split by the end of the file name: *_val is validation, *_test is test, anything else is train."""
     endings = {"_val": "validation", "_validation": "validation", "_test": "test"}
     return next((split for ending, split in endings.items() if csv_file.stem.endswith(ending)), "train")

@@ -1,19 +1,19 @@
-"""CSVs and line files as they are written: strict quotes, lines that end at "\\n" only, every mistake named by its line."""
+"""Strict parsing of CSV and line files: strict quotes, lines end at "\\n" only, errors name the line."""
 
 import csv
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-LONGEST_FIELD = 131_072  # characters; a field that is longer has swallowed rows
+LONGEST_FIELD = 131_072  # characters; a longer field probably contains other rows
 FILE_NAME = re.compile(r"\S.*\.(?=[0-9]*[A-Za-z])[0-9A-Za-z]{1,5}$")
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file without their ends ("\\n" or "\\r\\n"); a byte order mark is dropped.
+    """Yield the lines of a UTF-8 file without "\\n" or "\\r\\n". A byte order mark is dropped.
 
     Raises:
-      ValueError: not UTF-8; the message names file and line.
+      ValueError: the file is not UTF-8; the message names the file and line.
       OSError: the file cannot be read.
     """
     with open(path, encoding="utf-8-sig", newline="\n") as stream:
@@ -25,7 +25,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def _not_utf8(path: Path) -> str:
-    """Says which line is not UTF-8, and what the file may be instead."""
+    """Return the error for a file that is not UTF-8: the line and the likely encoding."""
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
             if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -47,13 +47,19 @@ def _decodes(line: bytes, encoding: str) -> bool:
 
 
 def read_table(path: Path, columns: Sequence[str], file_columns: Sequence[str] = ()) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of a CSV: the header first, then every row that is not blank. `columns` must be in the header.
+    """Yield (line, fields) of a CSV: the header, then every row that is not blank.
 
-    Where a quoted field runs over several lines, nothing of another row may be in it: no continuation line may look like a
-    row, that is have a file's name in the place of the column that is one of `file_columns`.
+    A quoted field may span several lines, but none of its continuation lines may look like a row, i.e. have a file name in the
+    position of the file column; otherwise a missing quote would silently merge rows.
+
+    Args:
+      path: path of the CSV.
+      columns: columns that the header must have.
+      file_columns: possible names of the column of video files.
 
     Raises:
-      ValueError: not UTF-8, empty, columns missing or given twice, or quotes that do not close; file and line are named.
+      ValueError: the file is not UTF-8 or empty, a column is missing or repeated, or a quote is unbalanced. The message names the
+        file and line.
     """
     lines: list[str] = []  # of the row being read
 
@@ -84,28 +90,28 @@ def read_table(path: Path, columns: Sequence[str], file_columns: Sequence[str] =
             _check_nothing_swallowed(path, start, lines, fields, place)
         yield start, fields
     if header is None:
-        raise ValueError(f"{path}: empty; it needs a header{' of ' + ','.join(columns) if columns else ''}")
+        raise ValueError(f"{path}: empty; write a header{' of ' + ','.join(columns) if columns else ''} and rows")
 
 
 def check_header(path: Path, header: list[str], columns: Sequence[str]) -> None:
-    """Raises ValueError where one of `columns` is missing or given twice."""
+    """Raise ValueError if one of `columns` is missing or repeated in the header."""
     for name in columns:
         if header.count(name) > 1:
-            raise ValueError(f"{path}: column {name!r} stands {header.count(name)} times in the header; keep one")
+            raise ValueError(f"{path}: column {name!r} occurs {header.count(name)} times in the header; keep one")
         if name not in header:
             found = ", ".join(header)
             marks = [mark for mark in (";", "\t") if len(header) == 1 and mark in found]
-            hint = f"; it is separated by {marks[0]!r}, save it with commas" if marks else ""
-            raise ValueError(f"{path}: no column {name!r}; its columns are {found}{hint}")
+            hint = f"; its separator is {marks[0]!r}, so save it with commas" if marks else "; rename or add the column"
+            raise ValueError(f"{path}: no column {name!r} among {found}{hint}")
 
 
 def _csv_error(path: Path, start: int, end: int, error: str) -> str:
-    """What the csv module found, in words that say where to look."""
+    """Translate an error of the csv module into a message that says where to look."""
     fixes = {
-        "unexpected end of data": "a quoted field does not end: a quote too many, or one is missing",
-        "expected after": "text follows a closing quote: a quote too many, or one inside a field that is not doubled",
-        "field larger": f"a field of more than {LONGEST_FIELD:,} characters: a quote is missing or too many",
-        "new-line character": "a carriage return inside a line; save the file with line ends \\n or \\r\\n",
+        "unexpected end of data": "a quoted field does not end, because of a missing or an extra quote",
+        "expected after": "text follows a closing quote, because of an extra quote, or a quote in a field that is not doubled",
+        "field larger": f"a field has more than {LONGEST_FIELD:,} characters, because of a missing or an extra quote",
+        "new-line character": "a carriage return inside a line; use \\n or \\r\\n as line ends",
     }
     what = next((text for mark, text in fixes.items() if mark in error), error)
     where = f"line {start}" if end <= start else f"lines {start} to {end}"
@@ -113,19 +119,19 @@ def _csv_error(path: Path, start: int, end: int, error: str) -> str:
 
 
 def _check_nothing_swallowed(path: Path, start: int, lines: list[str], fields: list[str], place: int) -> None:
-    """Raises ValueError where a row over several lines may hold another row."""
+    """Raise ValueError if a row that spans several lines may contain another row."""
     if place < 0:
         return
     if place < len(fields) and "\n" in fields[place]:
         raise ValueError(
-            f"{path}, lines {start} to {start + len(lines) - 1}: the name of a file runs over several lines; a quote is missing or too many in line {start}"
+            f"{path}, lines {start} to {start + len(lines) - 1}: the file name spans several lines; correct the quotes of line {start}"
         )
     for number, line in enumerate(lines[1:], start + 1):
         parts = [part.strip().strip('"') for part in line.split(",")]
         if len(parts) <= max(place, 1 if len(fields) > 1 else 0):
             continue
-        # Where files have no suffix, any word may be a file.
+        # If files have no suffix, any single word may be a file name.
         if FILE_NAME.match(parts[place]) or (not FILE_NAME.match(fields[place]) and len(parts[place].split()) == 1):
             raise ValueError(
-                f"{path}, line {number}: a quoted field that begins in line {start} takes in what looks like a row of its own ({parts[place][:80]}); correct the quotes of line {start}, or write its title in one line"
+                f"{path}, line {number}: this line looks like a row ({parts[place][:80]}), but is inside a quoted field that begins in line {start}; correct the quotes of line {start}, or write its title in one line"
             )

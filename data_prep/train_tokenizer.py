@@ -1,10 +1,10 @@
-"""Trains a sentencepiece tokenizer on the texts of one or more CSVs of the release, or of text files.
+"""Train a sentencepiece tokenizer on the texts of Youku-mPLUG CSVs or of text files.
 
     python -m data_prep.train_tokenizer --csv runs/corpus/pretrain_train.csv --out runs/titles.model --vocab 512
 
-A unigram model (Kudo 2018) that gives every text back as it was: no normalisation, no added or removed spaces, and single
-bytes for characters that it has not seen. (One exception: U+2581, sentencepiece's own mark of a space, comes back as a
-space.) Ids: 0 pad, 1 bos, 2 eos, 3 unk, 4 to 259 the bytes, then the learned pieces.
+The tokenizer is a unigram model (Kudo 2018) that decodes every text exactly: no normalisation, no added or removed spaces, and
+single bytes for unseen characters. The only exception is U+2581, sentencepiece's symbol for a space, which decodes to a space.
+Ids: 0 pad, 1 bos, 2 eos, 3 unk, 4 to 259 the bytes, then the learned pieces.
 """
 
 import io
@@ -25,37 +25,49 @@ from ymplug_jax.data.schema import COLUMNS
 
 PAD, BOS, EOS, UNK = range(4)
 FIXED_PIECES = 4 + 256
-LONGEST_PIECE = 4  # characters: a Chinese word; longer pieces glue words together where titles are alike
-SPACE = "\u2581"  # a space, inside sentencepiece
-LONGEST_BYTES = 65536  # longer texts are left out by sentencepiece
-SAMPLE = 4_000_000  # texts that the trainer keeps in memory, chosen at random where there are more
-REPORTED = 100_000  # texts that the printed shares come from
+LONGEST_PIECE = (
+    4  # characters, about a Chinese word; longer pieces would merge words that often occur together in titles
+)
+SPACE = "\u2581"  # sentencepiece's symbol for a space
+LONGEST_BYTES = 65536  # sentencepiece ignores longer texts
+SAMPLE = 4_000_000  # maximum number of texts in memory; the trainer samples from more
+REPORTED = 100_000  # number of texts for the printed statistics
 
 
 class Shares(NamedTuple):
-    """How a tokenizer splits some texts. Counts of texts and pieces."""
+    """Statistics of a tokenizer on some texts, as counts."""
 
     texts: int
     pieces: int
     byte_pieces: int
     unknown_pieces: int
-    exact: int  # texts that decode to themselves
+    exact: int  # texts that decode exactly
 
 
 def kind_of(path: Path, header: list[str]) -> str:
-    """Which kind of CSV this header belongs to: the one with the most columns. Raises ValueError for none."""
+    """Return the kind of CSV whose columns are all in the header; of several, the one with most columns.
+
+    Raises:
+      ValueError: the header fits no kind.
+    """
     kinds = [kind for kind, (file, texts) in COLUMNS.items() if {file, *texts} <= set(header)]
     if not kinds:
         known = "; ".join(f"{kind}: {file},{','.join(texts)}" for kind, (file, texts) in COLUMNS.items())
-        raise ValueError(f"{path}: columns {','.join(header) or '(none)'} are of no known CSV; expected one of {known}")
+        raise ValueError(
+            f"{path}: unknown columns {','.join(header) or '(none)'}; give a CSV with the columns of one of {known}"
+        )
     return max(kinds, key=lambda kind: len(COLUMNS[kind][1]))
 
 
 def texts_of(path: Path, left_out: list[str] | None = None) -> Iterator[str]:
-    """All texts of one CSV, or the lines of a .txt file; empty ones left out.
+    """Yield all texts of a CSV, or the lines of a .txt file, without empty ones.
 
-    Cells of golden_caption that the builder rejects are left out; `left_out` receives why, one entry each.
-    Raises ValueError for an unknown header, text that is not UTF-8, or quotes that do not close.
+    Args:
+      path: path of the file.
+      left_out: receives one message for each golden_caption cell that `build_shards` would reject. They are not yielded.
+
+    Raises:
+      ValueError: the header is unknown, the file is not UTF-8, or a quote is unbalanced.
     """
     if path.suffix == ".txt":
         yield from filter(None, read_lines(path))
@@ -77,16 +89,20 @@ def texts_of(path: Path, left_out: list[str] | None = None) -> Iterator[str]:
 
 
 def train(texts: Iterator[str], vocab: int) -> bytes:
-    """Trains a model of at most `vocab` pieces, as many as the texts support; returns the bytes of the .model file.
+    """Train a model of at most `vocab` pieces, limited by what the texts support.
 
-    Raises ValueError where there is no text, or `vocab` has no room for the bytes and the characters of the texts.
+    Returns:
+      The content of the .model file.
+
+    Raises:
+      ValueError: there is no text, or `vocab` is too small for the bytes and characters of the texts.
     """
     if vocab <= FIXED_PIECES:
-        raise ValueError(f"--vocab {vocab}: {FIXED_PIECES} pieces are special tokens and bytes; give more")
-    lines = (line for text in texts for line in text.split("\n") if line.strip())  # the trainer takes single lines
+        raise ValueError(f"--vocab {vocab}: special tokens and bytes need {FIXED_PIECES} pieces; give more")
+    lines = (line for text in texts for line in text.split("\n") if line.strip())  # the trainer expects single lines
     first = next(lines, None)
     if first is None:
-        raise ValueError("--csv: there is no text in the given files")
+        raise ValueError("--csv: the files hold no text; give files with texts")
 
     def all_lines() -> Iterator[str]:
         yield first
@@ -101,9 +117,9 @@ def train(texts: Iterator[str], vocab: int) -> bytes:
             model_type="unigram",
             vocab_size=vocab,
             hard_vocab_limit=False,
-            character_coverage=0.9995,  # rarer characters are spelled in bytes
+            character_coverage=0.9995,  # rarer characters are encoded as bytes
             byte_fallback=True,
-            required_chars=SPACE,  # spelled in bytes, a space would come back as U+2581
+            required_chars=SPACE,  # a space encoded as bytes would decode to U+2581
             max_sentencepiece_length=LONGEST_PIECE,
             add_dummy_prefix=False,
             normalization_rule_name="identity",
@@ -119,18 +135,18 @@ def train(texts: Iterator[str], vocab: int) -> bytes:
             minloglevel=2,  # errors only
         )
     except RuntimeError as error:
-        # The trainer's message names the number of characters that must fit.
+        # The trainer's message contains the required number of pieces.
         needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
         if needed:
             raise ValueError(
-                f"--vocab {vocab}: bytes and characters alone take {needed[1]} pieces; give more"
+                f"--vocab {vocab}: bytes and characters alone need {needed[1]} pieces; give more"
             ) from None
         raise ValueError(f"sentencepiece: {error}") from None
     return model.getvalue()
 
 
 def shares_of(model: bytes, texts: Iterator[str]) -> Shares:
-    """Splits the texts with the model and counts."""
+    """Tokenize the texts with the model and count."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     single_bytes = {i for i in range(processor.vocab_size()) if processor.is_byte(i)}
     counts = [0] * len(Shares._fields)
@@ -142,19 +158,27 @@ def shares_of(model: bytes, texts: Iterator[str]) -> Shares:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    """Run the program. Returns exit code 0, or 2 after one error line on stderr."""
     return run(lambda: _main(argv))
 
 
 def _main(argv: list[str] | None) -> None:
     parser = Parser("train_tokenizer", __doc__.splitlines()[0])
     parser.add_argument(
-        "--csv", type=local_path, nargs="+", required=True, help="CSVs of the release, of any kind, or *.txt of lines"
+        "--csv",
+        type=local_path,
+        nargs="+",
+        required=True,
+        help="Youku-mPLUG CSVs of any kind, or *.txt files with one text per line",
     )
     parser.add_argument("--out", type=local_path, required=True, help="file to write, ending in .model")
-    parser.add_argument("--vocab", type=int, default=512, help="pieces at most, 260 fixed ones included (default 512)")
     parser.add_argument(
-        "--texts", type=local_path, help="also write the texts there, one a line, e.g. for configs/tiny/language.py"
+        "--vocab", type=int, default=512, help="maximum number of pieces, including 260 fixed ones (default 512)"
+    )
+    parser.add_argument(
+        "--texts",
+        type=local_path,
+        help="also write the texts to this file, one per line, e.g. for configs/tiny/language.py",
     )
     args = parser.parse_args(argv)
     if args.out.suffix != ".model":
@@ -169,13 +193,13 @@ def _main(argv: list[str] | None) -> None:
         lines = (line for path in args.csv for text in texts_of(path) for line in text.split("\n") if line.strip())
         write_text(args.texts, "".join(f"{line}\n" for line in lines))
     if left_out:
-        print(f"note: {len(left_out)} cells were left out; the first: {left_out[0]}", file=sys.stderr)
+        print(f"note: {len(left_out)} cells were skipped; the first is {left_out[0]}", file=sys.stderr)
     size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
-    print(f"{args.out}: {size} pieces, of them {size - FIXED_PIECES} learned")
+    print(f"{args.out}: {size} pieces, {size - FIXED_PIECES} of them learned")
     if size < args.vocab:
-        print(f"note: the texts support {size} pieces, fewer than the {args.vocab} asked for")
+        print(f"note: the texts support {size} pieces only, fewer than --vocab {args.vocab}")
     print(
-        f"{shares.texts} texts: {shares.pieces / shares.texts:.2f} pieces a text, {shares.byte_pieces / shares.pieces:.2%}"
+        f"{shares.texts} texts: {shares.pieces / shares.texts:.2f} pieces per text, {shares.byte_pieces / shares.pieces:.2%}"
         f" bytes, {shares.unknown_pieces / shares.pieces:.2%} unknown; {shares.exact} decode exactly"
     )
 

@@ -1,4 +1,4 @@
-"""Frames of video files under the name that scripts for data preparation import; the code is `ymplug_jax.data.video_file`."""
+"""Alias of `ymplug_jax.data.video_file` for data preparation scripts."""
 
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_file import Clip, Reader, read_clip, timeline

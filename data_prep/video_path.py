@@ -1,4 +1,4 @@
-"""Which file a row of a CSV means: below the video root, whatever links and spellings of Unicode are in the way."""
+"""Resolution of the FILE column to a file below the video root, with symbolic links and Unicode normalisation."""
 
 import functools
 import os
@@ -10,13 +10,18 @@ from ymplug_jax.data.video_container import Reject
 
 
 def resolve(video_root: str, name: str, allow_links_to: Sequence[str] = ()) -> Path:
-    """The file of a row, certainly inside the video root or, by a symbolic link, inside a folder of `allow_links_to`.
+    """Return the file of a row. It lies inside the video root or, through a symbolic link, inside a folder of `allow_links_to`.
 
-    A name is taken as it stands where there is such a file; else the file of the same name in another Unicode
-    normalization is (archives made on macOS hold decomposed names).
+    If no file has the exact name, a file with the same name in another Unicode normalisation is used (archives made on macOS
+    contain decomposed names).
+
+    Args:
+      video_root: folder of the videos.
+      name: path relative to it, from the CSV.
+      allow_links_to: further folders that symbolic links may point to.
 
     Raises:
-      Reject: hostile_path, missing_file.
+      Reject: hostile_path or missing_file.
     """
     if not name or "\x00" in name or os.path.isabs(name) or ".." in Path(name).parts:
         raise Reject("hostile_path", "the FILE column must be a path below the video root, without '..'")
@@ -24,17 +29,20 @@ def resolve(video_root: str, name: str, allow_links_to: Sequence[str] = ()) -> P
     try:
         path = _spelled(root, name).resolve()
         found = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long, a circle of links
+    except (OSError, RuntimeError) as error:  # the name is too long, or links form a cycle
         raise Reject("missing_file", f"no such file below {video_root}: {getattr(error, 'strerror', error)}") from None
     if not any(path.is_relative_to(place) for place in (root, *(Path(to).resolve() for to in allow_links_to))):
-        raise Reject("hostile_path", "a link leads outside the video root; --allow_links_to DIR allows links below DIR")
+        raise Reject(
+            "hostile_path",
+            "a symbolic link leads outside the video root; give --allow_links_to DIR to allow links below DIR",
+        )
     if not found:
         raise Reject("missing_file", f"no such file below {video_root}")
     return path
 
 
 def _spelled(root: Path, name: str) -> Path:
-    """`root / name`, each part spelled as on the disk."""
+    """Return `root / name` with each part in the Unicode normalisation used on disk."""
     path = root
     for part in Path(name).parts:
         if not part.isascii() and not os.path.lexists(path / part):
@@ -45,7 +53,7 @@ def _spelled(root: Path, name: str) -> Path:
 
 @functools.lru_cache(maxsize=16)
 def _names(folder: str) -> dict[str, str]:
-    """Composed name -> name on the disk, of everything in a folder whose name is not ASCII."""
+    """Return {NFC name: name on disk} of the entries of a folder with names that are not ASCII."""
     try:
         names = sorted((name for name in os.listdir(folder) if not name.isascii()), reverse=True)
     except OSError:

@@ -1,9 +1,10 @@
-"""Trains a BERT vocabulary (WordPiece) on the texts of one or more CSVs of the release, or of text files.
+"""Train a BERT vocabulary (WordPiece) on the texts of Youku-mPLUG CSVs or of text files.
 
     python -m data_prep.word_pieces --csv runs/corpus/pretrain_train.csv --out runs/vocab.txt --vocab 512
 
-For runs without bert-base-chinese, whose vocab.txt is to be taken where its weights are. One token a line, the id of a token is
-its line: [PAD], [UNK], [CLS], [SEP], [MASK], then characters and learned pieces. Chinese characters stand alone, as in BERT.
+For runs from random initialisation; a run with the weights of bert-base-chinese needs the vocab.txt of bert-base-chinese. The file
+has one token per line, and the id of a token is its line number from 0: [PAD], [UNK], [CLS], [SEP], [MASK], then characters and
+learned pieces. Chinese characters are single tokens, as in BERT.
 """
 
 import sys
@@ -18,12 +19,13 @@ SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def train(texts: Iterable[str], vocab: int) -> list[str]:
-    """At most `vocab` tokens, in the order of their ids; rare characters are left out where there is no room.
+    """Train at most `vocab` tokens and return them in the order of their ids. Rare characters are dropped if necessary.
 
-    Raises ValueError where there is no text, or no room for any character.
+    Raises:
+      ValueError: there is no text, or `vocab` leaves no room for characters.
     """
     if vocab <= len(SPECIALS):
-        raise ValueError(f"--vocab {vocab}: {len(SPECIALS)} tokens are special; give more")
+        raise ValueError(f"--vocab {vocab}: special tokens need {len(SPECIALS)}; give more")
     model = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     model.normalizer = tokenizers.normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=True)
     model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -34,22 +36,26 @@ def train(texts: Iterable[str], vocab: int) -> list[str]:
     model.train_from_iterator(texts, trainer)
     found = model.get_vocab()
     if len(found) == len(SPECIALS):
-        raise ValueError("--csv: there is no text in the given files")
+        raise ValueError("--csv: the files hold no text; give files with texts")
     return sorted(found, key=found.__getitem__)[:vocab]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr for a mistake."""
+    """Run the program. Returns exit code 0, or 2 after one error line on stderr."""
     return run(lambda: _main(argv))
 
 
 def _main(argv: list[str] | None) -> None:
     parser = Parser("word_pieces", __doc__.splitlines()[0])
     parser.add_argument(
-        "--csv", type=local_path, nargs="+", required=True, help="CSVs of the release, of any kind, or *.txt of lines"
+        "--csv",
+        type=local_path,
+        nargs="+",
+        required=True,
+        help="Youku-mPLUG CSVs of any kind, or *.txt files with one text per line",
     )
     parser.add_argument("--out", type=local_path, required=True, help="file to write, ending in .txt")
-    parser.add_argument("--vocab", type=int, default=512, help="tokens at most (default 512)")
+    parser.add_argument("--vocab", type=int, default=512, help="maximum number of tokens (default 512)")
     args = parser.parse_args(argv)
     if args.out.suffix != ".txt":
         raise ValueError(f"--out {args.out}: the name must end in .txt")
@@ -59,7 +65,7 @@ def _main(argv: list[str] | None) -> None:
         tokens = train(iter(read), args.vocab)
     write_text(args.out, "".join(f"{token}\n" for token in tokens))
     if left_out:
-        print(f"note: {len(left_out)} cells were left out; the first: {left_out[0]}", file=sys.stderr)
+        print(f"note: {len(left_out)} cells were skipped; the first is {left_out[0]}", file=sys.stderr)
     print(f"{args.out}: {len(tokens)} tokens")
 
 

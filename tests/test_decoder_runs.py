@@ -65,7 +65,10 @@ def test_a_tiny_qwen_is_trained_frozen_and_pretrained_through(home: Path, capsys
     call(home, "language:qwen", "language", "--config.train.duration=20 steps", "--config.optim.lr=1e-2")
     start = [f"--config.train.init_from=llm={home / 'language'}", "--config.train.duration=20 steps"]
     said = call(home, "pretrain:qwen", "pretrain", *start, "--config.optim.lr=1e-2").stderr
-    assert "a text starts with <|endoftext|> (0), the end of the text before it: there is no beginning token" in said
+    assert (
+        "a text starts with <|endoftext|> (0), the end-of-text token, since the tokenizer has no beginning token"
+        in said
+    )
     for folder, fall in (("language", 1.0), ("pretrain", 0.02)):
         losses = list(runs.losses(home / folder).values())
         assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:2]) - fall, (folder, losses)

@@ -127,11 +127,11 @@ SETTINGS = {
     "wrong path": (["--config.data.path={tmp}/nowhere"], "{tmp}/nowhere: no such folder; build it with"),
     "no path": (["--config.data.path="], "config.data.path: empty; give the folder"),
     "a file as path": (["--config.data.path={home}/t.model"], "{home}/t.model: no such folder"),
-    "missing split": (["--config.data.train_split=test"], "{home}/pretrain: no split 'test' here, there are: train, validation"),
+    "missing split": (["--config.data.train_split=test"], "{home}/pretrain: no split 'test' here, it has train, validation"),
     "missing evaluation split": (["--config.data.eval_split=test"], "{home}/pretrain: no split 'test' here"),
     "missing tokenizer": (["--config.data.tokenizer={tmp}/t.model"], "tokenizer {tmp}/t.model: no such file; set"),
     "no tokenizer": (["--config.data.tokenizer="], "config.data.tokenizer: empty; give"),
-    "no tokenizer in it": (["--config.data.tokenizer={home}/titles.txt"], "tokenizer {home}/titles.txt: the token '红色的圆形' stands in line 1 and"),
+    "no tokenizer in it": (["--config.data.tokenizer={home}/titles.txt"], "tokenizer {home}/titles.txt: the token '红色的圆形' is in line 1 and"),
     "other tokenizer": (["--config.model.llm.vocab=16"], "{home}/t.model has 26 tokens, the model only 16; give the tokenizer"),
     "wrong init_from": (["--config.train.init_from={tmp}/no"], "config.train.init_from: {tmp}/no: no such folder; give"),
     "init_from without checkpoint": (
@@ -148,11 +148,11 @@ SETTINGS = {
     ),
     "init_from of another name": (
         ["--config.train.init_from=lm={home}/language"],
-        "config.train.init_from: the model has no subtree 'lm'; there are abstractor, ",
+        "config.train.init_from: the model has no subtree 'lm'; valid names: abstractor, ",
     ),
     "wrong key": (["--config.train.batch_sise=3"], "config.train: no setting named 'batch_sise'; did you mean 'batch_size'?"),
     "wrong group": (["--config.trian.batch_size=3"], "config: no setting named 'trian'; did you mean 'train'?"),
-    "wrong key of the model": (["--config.model.llm.rank=3"], "config.model.llm: no setting named 'rank'; there are depth, "),
+    "wrong key of the model": (["--config.model.llm.rank=3"], "config.model.llm: no setting named 'rank'; valid names: depth, "),
     "key below a value": (["--config.train.batch_size.x=3"], "config.train.batch_size: a single value, not a group of settings; remove .x from the name"),
     "text for a number": (["--config.train.batch_size=abc"], "config.train.batch_size: 'abc' is not a whole number"),
     "float for an int": (["--config.train.batch_size=8.5"], "config.train.batch_size: '8.5' is not a whole number"),
@@ -163,7 +163,7 @@ SETTINGS = {
     "batch of nothing": (["--config.train.batch_size=0"], "config.train.batch_size: 0 is too small; give 1 or more"),
     "batch too large": (["--config.train.batch_size=7000"], "config.train.batch_size: 7000 is larger than the training split; give at most 9"),
     "batch and accumulate": (["--config.train.accumulate=3"], "config.train.batch_size: 8 is not a multiple of config.train.accumulate x mesh"),
-    "mesh": (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 x tensor=1 does not make"),
+    "mesh": (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 x tensor=1 is not the number of devices"),
     "frames": (["--config.data.frames=3"], "config.data gives 3 frames of 16 px, config.model.vision takes 2 of 16"),
     "too many tokens": (["--config.data.max_tokens=4000"], "4 queries + 4000 tokens (config.data.max_tokens or"),
     "duration": (["--config.train.duration=forever"], "config.train.duration: cannot read the duration 'forever'; write"),
@@ -190,7 +190,7 @@ SETTINGS = {
         ["--config.train.best=cider", "--config.train.eval_scores_every=1 steps"],
         "config.train.best: this task has no score 'cider'; there are caption_loss, loss, token_accuracy, exact_share",
     ),
-    "option of another task": (["--config.options.beams=3"], "config.options: no setting named 'beams'; there are none"),
+    "option of another task": (["--config.options.beams=3"], "config.options: no setting named 'beams'; valid names: none"),
     "classes": (["--config.data.classes={tmp}/names.txt"], "config.data.classes {tmp}/names.txt: No such file"),
     "unknown flag": (["--wrokdir=x"], "--wrokdir: unknown flag; did you mean --workdir?"),
     "unknown mode": (["--mode=trian"], "--mode: unknown mode 'trian'; did you mean train?"),
@@ -217,13 +217,13 @@ CONFIGS = {
     "missing": ("{root}/configs/tiny/pretrian.py", "no such file; did you mean '{root}/configs/tiny/pretrain.py'?"),
     "missing suffix": ("{root}/configs/tiny/pretrain", "no such file; did you mean '{root}/configs/tiny/pretrain.py'?"),
     "missing folder": ("{tmp}/no/pretrain.py", "no such file, and no folder {tmp}/no"),
-    "a folder": ("{root}/configs/tiny", "a folder, not a file; there are alpro_classify.py, "),
+    "a folder": ("{root}/configs/tiny", "a folder; give a file in it: alpro_classify.py, "),
     "unknown size": ("{root}/configs/mplug_video/pretrain.py:13b", "size '13b' is unknown; there are 1.3b, 2.7b"),
     "unknown vision tower": ("{root}/configs/mplug_video/pretrain.py:1.3b,h14", "size '1.3b' x 'h14' is unknown; language models: 1.3b, "),
     "unknown slice": ("{root}/configs/mplug_video/pretrain.py:1.3b@v9-16", "slice 'v9-16' is unknown; there are v5e-16"),
     "unknown variant": ("{root}/configs/alpro/pretrain.py:youtube", "'youtube' is unknown; there are youku, salesforce"),
     "unknown kind of decoder": ("{root}/configs/tiny/pretrain.py:1.3b", "'1.3b' is unknown; there are gpt3, bloom, qwen"),
-    "size of a config without": ("{root}/configs/tiny/alpro_retrieve.py:1.3b", "its get_config takes no argument, '1.3b' was given"),
+    "size of a config without": ("{root}/configs/tiny/alpro_retrieve.py:1.3b", "its get_config takes no argument; remove :1.3b"),
 }  # fmt: skip
 
 
@@ -238,7 +238,7 @@ SOURCES = {
     "syntax": ("def get_config(:\n  pass\n", "line 1 of {file}: invalid syntax"),
     "an import that is not there": ("import nothing_like_it\n", "ModuleNotFoundError: No module named 'nothing_like_it' (line 1)"),
     "an exception": ("def get_config():\n    return {{}}['size']\n", "KeyError: 'size' (line 2)"),
-    "no function": ("config = 3\n", "no function get_config in it; it returns the settings"),
+    "no function": ("config = 3\n", "no function get_config; define one that returns to_config_dict(Experiment(...))"),
     "no settings": ("def get_config():\n    pass\n", "get_config returns NoneType, not settings; return to_config_dict("),
 }  # fmt: skip
 
@@ -346,11 +346,11 @@ def test_splits_of_two_kinds_in_one_folder(home: Path, tmp_path: Path, refused: 
     [
         (None, "manifest.json: missing or without a kind, so the content of the records is unknown; copy the manifest"),
         ('{"schema_version": "1.0.0"}', "manifest.json: missing or without a kind"),
-        ('{"schema_version": "1.0.0", "kind": "pretr', "manifest.json: no manifest of data_prep ("),
-        ("", "manifest.json: no manifest of data_prep ("),
-        ("[1]", "manifest.json: no manifest of data_prep ("),
-        ("\udc80", "manifest.json: no manifest of data_prep ("),
-        ('{"schema_version": "2.0.0", "kind": "pretrain"}', "manifest.json: schema_version 2.0.0, this reader knows 1.0.0"),
+        ('{"schema_version": "1.0.0", "kind": "pretr', "manifest.json: not a manifest of data_prep ("),
+        ("", "manifest.json: not a manifest of data_prep ("),
+        ("[1]", "manifest.json: not a manifest of data_prep ("),
+        ("\udc80", "manifest.json: not a manifest of data_prep ("),
+        ('{"schema_version": "2.0.0", "kind": "pretrain"}', "manifest.json: schema_version 2.0.0, but this version reads 1.0.0"),
     ],
 )  # fmt: skip
 def test_manifests(home: Path, tmp_path: Path, refused: Refused, manifest: str | None, message: str):
@@ -374,7 +374,7 @@ def test_an_evaluation_needs_its_own_split_alone(home: Path, tmp_path: Path):
     more = ["--config.data.eval_split=test", f"--config.train.init_from=llm={home}/language"]
     made = experiment(home, "pretrain", f"--config.data.path={tmp_path}/data", *more)
     preflight.check(made, tmp_path / "run", "eval")
-    with pytest.raises(FileNotFoundError, match="no split 'train' here, there are: test"):
+    with pytest.raises(FileNotFoundError, match="no split 'train' here, it has test"):
         preflight.check(made, tmp_path / "run", "train")
 
 

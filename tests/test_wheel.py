@@ -59,7 +59,7 @@ def test_its_configs_are_found_from_another_folder(installed: Path, tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said, task = done.stdout.splitlines()
-    assert said.endswith(f"taking the one that came with ymplug_jax, {installed}/configs/mplug_video/pretrain.py")
+    assert said.endswith(f"using the file of the package, {installed}/configs/mplug_video/pretrain.py")
     assert task == f"pretrain {installed}/ymplug_jax/core/config_file.py"
 
 

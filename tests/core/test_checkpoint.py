@@ -1,4 +1,4 @@
-"""Checkpoints hold checksums of every leaf: damage is found when they are read, on any mesh, and named in one line."""
+"""Checkpoints store a checksum of every leaf; damage is detected on reading, on any mesh, and reported in one line."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ def prepare(devices: int = 1, dtype: str = "float32", **mesh) -> setup.Run:
 
 
 def state_of(run: setup.Run) -> tuple[state_lib.TrainState, state_lib.Params]:
-    """Random values of the state and the frozen tree, the same on every mesh and without a compiled program."""
+    """Random values of the state and the frozen tree, equal on every mesh and made without compilation."""
     rng = np.random.default_rng(0)
 
     def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -42,7 +42,7 @@ def state_of(run: setup.Run) -> tuple[state_lib.TrainState, state_lib.Params]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 5 and 10 of one set of parameters, saved from eight devices."""
+    """A run folder with steps 5 and 10 of the same parameters, saved from eight devices."""
     workdir = tmp_path_factory.mktemp("saved") / "run"
     run = prepare(8, fsdp=2)
     state, frozen = state_of(run)
@@ -65,7 +65,7 @@ def same(found, want) -> None:
 
 
 def damage(folder: Path, how: Callable[[Path], None]) -> None:
-    """In the files that hold values; some of those are of no more use, and then damage to them is none."""
+    """Apply `how` to the files that hold values. Some are obsolete, and damage to them has no effect."""
     files = [file for file in (folder / "ocdbt.process_0" / "d").iterdir() if file.stat().st_size > 2000]
     assert files
     for file in files:
@@ -73,7 +73,7 @@ def damage(folder: Path, how: Callable[[Path], None]) -> None:
 
 
 def overwrite(file: Path) -> None:
-    """64 bytes of every 512: much of these files is of no more use."""
+    """Overwrite 64 of every 512 bytes, since large parts of these files are obsolete."""
     data = bytearray(file.read_bytes())
     for place in range(256, len(data) - 64, 512):
         data[place : place + 64] = bytes(b ^ 0x55 for b in data[place : place + 64])
@@ -81,12 +81,12 @@ def overwrite(file: Path) -> None:
 
 
 def cut(file: Path) -> None:
-    """The first half may hold all that is still of use, so no more than 100 bytes stay."""
+    """Truncate to 100 bytes, since all current data may lie in the first half."""
     file.write_bytes(file.read_bytes()[: min(100, file.stat().st_size // 2)])
 
 
 def without_checksums(step: Path) -> None:
-    """A step as the version before checksums saved it."""
+    """Turn a step into one saved by a version without checksums."""
     shutil.rmtree(step / "checksums")
     facts = json.loads((step / "_CHECKPOINT_METADATA").read_text())
     del facts["item_handlers"]["checksums"]
@@ -102,7 +102,7 @@ def restore(workdir: Path):
     return checkpoint.Checkpoints(str(workdir)).restore(prepare().state, 10)
 
 
-def test_what_eight_devices_saved_one_device_verifies(saved: Path):
+def test_one_device_verifies_a_checkpoint_of_eight(saved: Path):
     state, seen = restore(saved)
     assert seen == 80 and int(state.step) == 10
     want, frozen = state_of(prepare())
@@ -115,14 +115,14 @@ def test_what_eight_devices_saved_one_device_verifies(saved: Path):
 
 @pytest.mark.parametrize("how", [overwrite, cut, Path.unlink])
 @pytest.mark.parametrize("read", [load, restore])
-def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how, read):
+def test_error_names_the_damaged_parameter_and_the_newest_undamaged_step(copy: Path, how, read):
     damage(copy / "checkpoints" / "steps" / "10" / "trainable", how)
     with pytest.raises(checkpoint_files.CheckpointError) as error:
         read(copy)
     steps = copy / "checkpoints" / "steps"
     text = str(error.value)
     assert "\n" not in text and len(text) < 900
-    assert text.startswith(f"{copy}: step 10: ") and "the newest whole step is 5" in text
+    assert text.startswith(f"{copy}: step 10: ") and "the newest undamaged step is 5" in text
     assert any(f": {path} is damaged: " in text for path in trees.stored_params(str(copy))), text
     command = f"mv {steps / '10'} {copy / 'checkpoints' / 'damaged_10'}"
     assert text.endswith(command)
@@ -143,31 +143,31 @@ def test_a_damaged_parameter_is_named_with_the_newest_whole_step(copy: Path, how
     ],
 )
 @pytest.mark.parametrize("how", [cut, Path.unlink])
-def test_a_step_that_cannot_be_read_is_one_line(copy: Path, file: str, how):
+def test_unreadable_step_gives_a_one_line_error(copy: Path, file: str, how):
     how(copy / "checkpoints" / file)
     with pytest.raises(
-        checkpoint_files.CheckpointError, match=r"^[^\n]* step 10: [^\n]*the newest whole step is 5[^\n]*$"
+        checkpoint_files.CheckpointError, match=r"^[^\n]* step 10: [^\n]*the newest undamaged step is 5[^\n]*$"
     ):
         restore(copy)
 
 
-def test_a_step_without_its_parameters_is_no_checkpoint_of_frozen_ones(copy: Path):
+def test_step_without_trainable_parameters_is_damaged(copy: Path):
     shutil.rmtree(copy / "checkpoints" / "steps" / "10" / "trainable")
-    with pytest.raises(checkpoint_files.CheckpointError, match="the newest whole step is 5"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="the newest undamaged step is 5"):
         load(copy)
 
 
 def test_optimizer_state_is_verified(copy: Path):
     damage(copy / "checkpoints" / "steps" / "10" / "opt_state", overwrite)
-    with pytest.raises(checkpoint_files.CheckpointError, match=r"step 10: .*the newest whole step is 5"):
+    with pytest.raises(checkpoint_files.CheckpointError, match=r"step 10: .*the newest undamaged step is 5"):
         restore(copy)
-    assert len(load(copy)) > 50  # an evaluation needs none of it
+    assert len(load(copy)) > 50  # evaluation does not read the optimizer state
 
 
 def test_frozen_parameters_are_verified(copy: Path):
     damage(copy / "checkpoints" / "frozen", overwrite)
     with pytest.raises(
-        checkpoint_files.CheckpointError, match=f"(vision|llm)/.* is damaged: .*no step of {copy} is whole"
+        checkpoint_files.CheckpointError, match=f"(vision|llm)/.* is damaged: .*every step of {copy} is damaged"
     ):
         load(copy)
 
@@ -186,7 +186,7 @@ def test_an_export_verifies_a_run_by_its_own_checksums(copy: Path):
         leaves.verified(copy)
 
 
-def test_another_dtype_is_cast_after_it_was_verified(copy: Path):
+def test_leaf_of_another_dtype_is_verified_before_the_cast(copy: Path):
     run = prepare(dtype="bfloat16")
     found = checkpoint.load_params(str(copy), run.frozen)
     want = load(copy)
@@ -197,7 +197,7 @@ def test_another_dtype_is_cast_after_it_was_verified(copy: Path):
         checkpoint.load_params(str(copy), run.frozen)
 
 
-def test_a_checkpoint_without_checksums_is_read_with_a_word(copy: Path, caplog: pytest.LogCaptureFixture):
+def test_checkpoint_without_checksums_is_read_with_a_warning(copy: Path, caplog: pytest.LogCaptureFixture):
     for step in (5, 10):
         without_checksums(copy / "checkpoints" / "steps" / str(step))
     assert len(load(copy)) > 50 and "saved without checksums" in caplog.text
@@ -205,15 +205,15 @@ def test_a_checkpoint_without_checksums_is_read_with_a_word(copy: Path, caplog: 
 
 
 @pytest.mark.parametrize("read", [load, restore])
-def test_checksums_that_are_gone_as_a_whole_are_missed(copy: Path, read: Callable[[Path], object]):
+def test_missing_checksums_item_is_detected(copy: Path, read: Callable[[Path], object]):
     shutil.rmtree(copy / "checkpoints" / "steps" / "10" / "checksums")
     with pytest.raises(checkpoint_files.CheckpointError) as caught:
         read(copy)
-    assert "step 10: its item 'checksums' is damaged: it was saved with the step but is gone (" in str(caught.value)
-    assert "the newest whole step is 5: to go on from it" in str(caught.value)
+    assert "step 10: its item 'checksums' is damaged: saved with the step but missing (" in str(caught.value)
+    assert "the newest undamaged step is 5; to resume from it" in str(caught.value)
 
 
-def test_a_fingerprint_is_of_the_weights(saved: Path, copy: Path, tmp_path: Path):
+def test_fingerprint_depends_on_the_weights_only(saved: Path, copy: Path, tmp_path: Path):
     first = checkpoint_files.fingerprint(str(saved))
     assert len(first) == 64 and checkpoint_files.fingerprint(str(copy)) == first
     shutil.rmtree(copy / "checkpoints" / "steps" / "10")
@@ -237,13 +237,13 @@ def test_frozen_parameters_of_a_run_that_never_saved_are_replaced(tmp_path: Path
     assert np.array_equal(found["llm/token_embed"], frozen["llm"]["token_embed"] + 2)
 
 
-def test_a_first_save_that_cannot_be_read_back_ends_at_once(tmp_path: Path):
-    """In such a folder Orbax writes without a word what it can never find again."""
+def test_unreadable_first_save_stops_the_run(tmp_path: Path):
+    """Orbax writes to such a folder without an error, but cannot read it back."""
     state, frozen = state_of(prepare())
     checkpoints = checkpoint.Checkpoints(str(tmp_path / "run[1]"))
-    with pytest.raises(PlaceFailed, match="frozen: was saved but cannot be read back"):
+    with pytest.raises(PlaceFailed, match="frozen: saved, but cannot be read back"):
         checkpoints.save_frozen(frozen)
-    with pytest.raises(PlaceFailed, match="trainable: was saved but cannot be read back"):
+    with pytest.raises(PlaceFailed, match="trainable: saved, but cannot be read back"):
         checkpoints.save(state, 5, 40)
 
 
@@ -271,12 +271,12 @@ def test_names_of_folders_in_init_from(tmp_path: Path, monkeypatch: pytest.Monke
     assert sources("llm=a,b, vision=x:y") == [("llm", "llm", "a,b"), ("vision", "vision", "x:y")]
     assert sources("prompter:=a,b") == [("prompter", "", "a,b")]
     assert sources("vision/t:vision/s=DIR") == [("vision/t", "vision/s", "DIR")]
-    with pytest.raises(checkpoint_files.CheckpointError, match="llm= names no folder"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="llm= has no folder"):
         sources("llm=")
 
 
-def test_what_is_whole_is_not_named(tmp_path: Path):
-    """A file that is cut damages some of the leaves. They are named, and the others can still be read by themselves."""
+def test_error_names_damaged_leaves_only(tmp_path: Path):
+    """A truncated file damages some leaves. Errors name these only; the others can still be read one by one."""
     rng, folder = np.random.default_rng(0), epath.Path(tmp_path) / "item"
     tree = {name: {"kernel": jnp.asarray(rng.standard_normal(60_000), jnp.float32)} for name in "abcdef"}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:

@@ -1,4 +1,4 @@
-"""Settings: locked, typed, the same after a round trip."""
+"""Settings: locking, types, ranges and round trips."""
 
 import dataclasses
 import json
@@ -132,14 +132,14 @@ def settings(**groups) -> dict:
         ({"train": {"batch_size": True}}, "config.train.batch_size: True is not a whole number"),
         ({"train": {"batch_size": 0}}, "config.train.batch_size: 0 is too small; give 1 or more"),
         ({"train": {"max_bad_steps": 0}}, "config.train.max_bad_steps: 0 is too small; give 1 or more"),
-        ({"train": {"duration": 10}}, "config.train.duration: 10 is not a text"),
+        ({"train": {"duration": 10}}, "config.train.duration: 10 is not a string"),
         ({"optim": {"lr": "1e-4"}}, "config.optim.lr: '1e-4' is not a number"),
-        ({"optim": {"lr": float("nan")}}, "config.optim.lr: nan is no finite number"),
+        ({"optim": {"lr": float("nan")}}, "config.optim.lr: nan is not finite; give a finite number"),
         ({"optim": {"clip": 0}}, "config.optim.clip: 0.0 is too small; it must be above 0"),
         ({"data": {"augment": 1}}, "config.data.augment: 1 is not true or false"),
-        ({"optim": {"no_decay": ".*/bias"}}, "config.optim.no_decay: '.*/bias' is no list; write ('a', 'b')"),
-        ({"optim": {"lr_scales": [["a", 0.1, 2]]}}, "config.optim.lr_scales: ['a', 0.1, 2] has 3 parts, 2 are needed"),
-        ({"train": 3}, "config.train: 3 is no group of settings; set them one by one, as config.train.NAME"),
+        ({"optim": {"no_decay": ".*/bias"}}, "config.optim.no_decay: '.*/bias' is not a list; write ('a', 'b')"),
+        ({"optim": {"lr_scales": [["a", 0.1, 2]]}}, "config.optim.lr_scales: ['a', 0.1, 2] has 3 elements; give 2"),
+        ({"train": 3}, "config.train: 3 is not a group of settings; set each one as config.train.NAME"),
         ({"trian": {}}, "config: no setting named 'trian'; did you mean 'train'?"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_run_without_a_kind_has_a_gpt3():
         (7, "config.model.llm: 7 is not a mapping; give kind and the fields of that language model"),
         (
             {"kind": "qwen", "dropout": 0.1},
-            "config.model.llm: no setting named 'dropout'; there are depth, dtype, head_dim, heads, kv_heads, max_positions, "
+            "config.model.llm: no setting named 'dropout'; valid names: depth, dtype, head_dim, heads, kv_heads, max_positions, "
             "mlp, norm_eps, qk_norm, qkv_bias, remat, rope_theta, tied, vocab, width",
         ),
         (

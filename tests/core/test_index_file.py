@@ -1,4 +1,4 @@
-"""Indices on disk: written whole, read with one clear reason, bound to the weights that computed them."""
+"""Video indices on disk: atomic writes, one-line errors, and the check of their origin."""
 
 import types
 from pathlib import Path
@@ -11,7 +11,7 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.tasks.alpro import pretrain
 
 
-def test_an_old_index_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "index"
     index_file.write(path, {"video": np.ones((2, 3), np.float32)})
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
@@ -30,7 +30,7 @@ def test_an_old_index_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     "content", [b"", b"text\n" * 99, b"PK\x03\x04" + b"\0" * 99, np.lib.format.MAGIC_PREFIX + b"\x01\0", "npy", "npz"]
 )
-def test_what_is_no_index_gives_one_line(content: bytes | str, tmp_path: Path) -> None:
+def test_invalid_index_gives_a_one_line_error(content: bytes | str, tmp_path: Path) -> None:
     path = tmp_path / "index.npz"
     if content == "npy":
         with path.open("wb") as file:
@@ -38,7 +38,7 @@ def test_what_is_no_index_gives_one_line(content: bytes | str, tmp_path: Path) -
     elif content == "npz":
         np.savez(path, video=np.ones((50, 30)))
         data = bytearray(path.read_bytes())
-        data[6000] ^= 1  # inside the stored values
+        data[6000] ^= 1  # a bit inside the stored values
         path.write_bytes(data)
     else:
         path.write_bytes(content)
@@ -47,7 +47,7 @@ def test_what_is_no_index_gives_one_line(content: bytes | str, tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
-def test_entities_are_of_the_prompter_that_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entities_of_another_prompter_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder, weights in (("mine", "a" * 64), ("other", "b" * 64)):
         (tmp_path / folder / "checkpoints" / "converted").mkdir(parents=True)
         (tmp_path / folder / "weights").write_text(weights)
@@ -65,5 +65,5 @@ def test_entities_are_of_the_prompter_that_teaches(tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(load("mine", **origin), table)
     with pytest.raises(Mistake, match=r"weights aaaaaaaaaaaa, but .*other.* is weights bbbbbbbbbbbb"):
         load("other", **origin)
-    with pytest.raises(Mistake, match="does not say which run computed it"):
+    with pytest.raises(Mistake, match="does not record which run computed it"):
         load("mine")

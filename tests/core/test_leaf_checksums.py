@@ -1,4 +1,4 @@
-"""Checksums of leaves: one value, computed by hand in plain integers, whatever the sharding."""
+"""Checksums of leaves agree with a computation in Python integers under every sharding."""
 
 import tracemalloc
 from pathlib import Path
@@ -14,7 +14,7 @@ from ymplug_jax.core import exits, leaf_checksums
 
 
 def by_hand(words: dict[tuple[int, ...], int]) -> str:
-    """The sixteen digits of {index: bits}, with Python's integers."""
+    """Compute the sixteen digits of {index: bits} with Python integers."""
     full, one, two = 2**32 - 1, 0, 0
     for index, bits in words.items():
         place = 0
@@ -40,7 +40,7 @@ def test_values_of_small_arrays():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
-def test_every_sharding_gives_one_value(dtype: str, monkeypatch: pytest.MonkeyPatch):
+def test_checksum_is_independent_of_the_sharding(dtype: str, monkeypatch: pytest.MonkeyPatch):
     value = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(dtype)
     want = leaf_checksums.of(value)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))

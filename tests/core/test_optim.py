@@ -1,4 +1,4 @@
-"""Groups, schedule, and that the update is AdamW on the trainable part."""
+"""Parameter groups, schedules and the AdamW update of trainable parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_one_update_by_hand():
     np.testing.assert_allclose(updates["head"]["kernel"], adam + 0.1 * 2.0, rtol=1e-5)
 
 
-def test_clip_sees_the_whole_trainable_norm():
+def test_clipping_uses_the_global_norm_of_trainable_parameters():
     tx = optim.make(Optim(clip=1.0, weight_decay=0.0), {"a": jnp.zeros(1), "b": jnp.zeros(1)})
     grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     _, opt_state = tx.update(

@@ -1,4 +1,4 @@
-"""Progress: a bar where somebody watches, plain lines in a file."""
+"""Progress display: a bar on a terminal, plain lines in a file."""
 
 import io
 
@@ -19,7 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_log_gets_a_line_every_half_minute(clock: list[float]):
+def test_log_has_a_line_every_30_seconds(clock: list[float]):
     log = io.StringIO()
     for _ in progress.bar(range(100), desc="evaluate test", unit="batch", file=log):
         clock[0] += 1
@@ -31,7 +31,7 @@ def test_a_log_gets_a_line_every_half_minute(clock: list[float]):
     ]
 
 
-def test_a_short_loop_says_nothing_unless_its_end_is_wanted(clock: list[float]):
+def test_short_loop_is_silent_unless_leave_is_set(clock: list[float]):
     log = io.StringIO()
     assert list(progress.bar("abc", desc="read", unit="clip", file=log)) == ["a", "b", "c"]
     assert log.getvalue() == ""
@@ -42,7 +42,7 @@ def test_a_short_loop_says_nothing_unless_its_end_is_wanted(clock: list[float]):
     assert log.getvalue() == "train: 50 of 50 steps (100 %), 5 s, loss 1.5\n"
 
 
-def test_hidden_and_bytes_and_unknown_ends(clock: list[float]):
+def test_hidden_scaled_and_without_total(clock: list[float]):
     log = io.StringIO()
     with progress.bar(total=3, desc="x", unit="step", leave=True, hidden=True, file=log) as steps:
         steps.update(3)

@@ -1,4 +1,4 @@
-"""Frozen matrices in eight bits: how exact they are, where they are, and that training and checkpoints do not notice."""
+"""Int8 quantisation of frozen matrices: accuracy, sharding, training and checkpoints."""
 
 import dataclasses
 import shutil
@@ -40,9 +40,7 @@ def test_every_value_is_within_half_a_step_of_its_channel() -> None:
         error = np.abs(np.asarray(leaf.values, np.float32) * scale - exact)
         assert (error <= 0.51 * scale + 0.005 * np.abs(exact)).all(), path  # the scale itself is rounded to bfloat16
         channels = exact.size // leaf.scale.size
-        assert (
-            channels in (32, 128) and leaf.scale.shape[0] == 2
-        )  # inputs of a product; one scale for each of its outputs
+        assert channels in (32, 128) and leaf.scale.shape[0] == 2  # contracted axes; one scale per output channel
     for path in stored.keys() - eight:
         np.testing.assert_array_equal(held[path], stored[path])
 
@@ -60,9 +58,11 @@ def test_abstract_and_held_trees_agree() -> None:
         assert wanted.sharding.is_equivalent_to(made.sharding, made.ndim)
 
 
-def test_the_step_is_that_of_the_rounded_weights() -> None:
-    """Loss and gradients are those of the product values * scale put in by hand, but for its rounding to bfloat16, which XLA may
-    leave out; and near to those of the exact weights."""
+def test_train_step_equals_that_of_the_dequantised_weights() -> None:
+    """Loss and gradients equal those with the products values * scale as weights, and are close to those of the exact weights.
+
+    Equality is up to the rounding of the product to bfloat16, which XLA may omit.
+    """
     run, now, frozen = ready()
     plain = tiny.prepare(1, train={"frozen_dtype": "bfloat16"})
     held = setup.hold(run, frozen)
@@ -93,7 +93,7 @@ ALPRO_MODEL = ALPRO(
 
 
 def decoder(kind: str, **fields):
-    """(model, its table of axes, the pass over three rows of tokens)."""
+    """Return (model, its AXES, forward pass over three rows of tokens)."""
     ids = jnp.asarray(np.random.default_rng(1).integers(3, 64, (3, 12)))
     known = language_models.TABLE[kind]
     model = known.module(vocab=64, width=32, depth=2, heads=4, dtype="bfloat16", **fields)
@@ -108,7 +108,7 @@ def video() -> jax.Array:
     return jnp.asarray(np.random.default_rng(2).normal(size=VIDEO), jnp.float32)
 
 
-# Every module with a stack of blocks; a config can freeze any of them by its path.
+# All modules with stacked blocks; a config can freeze any of them by path.
 SUBTREES = {
     "gpt3": lambda: decoder("gpt3", max_positions=32),
     "bloom with adapters": lambda: decoder("bloom", lora_rank=4),
@@ -123,7 +123,7 @@ SUBTREES = {
 
 
 def rounded(path: str, leaf: np.ndarray) -> np.ndarray:
-    """In eight bits by hand: f64 values of a stacked kernel [layers, ...], a 127th of each output channel's largest a step."""
+    """Reference quantisation of a stacked kernel [layers, ...] in f64: steps of 1/127 of each output channel's maximum."""
     over = (1, 2) if path.endswith("/o/kernel") else (1,)
     exact = np.asarray(leaf, np.float64)
     step = np.abs(exact).max(axis=over, keepdims=True) / 127
@@ -136,11 +136,11 @@ def stacked_matrix(path: str, leaf: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("name", SUBTREES)
-def test_every_subtree_that_can_be_frozen_computes_in_eight_bits(name: str) -> None:
-    """To 2 % of bfloat16's result for weights that were rounded by hand, and to 10 % of that for exact ones."""
+def test_every_freezable_subtree_computes_in_int8(name: str) -> None:
+    """Results are within 2% of bfloat16 with the same rounded weights, and within 10% of bfloat16 with exact weights."""
     model, axes, run = SUBTREES[name]()
     first = jax.jit(lambda key: model.init(key, method=run)["params"])(jax.random.key(0))
-    rng = np.random.default_rng(0)  # not as at the start, where some are zero
+    rng = np.random.default_rng(0)  # random, as some parameters are initialised to zero
     exact = {k: jnp.asarray(v + rng.normal(0, 0.1, v.shape), jnp.bfloat16) for k, v in state.flatten(first).items()}
     by_hand = {k: jnp.asarray(rounded(k, v), jnp.bfloat16) if stacked_matrix(k, v) else v for k, v in exact.items()}
     held = quantize.hold(state.unflatten(exact), axes)
@@ -169,7 +169,7 @@ def frozen_runs(tmp_path: Path):
 
 
 def test_runs_with_other_frozen_subtrees(tmp_path: Path) -> None:
-    """The loss of a run with these subtrees in eight bits against the same run in bfloat16."""
+    """Compare the loss of a run with these subtrees in int8 with that of the same run in bfloat16."""
     for settings, pattern in frozen_runs(tmp_path):
         values = []
         for dtype in ("int8", "bfloat16"):
@@ -214,14 +214,14 @@ def test_the_plan_counts_bytes_and_parameters() -> None:
         leaf.size for path, leaf in state.flatten(half.frozen).items() if "blocks" in path and "kernel" in path
     )
     saved = two["bytes_per_device"]["frozen"] - one["bytes_per_device"]["frozen"]
-    assert 0.9 * kernels < saved < kernels  # a byte each, less the scales
+    assert 0.9 * kernels < saved < kernels  # one byte saved per value, minus the scales
     assert "int8" in parameter_table.table(eight)
     assert aot.model_flops(eight) == aot.model_flops(half)
 
 
 @pytest.mark.slow
-def test_a_run_in_eight_bits_resumes_and_is_scored(tmp_path: Path) -> None:
-    """Checkpoints hold bfloat16; a run that goes on from one ends where it ended before, to the bit."""
+def test_int8_run_resumes_and_is_evaluated(tmp_path: Path) -> None:
+    """Checkpoints store bfloat16, and a resumed run gives bit-identical results."""
     data, folder = runs.make_data(tmp_path), tmp_path / "run"
     settings = ["--config.train.frozen_dtype=int8", "--config.data.eval_split=", "--config.train.duration=10 steps"]
     runs.run(folder, data, *settings)
@@ -230,7 +230,7 @@ def test_a_run_in_eight_bits_resumes_and_is_scored(tmp_path: Path) -> None:
     before = runs.losses(folder)
     shutil.rmtree(folder / "checkpoints" / "steps" / "10")
     runs.run(folder, data, *settings)
-    assert (folder / "metrics.jsonl").read_text().count('"loss"') == 10 + 5  # five steps were taken again
+    assert (folder / "metrics.jsonl").read_text().count('"loss"') == 10 + 5  # five steps were repeated
     assert len(before) == 10 and runs.losses(folder) == before
     done = runs.run(folder, data, *settings[:1], "--config.data.eval_split=validation", "--mode=eval", "--examples=4")
     assert '"examples": 4' in done.stdout

@@ -1,4 +1,4 @@
-"""Paths to specs, rows of a host, and global arrays that equal their numpy source."""
+"""PartitionSpecs of parameters, rows of a host, and global arrays."""
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def test_rank_must_agree():
 
 
 def test_mesh_must_use_all_devices():
-    with pytest.raises(ValueError, match="does not make 8 devices"):
+    with pytest.raises(ValueError, match=r"is not the number of devices \(8\)"):
         sharding.make_mesh(3, 1, 1)
     assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -50,19 +50,19 @@ def test_put_batch_is_the_numpy_batch(shape: tuple[int, int, int]):
 
 
 def test_batch_must_divide():
-    with pytest.raises(ValueError, match="batch size 12 cannot be cut into 8"):
+    with pytest.raises(ValueError, match="batch size 12 is not a multiple of 8"):
         sharding.local_rows(12, sharding.make_mesh())
 
 
-def test_what_cannot_be_cut_is_named_once():
+def test_replicated_dimensions_are_reported_once():
     params = {
         "a": {"kernel": np.zeros((4, 3, 2)), "bias": np.zeros(4)},
         "b": {"up": np.zeros((7, 3, 6)), "down": np.zeros((7, 3, 6))},
     }
     mesh = sharding.make_mesh(2, 2, 2)
     assert sharding.uncut(params, AXES, RULES, mesh) == [
-        "a/kernel: dimension heads of 3 is no multiple of mesh axis tensor=2; it stays whole on every device of the axis",
-        "b/up and 1 more: dimension embed of 3 is no multiple of mesh axis fsdp=2; it stays whole on every device of the axis",
+        "a/kernel: dimension heads of 3 is not a multiple of mesh axis tensor=2; it is replicated on every device of the axis",
+        "b/up and 1 more: dimension embed of 3 is not a multiple of mesh axis fsdp=2; it is replicated on every device of the axis",
     ]
     assert sharding.uncut(params, AXES, RULES, sharding.make_mesh(8, 1, 1)) == []
 
@@ -74,7 +74,7 @@ def test_axis_words_follow_the_rules_of_the_run():
         assert (sharding.parts("heads"), sharding.parts("mlp"), sharding.parts("batch")) == (4, 1, 4)
 
 
-def test_kernels_are_cut_where_every_dimension_of_a_word_can_be():
+def test_by_device_shards_a_word_only_if_all_its_dimensions_divide():
     def run(x: jax.Array, y: jax.Array) -> jax.Array:
         shapes.append((x.shape, y.shape))
         return x

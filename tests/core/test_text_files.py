@@ -1,4 +1,4 @@
-"""Lines end at a line feed only, and a byte order mark is no text."""
+"""Lines end at a line feed only, and byte order marks are dropped."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from ymplug_jax.core import config, exits, metrics, text_files
 from ymplug_jax.data.source import Texts
 from ymplug_jax.tasks.common import preprocess
 
-# Characters at which str.splitlines or text mode would end a line.
+# Characters that str.splitlines or text mode treat as line ends.
 ODD = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3000000000\n"
 
@@ -56,7 +56,7 @@ def test_mistakes_name_the_file(tmp_path: Path):
         text_files.read_lines(tmp_path / "gone.txt")
 
 
-def test_texts_are_one_title_a_line(tmp_path: Path):
+def test_text_file_has_one_title_per_line(tmp_path: Path):
     file = tmp_path / "texts.txt"
     file.write_bytes("\ufeff第一行\r\n\r\n第二\u2028行\r\n第\x85三\r行".encode())
     texts = Texts(str(file))
@@ -69,8 +69,8 @@ def test_texts_are_one_title_a_line(tmp_path: Path):
         Texts(str(file))
 
 
-def test_metrics_are_one_object_a_line(tmp_path: Path):
-    """Names come from tasks and may hold anything; a line that a kill cut off is passed over."""
+def test_metrics_have_one_object_per_line(tmp_path: Path):
+    """Metric names may contain any character. A truncated line is skipped."""
     (tmp_path / "metrics.jsonl").write_bytes(
         '{"step": 1, "a\u2028b": 2.5}\n{"step": 2, "a\u2028b": 1.5}\n{"st'.encode()
     )
@@ -78,7 +78,7 @@ def test_metrics_are_one_object_a_line(tmp_path: Path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path):
-    """The ids of another tokenizer would be read as other tokens, so the advice is another tokenizer, not a larger table."""
+    """Another tokenizer assigns other ids, so the message advises another tokenizer, not a larger embedding table."""
     file = tmp_path / "vocab.txt"
     file.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n大\n", encoding="utf-8")
     data = config.Data(tokenizer=str(file))

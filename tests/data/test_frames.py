@@ -1,4 +1,4 @@
-"""Which frames are shown, and that the pixels are those of the JPEG."""
+"""Sampling of frames, and decoding of JPEG."""
 
 import cv2
 import numpy as np
@@ -33,31 +33,31 @@ def test_choice_is_a_function_of_the_generator():
 
 
 def test_no_frames():
-    with pytest.raises(ValueError, match="at least one frame"):
+    with pytest.raises(ValueError, match="the clip has no frames"):
         frames.choose_frames(4, 0, None)
 
 
 def flat(colour: tuple[int, int, int], height: int = 16, width: int = 24) -> bytes:
-    """A JPEG of one RGB colour."""
+    """Encode a JPEG of a single RGB colour."""
     return cv2.imencode(".jpg", np.full((height, width, 3), colour[::-1], np.uint8))[1].tobytes()
 
 
 def test_decoding():
-    """RGB, in the order asked; a frame asked twice is the same; frames that are not asked for are not looked at."""
+    """Frames are RGB and in the requested order; repeated indices repeat frames; other frames are not decoded."""
     colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
     jpegs = [flat(colours[0]), b"not a picture", flat(colours[1]), flat(colours[2])]
     clip = frames.decode_frames(jpegs, np.array([0, 2, 3, 3]))
     assert clip.shape == (4, 16, 24, 3) and clip.dtype == np.uint8
     expected = np.array([*colours, colours[2]])[:, None, None]
     assert np.abs(clip.astype(int) - expected).max() <= 3
-    with pytest.raises(ValueError, match="frame 1 of the record is no JPEG"):
+    with pytest.raises(ValueError, match="frame 1 of the record: not a JPEG"):
         frames.decode_frames(jpegs, [0, 1])
     one_by_one = frames.Decoded(jpegs, np.array([0, 2, 3, 3]))
     assert len(one_by_one) == 4 and one_by_one[3] is one_by_one[2], "decoded once"
     np.testing.assert_array_equal(list(one_by_one), clip)
 
 
-def test_decoding_is_opencv_to_the_bit():
+def test_decoding_is_bit_identical_to_opencv():
     image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
     expected = cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
@@ -65,5 +65,5 @@ def test_decoding_is_opencv_to_the_bit():
 
 
 def test_frames_of_two_sizes():
-    with pytest.raises(ValueError, match=r"frame 1 of the record is \(8, 8\), the first one \(16, 24\)"):
+    with pytest.raises(ValueError, match=r"frame 1 of the record: size \(8, 8\), but the first frame has \(16, 24\)"):
         frames.decode_frames([flat((1, 2, 3)), flat((1, 2, 3), 8, 8)], [0, 1])

@@ -1,4 +1,4 @@
-"""The global batches depend on (seed, position) only: not on hosts, threads, workers or where a run was cut."""
+"""Global batches depend on (seed, position) only, not on hosts, threads, workers or interruptions."""
 
 import json
 import multiprocessing
@@ -19,11 +19,11 @@ import shards
 from ymplug_jax.data import loader, schema
 from ymplug_jax.data.records import CorruptRecord, Record, Records
 
-SIZE = 8  # of the global batch
+SIZE = 8  # size of the global batch
 
 
 def example(record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-    """Number of the record, and a draw that shows the randomness it was given."""
+    """Make an example of the record's number and a random draw."""
     number = int(record.media_id.split("/")[1].split(".")[0])
     return {"number": np.int32(number), "draw": np.float64(-1 if rng is None else rng.random())}
 
@@ -39,7 +39,7 @@ def stream_of(records: Records, make=example, **options) -> loader.Batches:
 
 
 def take(records: Records, count: int, **options) -> dict[str, np.ndarray]:
-    """The first batches, stacked: [count, len(rows)]."""
+    """Return the first batches, stacked: [count, len(rows)]."""
     stream = stream_of(records, **options)
     got = [next(stream) for _ in range(count)]
     stream.close()
@@ -51,7 +51,7 @@ def threads_there() -> list[str]:
 
 
 def threads_end() -> bool:
-    """Whether they do, each after what it is at."""
+    """Wait up to 20 seconds for the threads to end; return whether they did."""
     deadline = time.monotonic() + 20
     while threads_there() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -67,7 +67,7 @@ def test_same_batches_on_any_number_of_hosts(records: Records, hosts: int):
         np.testing.assert_array_equal(np.concatenate([part[key] for part in parts], axis=1), whole[key])
 
 
-def test_any_rows_in_their_order(records: Records):
+def test_any_rows_in_any_order(records: Records):
     rows = [6, 1, 1, 3]
     whole, part = take(records, 3), take(records, 3, rows=np.array(rows))
     for key in whole:
@@ -76,7 +76,7 @@ def test_any_rows_in_their_order(records: Records):
 
 @pytest.mark.parametrize("seen", [8, 16, 24, 5, 21 * 1000 + 3])
 def test_resume_from_one_integer(records: Records, seen: int):
-    """On any batch size: the order is that of positions. Deep in a run, the first batch is there as fast."""
+    """Resuming works with any batch size, since the order is over positions, and takes no longer deep in a run."""
     rest = take(records, 2, start=seen)
     one = [take(records, 1, start=seen + k, batch_size=1, rows=[0]) for k in range(2 * SIZE)]
     for key in rest:
@@ -96,7 +96,7 @@ def test_every_epoch_is_another_permutation(records: Records):
 
 
 def test_other_seeds_give_other_orders(records: Records):
-    """Of neighbouring seeds above all: epoch 1 of one is not epoch 0 of the next."""
+    """In particular, epoch 1 of a seed is not epoch 0 of the next seed."""
     orders = {
         tuple(take(records, 21, seed=seed)["number"].reshape(8, 21)[e]) for seed in (7, 8, 2**40) for e in range(8)
     }
@@ -106,7 +106,7 @@ def test_other_seeds_give_other_orders(records: Records):
 @settings(max_examples=25, deadline=None)
 @given(size=st.integers(1, 30), batch=st.integers(1, 12), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6))
 def test_order_of_any_size(size: int, batch: int, seed: int, epoch: int):
-    """Epochs of any length are permutations, wherever a run enters and whatever its batch size."""
+    """Every epoch is a permutation, for any length, start and batch size."""
 
     class Few:
         path, split = "memory", "train"
@@ -129,7 +129,7 @@ def test_threads_change_nothing(records: Records, threads: int):
 
 
 def break_record(folder: Path, shard: int, shards_there: int, number: int) -> None:
-    """Flips a bit of a record's payload."""
+    """Flip a bit of a record's payload."""
     file = folder / schema.shard_name("clips", "train", shard, shards_there)
     data = bytearray(file.read_bytes())
     data[np.load(file.with_name(file.name + schema.INDEX_SUFFIX))[number, 0] + 300] ^= 1
@@ -138,15 +138,17 @@ def break_record(folder: Path, shard: int, shards_there: int, number: int) -> No
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Records:
-    """Record 3 has a flipped bit."""
+    """A data set whose record 3 has a flipped bit."""
     shards.write(tmp_path, (9, 7))
     break_record(tmp_path, 0, 2, 3)
     return Records(str(tmp_path), "train")
 
 
 def test_worker_processes_change_nothing(broken: Records):
-    """Neither their number, nor where a corrupt record is met and counted. They need parsed flags and a main module: run
-    where a user would, in a script."""
+    """Batches and counts of corrupt records do not depend on the number of workers.
+
+    Workers need parsed flags and a main module, so the test runs a script.
+    """
     code = f"""
 import json, multiprocessing, sys
 from absl import app
@@ -167,7 +169,7 @@ def main(_):
         for _ in range(4): next(stream)
     except test_loader.CorruptRecord as error:
         print(json.dumps(str(error)))
-    next(test_loader.stream_of(records, workers=1, skip_corrupt=True))  # left open: the process ends all the same
+    next(test_loader.stream_of(records, workers=1, skip_corrupt=True))  # left open: the process must still exit
 if __name__ == "__main__":
     app.run(main)
 """
@@ -203,15 +205,15 @@ def test_evaluation_gives_every_host_the_same_number_of_batches(records: Records
     assert sum(int(batch["valid"].sum()) for batch in more) == 21 and len(more) == 3
 
 
-def test_evaluation_can_go_on(records: Records):
+def test_evaluation_can_start_at_a_position(records: Records):
     got = list(stream_of(records, shuffle=False, start=16))
     assert [batch["number"][batch["valid"]].tolist() for batch in got] == [[16, 17, 18, 19, 20]]
     assert list(stream_of(records, shuffle=False, start=24)) == []
 
 
-def test_a_corrupt_record_stops_with_its_place(broken: Records):
+def test_corrupt_record_raises_with_shard_and_offset(broken: Records):
     stream = stream_of(broken)
-    with pytest.raises(CorruptRecord, match=r"tfrecord-00000-of-00002: record 3 at byte [0-9]+: checksum does not fit"):
+    with pytest.raises(CorruptRecord, match=r"tfrecord-00000-of-00002: record 3 at byte [0-9]+: wrong checksum"):
         list(islice(stream, 2))
     assert threads_end(), "an error leaves no threads"
     with pytest.raises(StopIteration):
@@ -219,7 +221,7 @@ def test_a_corrupt_record_stops_with_its_place(broken: Records):
 
 
 @pytest.mark.parametrize("hosts", [1, 4])
-def test_a_corrupt_record_can_be_skipped_the_same_way_everywhere(broken: Records, hosts: int):
+def test_corrupt_records_are_skipped_alike_on_all_hosts(broken: Records, hosts: int):
     share = SIZE // hosts
     parts = [take(broken, 4, rows=range(h * share, (h + 1) * share), skip_corrupt=True) for h in range(hosts)]
     valid = np.concatenate([part["valid"] for part in parts], axis=1)
@@ -230,14 +232,14 @@ def test_a_corrupt_record_can_be_skipped_the_same_way_everywhere(broken: Records
 
 
 def test_skipped_records_are_counted(broken: Records):
-    """Padding is not; what is read ahead is not yet."""
+    """Neither padding nor prefetched records are counted."""
     stream = stream_of(broken, batch_size=6, rows=range(6), shuffle=False, skip_corrupt=True)
     counts = [(stream.skipped, int(batch["valid"].sum())) for batch in stream]
     assert counts == [(1, 5), (1, 6), (1, 4)]
 
 
 def test_the_first_record_may_be_the_corrupt_one(tmp_path: Path):
-    """What stands in for an invalid example is the first that can be read."""
+    """Invalid examples are filled with the first readable record."""
     shards.write(tmp_path, (2, 1))
     break_record(tmp_path, 0, 2, 0)
     batch = next(stream_of(Records(str(tmp_path), "train"), shuffle=False, skip_corrupt=True))
@@ -260,8 +262,8 @@ def test_an_error_of_the_task_names_the_record(records: Records):
     assert any(f"record 4 of {records.path}, split 'train': videos/4.mp4" in note for note in caught.value.__notes__)
 
 
-def test_no_more_is_read_than_said(records: Records):
-    """Two batches ahead of what was taken, and nothing before the first batch is asked for."""
+def test_prefetch_depth(records: Records):
+    """The loader prefetches two batches, and reads nothing before the first request."""
     made = []
 
     def counted(record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
@@ -281,13 +283,13 @@ def test_no_more_is_read_than_said(records: Records):
 
 
 def test_closing_ends_the_threads(records: Records):
-    before = set(multiprocessing.active_children())  # other tests of this process may have left some
+    before = set(multiprocessing.active_children())  # other tests of this process may have left processes
     stream = stream_of(records)
     next(stream)
     assert threads_there()
     stream.close()
     assert threads_end() and not set(multiprocessing.active_children()) - before
-    stream_of(records).close()  # before it began
+    stream_of(records).close()  # before the first batch
 
 
 def test_an_open_stream_does_not_keep_a_program_alive(records: Records):
@@ -305,7 +307,7 @@ raise SystemExit("the end")
 
 @pytest.mark.parametrize("rows", [[], [8], [-1, 2]])
 def test_rows_outside_the_batch(records: Records, rows: list[int]):
-    with pytest.raises(ValueError, match=r"rows must be a few of 0\.\.7"):
+    with pytest.raises(ValueError, match=r"give rows from 0 to 7"):
         stream_of(records, rows=rows)
 
 

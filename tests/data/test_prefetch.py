@@ -1,4 +1,4 @@
-"""Batches move while the step runs: order, errors, the end, and how far ahead."""
+"""Device prefetch: order, errors, end and depth."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from ymplug_jax.data.prefetch import Feed
 
 
 class Stream:
-    """Numbers, `skipped` ten times as many; waits for leave before each where asked, and may break."""
+    """Stream of numbers with `skipped` ten times the number. Can wait for a semaphore before each batch, and can fail."""
 
     def __init__(self, count: int, breaks_at: int | None = None, leave: threading.Semaphore | None = None):
         self.skipped, self.closed = 0, False
@@ -44,8 +44,8 @@ def test_every_batch_in_order_and_the_end():
     assert stream.closed
 
 
-def test_two_batches_are_put_before_the_step_asks_for_them():
-    """While nothing is taken, transfers of two batches begin, and no more."""
+def test_two_batches_are_prefetched():
+    """Without a consumer, exactly two transfers start."""
     put, second = [], threading.Event()
 
     def record(number: int) -> int:
@@ -63,7 +63,7 @@ def test_two_batches_are_put_before_the_step_asks_for_them():
 
 
 def test_a_late_batch_does_not_hold_back_one_that_is_ready():
-    leave = threading.Semaphore(2)  # the third is late
+    leave = threading.Semaphore(2)  # the third batch is late
     feed = Feed(Stream(5, leave=leave), lambda number: number)
     assert (next(feed), next(feed)) == (0, 1)
     leave.release()
@@ -73,7 +73,7 @@ def test_a_late_batch_does_not_hold_back_one_that_is_ready():
 
 
 @pytest.mark.parametrize("where", ["stream", "put"])
-def test_errors_come_out_at_their_batch(where: str):
+def test_errors_are_raised_at_their_batch(where: str):
     def put(number: int) -> int:
         if where == "put" and number == 3:
             raise OSError("the disk is gone")
@@ -86,7 +86,7 @@ def test_errors_come_out_at_their_batch(where: str):
     feed.close()
 
 
-def test_closing_ends_the_thread_wherever_it_is():
+def test_closing_stops_the_thread_in_any_state():
     for taken in (0, 1, 3):
         stream = Stream(100)
         feed = Feed(stream, lambda number: number)

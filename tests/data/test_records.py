@@ -1,4 +1,4 @@
-"""Random access: the right record, checked, and every mistake answered in one line."""
+"""Random access to records: content, verification and one-line errors."""
 
 import http.server
 import json
@@ -40,17 +40,17 @@ def test_every_record_in_order(tmp_path: Path):
 
 @pytest.mark.parametrize("i", [-1, 9])
 def test_no_such_record(tmp_path: Path, i: int):
-    with pytest.raises(IndexError, match=rf"no record {i} in split 'train', which has 9"):
+    with pytest.raises(IndexError, match=rf"record {i} is out of range; split 'train' has 9 records"):
         Records(str(shards.write(tmp_path)), "train")[i]
 
 
-def test_pickled_records_read_on(tmp_path: Path):
+def test_pickled_records_can_be_read(tmp_path: Path):
     records = Records(str(shards.write(tmp_path)), "train")
     assert records[7].title == pickle.loads(pickle.dumps(records))[7].title
 
 
 def test_a_bare_record_has_defaults(tmp_path: Path):
-    """Captions, labels and titles may be missing: not every kind of CSV has them."""
+    """Captions, labels and titles are optional, since not every kind of CSV has them."""
     message = shards.tf_example_pb2.Example()
     message.features.feature[schema.IMAGE].bytes_list.value.append(shards.jpeg(0))
     put(tmp_path, message.SerializeToString())
@@ -60,26 +60,26 @@ def test_a_bare_record_has_defaults(tmp_path: Path):
 
 
 def put(folder: Path, payload: bytes) -> None:
-    """A data set of one record."""
+    """Write a data set with one record."""
     shard = folder / schema.shard_name("clips", "train", 0, 1)
     shard.write_bytes(shards.frame(payload))
     np.save(index_of(shard), np.array([[0, len(payload)]], np.int64))
 
 
 def bad_payloads() -> dict[str, bytes]:
-    """Payloads whose checksum is right, by what the message must say."""
+    """Return {expected message: payload} of invalid payloads with correct checksums."""
     empty, text = shards.tf_example_pb2.Example(), shards.tf_example_pb2.Example()
     text.features.feature[schema.IMAGE].bytes_list.value.append(shards.jpeg(0))
     text.features.feature[schema.TITLE].bytes_list.value.append("红".encode("gbk"))
     return {
-        "no tf.train.Example": b"\xff\xff not a message",
+        "not a tf.train.Example": b"\xff\xff not a message",
         "no image/encoded": empty.SerializeToString(),
         "not UTF-8": text.SerializeToString(),
     }
 
 
 @pytest.mark.parametrize("says", bad_payloads())
-def test_content_that_is_not_ours(tmp_path: Path, says: str):
+def test_invalid_content_is_named(tmp_path: Path, says: str):
     put(tmp_path, bad_payloads()[says])
     with pytest.raises(CorruptRecord, match=f"00000-of-00001: record 0 at byte 0: .*{says}"):
         Records(str(tmp_path), "train")[0]
@@ -87,7 +87,7 @@ def test_content_that_is_not_ours(tmp_path: Path, says: str):
 
 @pytest.mark.parametrize("where", [2, 9, 400, -2])
 def test_a_flipped_bit_is_found(tmp_path: Path, where: int):
-    """In the length, its checksum, the payload and the payload's checksum."""
+    """The bit is in the length, its checksum, the payload or the checksum of the payload."""
     shards.write(tmp_path)
     file = first_shard(tmp_path)
     offset, size = np.load(index_of(file))[3]
@@ -102,21 +102,21 @@ def test_a_flipped_bit_is_found(tmp_path: Path, where: int):
 
 @pytest.mark.parametrize("cut", [3, 20_000])
 def test_truncated_shard(tmp_path: Path, cut: int):
-    """The last record is cut, or begins beyond the end."""
+    """The last record is truncated, or missing entirely."""
     file = first_shard(shards.write(tmp_path))
     file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(CorruptRecord, match=r"record 4 .*length does not fit the index"):
+    with pytest.raises(CorruptRecord, match=r"record 4 .*length differs from the index"):
         Records(str(tmp_path), "train")[4]
 
 
 def test_missing_folder_and_split(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such folder; build it"):
         Records(str(tmp_path / "nowhere"), "train")
-    with pytest.raises(FileNotFoundError, match="no split 'train' here, there are: no shards at all"):
+    with pytest.raises(FileNotFoundError, match="no split 'train' here, it has no shards"):
         Records(str(tmp_path), "train")
     shards.write(tmp_path)
     shards.write(tmp_path, split="test")
-    with pytest.raises(FileNotFoundError, match="no split 'validation' here, there are: test, train"):
+    with pytest.raises(FileNotFoundError, match="no split 'validation' here, it has test, train"):
         Records(str(tmp_path), "validation")
 
 
@@ -125,10 +125,10 @@ def test_missing_and_broken_index(tmp_path: Path):
     kept = index.read_bytes()
     for content in (b"", kept[:-1], b"something else"):
         index.write_bytes(content)
-        with pytest.raises(ValueError, match=r"index.npy is broken .* make it again with .*data_prep.index_shards"):
+        with pytest.raises(ValueError, match=r"index.npy is damaged .* write it again with .*data_prep.index_shards"):
             Records(str(tmp_path), "train")
     np.save(index, np.zeros((4, 3), np.int64))
-    with pytest.raises(ValueError, match="is no index"):
+    with pytest.raises(ValueError, match="is not an index"):
         Records(str(tmp_path), "train")
     index.unlink()
     with pytest.raises(FileNotFoundError, match=r"index.npy is missing \(one of 1\); .*data_prep.index_shards"):
@@ -155,11 +155,11 @@ def test_schema_version(tmp_path: Path):
     manifest.write_text(json.dumps({"schema_version": schema.SCHEMA_VERSION}))
     assert len(Records(str(tmp_path), "train")) == 9
     manifest.write_text(json.dumps({"schema_version": "9.0.0"}))
-    with pytest.raises(ValueError, match=r"schema_version 9.0.0, this reader knows"):
+    with pytest.raises(ValueError, match=r"schema_version 9.0.0, but this version reads"):
         Records(str(tmp_path), "train")
     for content in ("{", "[]", "{}"):
         manifest.write_text(content)
-        with pytest.raises(ValueError, match=r"manifest.json: no manifest of data_prep"):
+        with pytest.raises(ValueError, match=r"manifest.json: not a manifest of data_prep"):
             Records(str(tmp_path), "train")
 
 
@@ -170,7 +170,7 @@ def test_no_tensorflow_to_read_records():
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """What Google Cloud Storage answers to a listing and to a read of some bytes. `folder` is gs://bucket/data."""
+    """Fake of Google Cloud Storage: answers listings and ranged reads. `folder` is gs://bucket/data."""
 
     folder: Path
 
@@ -208,7 +208,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is also gs://bucket/data."""
+    """A local folder that is also available as gs://bucket/data."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Bucket,), {"folder": tmp_path}))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -233,14 +233,14 @@ def test_mistakes_in_a_bucket(bucket: Path):
     with pytest.raises(FileNotFoundError, match="gs://bucket/nowhere: no such folder"):
         Records("gs://bucket/nowhere/", "train")
     file = first_shard(shards.write(bucket))
-    with pytest.raises(FileNotFoundError, match="gs://bucket/data: no split 'test' here, there are: train"):
+    with pytest.raises(FileNotFoundError, match="gs://bucket/data: no split 'test' here, it has train"):
         Records("gs://bucket/data", "test")
     records = Records("gs://bucket/data", "train")
     data = file.read_bytes()
     for cut in (3, 20_000):
         file.write_bytes(data[:-cut])
-        with pytest.raises(CorruptRecord, match=r"gs://bucket/data/.*record 4 at byte .*length does not fit"):
+        with pytest.raises(CorruptRecord, match=r"gs://bucket/data/.*record 4 at byte .*length differs"):
             records[4]
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"gs://bucket/data/clips-train.tfrecord-00000-of-00002 is gone"):
+    with pytest.raises(FileNotFoundError, match=r"gs://bucket/data/clips-train.tfrecord-00000-of-00002: missing"):
         records[4]

@@ -1,4 +1,4 @@
-"""Tokenizers give back the text they were given; cleaning and cutting follow the recipe."""
+"""Tokenizer round trips, text cleaning and padding."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ymplug_jax.data import text
 
 TITLES = ["红色的圆形在向左移动", "蓝色方形 move fast", "三角形！旋转，很快", "abc 123 视频标题", "一 只 猫"] * 8
-# Chinese, mixed, with spaces, characters that no title has, emoji, a special token as text, nothing.
+# Chinese, mixed text, spaces, unusual characters, emoji, a special token as text, empty text.
 TEXTS = ["红色的方形在移动", "蓝色 move abc 圆形", "龘靐齉", "好看🎉👨‍👩‍👧!", "a<sep>b<|endoftext|></s>[SEP]", ""]
 IDS = st.lists(st.integers(10, 99), max_size=12)
 SPECIALS = {"bos": 5, "eos": 7, "pad": 7}
@@ -38,14 +38,14 @@ def sentencepiece_file(folder: Path, **options) -> Path:
 
 
 def json_file(folder: Path, specials: list[str]) -> Path:
-    """A byte-level BPE, as GPT-3 and Bloom have it."""
+    """Write a byte-level BPE tokenizer, as GPT-3 and BLOOM use."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
     model.train_from_iterator(TITLES, trainer)
-    model.enable_truncation(4)  # of no concern to us
+    model.enable_truncation(4)  # settings of the file that `load_tokenizer` must override
     file = folder / "tokenizer.json"
     model.save(str(file))
     return file
@@ -83,7 +83,7 @@ def test_round_trip(tokenizer: text.Tokenizer, title: str):
 @settings(max_examples=200, deadline=None)
 @given(title=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=30))
 def test_round_trip_of_anything(tokenizer: text.Tokenizer, title: str):
-    """U+2581 is sentencepiece's own mark of a space, and the null character ends its text."""
+    """Excludes U+2581, sentencepiece's symbol for a space, and the null character, which ends its text."""
     title = text.clean_text(title.replace("\0", ""), 30)
     ids = tokenizer.encode(title)
     assert tokenizer.decode(ids) == title
@@ -91,14 +91,14 @@ def test_round_trip_of_anything(tokenizer: text.Tokenizer, title: str):
 
 
 def test_ids_of_numpy_and_ids_without_token(tokenizer: text.Tokenizer):
-    """A model has more rows than its tokenizer tokens and may say any of them."""
+    """A model may have more embedding rows than its tokenizer has tokens, and may generate any of them."""
     ids = tokenizer.encode("红色的圆形")
     assert tokenizer.decode(np.array(ids, np.int32)) == "红色的圆形"
     assert tokenizer.decode([-1, *ids, tokenizer.vocab_size, 10**6]) == "红色的圆形"
 
 
 def test_a_sentencepiece_model_with_the_usual_settings(tmp_path: Path):
-    """Dummy prefix and NFKC, as most published models have them; no padding token: it pads with the end."""
+    """Dummy prefix and NFKC, as in most published models. Without a padding token, the end token pads."""
     file = sentencepiece_file(
         tmp_path, add_dummy_prefix=True, normalization_rule_name="nmt_nfkc", pad_id=-1, unk_id=0, required_chars=""
     )
@@ -127,7 +127,7 @@ def test_gaps_in_a_vocabulary_count(tmp_path: Path):
 
 
 def test_bert(tmp_path: Path):
-    """Chinese characters one by one, lower case, pieces of words, [UNK] for the rest."""
+    """Single Chinese characters, lower case, word pieces, and [UNK] for the rest."""
     tokenizer = text.load_tokenizer(str(vocab_file(tmp_path)))
     words = (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines()
     ids = tokenizer.encode("红色MOVE Faster圆12，猫")
@@ -144,7 +144,7 @@ def test_bert(tmp_path: Path):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_the_id_of_a_token_of_bert_is_its_line(tmp_path: Path, end: str, mark: str):
-    """bert-base-chinese has the token U+2028; a line ends at "\\n" only, an empty one keeps its id."""
+    """bert-base-chinese has the token U+2028, so lines end at "\\n" only. An empty line reserves an id."""
     lines = [
         "[PAD]",
         "[UNK]",
@@ -169,10 +169,10 @@ def test_the_id_of_a_token_of_bert_is_its_line(tmp_path: Path, end: str, mark: s
     assert tokenizer.vocab_size == 13, "empty lines at the end are no ids"
 
 
-def test_a_token_of_bert_that_stands_twice_is_refused(tmp_path: Path):
+def test_repeated_token_in_a_bert_vocabulary_is_rejected(tmp_path: Path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "大", "象", "大"]
     (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"vocab\.txt: the token '大' stands in line 5 and in line 7") as caught:
+    with pytest.raises(ValueError, match=r"vocab\.txt: the token '大' is in line 5 and in line 7") as caught:
         text.load_tokenizer(str(tmp_path / "vocab.txt"))
     assert "\n" not in str(caught.value)
 
@@ -185,12 +185,12 @@ def test_a_tokenizer_with_a_byte_order_mark(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["x.model", "tokenizer.json", "vocab.txt"])
-def test_files_that_stand_for_a_tokenizer(tmp_path: Path, name: str):
+def test_placeholder_files_are_rejected(tmp_path: Path, name: str):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 109540\n"
     for data, message in (
         (pointer, "a Git LFS pointer, not the file itself \\(109,540 bytes\\); run `git lfs install && git lfs pull`"),
         (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", "a web page"),
-        (b"", "empty; fetch it again"),
+        (b"", "empty; download it again"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"tokenizer .*{name}: {message}") as caught:
@@ -204,7 +204,7 @@ def test_mistakes_are_named(tmp_path: Path):
     ):
         text.load_tokenizer(str(tmp_path / "gone.model"))
     (tmp_path / "vocab.bin").touch()
-    with pytest.raises(ValueError, match=r"vocab.bin: not a known kind; .*\*.model .*, tokenizer.json or vocab.txt"):
+    with pytest.raises(ValueError, match=r"vocab.bin: unknown file type; .*\*.model .*, tokenizer.json or vocab.txt"):
         text.load_tokenizer(str(tmp_path / "vocab.bin"))
     for name in ("broken.model", "broken.json"):
         (tmp_path / name).write_text("{")
@@ -271,7 +271,7 @@ QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> text.Tokenizer:
-    """As Qwen3's file has it: ordinary words that look like other models' specials, and a control token that is not marked."""
+    """Like Qwen3: ordinary tokens that look like special tokens of other models, and a control token not marked as special."""
     folder = tmp_path_factory.mktemp("qwen")
     file = json_file(folder, ["!", "<s>", "</s>", "<pad>", *QWEN, "<think>"])
     model = json.loads(file.read_text(encoding="utf-8"))
@@ -281,7 +281,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> text.Tokenizer:
     return text.load_tokenizer(str(file))
 
 
-def test_qwen_starts_a_text_with_the_end_of_the_one_before(qwen: text.Tokenizer):
+def test_qwen_starts_a_text_with_its_end_token(qwen: text.Tokenizer):
     assert (qwen.bos, qwen.eos, qwen.pad) == (4, 4, 4)
     ids = qwen.encode("红色的圆形")
     row, mask = text.encode_text(ids, len(ids) + 4, bos=qwen.bos, eos=qwen.eos, pad=qwen.pad)
@@ -290,11 +290,11 @@ def test_qwen_starts_a_text_with_the_end_of_the_one_before(qwen: text.Tokenizer)
     assert qwen.decode(row) == "红色的圆形"
 
 
-def test_the_start_token_is_said(tmp_path: Path):
+def test_start_token_is_described(tmp_path: Path):
     qwen = text.load_tokenizer(str(json_file(tmp_path, ["!", *QWEN])))
     assert (
         qwen.begins()
-        == "a text starts with <|endoftext|> (1), the end of the text before it: there is no beginning token"
+        == "a text starts with <|endoftext|> (1), the end-of-text token, since the tokenizer has no beginning token"
     )
     bloom = text.load_tokenizer(str(json_file(tmp_path, ["<s>", "</s>", "<pad>"])))
     assert bloom.begins() == "a text starts with <s> (0), the beginning token"

@@ -1,4 +1,4 @@
-"""The reader of Examples against protobuf's own."""
+"""Parser of tf.train.Example, compared with protobuf."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def message_of(content: dict[str, list]) -> tf_example_pb2.Example:
 
 
 @given(st.dictionaries(st.text(max_size=20), LISTS, max_size=6), st.binary(max_size=9), st.binary(max_size=9))
-def test_what_protobuf_wrote(content: dict[str, list], before: bytes, after: bytes):
+def test_examples_written_by_protobuf(content: dict[str, list], before: bytes, after: bytes):
     payload = message_of(content).SerializeToString()
     data = before + payload + after
     found = tf_example.parse_example(data, len(before), len(before) + len(payload))
@@ -42,7 +42,7 @@ def test_what_protobuf_wrote(content: dict[str, list], before: bytes, after: byt
 
 
 def test_numbers_that_are_not_packed():
-    """Older writers give every number a field of its own."""
+    """Older writers store every number in its own field."""
     feature = b"\x1a\x05\x08\x05\x08\x96\x01"
     data = wrapped(feature)
     assert tf_example.parse_example(data, 0, len(data))["k"].integers == [5, 150]
@@ -50,7 +50,7 @@ def test_numbers_that_are_not_packed():
 
 
 def wrapped(feature: bytes) -> bytes:
-    """An Example with one feature `k`, all shorter than 128 bytes."""
+    """Encode an Example with one feature `k`, with all parts shorter than 128 bytes."""
     entry = b"\x0a\x01k\x12" + bytes([len(feature)]) + feature
     features = b"\x0a" + bytes([len(entry)]) + entry
     return b"\x0a" + bytes([len(features)]) + features
@@ -58,7 +58,7 @@ def wrapped(feature: bytes) -> bytes:
 
 @given(st.dictionaries(st.text(max_size=5), LISTS, max_size=3), st.data())
 def test_damaged_bytes(content: dict[str, list], draw: st.DataObject):
-    """They give a ValueError or some features, never another error or an endless loop; and what protobuf reads is read."""
+    """Damaged bytes give a ValueError or features, never another error or an endless loop. Valid bytes are parsed as by protobuf."""
     payload = bytearray(message_of(content).SerializeToString())
     for _ in range(draw.draw(st.integers(0, 3))):
         if payload:

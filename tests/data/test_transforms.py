@@ -1,4 +1,4 @@
-"""The transforms: the same for every frame of a clip, a function of the generator, inside their limits."""
+"""Transforms: equal for all frames of a clip, determined by the generator, within their limits."""
 
 import cv2
 import numpy as np
@@ -21,7 +21,7 @@ def noise(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
 @settings(max_examples=40, deadline=None)
 @given(height=SIDES, width=SIDES, size=st.integers(4, 40), seed=st.integers(0, 2**32))
 def test_train_transform(height: int, width: int, size: int, seed: int):
-    """One frame repeated stays one frame repeated: crop, flip and operations are those of the clip."""
+    """A clip of identical frames stays one, since crop, flip and operations are drawn per clip."""
     clip = noise(1, height, width).repeat(3, axis=0)
     kept = clip.copy()
     out = transforms.train_transform(clip, size, np.random.default_rng(seed))
@@ -38,7 +38,7 @@ def test_other_seeds_give_other_clips():
 
 
 def test_bright_pixels_stay_bright():
-    """A sharp edge overshoots under a bicubic filter: clipped by default, wrapped where the settings say so."""
+    """A bicubic filter overshoots at sharp edges; values are clipped by default and wrapped with wrap_uint8."""
     values = np.array([[-3.0, 0, 255, 261]], np.float32)
     assert transforms.to_uint8(values).tolist() == [[0, 0, 255, 255]]
     assert transforms.to_uint8(values, wrap=True).tolist() == [[253, 0, 255, 5]]
@@ -87,7 +87,7 @@ def test_colours_at_level_5_are_left_alone(name: str):
 
 def test_colours_at_other_levels():
     frame = noise(1, 20, 30)[0].clip(60, 190)
-    half = 0.1 / 1.8 * 10, 0.4 / 1.8 * 10  # levels of the factors 0.2 and 0.5
+    half = 0.1 / 1.8 * 10, 0.4 / 1.8 * 10  # levels with factors 0.2 and 0.5
     np.testing.assert_array_equal(transforms.operate(frame, "Brightness", half[1]), frame // 2)
     assert transforms.operate(frame, "Brightness", 10).mean() > frame.mean() * 1.3
     assert transforms.operate(frame, "Contrast", half[0]).std() < frame.std() * 0.25
@@ -99,7 +99,7 @@ def test_colours_at_other_levels():
 
 
 def spot(frame: np.ndarray) -> tuple[float, float]:
-    """(x, y) of the centre of what is bright."""
+    """Return (x, y) of the centre of the bright pixels."""
     y, x = np.nonzero(frame[..., 0] > 160)
     return float(x.mean()), float(y.mean())
 
@@ -111,8 +111,8 @@ def spot(frame: np.ndarray) -> tuple[float, float]:
         ("ShearX", 5, (1.5, 0)), ("ShearX", -5, (-1.5, 0)), ("ShearY", 5, (0, 4.5)), ("Rotate", 5, (-5.5, -1.85)),
     ],
 )  # fmt: skip
-def test_where_warps_move_things(name: str, level: float, moved: tuple[float, float]):
-    """A spot at (30, 10) of a 40 x 60 frame, whose centre of rotation is (20, 30)."""
+def test_warp_directions(name: str, level: float, moved: tuple[float, float]):
+    """Move a spot at (30, 10) of a 40 x 60 frame, with centre of rotation (20, 30)."""
     frame = np.zeros((60, 40, 3), np.uint8)
     frame[9:12, 29:32] = 255
     x, y = spot(transforms.operate(frame, name, level))
@@ -126,7 +126,7 @@ def test_warps_fill_with_grey():
 
 
 def test_warps_reach_one_side():
-    """A bright clip gets its grey on one side only, as in the reference (truncation may turn 255 into 254)."""
+    """Grey appears on one side only, as in the reference. Truncation may turn 255 into 254."""
     clip = np.full((1, 60, 60, 3), 255, np.uint8)
 
     seen = set()
@@ -141,7 +141,7 @@ def test_warps_reach_one_side():
 
 @given(height=SIDES, width=SIDES, size=st.integers(1, 80))
 def test_eval_transform(height: int, width: int, size: int):
-    """Every pixel is a pixel of the source, at the place that the rule gives."""
+    """Every output pixel is the source pixel given by the nearest-neighbour rule."""
     clip = noise(2, height, width)
     out = transforms.eval_transform(clip, size)
     rows, columns = transforms.nearest(height, size), transforms.nearest(width, size)
@@ -155,7 +155,7 @@ def test_eval_transform(height: int, width: int, size: int):
     ("source", "size", "place", "index"), [(234, 224, 112, 116), (340, 224, 56, 85), (256, 224, 7, 8)]
 )
 def test_nearest_rounds_as_pytorch_does(source: int, size: int, place: int, index: int):
-    """Where i * source / size is whole, single precision decides; the values are those of torch.nn.functional.interpolate."""
+    """Where i * source / size is whole, float32 rounding decides. Values are from torch.nn.functional.interpolate."""
     assert transforms.nearest(source, size)[place] == index
 
 

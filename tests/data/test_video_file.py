@@ -1,4 +1,4 @@
-"""What counts as a video, one size and rising times in a record, and a decoder process that dies."""
+"""Video detection, frame sizes and times of a clip, and crashes of the decoder process."""
 
 import io
 import os
@@ -26,7 +26,7 @@ def reason_of(path: Path) -> str:
 
 
 def pictures(path: Path, codec: str, kind: str, count: int, pixels: str) -> Path:
-    """A file of 64x64 pictures in the format `kind`."""
+    """Write a file of 64x64 pictures in the format `kind`."""
     with av.open(str(path), "w", format=kind) as file:
         stream = file.add_stream(codec, rate=5)
         stream.width = stream.height = 64
@@ -39,7 +39,7 @@ def pictures(path: Path, codec: str, kind: str, count: int, pixels: str) -> Path
 
 
 def song(path: Path, attached: bool) -> Path:
-    """Sound with a cover, marked as one or a plain track of one picture."""
+    """Write audio with cover art, marked as such or as a plain track with one picture."""
     with av.open(str(path), "w", format="mp4") as file:
         sound, cover = file.add_stream("aac", rate=44100), file.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
@@ -63,7 +63,7 @@ def test_a_cover_is_no_video(tmp_path: Path, attached: bool):
 
 
 def test_text_lists_and_pictures_are_no_videos(tmp_path: Path):
-    """FFmpeg draws text as a video, and follows lists to other files, also outside the video root."""
+    """FFmpeg would render text as a video, and follow playlists to files outside the video root."""
     videos.write(tmp_path / "clip.mp4")
     with av.open(str(tmp_path / "elsewhere.ts"), "w", format="mpegts") as file:
         stream = file.add_stream("libx264", rate=10)
@@ -129,7 +129,7 @@ def test_metadata_that_is_not_utf8_is_ignored(tmp_path: Path):
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError, ValueError, NameError])
-def test_faults_of_the_program_are_no_rejects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]):
+def test_bugs_are_not_rejects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]):
     videos.write(tmp_path / "a.mp4")
 
     def changed(*args: object, **more: object) -> None:
@@ -140,16 +140,16 @@ def test_faults_of_the_program_are_no_rejects(tmp_path: Path, monkeypatch: pytes
         read_clip(str(tmp_path / "a.mp4"), 4)
 
 
-def test_faults_of_the_program_come_back_from_the_decoder_process(tmp_path: Path):
+def test_bugs_in_the_decoder_process_are_raised(tmp_path: Path):
     reader = Reader(30.0)
-    with pytest.raises(RuntimeError, match=r"(?s)fault of the program.*Traceback.*TypeError"):
+    with pytest.raises(RuntimeError, match=r"(?s)a bug in reading .*Traceback.*TypeError"):
         reader.read(videos.write(tmp_path / "a.mp4"), "four")
     assert reader.read(tmp_path / "a.mp4", 4).decoded == 4
     reader.close()
 
 
 def stream_of(path: Path, sizes: list[tuple[int, int]], frames: int = 20) -> Path:
-    """A joined recording: transport streams of several sizes one after another, each starting at the same time."""
+    """Concatenate transport streams of several sizes that all start at the same time."""
     data = b""
     for width, height in sizes:
         part = io.BytesIO()
@@ -171,14 +171,14 @@ def test_a_record_has_one_size(tmp_path: Path, sizes: list[tuple[int, int]]):
     shapes = {cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR).shape for jpeg in clip.frames}
     expected = {(320, 240): (240, 320), (64, 64): (64, 64), (640, 480): (256, 341)}[sizes[0]]
     assert shapes == {(*expected, 3)} and (clip.height, clip.width) == expected
-    # 40 frames at 10 a second; the second half starts at the time of the first one again.
+    # 40 frames at 10 per second; the times of the second half restart at zero.
     expected_times = [(2 * i + 1) * 40 // 32 * 100_000 for i in range(16)]
     np.testing.assert_allclose(np.diff(clip.timestamps), np.diff(expected_times), atol=1000)
 
 
 @pytest.mark.parametrize("num_frames", [4, 7, 16, 20])
 def test_times_of_b_frames_in_avi_rise(tmp_path: Path, num_frames: int):
-    """AVI stores no presentation times: those of H.264 with B frames come in coding order."""
+    """AVI stores no presentation times, so the times of H.264 with B frames are in coding order."""
     with av.open(str(tmp_path / "b.avi"), "w") as file:
         stream = file.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -208,7 +208,7 @@ def test_times_of_b_frames_in_avi_rise(tmp_path: Path, num_frames: int):
         ([0.0, 0.2, 0.4, 0.3, 0.6], [0.0, 0.2, 0.3, 0.4, 0.6]),
         ([7.0], [0.0]),
         ([None], [0.0]),
-        # 30 frames, and 30 more that start at zero again
+        # 30 frames, and 30 more whose times restart at zero
         ([i / 10 for i in range(30)] * 2, [i / 10 for i in range(60)]),
     ],
 )
@@ -262,7 +262,7 @@ def test_a_decoder_that_dies_on_every_file_ends_with_an_error(tmp_path: Path, mo
     reader = Reader(30.0)
     with pytest.raises(Reject, match="killed by signal 9"):
         reader.read(videos.write(tmp_path / "a.mp4"), 4)
-    with pytest.raises(DecoderFailed, match="died on 2 files in a row"):
+    with pytest.raises(DecoderFailed, match="died on 2 consecutive files"):
         reader.read(videos.write(tmp_path / "b.mp4"), 4)
 
 

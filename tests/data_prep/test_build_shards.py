@@ -1,4 +1,4 @@
-"""Videos and a CSV in; whole shards, a manifest and every reject out. Built in one process unless the way of running matters."""
+"""Builds of shards: records, rejects, manifest, resuming and errors. In one process unless the runner matters."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def command(out: Path, csv: Path, root: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video root with good and bad files."""
+    """A video root with valid and invalid files."""
     root = tmp_path_factory.mktemp("root")
     videos.write(root / "a.mp4")
     videos.write(root / "b.mkv", frames=40)
@@ -137,12 +137,12 @@ def test_tfds_loads_it(built: Path):
     assert all(example["image"]["encoded"].shape[0] == 4 for example in examples)
 
 
-def test_building_again_changes_nothing(built: Path, root: Path, capsys: pytest.CaptureFixture):
+def test_repeated_build_changes_nothing(built: Path, root: Path, capsys: pytest.CaptureFixture):
     before = {path.name: path.stat().st_mtime_ns for path in built.iterdir()}
     build(built, built.parent / "all.csv", root, "--partition_rows", "5")
-    assert "built already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in built.iterdir()} == before
-    with pytest.raises(build_shards.BuildError, match="another CSV or with other settings; use --overwrite"):
+    with pytest.raises(build_shards.BuildError, match="another CSV or with other settings; give --overwrite"):
         build(built, built.parent / "all.csv", root, "--partition_rows", "6")
     with pytest.raises(build_shards.BuildError, match="holds a pretrain data set with 4 frames"):
         build(built, built.parent / "all.csv", root, frames=5)
@@ -212,12 +212,12 @@ def test_own_class_names(root: Path, tmp_path: Path):
     for more in ((), ("--classes", str(tmp_path / "other.txt"))):
         with pytest.raises(build_shards.BuildError, match="built with other classes"):
             build(out, val, root, *more, kind="classification")
-    with pytest.raises(build_shards.BuildError, match="--classes is for --config classification"):
+    with pytest.raises(build_shards.BuildError, match="--classes applies to --config classification"):
         build(out, csv, root, *names)
 
 
-def test_publishing_goes_on_after_a_full_disk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The disk fills at the last file: nothing valid stays, other splits are not forgotten, the same command ends it."""
+def test_publication_resumes_after_a_full_disk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk is full at the last file: no valid data set remains, other splits are kept, and the same command finishes."""
     first = videos.write_csv(tmp_path / "x_val.csv", PRETRAIN, [("a.mp4", "甲")])
     csv = videos.write_csv(
         tmp_path / "x.csv", PRETRAIN, [("a.mp4", "上\u2028下"), ("b.mkv", "乙"), ("no\u2028.mp4", "丙")]
@@ -231,7 +231,10 @@ def test_publishing_goes_on_after_a_full_disk(root: Path, tmp_path: Path, monkey
         write(path, text)
 
     monkeypatch.setattr(publish, "write_text", full)
-    with pytest.raises(build_shards.PlaceError, match=r"manifest.json: No space left on device; give the same command"):
+    with pytest.raises(
+        build_shards.PlaceError,
+        match=r"manifest.json: No space left on device; make it writable and run the same command",
+    ):
         build(tmp_path / "out", csv, root)
     assert not (tmp_path / "out" / schema.MANIFEST).exists(), "until the end there is no whole data set"
     monkeypatch.setattr(publish, "write_text", write)
@@ -254,7 +257,7 @@ def test_a_full_disk_while_partitions_are_written(root: Path, tmp_path: Path, mo
         patch.setattr(builder.os, "fsync", full)
         assert build_shards.main(flags) == 5
     (line,) = capsys.readouterr().err.split("\n")[:-1]
-    assert line.startswith(f"error: {tmp_path / 'out'}") and "No space left on device; mend it" in line
+    assert line.startswith(f"error: {tmp_path / 'out'}") and "No space left on device; fix this" in line
     assert build_shards.main(flags) == 0
     assert f"{tmp_path / 'out'}: train: 1 rows (data set: 1), " in capsys.readouterr().out
 
@@ -268,13 +271,13 @@ def test_a_full_disk_while_partitions_are_written(root: Path, tmp_path: Path, mo
         ("--num_frames=0", "--num_frames 0: give at least 1"),
         ("--num_frames=x", "argument --num_frames: invalid int value: 'x'"),
         ("--config=video", "argument --config: invalid choice: 'video'"),
-        ("--out=gs://b/x", "gs://b/x is no local place"),
-        ("--out={file}/out", "cannot be made or written (Not a directory); choose another place"),
-        ("--video_root={file}", "no folder but a file; give the folder of the videos"),
+        ("--out=gs://b/x", "gs://b/x is not a local path"),
+        ("--out={file}/out", "cannot be created or written (Not a directory); choose another folder"),
+        ("--video_root={file}", "a file, not a folder; give the folder of the videos"),
         ("--csv=nowhere.csv", "--csv nowhere.csv: no such file"),
     ],
 )
-def test_mistakes_are_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flag: str, message: str):
+def test_errors_are_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flag: str, message: str):
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲")])
     flags = ["--config=pretrain", f"--csv={csv}", f"--video_root={root}", f"--out={tmp_path / 'out'}"]
     try:
@@ -286,15 +289,18 @@ def test_mistakes_are_one_line(root: Path, tmp_path: Path, capsys: pytest.Captur
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
 
 
-def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_error_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(build_shards.importlib.util, "find_spec", lambda name: None)
     assert build_shards.main(["--config=pretrain", "--csv=x", "--video_root=x", "--out=x"]) == 2
-    assert capsys.readouterr().err.endswith("not installed: pip install 'ymplug_jax[prep]'\n")
+    assert capsys.readouterr().err.endswith("not installed; run pip install 'ymplug_jax[prep]'\n")
 
 
 def test_too_many_rejects_publish_nothing(tmp_path: Path, root: Path):
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲"), ("nowhere.mp4", "乙")])
-    with pytest.raises(build_shards.BuildError, match=r"1 of 2 rows were rejected, more than --max_rejects 0.25"):
+    with pytest.raises(
+        build_shards.BuildError,
+        match=r"1 of 2 rows were rejected and nothing was published; .*raise --max_rejects 0.25",
+    ):
         build(tmp_path / "out", csv, root, "--max_rejects", "0.25")
     with pytest.raises(FileNotFoundError, match="no split"):
         Records(str(tmp_path / "out"), "train")
@@ -302,8 +308,8 @@ def test_too_many_rejects_publish_nothing(tmp_path: Path, root: Path):
 
 
 @pytest.mark.slow
-def test_killed_build_goes_on(tmp_path: Path, root: Path):
-    """kill -9 after some partitions: they are kept as they are, and until the end no reader sees a shard."""
+def test_killed_build_resumes(tmp_path: Path, root: Path):
+    """After kill -9, finished partitions are kept, and no reader sees a shard before the build ends."""
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [(("a.mp4", "b.mkv")[i % 2], f"第{i}个") for i in range(600)])
     out, work = tmp_path / "out", tmp_path / "out" / build_shards.BUILDING / "train"
     run = command(out, csv, root, "--partition_rows=20", "--workers=1")
@@ -324,7 +330,7 @@ def test_killed_build_goes_on(tmp_path: Path, root: Path):
         Records(str(out), "train")
     again = subprocess.run([*run[:-1], "--workers=2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert f"going on: {len(done)} of 30 partitions" in again.stderr
+    assert f"resuming: {len(done)} of 30 partitions" in again.stderr
     records = Records(str(out), "train")
     assert sorted(int(records[i].title[1:-1]) for i in range(len(records))) == list(range(600))
     assert {path.stat().st_mtime_ns for path in out.glob("*.tfrecord-?????-of-?????")} >= set(done.values()), (
@@ -333,7 +339,7 @@ def test_killed_build_goes_on(tmp_path: Path, root: Path):
     assert not (out / build_shards.BUILDING).exists()
 
 
-def test_damaged_partition_is_built_anew(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_damaged_partition_is_rebuilt(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲"), ("b.mkv", "乙")])
     run_beam = build_shards._run_beam
 
@@ -347,15 +353,15 @@ def test_damaged_partition_is_built_anew(tmp_path: Path, root: Path, monkeypatch
     monkeypatch.setattr(build_shards, "_run_beam", damage)
     with pytest.raises(
         build_shards.BuildError,
-        match=r"part-00001.tfrecord: record 0 at byte 0: checksum .* Give the same command again",
+        match=r"part-00001.tfrecord: record 0 at byte 0: wrong checksum; .*; the same command rebuilds only this partition",
     ):
         build(tmp_path / "out", csv, root, "--partition_rows", "1")
     monkeypatch.setattr(build_shards, "_run_beam", run_beam)
     assert build(tmp_path / "out", csv, root, "--partition_rows", "1")["written"] == 2
 
 
-def test_a_clip_that_hangs_is_given_up(root: Path):
-    """A decoder that stops answering, as one that hangs in C does, is killed; the next clip gets a fresh process."""
+def test_hanging_clip_is_rejected(root: Path):
+    """A decoder that does not answer, as when it hangs in C, is killed; the next clip gets a new process."""
     reader = video_file.Reader(time_limit=30.0)
     assert len(reader.read(root / "a.mp4", 4).frames) == 4
     reader._limit = 1.0
@@ -368,12 +374,12 @@ def test_a_clip_that_hangs_is_given_up(root: Path):
     reader.close()
 
 
-def test_oversized_pictures_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path):
+def test_oversized_pictures_are_rejected_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path):
     monkeypatch.setattr(video_container, "MAX_PIXELS", 1000)
     with pytest.raises(video_file.Reject, match="too_large"):
         video_file.read_clip(str(root / "a.mp4"), 4)
     monkeypatch.setattr(video_file, "MAX_BYTES", 10)
-    with pytest.raises(video_file.Reject, match="bytes, the limit is 10"):
+    with pytest.raises(video_file.Reject, match="bytes; the limit is 10"):
         video_file.read_clip(str(root / "a.mp4"), 4)
 
 
@@ -396,9 +402,9 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_portable_job_service_with_external_workers(tmp_path: Path, root: Path):
-    """The protocol that Beam clusters speak: a job service, and a pool that starts the workers."""
+    """The protocol of Beam clusters: a job service, and a pool that starts the workers."""
     jobs, pool = free_port(), free_port()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the pool starts `python`, by that name
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the pool runs the command `python`
     services = [
         subprocess.Popen(
             [sys.executable, "-m", module, *flags],

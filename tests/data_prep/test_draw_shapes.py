@@ -1,4 +1,4 @@
-"""The drawn corpus: what the titles say is what the files show, held-out combinations stay out, nothing half-written."""
+"""The drawn corpus: titles match the videos, combinations are held out, and writing is atomic."""
 
 import ast
 import csv
@@ -91,13 +91,13 @@ def test_motion_is_clear_from_four_frames(motion: str):
             "慢慢变大": ("radius", 1),
             "慢慢变小": ("radius", -1),
         }[motion]
-        assert (sign * changes.pop(axis) > 3).all()  # pixels from one of the four frames to the next
+        assert (sign * changes.pop(axis) > 3).all()  # pixels between consecutive frames of the four
         assert all(np.allclose(change, 0) for change in changes.values())
-        assert path[:, 2].min() >= 14  # pixels of 112: at the 64 of the tiny models a circle is still no square
+        assert path[:, 2].min() >= 14  # of 112 pixels; at 64 pixels, a circle still differs from a square
 
 
 def test_files_show_their_titles(corpus: Path):
-    """The pixels of the title's colour, found in the decoded file, move or grow as the title says."""
+    """Pixels of the title's colour in the decoded file move or grow as the title says."""
     for row in read(corpus / "pretrain_val.csv") + read(corpus / "pretrain_train.csv"):
         frames = decode(corpus / row["video_id:FILE"])  # [16, 112, 112, 3]
         assert frames.shape == (draw_shapes.FRAMES, draw_shapes.SIZE, draw_shapes.SIZE, 3)
@@ -113,7 +113,7 @@ def test_files_show_their_titles(corpus: Path):
         assert [name for name, true in seen.items() if true] == [motion], row
 
 
-def test_tables_are_those_of_the_release(corpus: Path):
+def test_tables_match_those_of_youku_mplug(corpus: Path):
     lines = (corpus / "texts.txt").read_text(encoding="utf-8").splitlines()
     assert len(set(lines)) == 128 + 128 + 256 + 45 and {
         row["title"] for row in read(corpus / "pretrain_val.csv")
@@ -135,7 +135,7 @@ def test_tables_are_those_of_the_release(corpus: Path):
     assert train == [row["title"] for row in read(corpus / "pretrain_train.csv")][: len(train)]
 
 
-def test_title_says_nothing_of_the_class_in_the_test_part(corpus: Path):
+def test_test_titles_carry_no_information_about_the_class(corpus: Path):
     rows = read(corpus / "classification_test.csv")
     assert {row["video_id:FILE"] for row in rows} == {
         row["clip_name:FILE"] for row in read(corpus / "retrieval_val.csv")
@@ -150,22 +150,22 @@ def test_title_says_nothing_of_the_class_in_the_test_part(corpus: Path):
 def test_complete_corpus_is_reused(corpus: Path, capsys):
     before = {p: p.stat().st_mtime_ns for p in corpus.rglob("*")}
     main(["--out", str(corpus), "--clips", "40", "--seed", "3"])
-    assert "36 training and 4 validation clips, drawn before" in capsys.readouterr().out
+    assert "36 training and 4 validation clips, already drawn" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in corpus.rglob("*")} == before
     assert main(["--out", str(corpus), "--clips", "40", "--seed", "4"]) == 2
     assert "remove it or give another --out" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys):
+def test_errors_are_one_line(tmp_path: Path, capsys):
     (tmp_path / "file").write_text("mine")
     for flags, message in (
         (
             [f"--out={tmp_path}/file/corpus"],
-            f"error: {tmp_path}/file/corpus: cannot be made: Not a directory; give another --out",
+            f"error: {tmp_path}/file/corpus: cannot be created (Not a directory); give another --out",
         ),
-        ([f"--out={tmp_path}/file"], "is not a corpus of draw_shapes: give another --out"),
+        ([f"--out={tmp_path}/file"], "is not a corpus of draw_shapes; give another --out"),
         ([f"--out={tmp_path}/new", "--clips=3"], "error: "),
-        (["--out=gs://bucket/corpus"], "no local place"),
+        (["--out=gs://bucket/corpus"], "is not a local path"),
         (["--out=x", "--clip=40"], "unrecognized arguments: --clip=40"),
     ):
         try:
@@ -177,12 +177,12 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_strange_folders_are_left_alone(tmp_path: Path):
+def test_other_folders_are_not_touched(tmp_path: Path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not a corpus of draw_shapes"):
         draw(tmp_path, clips=20)
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
-    with pytest.raises(ValueError, match="--clips 5: at least 20"):
+    with pytest.raises(ValueError, match="--clips 5: too few"):
         draw(tmp_path / "few", clips=5)
 
 

@@ -1,4 +1,4 @@
-"""A BERT vocabulary and prompts of entities from texts, and mistakes in one line."""
+"""Training of a BERT vocabulary, building of entity prompts, and one-line errors."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def test_a_vocabulary_knows_the_characters(tmp_path: Path) -> None:
     assert "must end in .txt" in error and "Traceback" not in error
 
 
-def test_entities_are_counted_and_set_into_templates(tmp_path: Path) -> None:
+def test_entities_are_counted_and_templates_written(tmp_path: Path) -> None:
     (tmp_path / "nouns.txt").write_text("狗 900\n猫咪 3\n鱼\n\n猫 100\n猫 100\nvlog\n", encoding="utf-8")
     out = command(
         "entity_prompts", "--entities", tmp_path / "nouns.txt", "--csv", titles(tmp_path / "p.csv"), "--out",

@@ -1,4 +1,4 @@
-"""CSVs as people save them, cells of captions, class names, and which file a name means."""
+"""Parsing of CSVs, caption cells and class names, and resolution of file names."""
 
 import unicodedata
 from pathlib import Path
@@ -18,15 +18,18 @@ HEADER = "video_id:FILE,title\n"
     ("text", "message"),
     [
         (HEADER + 'a.mp4,一\nb.mp4,"第一集\nc.mp4,第二集\nd.mp4,三\n', "lines 3 to 5: a quoted field does not end"),
-        (HEADER + 'a.mp4,"第一集\nb.mp4,第二集"\n', "line 3: a quoted field that begins in line 2 takes in what looks"),
+        (
+            HEADER + 'a.mp4,"第一集\nb.mp4,第二集"\n',
+            "line 3: this line looks like a row (b.mp4), but is inside a quoted field that begins in line 2",
+        ),
         (HEADER + 'a.mp4,"一\nb.mp4,二\nc.mp4,"三"\n', "lines 2 to 4: text follows a closing quote"),
         (HEADER + 'a.mp4,"一"二\n', "line 2: text follows a closing quote"),
         (HEADER + 'a.mp4,"一\n' + "b.mp4,很长的标题\n" * 20_000, "line 2 to "),
         (HEADER + "a.mp4,一\rb.mp4,二\r", "line 2: a carriage return inside a line"),
-        ("title,title,video_id:FILE\n一,二,a.mp4\n", "column 'title' stands 2 times"),
-        ("video_id:FILE;title\na.mp4;一\n", "separated by ';', save it with commas"),
-        ("", "empty; it needs a header of video_id:FILE,title"),
-        ("\ufeff" + HEADER, "a header and no rows"),
+        ("title,title,video_id:FILE\n一,二,a.mp4\n", "column 'title' occurs 2 times"),
+        ("video_id:FILE;title\na.mp4;一\n", "separator is ';', so save it with commas"),
+        ("", "empty; write a header of video_id:FILE,title"),
+        ("\ufeff" + HEADER, "no rows after the header"),
     ],
 )
 def test_broken_tables_name_the_line(tmp_path: Path, text: str, message: str):
@@ -45,7 +48,7 @@ def test_other_encodings_are_named(tmp_path: Path, encoding: str, message: str):
         read_rows(tmp_path / "x.csv", "pretrain")
 
 
-def test_odd_but_whole_tables(tmp_path: Path):
+def test_unusual_but_valid_tables(tmp_path: Path):
     text = (
         "\ufeff" + HEADER + 'a.mp4,"第一行\n第二行, 3.5 分"\r\nb.mp4,上\u2028下\r\n\r\nc.mp4,一"二\n'
         "d.mp4,一,二\ne.mp4\nf.mp4,空\x00字\n"
@@ -58,7 +61,7 @@ def test_odd_but_whole_tables(tmp_path: Path):
         ("c.mp4", '一"二'),
     ]
     assert [bool(row.problem) for row in rows] == [False, False, False, True, True, True]
-    assert "3 fields, the header has 2" in rows[3].problem and "NUL" in rows[5].problem
+    assert "3 fields, but the header has 2" in rows[3].problem and "NUL" in rows[5].problem
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,7 @@ def test_captions(cell: str, captions: tuple[str, ...]):
     ["['一' '二']", "['一'\n '二']", "['一', None]", "[None]", "[nan]", "[1, 2]", "[['一']]", "[]", "['']", "['一', ' ']", "['坏",
      "array(['一', '二'], dtype=object)", "('一', '二')", "[‘一’, ‘二’]", "['一', ...]", "['一', 'b' \"c\"]", "[f'一']", "None", "nan", "NaN", "<NA>"],
 )  # fmt: skip
-def test_cells_that_are_no_list_of_strings(cell: str):
+def test_cells_that_are_not_a_list_of_strings(cell: str):
     captions, problem = captions_of(cell)
     assert captions == () and problem.startswith("golden_caption ")
 
@@ -91,7 +94,7 @@ def test_cells_that_are_no_list_of_strings(cell: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("猫\n狗\n猫\n", "line 3: class name '猫' stands in line 1"),
+        ("猫\n狗\n猫\n", "line 3: class name '猫' repeats line 1"),
         ("猫\n\n狗", "line 2: an empty line"),
         ("", "no class names"),
     ],
@@ -102,7 +105,7 @@ def test_class_names(text: str, message: str):
         parse_class_names(text, "n.txt")
 
 
-def test_links_and_spellings(tmp_path: Path):
+def test_links_and_unicode_normalisation(tmp_path: Path):
     root, blobs, other = tmp_path / "snapshots/1", tmp_path / "blobs", tmp_path / "other"
     for folder in (root / "v", blobs, other):
         folder.mkdir(parents=True)
@@ -139,4 +142,4 @@ def test_a_missing_caption_as_pandas_prints_it(tmp_path: Path):
     file.write_text("clip_name:FILE,caption\na.mp4,nan\nb.mp4,nan 是什么\n", encoding="utf-8")
     rows = read_rows(file, "retrieval")
     assert [row.captions for row in rows] == [(), ("nan 是什么",)]
-    assert rows[0].problem.startswith("caption is nan, a missing value") and rows[1].problem == ""
+    assert rows[0].problem.startswith("caption is nan, which is a missing value") and rows[1].problem == ""

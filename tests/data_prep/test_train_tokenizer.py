@@ -61,7 +61,7 @@ def test_titles_split_into_words(processor):
     assert processor.encode("蓝色的五角星在向左移动", out_type=str) == ["蓝色的", "五角星在", "向左移动"]
 
 
-def test_vocabulary_is_the_largest_possible():
+def test_vocabulary_is_limited_by_the_texts():
     large = sentencepiece.SentencePieceProcessor(model_proto=train(iter(TITLES), 5000))
     small = sentencepiece.SentencePieceProcessor(model_proto=train(iter(TITLES), 285))
     assert small.vocab_size() == 285
@@ -100,7 +100,7 @@ def test_cells_that_the_builder_rejects_are_left_out_with_a_note(tmp_path: Path,
     table = write_csv(tmp_path / "g.csv", "captioning", rows)
     assert list(texts_of(table)) == ["一只狗在跑"]
     assert train_tokenizer.main(["--csv", str(table), "--out", str(tmp_path / "t.model"), "--vocab", "400"]) == 0
-    assert f"note: 3 cells were left out; the first: {table}, line 2: golden_caption" in capsys.readouterr().err
+    assert f"note: 3 cells were skipped; the first is {table}, line 2: golden_caption" in capsys.readouterr().err
 
 
 def test_lines_end_at_newlines_only(tmp_path: Path):
@@ -124,12 +124,16 @@ def test_lines_end_at_newlines_only(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (b"name,words\na,b\n", [], "columns name,words are of no known CSV"),
-        (b"", [], "empty; it needs a header"),
+        (b"name,words\na,b\n", [], "unknown columns name,words; give a CSV with"),
+        (b"", [], "empty; write a header"),
         ("video_id:FILE,title\na.mp4,标题\n".encode("gbk"), [], "not UTF-8"),
-        (b"video_id:FILE,title\na.mp4,\n", [], "there is no text"),
-        ("video_id:FILE,title\na.mp4,标题\n".encode(), ["--vocab", "200"], "--vocab 200: 260 pieces"),
-        ("video_id:FILE,title\na.mp4,一二三四五六七八九十\n".encode(), ["--vocab", "265"], "characters alone take 271"),
+        (b"video_id:FILE,title\na.mp4,\n", [], "hold no text"),
+        (
+            "video_id:FILE,title\na.mp4,标题\n".encode(),
+            ["--vocab", "200"],
+            "--vocab 200: special tokens and bytes need 260",
+        ),
+        ("video_id:FILE,title\na.mp4,一二三四五六七八九十\n".encode(), ["--vocab", "265"], "characters alone need 271"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, capsys, content: bytes, arguments: list[str], message: str):

@@ -86,7 +86,7 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
         preprocess.class_names(Data(classes="nowhere.txt"))
     file.write_text("猫\n猫\n", encoding="utf-8")
     with pytest.raises(
-        exits.Mistake, match=r"config\.options\.answers .*names.txt, line 2: answer '猫' stands in line 1"
+        exits.Mistake, match=r"config\.options\.answers .*names.txt, line 2: answer '猫' repeats line 1"
     ):
         preprocess.names_in(str(file), "config.options.answers", "answer")
 
@@ -101,9 +101,9 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
         ("猫\n\n狗\n", "line 2: an empty line"),
         ("猫\n狗\n\n", "line 3: an empty line"),
         ("猫\n \u3000\n", "line 2: an empty line"),
-        ("猫\n狗 \n", "line 2: blanks around the class name '狗 '"),
+        ("猫\n狗 \n", "line 2: spaces around the class name '狗 '"),
         ("猫\r狗\r", "line 1: a carriage return inside the class name"),
-        ("猫\n狗\r\n猫\n", "line 3: class name '猫' stands in line 1 already"),
+        ("猫\n狗\r\n猫\n", "line 3: class name '猫' repeats line 1"),
     ],
 )
 def test_builder_training_and_run_folder_read_names_alike(

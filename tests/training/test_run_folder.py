@@ -138,7 +138,7 @@ def test_folders_that_cannot_be_created(folder: Path):
             "config.data.frames: 'four' is not a whole number",
         ),
         (b'{"task": "pretrain", "model": {}, "data": {"frame": 4}}', "no setting named 'frame'"),
-        (b'{"task": 5, "model": {}}', "config.task: 5 is not a text"),
+        (b'{"task": 5, "model": {}}', "config.task: 5 is not a string"),
         (b'{"task": "pretrain", "model": 5}', "config.model is 5, not a group"),
         (b'{"model": {}}', "damaged"),
     ],

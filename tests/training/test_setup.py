@@ -80,5 +80,5 @@ def test_patterns_that_match_nothing(setting: str, group: str):
 @pytest.mark.parametrize(("setting", "group"), [("frozen", "train"), ("no_decay", "optim"), ("lr_scales", "optim")])
 def test_patterns_that_are_not_regular_expressions(setting: str, group: str):
     value = (("a(", 0.1),) if setting == "lr_scales" else ("a(",)
-    with pytest.raises(Mistake, match=f"^config.{group}.{setting}: 'a\\(' is no regular expression"):
+    with pytest.raises(Mistake, match=f"^config.{group}.{setting}: 'a\\(' is not a regular expression"):
         tiny.prepare(**{group: {setting: value}})

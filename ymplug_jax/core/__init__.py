@@ -1,1 +1,1 @@
-"""Settings, state, placement on the mesh, the optimizer, checkpoints and metrics: what every other package stands on."""
+"""Settings, state, placement on the mesh, the optimizer, checkpoints and metrics: used by every other package."""

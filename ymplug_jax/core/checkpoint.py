@@ -1,14 +1,14 @@
-"""Orbax checkpoints of a run: the frozen parameters once, the rest every so many steps; strict on names, shapes and checksums.
+"""Orbax checkpoints of a run. Frozen parameters are saved once, the training state at intervals.
 
-Layout under the run's folder:
+Names, shapes and checksums are verified on reading. Layout of the run's folder:
     checkpoints/frozen/                    frozen parameters, written once
     checkpoints/steps/<n>/trainable/       float32 parameters after n steps
     checkpoints/steps/<n>/opt_state/       optimizer state
     checkpoints/steps/<n>/progress/        {"step": n, "examples_seen": ...}
-    checkpoints/steps/<n>/checksums/       of every leaf of the three trees
-A step appears under its name only when it is whole (Orbax renames a temporary folder); what a kill leaves behind is
-ignored and removed at the next start. Restoring always goes into an abstract tree that carries shapes, dtypes and
-shardings, so any mesh and any number of hosts can read what another wrote.
+    checkpoints/steps/<n>/checksums/       checksums of every leaf of the three trees
+A step appears under its name only when it is complete (Orbax renames a temporary folder); leftovers of a killed process are
+ignored, and removed at the next start. Restoring reads into an abstract tree with shapes, dtypes and shardings, so a checkpoint
+can be restored on any mesh and any number of hosts.
 """
 
 import contextlib
@@ -47,9 +47,9 @@ from ymplug_jax.core.verified_read import Damaged, stored_in
 
 
 class Checkpoints:
-    """Saves and restores one run. Saving is asynchronous; `close` waits for the last save.
+    """Saves and restores the checkpoints of one run. Saving is asynchronous; `close` waits for the last save.
 
-    Nothing changes on disk before the first save, so that a run can still be refused.
+    The disk does not change before the first save, so a run can still be rejected without leaving files behind.
     """
 
     def __init__(self, workdir: str, *, keep: int = 3, frozen_sums: dict[str, str] | None = None):
@@ -57,14 +57,14 @@ class Checkpoints:
 
         Args:
           workdir: the run's folder.
-          keep: newest steps that stay.
-          frozen_sums: checksums of frozen parameters that another folder holds; `save_frozen` finds its own.
+          keep: number of newest steps to keep.
+          frozen_sums: checksums of frozen parameters stored in another folder. `save_frozen` computes its own.
         """
         self.workdir = whole(workdir)
         self.folder = self.workdir / "checkpoints"
         self._keep = keep
         self.frozen_sums = frozen_sums
-        self._read_back = False  # whether a save of this process was
+        self._read_back = False  # whether the first save of this process was read back
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -74,38 +74,39 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder / STEPS, options=options)
 
     def latest_step(self) -> int | None:
-        """Newest whole step, or None for a fresh run."""
+        """Return the newest complete step, or None for a new run."""
         return latest_step(str(self.workdir))
 
     def save_frozen(self, frozen: state_lib.Params) -> None:
-        """Write the frozen tree and read it back, unless this run has a step and so has it already.
+        """Write the frozen tree and read it back. Does nothing if the run has a step, since the tree is saved before it.
 
         Raises:
-          PlaceFailed: it cannot be written, or not be read back.
+          PlaceFailed: the tree cannot be written or read back.
         """
         flat = state_lib.flatten(frozen)
         folder, step = self.folder / FROZEN, self.latest_step()
         if step is not None:
-            # Those of the step, not of what was read: the setting frozen_dtype may have changed since.
+            # Checksums of the stored tree: frozen_dtype may differ in this process.
             self.frozen_sums = (sums_of(self.folder / STEPS / str(step)) or {}).get(FROZEN)
             return
         if not flat:
             return
         self.frozen_sums = leaf_checksums.of_tree(flat)
         with self._whole_or_not(), ocp.StandardCheckpointer() as writer:
-            # What a run that never reached its first save has left there belongs to no step.
+            # A tree left by a run that never reached its first save belongs to no step and is overwritten.
             writer.save(folder, frozen, force=True)
             writer.wait_until_finished()
         _must_read(folder, frozen, self.frozen_sums)
 
     def save(self, state: state_lib.TrainState, step: int, examples_seen: int) -> None:
-        """Start saving the state after `step` steps (a step that is there already is left alone). The first save is waited for
-        and read back: a place that cannot be read is found now, not at the end.
+        """Start saving the state after `step` steps; an existing step is not saved again.
+
+        The first save is synchronous and read back, so that unreadable storage is detected early in the run.
 
         Raises:
-          PlaceFailed: this save or the one before it failed.
+          PlaceFailed: this save or the previous one failed.
         """
-        if step in self._manager.all_steps():  # those that are being saved too
+        if step in self._manager.all_steps():  # includes steps still being saved
             return
         opt_state = _wrapped(state.opt_state)
         trainable = state_lib.flatten(state.trainable)
@@ -133,7 +134,7 @@ class Checkpoints:
             self._read_back = True
 
     def restore(self, abstract: state_lib.TrainState, step: int) -> tuple[state_lib.TrainState, int]:
-        """(state, examples_seen) of a step, placed as `abstract` says.
+        """Restore (state, examples_seen) of a step with the shardings of `abstract`.
 
         Raises:
           CheckpointError: parameter names or shapes differ from `abstract`, or the step is damaged.
@@ -145,7 +146,7 @@ class Checkpoints:
             fits(stored, state_lib.flatten(abstract.trainable), folder / TRAINABLE)
             progress = json_in(folder / "progress", "its progress")
             if not isinstance(progress.get("step"), int) or not isinstance(progress.get("examples_seen"), int):
-                raise Damaged("its progress", "has no step and examples_seen")
+                raise Damaged("its progress", "no step and examples_seen in it")
             trainable = verified_read.read(folder / TRAINABLE, abstract.trainable, sums.get(TRAINABLE))
             return (
                 trainable,
@@ -167,28 +168,28 @@ class Checkpoints:
         return state, progress["examples_seen"]
 
     def wait(self) -> None:
-        """Until every save that was started is whole on disk.
+        """Wait until all started saves are complete on disk.
 
         Raises:
-          PlaceFailed: one of them failed.
+          PlaceFailed: a save failed.
         """
         if "_manager" in self.__dict__:
             with self._whole_or_not():
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish saving and let go of the threads."""
+        """Wait for pending saves and stop the threads."""
         if "_manager" not in self.__dict__:
             return
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # it says again what the wait has said
+            with contextlib.suppress(Exception):  # repeats the error of `wait`
                 self._manager.close()
 
     @contextlib.contextmanager
     def _whole_or_not(self) -> Iterator[None]:
-        """Around saving: what fails is PlaceFailed, and leaves nothing half-written."""
+        """Convert errors of a save to PlaceFailed and remove partial files."""
         try:
             with place_of(self.folder):
                 yield
@@ -202,10 +203,10 @@ class Checkpoints:
 
 
 def _must_read(folder: epath.Path, tree: Any, sums: Mapping[str, str]) -> None:
-    """What was just saved is read back, in parts, and compared.
+    """Read back a saved tree in parts and compare its checksums.
 
     Raises:
-      PlaceFailed: it cannot be read, or is not what was saved.
+      PlaceFailed: the tree cannot be read, or differs from what was saved.
     """
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
     try:
@@ -213,7 +214,7 @@ def _must_read(folder: epath.Path, tree: Any, sums: Mapping[str, str]) -> None:
             pass
     except Damaged as error:
         raise PlaceFailed(
-            f"{folder}: was saved but cannot be read back ({error}); look at the disk, or choose another --workdir"
+            f"{folder}: saved, but cannot be read back ({error}); check the disk, or choose another --workdir"
         ) from None
 
 
@@ -231,19 +232,22 @@ def load_params(
     resize: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = MappingProxyType({}),
     values: bool = True,
 ) -> dict[str, jax.Array]:
-    """Parameters of a run or a converted checkpoint, flat by path, placed and cast as `abstract` says.
+    """Load parameters of a run or a converted checkpoint.
 
     Args:
-      workdir: the run's folder (the newest step is taken).
-      abstract: nested tree of ShapeDtypeStructs with shardings: the parameters wanted.
-      subtree: take only the paths under this name ("llm"); every one of them must be in the checkpoint.
-      stored_as: the name of that subtree in the checkpoint where it is another, "" for all that is there.
-      allow_missing: path regexes that the checkpoint may lack; they are then not in the result.
-      resize: path -> function (stored value, wanted shape) for tables that may be stored in another size.
-      values: False compares names and shapes, reads no value and returns nothing.
+      workdir: folder of a run (its newest step is loaded) or of a conversion.
+      abstract: nested tree of ShapeDtypeStructs with shardings: the parameters to load.
+      subtree: load only the paths below this name, e.g. "llm". All of them must be in the checkpoint.
+      stored_as: name of that subtree in the checkpoint. None: the same name; "": the whole checkpoint.
+      allow_missing: path regexes of parameters that the checkpoint may lack. Missing ones are left out of the result.
+      resize: path -> function (stored value, wanted shape), for tables that may be stored in another size.
+      values: False: compare names and shapes only, and return an empty dict.
+
+    Returns:
+      {path: array}, with the dtypes and shardings of `abstract`.
 
     Raises:
-      CheckpointError: no checkpoint there, or a wanted parameter is missing or has another shape.
+      CheckpointError: the folder holds no checkpoint, or a wanted parameter is missing or has another shape.
     """
     folder = whole(workdir)
     wanted = {
@@ -254,11 +258,11 @@ def load_params(
     if not wanted:
         tops = sorted({path.split("/")[0] for path in state_lib.flatten(abstract)})
         raise CheckpointError(
-            f"config.train.init_from: the model has no subtree {subtree!r}; there are {', '.join(tops)}"
+            f"config.train.init_from: the model has no subtree {subtree!r}; valid names: {', '.join(tops)}"
         )
     if not places(workdir):
         raise CheckpointError(
-            f"{workdir}: no checkpoint here (looked for {folder / 'checkpoints'}); give the --workdir of a finished run"
+            f"{workdir}: no checkpoint here (looked in {folder / 'checkpoints'}); give the folder of a run or of a conversion"
         )
     names = (subtree, subtree if stored_as is None else stored_as)
 
@@ -281,7 +285,7 @@ def _load(
     resize: Mapping[str, Callable],
     values: bool,
 ) -> dict[str, jax.Array]:
-    """`load_params` of one step; `names` are those of the subtree in the model and in the checkpoint."""
+    """`load_params` for one step. `names`: name of the subtree in the model, and in the checkpoint."""
     folder, found = workdir / "checkpoints", places(str(workdir), step)
     here_name, there_name = (f"{name}/" if name else "" for name in names)
 
@@ -297,7 +301,9 @@ def _load(
     }
     there = {path: leaf for leaves in stored.values() for path, leaf in leaves.items()}
     if names[0] and not there.keys() & wanted.keys():
-        raise CheckpointError(f"{folder} has nothing under {there_name!r} that {names[0]!r} could take")
+        raise CheckpointError(
+            f"{folder}: no parameter below {there_name!r} fits the subtree {names[0]!r}; correct config.train.init_from"
+        )
     wanted = {
         path: leaf
         for path, leaf in wanted.items()

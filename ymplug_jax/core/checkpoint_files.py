@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run lie, what is stored in them, and what to say of one that is damaged. See `checkpoint`."""
+"""Paths and contents of a run's checkpoint files, and error messages for damaged ones. See `checkpoint`."""
 
 import contextlib
 import hashlib
@@ -17,16 +17,16 @@ from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.core.verified_read import Damaged
 
 FROZEN = "frozen"
-BEST = "best"  # folder below a run's own: a run's folder of its best step, which shares the frozen parameters
+BEST = "best"  # subfolder of a run: a run folder with its best step only, which uses the run's frozen parameters
 STEPS = "steps"
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a step
-CONVERTED = "converted"  # parameters of another program's checkpoint, in a folder of their own
+CONVERTED = "converted"  # item folder of parameters converted from another program's checkpoint
 
-SPACE = "look at its free space and permissions; the same command goes on from the newest checkpoint"
-# NAME= or NAME:STORED= of config.train.init_from: paths of parameters, which never begin as paths of folders do (/ . ~ gs:).
+SPACE = "check its free space and permissions, then run the same command again to resume from the newest checkpoint"
+# NAME= or NAME:STORED= in config.train.init_from. Parameter paths never begin like folder paths (/ . ~ gs:).
 SUBTREE = re.compile(r"([A-Za-z_]\w*(?:/\w+)*(?::(?:\w+(?:/\w+)*)?)?)=")
-# The words of the system say more than the codes of TensorStore, which may stand before them.
+# Messages of the system are more specific than TensorStore's codes, so they are searched first.
 FAILED_WRITE = (
     re.compile(
         r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied|Input/output error|File too large"
@@ -37,25 +37,25 @@ FAILED_WRITE = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or does not fit; the message names the folder, the parameter and the fix."""
+    """A checkpoint is missing, damaged or does not fit the model. The message names the folder, the parameter and the fix."""
 
 
 def folder_of(name: str) -> epath.Path:
-    """The folder that a flag or a setting names: local, local as file:///..., or gs://bucket/... (which pathlib would break)."""
+    """Return the folder that a flag or setting names: a local path, file:///..., or gs://bucket/... (which pathlib would break)."""
     return epath.Path(str(name).removeprefix("file://")).expanduser()
 
 
 def whole(name: str) -> epath.Path:
-    """The folder of a name, from the root; epath's own `absolute` takes gs:// for a local name."""
+    """Return the absolute folder of a name. `absolute` of epath treats gs:// as a local path."""
     folder = folder_of(name)
     return folder if "://" in str(folder) else folder.absolute()
 
 
 @contextlib.contextmanager
 def place_of(folder: epath.Path) -> Iterator[None]:
-    """Errors of files inside become PlaceFailed, one line that names the place.
+    """Convert errors of reading and writing files in the block to PlaceFailed, with one line that names the folder.
 
-    TensorStore raises ValueError and Exception with the words of the system, Orbax passes them on from its threads.
+    TensorStore raises ValueError and Exception with the system's message, and Orbax passes them on from its threads.
     """
     try:
         yield
@@ -75,46 +75,47 @@ def place_of(folder: epath.Path) -> Iterator[None]:
 
 
 def latest_step(workdir: str) -> int | None:
-    """Newest step of a run, or None."""
+    """Return the newest step of a run, or None."""
     return max(steps_of(whole(workdir)), default=None)
 
 
 def steps_of(workdir: epath.Path) -> list[int]:
-    """Steps that were saved to their end."""
+    """Return the steps whose checkpoints are complete."""
     folder = workdir / "checkpoints" / STEPS
     return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
 
 
 def places(workdir: str, step: int | None = None) -> list[epath.Path]:
-    """Item folders that together hold all parameters of the newest checkpoint, or of a step."""
+    """Return the item folders that together hold all parameters of a step; None: of the newest step."""
     folder = whole(workdir) / "checkpoints"
     step = latest_step(workdir) if step is None else step
     possible = [folder / CONVERTED, folder / FROZEN]
     if folder.parent.name == BEST and not possible[1].exists():
         possible[1] = folder.parent.parent / "checkpoints" / FROZEN
-    # A step whose parameters are gone is damaged: it must not pass for a run that has only frozen ones.
+    # Listed even if it is gone: a step that lost its parameters is damaged, not a run with frozen parameters only.
     return [place for place in possible if place.exists()] + (
         [folder / STEPS / str(step) / TRAINABLE] if step is not None else []
     )
 
 
 def sources(init_from: str) -> list[tuple[str, str, str]]:
-    """[(subtree, its name in the folder, folder)] of the setting `init_from`: "DIR" is every parameter (subtree ""),
-    "llm=DIR,vision=DIR" are some, "prompter:=DIR" is all that the folder has, put below that name, and
-    "vision/blocks/temporal_attn:vision/blocks/attn=DIR" is a part under another name.
+    """Parse the setting `init_from` into [(subtree of the model, its name in the folder, folder)].
 
-    Names of folders may hold "=", "," and ":". What exists under the whole name is a folder, and so is what cannot begin with the
-    name of a subtree; after a comma, what begins with no subtree belongs to the name of the folder before.
+    "DIR" gives every parameter (subtree ""), "llm=DIR,vision=DIR" gives subtrees, "prompter:=DIR" loads all parameters of the
+    folder below `prompter`, and "vision/blocks/temporal_attn:vision/blocks/attn=DIR" loads a subtree under another name.
+
+    Folder names may contain "=", "," and ":". A part that exists as a folder, or cannot begin with a subtree name, is a folder;
+    text after a comma that does not begin with a subtree name belongs to the previous folder name.
 
     Raises:
-      CheckpointError: a part that cannot be read so.
+      CheckpointError: a part has none of these forms.
     """
     if not init_from.strip():
         return []
     parts: list[str] = []
     for part in init_from.split(","):
         if parts and not SUBTREE.match(part.strip()):
-            parts[-1] += f",{part}"  # a comma in the name of a folder
+            parts[-1] += f",{part}"  # the folder name contains a comma
         else:
             parts.append(part.strip())
     parts = [part.strip().rstrip(",") for part in parts if part.strip(" ,")]
@@ -130,27 +131,27 @@ def sources(init_from: str) -> list[tuple[str, str, str]]:
         pairs.append((subtree, stored_as if other else subtree, part[head.end() :]))
     if len(pairs) > 1 and any(not subtree for subtree, _, _ in pairs):
         raise CheckpointError(
-            f'config.train.init_from is {init_from!r}; write one "DIR", or "llm=DIR,vision=DIR" with a name for each'
+            f'config.train.init_from is {init_from!r}; give one "DIR", or a subtree name for each folder: "llm=DIR,vision=DIR"'
         )
     if empty := [subtree for subtree, _, folder in pairs if not folder]:
         raise CheckpointError(
-            f"config.train.init_from is {init_from!r}: {empty[0]}= names no folder; write {empty[0]}=DIR"
+            f"config.train.init_from is {init_from!r}: {empty[0]}= has no folder; write {empty[0]}=DIR"
         )
     return pairs
 
 
 def _is_folder(name: str) -> bool:
-    """Of this machine: where NAME= comes before gs://, it is a subtree."""
+    """Return whether a local folder of this name exists. A name with "://" may be NAME=gs://..., so it is never one."""
     return "://" not in name and folder_of(name).exists()
 
 
 def fingerprint(workdir: str) -> str:
-    """SHA-256 that tells the parameters of the newest checkpoint from others, whatever folder they stand in.
+    """Return a SHA-256 of the parameters of the newest checkpoint, independent of the folder.
 
-    It is taken over their checksums; over the files where an older version saved without.
+    It hashes the stored checksums, or the files if the checkpoint was saved without checksums by an older version.
 
     Raises:
-      CheckpointError: no checkpoint there.
+      CheckpointError: the folder holds no checkpoint.
     """
     lines = []
     if not (found := places(workdir)):
@@ -170,23 +171,23 @@ def fingerprint(workdir: str) -> str:
 
 
 def sums_of(step_folder: epath.Path) -> dict[str, dict[str, str]] | None:
-    """{item: {path: checksum}} of a step; None for one of an older version.
+    """Return {item: {path: checksum}} of a step, or None if an older version saved it without checksums.
 
     Raises:
-      Damaged: the step was saved with checksums, and they are gone or are none.
+      Damaged: the step was saved with checksums, and they are missing or invalid.
     """
     if not (step_folder / CHECKSUMS).exists():
         if _saved_with_sums(step_folder):
-            raise Damaged("its item 'checksums'", f"it was saved with the step but is gone ({step_folder / CHECKSUMS})")
+            raise Damaged("its item 'checksums'", f"saved with the step but missing ({step_folder / CHECKSUMS})")
         return None
     sums = json_in(step_folder / CHECKSUMS, "its checksums")
     if not all(isinstance(part, dict) for part in sums.values()):
-        raise Damaged("its checksums", "are no checksums")
+        raise Damaged("its checksums", "not a valid list of checksums")
     return sums
 
 
 def _saved_with_sums(step_folder: epath.Path) -> bool:
-    """Whether the step's own metadata names them among its items."""
+    """Return whether the step's metadata lists checksums among its items."""
     try:
         items = json.loads((step_folder / METADATA).read_bytes())["item_handlers"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -195,16 +196,16 @@ def _saved_with_sums(step_folder: epath.Path) -> bool:
 
 
 def step_folder(workdir: epath.Path, step: int | None) -> epath.Path | None:
-    """The folder of a saved step; None for a conversion, which has none."""
+    """Return the folder of a saved step; None for a conversion, which has no steps."""
     return None if step is None else workdir / "checkpoints" / STEPS / str(step)
 
 
 def sums_in(place: epath.Path, step: epath.Path | None) -> dict[str, str] | None:
-    """Checksums of the parameters in one of the `places` of a step; None if it was saved without.
+    """Return the checksums of the parameters in one of the `places` of a step; None if it was saved without.
 
     Args:
-      place: the item's folder.
-      step: that of the step, which also has the checksums of the run's frozen parameters; None for a conversion.
+      place: folder of the item.
+      step: folder of the step, which also stores the checksums of the frozen parameters; None for a conversion.
     """
     if place.name == TRAINABLE:
         return (sums_of(place.parent) or {}).get(TRAINABLE)
@@ -213,25 +214,29 @@ def sums_in(place: epath.Path, step: epath.Path | None) -> dict[str, str] | None
 
 
 def json_in(item: epath.Path, what: str) -> dict[str, Any]:
-    """Content of an item that Orbax saved as JSON."""
+    """Read an item that Orbax saved as JSON.
+
+    Raises:
+      Damaged: the item is missing or not a JSON object.
+    """
     try:
         content = json.loads((item / "metadata").read_bytes())
     except FileNotFoundError:
         raise Damaged(what, f"cannot be read ({item / 'metadata'} is missing)") from None
     except ValueError:
-        raise Damaged(what, f"cannot be read ({item / 'metadata'} is no JSON)") from None
+        raise Damaged(what, f"cannot be read ({item / 'metadata'} is not JSON)") from None
     if not isinstance(content, dict):
-        raise Damaged(what, f"cannot be read ({item / 'metadata'} is no JSON object)")
+        raise Damaged(what, f"cannot be read ({item / 'metadata'} is not a JSON object)")
     return content
 
 
 def say_unverified(place: epath.Path) -> None:
-    """Warn that a folder has no checksums to compare with."""
-    logging.warning("%s: saved without checksums by an older version; read unverified", place)
+    """Log a warning that a folder was read without checksums to verify it."""
+    logging.warning("%s: saved without checksums by an older version; not verified", place)
 
 
 def damaged(workdir: epath.Path, step: int | None, error: Damaged, read: Callable[[int], Any]) -> CheckpointError:
-    """The error for a step (None: a conversion) that is damaged, with the newest step that `read` can read, and how to go on from it."""
+    """Build the error for a damaged step (None: a conversion). It names the newest step that `read` can read, and how to resume from it."""
     folder = workdir / "checkpoints"
     if step is None:
         return CheckpointError(f"{folder}: {error.what} is damaged: {error.reason}; convert or copy it again")
@@ -247,20 +252,20 @@ def damaged(workdir: epath.Path, step: int | None, error: Damaged, read: Callabl
             f"{move} {shlex.quote(str(folder / STEPS / str(s)))} {shlex.quote(str(folder / f'damaged_{s}'))}"
             for s in newer
         )
-        fix = f"the newest whole step is {older}: to go on from it, put the damaged aside with: {command}"
+        fix = f"the newest undamaged step is {older}; to resume from it, move the damaged steps away: {command}"
         break
     else:
-        fix = f"no step of {workdir} is whole; copy the folder again from where it was whole, or begin again in another --workdir"
+        fix = f"every step of {workdir} is damaged; restore the folder from a copy, or start again in another --workdir"
     return CheckpointError(f"{workdir}: step {step}: {error.what} is damaged: {error.reason}; {fix}")
 
 
 def fits(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path, *, extra_allowed: bool = False
 ) -> None:
-    """Compare names and shapes of what a folder holds with what is wanted from it.
+    """Compare names and shapes of stored parameters with those of the model.
 
     Raises:
-      CheckpointError: names are missing, or too many unless `extra_allowed`, or shapes differ.
+      CheckpointError: names are missing, extra (unless `extra_allowed`), or have another shape.
     """
     missing = sorted(set(wanted) - set(stored))
     extra = [] if extra_allowed else sorted(set(stored) - set(wanted))
@@ -276,7 +281,7 @@ def fits(
     ]
     if problems:
         raise CheckpointError(
-            f"{folder} does not fit the model of this config; {'; '.join(problems)}. Use the config that wrote it"
+            f"{folder} does not fit the model of this config; {'; '.join(problems)}; use the config of the run that wrote it"
         )
 
 

@@ -1,8 +1,10 @@
-"""All settings of a run as nested frozen dataclasses, and their way in: Python file -> locked ConfigDict -> Experiment.
+"""All settings of a run as nested frozen dataclasses: Python file -> locked ConfigDict -> Experiment.
 
-A config file builds an `Experiment`, hands it to `to_config_dict`, and returns the result. The ConfigDict is made from
-the dataclasses and locked, so a misspelt key or a wrong type on the command line fails on its own line. Past `main.py`,
-code takes only the dataclass it needs.
+A config file builds an `Experiment` and returns `to_config_dict(experiment)`. The ConfigDict is typed by the dataclasses and
+locked, so a misspelt key or a value of the wrong type on the command line fails where it is given. Behind `main.py`, each
+function takes only the dataclass it needs.
+
+The comment of a field, behind it or in the lines above it, is its description in the documentation's table of settings.
 """
 
 import dataclasses
@@ -23,58 +25,64 @@ if TYPE_CHECKING:
 
     Model: TypeAlias = nn.Module | Mapping[str, Any]
 else:
-    Model = Any  # the annotation that `build` reads: settings are read without importing flax, and every value is taken
+    Model = Any  # `build` reads the annotation; `Any` accepts every value and avoids importing flax
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where the examples come from, and what is done to them on their way."""
+    """Where the examples come from and how they are preprocessed."""
 
-    path: str = ""  # folder that data_prep.build_shards wrote; for task "language" also a text file, one title a line
-    train_split: str = "train"
-    eval_split: str = "validation"  # empty: never evaluate during training
-    examples: int = 0  # size of the training split where `path` is empty, to plan a run without its data
-    tokenizer: str = ""  # *.model (sentencepiece), tokenizer.json or vocab.txt
-    classes: str = ""  # file of class names, one a line; empty: the 45 categories of Youku-mPLUG
-    lower_case: bool = True  # of a BERT vocab.txt: letters in lower case, without accents
-    frames: int = 4  # T, frames shown to the model out of those stored
-    image_size: int = 224  # S, pixels
-    max_tokens: int = 80  # L, beginning and end token included
-    max_words: int = 30  # words by spaces that title cleaning keeps; hardly ever cuts Chinese
-    augment: bool = True  # random crop, flip and RandAugment in training; off: the plain resize of evaluation
-    wrap_uint8: bool = False  # with augment: values beyond 0 to 255 wrap before RandAugment, as in the reference; off: they are clipped
-    threads: int = 8  # threads that read and decode, per host
-    workers: int = 0  # processes that read and decode, per host; 0: threads alone
-    skip_corrupt: bool = False  # count records with a broken checksum as invalid instead of stopping
+    # Folder of the shards that data_prep.build_shards wrote. For the task "language" also a text file (*.txt), one text per line.
+    path: str = ""
+    train_split: str = "train"  # Split that training reads.
+    eval_split: str = "validation"  # Split that evaluation reads. Empty: training runs no evaluation.
+    examples: int = 0  # Size of the training split, used only where `path` is empty, to plan a run without its data.
+    tokenizer: str = ""  # Tokenizer file: *.model (sentencepiece), tokenizer.json or vocab.txt (BERT).
+    classes: str = ""  # File of class names, one per line. Empty: the 45 categories of Youku-mPLUG.
+    lower_case: bool = True  # With a BERT vocab.txt: lower-case the text and strip accents before tokenizing.
+    frames: int = 4  # Number of frames T sampled from each stored clip.
+    image_size: int = 224  # Height and width of a frame after preprocessing, in pixels.
+    max_tokens: int = 80  # Maximum text length L in tokens, start and end token included.
+    # Title cleaning keeps at most this many words, separated by spaces. Chinese text has few spaces and is rarely cut.
+    max_words: int = 30
+    # Apply random crop, flip and RandAugment in training. False: use the resize of evaluation in training too.
+    augment: bool = True
+    # With `augment`: let pixel values outside 0 to 255 wrap around before RandAugment, as the reference does. False: clip them.
+    wrap_uint8: bool = False
+    threads: int = 8  # Threads per host that read and decode; with `workers`, threads per worker process.
+    workers: int = 0  # Processes per host that read and decode. 0: threads of the main process only.
+    skip_corrupt: bool = False  # Mask out records whose checksum does not match instead of stopping the run.
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW, its schedule, and which parameters are treated otherwise."""
+    """AdamW, its learning rate schedule, and parameter groups."""
 
-    lr: float = 1e-4  # peak
-    min_lr: float = 1e-6
-    warmup: str = "2000 steps"  # from 0 to the peak, both ends included
-    schedule: str = "cosine"  # or "linear", the way down from the peak; "bert": linear, steps counted from 1
-    weight_decay: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-6
-    clip: float = 3.0  # of the global norm over the trainable parameters
-    no_decay: tuple[str, ...] = ()  # path regexes, full match, without weight decay
-    lr_scales: tuple[tuple[str, float], ...] = ()  # (path regex, factor); the first match wins, no match is 1.0
+    lr: float = 1e-4  # Peak learning rate.
+    min_lr: float = 1e-6  # Final learning rate; with schedule "bert", a lower bound.
+    warmup: str = "2000 steps"  # Duration of the linear warm-up from 0 to `lr`, in steps, epochs or percent of the run.
+    # Decay after the warm-up: "cosine" or "linear" from `lr` to `min_lr`; "bert": linear to 0 with steps counted from 1.
+    schedule: str = "cosine"
+    weight_decay: float = 0.05  # Decoupled weight decay, multiplied by the learning rate.
+    b1: float = 0.9  # Decay rate of Adam's first moment.
+    b2: float = 0.999  # Decay rate of Adam's second moment.
+    eps: float = 1e-6  # Constant added to the denominator of Adam's update.
+    clip: float = 3.0  # Maximum global norm of the gradient of the trainable parameters.
+    no_decay: tuple[str, ...] = ()  # Parameters without weight decay: regexes that match a whole parameter path.
+    # Learning rate factors: (regex of a whole parameter path, factor). The first match applies; without a match it is 1.0.
+    lr_scales: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How the devices are laid out, and what is cut along which axis."""
+    """Shape of the device mesh, and which dimensions are sharded over which of its axes."""
 
-    data: int = -1  # replicas; -1: all devices that the other axes leave
-    fsdp: int = 1  # parameters and batch are both cut along this axis
-    tensor: int = 1  # heads, mlp width and vocabulary are cut along this axis
-    # Axis word of a parameter -> mesh axis. Words that are not named stay whole.
+    data: int = -1  # Size of the data-parallel axis. -1: all devices that the other two axes leave.
+    fsdp: int = 1  # Size of the axis that shards both the batch and the parameters.
+    tensor: int = 1  # Size of the axis that shards attention heads, MLP width and vocabulary.
+    # Pairs (name of a parameter dimension, mesh axis that shards it). Dimensions without a pair are replicated.
     rules: tuple[tuple[str, str], ...] = (
         ("embed", "fsdp"),
         ("mlp", "tensor"),
@@ -86,55 +94,57 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """How long and from where a run trains, and what it keeps."""
+    """Length of a run, its initial parameters, evaluation and checkpoints. Durations: "50 steps", "2 epochs", "5%" of the run."""
 
-    batch_size: int = 8  # examples a step, over all hosts
-    accumulate: int = 1  # micro-batches that one step is cut into
-    duration: str = "10 epochs"
-    seed: int = 42
-    log_every: str = "50 steps"  # a bare number counts steps
-    eval_every: str = "1 epochs"
-    eval_examples: int = 1024  # at most, from the head of the evaluation split
-    eval_scores_every: str = ""  # the task's own scores (CIDEr, recalls, top-1) over the same examples; empty: never
-    best: str = ""  # name of one of these scores; the step where it is best is kept in the run's folder "best"
-    save_every: str = "1 epochs"
-    keep: int = 3  # newest checkpoints kept
-    max_bad_steps: int = 20  # consecutive steps with a non-finite loss or gradient before the run stops
-    init_from: str = ""  # "DIR" (every parameter), "llm=DIR,vision=DIR" (named subtrees), "NAME:STORED=DIR"
-    other_tokenizer: bool = False  # init_from may have been trained with another tokenizer
-    frozen: tuple[str, ...] | None = None  # path regexes; None: what the task freezes by itself
-    keep_logits: bool = (
-        False  # keep the logits for the backward pass instead of computing them again: faster, more memory
-    )
-    # In which frozen parameters are kept; "int8": stacked matrices in eight bits while a run computes, bfloat16 in checkpoints.
+    batch_size: int = 8  # Global batch: examples per optimizer step over all hosts.
+    accumulate: int = 1  # Number of micro-batches per optimizer step; their gradients are accumulated.
+    duration: str = "10 epochs"  # Length of the run, in steps or epochs.
+    seed: int = 42  # Seed of the data order, augmentation, dropout and newly initialised parameters.
+    log_every: str = "50 steps"  # Interval between log lines. A bare number counts steps.
+    eval_every: str = "1 epochs"  # Interval between evaluations of the loss.
+    eval_examples: int = 1024  # Evaluate at most this many examples, from the start of the split. 0: all of them.
+    # Interval between evaluations of the task's scores (CIDEr, recall, accuracy) on the same examples. Empty: loss only.
+    eval_scores_every: str = ""
+    # Name of the score that selects the best checkpoint, kept in the folder `best` of the run. Empty: none is kept.
+    best: str = ""
+    save_every: str = "1 epochs"  # Interval between checkpoints.
+    keep: int = 3  # Number of checkpoints kept; older ones are deleted.
+    max_bad_steps: int = 20  # Stop after this many consecutive steps with a non-finite loss or gradient.
+    # Runs or conversions to initialise from: "DIR" (all parameters), "llm=DIR,vision=DIR" (subtrees) or "NAME:STORED=DIR".
+    init_from: str = ""
+    other_tokenizer: bool = False  # Accept parameters from `init_from` that were trained with another tokenizer.
+    frozen: tuple[str, ...] | None = None  # Frozen parameters: regexes of whole paths. None: the task's default.
+    # Keep the logits for the backward pass instead of rematerialising them: faster, but needs more memory.
+    keep_logits: bool = False
+    # Precision of frozen parameters: float32, bfloat16, float16 or int8. "int8" quantises stacked matrices in device memory; checkpoints keep bfloat16.
     frozen_dtype: str = "bfloat16"
-
-    fused_kernels: bool = True  # attention in single kernels on TPU and NVIDIA; False: all of it by plain XLA
+    fused_kernels: bool = True  # Use fused attention kernels on TPU and NVIDIA GPU. False: plain XLA attention.
 
     def __post_init__(self) -> None:
-        every = str(self.log_every).strip()  # a number of steps in configs, command lines and runs of older versions
+        every = str(self.log_every).strip()  # runs of older versions stored a number of steps
         if every.isdecimal():
             object.__setattr__(self, "log_every", f"{int(every)} steps")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Every setting of a run: its task, the model, and the groups above."""
+    """All settings of a run."""
 
-    task: str  # name of a task, see ymplug_jax/tasks/names.py
-    model: Model  # the task's model, see ymplug_jax/models: a linen module in a config file, a dict of its fields afterwards
-    data: Data = Data()
-    optim: Optim = Optim()
-    mesh: Mesh = Mesh()
-    train: Train = Train()
-    # `Options` of the task's file in a config file, a dict of its fields afterwards; see ymplug_jax/tasks/options.py
+    task: str  # Name of the task, one of ymplug_jax/tasks/names.py.
+    # Settings of the model: a Flax module of ymplug_jax/models in a config file, its fields as a dict afterwards.
+    model: Model
+    data: Data = Data()  # Settings of the data.
+    optim: Optim = Optim()  # Settings of the optimizer.
+    mesh: Mesh = Mesh()  # Settings of the device mesh.
+    train: Train = Train()  # Settings of the training loop.
+    # Settings of the task: the dataclass `Options` of its module in a config file, its fields as a dict afterwards.
     options: object = dataclasses.field(default_factory=dict)
 
 
 def settings_of(value: Any) -> Any:
-    """Nested dataclasses (linen modules included) as nested plain dicts.
+    """Convert nested dataclasses (Flax modules included) to nested plain dicts.
 
-    A class with a class variable `kind` is one of several that can stand in its place: the dict begins with "kind".
+    A class with a class variable `kind` is one of several alternatives; its dict begins with the key "kind".
     """
     if dataclasses.is_dataclass(value):
         fields = (f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name"))
@@ -146,8 +156,8 @@ def settings_of(value: Any) -> Any:
     return value
 
 
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of types, for messages
-# The least value of settings that have one. A value below it fails late or trains nothing.
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}  # type names in messages
+# Minimum values. Anything smaller would fail late in the run or train nothing.
 LEAST: Mapping[str, Mapping[str, float]] = {
     "config.data": {"examples": 0, "frames": 1, "image_size": 1, "max_tokens": 2, "max_words": 1, "threads": 1, "workers": 0},
     "config.optim": {"lr": 0, "min_lr": 0, "weight_decay": 0, "eps": 1e-30, "clip": 1e-30},
@@ -156,7 +166,7 @@ LEAST: Mapping[str, Mapping[str, float]] = {
         "batch_size": 1, "accumulate": 1, "seed": 0, "eval_examples": 0, "keep": 1, "max_bad_steps": 1
     },
 }  # fmt: skip
-# The settings that have a limit above; betas are below it.
+# Maximum values; b1 and b2 must be strictly smaller.
 MOST: Mapping[str, Mapping[str, float]] = {
     "config.optim": {"b1": 1, "b2": 1},
     "config.train": {"seed": 2**32 - 1},
@@ -164,20 +174,20 @@ MOST: Mapping[str, Mapping[str, float]] = {
 
 
 def to_config_dict(experiment: Experiment) -> "ConfigDict":
-    """Locked ConfigDict with every setting of the experiment, for command-line overrides."""
-    from ml_collections import ConfigDict, config_dict  # here: benchmarks run without it
+    """Convert an experiment to a locked ConfigDict, for command-line overrides."""
+    from ml_collections import ConfigDict, config_dict  # imported here: the benchmarks run without it
 
     made = ConfigDict(settings_of(experiment), convert_dict=True)
-    if made.train.frozen is None:  # ConfigDict knows the type of a setting by its value
+    if made.train.frozen is None:  # ConfigDict infers a type from the value, and None has none
         made.train.frozen = config_dict.placeholder(tuple)
     return made.lock()
 
 
 def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Experiment:
-    """Experiment from a (possibly overridden) ConfigDict. An int given for a float setting becomes a float.
+    """Build an Experiment from a (possibly overridden) ConfigDict. An int given for a float setting becomes a float.
 
     Raises:
-      Mistake: a key that no setting has, a value of another type, or one that is too small; the message names the setting.
+      Mistake: an unknown key, or a value of the wrong type or out of range; the message names the setting.
     """
     plain = dict(config) if isinstance(config, Mapping) else config.to_dict()
     parts = {"data": Data, "optim": Optim, "mesh": Mesh, "train": Train}
@@ -189,7 +199,7 @@ def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Experiment:
 
 
 def with_kinds(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's settings with the kind of its language model; runs from before there was a choice have a GPT-3."""
+    """Return a model's settings with `llm.kind` filled in. Runs stored without a kind have a GPT-3."""
     llm = model.get("llm")
     if isinstance(llm, Mapping) and "kind" not in llm:
         return {**model, "llm": {"kind": "gpt3", **llm}}
@@ -204,22 +214,23 @@ def build(
     least: Mapping[str, float] | None = None,
     most: Mapping[str, float] | None = None,
 ) -> T:
-    """A dataclass of settings from a dict of its fields.
+    """Build a dataclass of settings from a dict of its fields.
 
     Args:
       cls: the dataclass.
-      values: name -> value.
-      where: name of the group, for messages.
-      least: smallest values by name; None: those of LEAST.
-      most: largest values by name; None: those of MOST.
+      values: field name -> value.
+      where: name of the group in messages, e.g. "config.train".
+      least: minimum values by field name. None: those of LEAST.
+      most: maximum values by field name. None: those of MOST.
 
     Raises:
-      Mistake: no dict, an unknown or missing name, a value of another type or out of range; the message names the setting.
+      Mistake: `values` is not a dict, or a field is unknown, missing, of the wrong type or out of range; the message names
+        the setting.
     """
     lows: Mapping[str, float] = LEAST.get(where, {}) if least is None else least
     highs: Mapping[str, float] = MOST.get(where, {}) if most is None else most
     if not isinstance(values, Mapping):
-        raise Mistake(f"{where}: {values!r} is no group of settings; set them one by one, as {where}.NAME")
+        raise Mistake(f"{where}: {values!r} is not a group of settings; set each one as {where}.NAME")
     hints = get_type_hints(cls)
     for name in values:
         if name not in hints:
@@ -227,8 +238,8 @@ def build(
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and field.name not in values:
-            raise Mistake(f"{where}.{field.name} is missing")
-    hints |= {"log_every": int | str} if cls is Train else {}  # it was a number of steps once
+            raise Mistake(f"{where}.{field.name}: missing; give it a value")
+    hints |= {"log_every": int | str} if cls is Train else {}  # older versions stored a number of steps
     made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
     for name, low in lows.items():
         if made.get(name, low) < low:
@@ -244,22 +255,22 @@ def build(
 
 
 def unknown(name: str, known: Iterable[str], where: str) -> str:
-    """What to say about a setting that there is not: the nearest one if one is near, else all there are."""
+    """Return the message for an unknown setting: it suggests the closest name, or lists all names."""
     near = difflib.get_close_matches(name, known, 1)
-    names = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
+    names = f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(sorted(known)) or 'none'}"
     return f"{where}: no setting named {name!r}; {names}"
 
 
 def checked(value: Any, kind: Any, where: str) -> Any:
-    """The value of a setting as its annotation wants it: lists become tuples, ints become floats.
+    """Return the value of a setting converted to its annotation: lists become tuples, ints become floats.
 
     Args:
       value: from the command line, a config file or JSON.
-      kind: the annotation: bool, int, float, str, a tuple of these, or a union with None; any other takes every value.
-      where: name of the setting.
+      kind: the annotation: bool, int, float, str, a tuple of these, or a union with None. Any other accepts every value.
+      where: name of the setting in messages.
 
     Raises:
-      Mistake: a value of another type, or a float that is not finite.
+      Mistake: the value has the wrong type, or is a float that is not finite.
     """
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
@@ -270,18 +281,18 @@ def checked(value: Any, kind: Any, where: str) -> Any:
         origin = get_origin(kind)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise Mistake(f"{where}: {value!r} is no list; write ('a', 'b')")
+            raise Mistake(f"{where}: {value!r} is not a list; write ('a', 'b')")
         parts = get_args(kind)
         each = (parts[0],) * len(value) if parts[-1] is ... else parts
         if len(each) != len(value):
-            raise Mistake(f"{where}: {value!r} has {len(value)} parts, {len(each)} are needed")
+            raise Mistake(f"{where}: {value!r} has {len(value)} elements; give {len(each)}")
         return tuple(checked(part, one, where) for part, one in zip(value, each, strict=True))
     if kind in NAMES:
         allowed = (int, float) if kind is float else kind
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
             raise Mistake(f"{where}: {value!r} is not {NAMES[kind]}")
         if kind is float and not math.isfinite(value):
-            raise Mistake(f"{where}: {value!r} is no finite number")
+            raise Mistake(f"{where}: {value!r} is not finite; give a finite number")
         return float(value) if kind is float else value
     return _as_tuples(value)
 
@@ -291,41 +302,41 @@ def _as_tuples(value: Any) -> Any:
 
 
 def to_json(experiment: Experiment) -> str:
-    """The resolved settings as indented JSON, the form kept in the run's folder."""
+    """Return the resolved settings as indented JSON, the content of `config.json` in a run's folder."""
     return json.dumps(settings_of(experiment), indent=2, ensure_ascii=False) + "\n"
 
 
 def from_json(text: str) -> Experiment:
-    """Inverse of `to_json`.
+    """Parse the output of `to_json`.
 
     Raises:
-      ValueError: no JSON of settings.
+      ValueError: the text is not JSON, or not a valid set of settings.
     """
     read = json.loads(text)
     if not isinstance(read, dict):
-        raise Mistake("no settings in it")
+        raise Mistake("holds no settings; expected a JSON object")
     return from_config_dict(read)
 
 
 def steps_in(duration: str, *, steps_per_epoch: int, total: int = 0, setting: str = "") -> int:
-    """Number of whole optimizer steps in "2000 steps", "10 epochs" or "5%" (of `total` steps).
+    """Return the number of optimizer steps in "2000 steps", "10 epochs" or "5%" (of `total` steps).
 
-    What a share or a part of an epoch has beyond whole steps is cut off, as the reference does: 10 % of 57 steps are 5.
+    Fractions of a step are rounded down, as in the reference: 10% of 57 steps are 5 steps.
 
     Args:
-      duration: the text. A number is digits with at most one decimal point; blanks around it do not matter.
+      duration: the text. Its number consists of digits with at most one decimal point; surrounding spaces are ignored.
       steps_per_epoch: steps in one epoch.
-      total: steps of the run; 0 where a share makes no sense.
-      setting: name for the messages, e.g. "config.train.duration".
+      total: steps of the run; 0 where a percentage makes no sense.
+      setting: name of the setting in messages, e.g. "config.train.duration".
 
     Raises:
-      Mistake: the text is none of these, or a share of more than 100 %.
+      Mistake: the text has another form, or is more than 100%.
     """
     name = f"{setting}: " if setting else ""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(steps?|epochs?|%)\s*", duration)
     if not match:
         raise Mistake(f'{name}cannot read the duration {duration!r}; write "2000 steps", "10 epochs" or "5%"')
-    number, unit = Fraction(match[1]), match[2]  # exact: 7 % of 100 are 7, where floats give 7.000000000000001
+    number, unit = Fraction(match[1]), match[2]  # exact: with floats, 7% of 100 is 7.000000000000001
     if unit != "%":
         return int(number * (steps_per_epoch if unit.startswith("epoch") else 1))
     if number > 100:
@@ -334,5 +345,5 @@ def steps_in(duration: str, *, steps_per_epoch: int, total: int = 0, setting: st
 
 
 def is_zero(duration: str) -> bool:
-    """Whether a duration that `steps_in` can read is none at all: "0 steps", "0 epochs", "0%"."""
+    """Return whether a duration is zero: "0 steps", "0 epochs" or "0%"."""
     return steps_in(duration, steps_per_epoch=10**9, total=10**9) == 0

@@ -1,7 +1,7 @@
-"""Loading a config file: any Python file with a `get_config`, wherever it lies and wherever the program was started.
+"""Loading of config files: any Python file with a function `get_config`, independent of the working directory.
 
-A file below a folder `configs` finds `configs.<model>.recipe` in its own tree, not in that of another checkout or of the folder
-that the program was started in. A file elsewhere finds the files beside it: as `import recipe` and as `from . import recipe`.
+A file below a folder `configs` imports `configs.<model>.recipe` from its own tree, not from another checkout or the working
+directory. A file elsewhere imports the files beside it, as `import recipe` or `from . import recipe`.
 """
 
 import contextlib
@@ -21,21 +21,19 @@ from ml_collections import ConfigDict
 from ymplug_jax.core.exits import Mistake
 
 TREE = "configs"
-BESIDE = Path(__file__).parents[
-    2
-]  # folder that holds the package: of a checkout, or site-packages; its configs came with it
-ALONE = "_config_file"  # package of a file that lies in no tree
+BESIDE = Path(__file__).parents[2]  # folder that holds the package and its configs: a checkout or site-packages
+ALONE = "_config_file"  # package name for a file outside a `configs` tree
 
 
 def load(name: str) -> ConfigDict:
-    """Settings of a config file.
+    """Load the settings of a config file.
 
     Args:
-      name: "FILE.py", or "FILE.py:ARGUMENT" where `get_config` takes one. "configs/..." that is not below the working directory
-        is taken from the configs that came with the package.
+      name: "FILE.py", or "FILE.py:ARGUMENT" if `get_config` takes an argument. A path "configs/..." that does not exist below
+        the working directory is loaded from the configs of the package.
 
     Raises:
-      Mistake: no such file, an error in it, or a `get_config` that is missing or gives no settings; in one line.
+      Mistake: the file is missing or raises an error, or its `get_config` is missing or does not return settings. One line.
     """
     path, colon, argument = name.partition(":")
     file = Path(path).expanduser()
@@ -44,7 +42,7 @@ def load(name: str) -> ConfigDict:
         if file.parts[:1] != (TREE,) or not installed.is_file():
             raise Mistake(f"--config {path}: {_missing(file)}")
         logging.info(
-            "--config %s: no such file below this folder; taking the one that came with ymplug_jax, %s", path, installed
+            "--config %s: not found in the working directory; using the file of the package, %s", path, installed
         )
         file = installed
     file = file.resolve()
@@ -53,7 +51,9 @@ def load(name: str) -> ConfigDict:
             module = _execute(module_name, file)
             make = getattr(module, "get_config", None)
             if not callable(make):
-                raise Mistake(f"--config {path}: no function get_config in it; it returns the settings")
+                raise Mistake(
+                    f"--config {path}: no function get_config; define one that returns to_config_dict(Experiment(...))"
+                )
             _check_argument(make, path, colon, argument)
             made = make(argument) if colon else make()
         except Mistake:
@@ -71,15 +71,15 @@ def _missing(file: Path) -> str:
     if file.with_name(file.name + ".py").is_file():
         return f"no such file; did you mean {str(file) + '.py'!r}?"
     if file.is_dir():
-        return f"a folder, not a file; there are {', '.join(sorted(p.name for p in file.glob('*.py'))) or 'none in it'}"
+        return (
+            f"a folder; give a file in it: {', '.join(sorted(p.name for p in file.glob('*.py'))) or 'it has no *.py'}"
+        )
     if not file.parent.is_dir():
-        return f"no such file, and no folder {file.parent}"
+        return f"no such file, and no folder {file.parent}; correct the path"
     names = sorted(other.name for other in file.parent.glob("*.py"))
     if near := difflib.get_close_matches(file.name, names, 1):
         return f"no such file; did you mean {str(file.parent / near[0])!r}?"
-    return (
-        f"no such file; there are {', '.join(names[:20])}" if names else "no such file, and no other config beside it"
-    )
+    return f"no such file; its folder has {', '.join(names[:20])}" if names else "no such file; correct the path"
 
 
 def _check_argument(make: types.FunctionType, path: str, colon: str, argument: str) -> None:
@@ -89,7 +89,7 @@ def _check_argument(make: types.FunctionType, path: str, colon: str, argument: s
         one for one in taken if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
     ]
     if colon and not places:
-        raise Mistake(f"--config {path}: its get_config takes no argument, {argument!r} was given")
+        raise Mistake(f"--config {path}: its get_config takes no argument; remove :{argument}")
     if needed and not (colon and needed == places[:1]):
         raise Mistake(f"--config {path}: its get_config needs {_words(needed)}")
 
@@ -97,13 +97,13 @@ def _check_argument(make: types.FunctionType, path: str, colon: str, argument: s
 def _words(needed: list[inspect.Parameter]) -> str:
     if len(needed) == 1 and needed[0].kind != needed[0].KEYWORD_ONLY:
         return "an argument, as FILE.py:ARGUMENT"
-    return f"{', '.join(one.name for one in needed)}; it is given one argument at most"
+    return f"{', '.join(one.name for one in needed)}; define it with at most one argument"
 
 
 def _execute(name: str, file: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise Mistake(f"--config {file}: no Python file; its name must end in .py")
+        raise Mistake(f"--config {file}: not a Python file; give a file whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -112,7 +112,7 @@ def _execute(name: str, file: Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _own_tree(file: Path) -> Iterator[str]:
-    """Module name for the file; inside, imports find its own tree. Afterwards path and modules are as they were."""
+    """Yield the module name of the file; imports in the block search its own tree. Restores sys.path and sys.modules."""
     path, before = list(sys.path), dict(sys.modules)
     root = next((folder.parent for folder in file.parents if folder.name == TREE), None)
     top = TREE if root else ALONE
@@ -122,7 +122,7 @@ def _own_tree(file: Path) -> Iterator[str]:
         sys.path.insert(0, str(root))
         name = ".".join(file.relative_to(root).with_suffix("").parts)
     else:
-        sys.path.append(str(file.parent))  # behind all others: a file named like a library must not hide it
+        sys.path.append(str(file.parent))  # last, so that a file named like a library does not shadow it
         name = f"{ALONE}.folder.{file.stem}"
         for package, folder in ((ALONE, file.parent.parent), (f"{ALONE}.folder", file.parent)):
             module = sys.modules[package] = types.ModuleType(package)
@@ -141,13 +141,13 @@ def _own_tree(file: Path) -> Iterator[str]:
 
 
 def _where(error: Exception, file: Path) -> str:
-    """The error in one line, with the innermost line of the user's file that led to it."""
+    """Format an error in one line, with the innermost line of the config file in its traceback."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno} of {error.filename or file}: {error.msg}"
     text = " ".join(str(error).split()) or "no message"
     raised = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in raised if frame.filename == str(file)]
-    # The package and the recipes say by themselves what is wrong with an argument.
+    # ValueErrors of the package and the recipes already explain what is wrong.
     if isinstance(error, ValueError) and len(raised) > 1:
         return text
     line = f" (line {own[-1].lineno})" if own else ""

@@ -1,15 +1,15 @@
-"""How programs end: the exit codes that launch scripts read, and the errors that lead to them."""
+"""Exit codes of the programs, read by the launch scripts, and the errors that cause them."""
 
-MISTAKE = 2  # in the settings, flags, paths or data; the same command fails again, so it is never retried
-DOES_NOT_FIT = 3  # --mode compile: the step needs more memory than a chip has
-LOST = 4  # another process of the run is missing or gone
-PLACE = 5  # a disk, folder or bucket failed in the middle of a run; worth a bounded number of retries
-STOPPED = 130  # Ctrl-C where nothing is to be saved: as shells count it, 128 and SIGINT
+MISTAKE = 2  # wrong settings, flags, paths or data; the same command fails again, so launch scripts do not retry
+DOES_NOT_FIT = 3  # --mode compile: the step needs more memory than a device has
+LOST = 4  # another process of the run did not join, or has exited
+PLACE = 5  # a disk, folder or bucket failed during a run; launch scripts retry a limited number of times
+STOPPED = 130  # Ctrl-C with nothing to save; 128 + SIGINT, as shells report it
 
 
 class Mistake(ValueError):
-    """Something that the user can mend. The message is one line that names the file or setting and the fix; exit code MISTAKE."""
+    """An error that the user can fix. The message is one line that names the file or setting and the fix; exit code MISTAKE."""
 
 
 class PlaceFailed(RuntimeError):
-    """A place that worked at the start failed later: a shard vanished, a disk is full. The message is one line; exit code PLACE."""
+    """Storage that worked at the start failed later, e.g. a shard vanished or a disk is full. One-line message; exit code PLACE."""

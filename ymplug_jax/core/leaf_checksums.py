@@ -1,10 +1,10 @@
-"""Checksums of arrays that may lie in pieces on many devices: exact, and the same under every sharding.
+"""Checksums of sharded arrays: exact, and independent of the sharding.
 
-The checksum of an array is two sums, modulo 2**32, of a hash of every element's bits and place. So pieces can be added in any order
-and nothing is gathered: devices add up their own shards. It tells damage, not forgery.
+The checksum of an array is two sums, modulo 2**32, of hashes of the bits and index of every element. Sums do not depend on order,
+so each device sums its own shards and nothing is gathered. Checksums detect damage, not deliberate changes.
 
-A saved step has them as an item of its own. Those of a conversion stand beside its folder: `checkpoints/converted.checksums.json`,
-{"path of a parameter": "float32[8,16]+0123456789abcdef"}. Orbax passes over that file.
+A saved step stores checksums as one of its items. A conversion stores them beside its item folder, in
+`checkpoints/converted.checksums.json`: {"path of a parameter": "float32[8,16]+0123456789abcdef"}. Orbax ignores that file.
 """
 
 import json
@@ -19,31 +19,31 @@ from etils import epath
 from ymplug_jax.core import exits
 
 SUFFIX = ".checksums.json"
-SMALL = 4 * 2**20  # bytes up to which the host is quicker than compiling a program for the shape
-BLOCK = 2**16  # elements that the host hashes at a time: they stay in a core's cache
-PLACE = 0x9E3779B1  # odd constants of well-known integer hashes
+SMALL = 4 * 2**20  # bytes; up to this size, hashing on the host is faster than compiling for the shape
+BLOCK = 2**16  # elements that the host hashes at a time, chosen to stay in the cache of a core
+PLACE = 0x9E3779B1  # odd constants of published integer hashes (2**32 / golden ratio, MurmurHash3)
 MIX = (0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
 
 
 def of(array: jax.Array | np.ndarray) -> str:
-    """The checksum of an array with its dtype and shape, e.g. "float32[8,16]+0123456789abcdef". On every host if it lies on several."""
+    """Return the checksum of an array, e.g. "float32[8,16]+0123456789abcdef". For an array on several hosts, call it on all of them."""
     return of_tree({"": array})[""]
 
 
 def of_tree(flat: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
-    """`of` each array by path. With arrays that lie on several hosts, call it on all of them."""
+    """Return {path: checksum}. For arrays on several hosts, call it on all of them."""
     sums = {path: total(array) for path, array in flat.items()}
-    sums = jax.device_get(sums)  # waits once, after all were started
+    sums = jax.device_get(sums)  # one wait, after all sums were dispatched
     return {path: text(array.dtype, array.shape, sums[path]) for path, array in flat.items()}
 
 
 def text(dtype: Any, shape: Sequence[int], sums: Sequence[int] | np.ndarray) -> str:
-    """The checksum as `of` gives it, from the two sums."""
+    """Format a checksum as `of` returns it, from the two sums."""
     return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]+{int(sums[0]):08x}{int(sums[1]):08x}"
 
 
 def total(array: jax.Array | np.ndarray) -> Any:
-    """uint32[2], the two sums of a whole array: on the host for small ones, else computed where the array lies."""
+    """Return the two sums of an array, uint32[2]: on the host for small arrays, else on its devices."""
     if isinstance(array, jax.Array):
         near = array.is_fully_addressable or array.is_fully_replicated
         if not near or array.nbytes > SMALL:
@@ -54,16 +54,16 @@ def total(array: jax.Array | np.ndarray) -> Any:
 
 
 def part(array: np.ndarray, start: Sequence[int] = ()) -> np.ndarray:
-    """uint32[2], the two sums of a block of an array; the parts of an array add up to its sums, modulo 2**32.
+    """Return the two sums of a block of an array, uint32[2]. Sums of blocks add up to those of the array, modulo 2**32.
 
     Args:
       array: the block.
-      start: index of its first element in the array; () for 0 along every axis. As many axes as the block has.
+      start: index of its first element in the whole array, one number per axis. (): zeros.
     """
     start = tuple(start) or (0,) * array.ndim
     sums = np.zeros(2, np.uint32)
     if array.size > BLOCK:
-        # Along the axis with the largest steps, so that a block is one piece of memory in arrays that are turned round too.
+        # Split along the axis with the largest stride, so that blocks are contiguous in transposed arrays too.
         axis = max((a for a in range(array.ndim) if array.shape[a] > 1), key=lambda a: abs(array.strides[a]))
         before, first, after = start[:axis], start[axis], start[axis + 1 :]
         step = max(1, BLOCK * array.shape[axis] // array.size)
@@ -82,16 +82,16 @@ def part(array: np.ndarray, start: Sequence[int] = ()) -> np.ndarray:
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The elements as unsigned integers of their width, in the same memory."""
+    """View the elements as unsigned integers of the same width, without a copy."""
     width = array.dtype.itemsize
     if width > 4:
-        raise TypeError(f"{array.dtype}: checksums are of elements of at most 32 bits")
+        raise TypeError(f"{array.dtype}: checksums support elements of at most 32 bits")
     return array.view(f"uint{8 * width}")
 
 
 @jax.jit
 def _on_device(array: jax.Array) -> jax.Array:
-    """uint32[2], as `part` of the whole array."""
+    """Compute the same uint32[2] as `part` of the whole array."""
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis in range(array.ndim):
         place = _placed(place, jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis), jnp.uint32)
@@ -102,16 +102,16 @@ def _on_device(array: jax.Array) -> jax.Array:
 
 
 def _placed(place: Any, index: Any, word: Any) -> Any:
-    """The hash of the indices along the axes so far, with those along one more."""
+    """Extend the hash of the indices along the previous axes by the index along one more axis."""
     place = (place ^ index) * word(PLACE)
     place ^= place >> word(15)
     return place
 
 
 def _hash(x: Any, word: Any) -> tuple[Any, Any]:
-    """Two 32-bit hashes of every element's bits and place, `x` (which NumPy changes in place: it is twice as fast).
+    """Return two 32-bit hashes of `x`, the bits of each element mixed with its index. NumPy arrays are changed in place, for speed.
 
-    The first is one to one in the bits: one changed element always changes the first sum.
+    The first hash is a bijection of the bits, so a single changed element always changes the first sum.
     """
     x ^= x >> word(16)
     x *= word(MIX[0])
@@ -124,12 +124,12 @@ def _hash(x: Any, word: Any) -> tuple[Any, Any]:
 
 
 def file_of(folder: epath.Path) -> epath.Path:
-    """Where the checksums of a conversion's item folder stand: beside it."""
+    """Return the checksum file of a conversion's item folder, which lies beside it."""
     return folder.with_name(folder.name + SUFFIX)
 
 
 def write(folder: epath.Path, sums: Mapping[str, str]) -> None:
-    """Write the checksums of an item folder (path of a leaf -> `of` its value). The file appears as a whole or not at all."""
+    """Write the checksums {path: checksum} of an item folder, atomically."""
     file = file_of(folder)
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(dict(sorted(sums.items())), indent=0) + "\n", encoding="utf-8")
@@ -137,7 +137,7 @@ def write(folder: epath.Path, sums: Mapping[str, str]) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, str] | None:
-    """The checksums that stand beside an item folder; None if there are none, as for conversions of older versions.
+    """Read the checksums beside an item folder; None if the file does not exist, as for conversions of older versions.
 
     Raises:
       exits.Mistake: the file is damaged.
@@ -150,5 +150,7 @@ def read(folder: epath.Path) -> dict[str, str] | None:
     except ValueError:
         sums = None
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
-        raise exits.Mistake(f"{file}: damaged, it should be JSON of checksums; copy it again with the checkpoint")
+        raise exits.Mistake(
+            f"{file}: damaged, not a JSON object of checksums; copy it again together with the checkpoint"
+        )
     return sums

@@ -1,4 +1,4 @@
-"""Metrics: `Mean` on the device, JSON lines and TensorBoard on disk."""
+"""Metrics: `Mean` on device, JSON lines and TensorBoard events on disk."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from ymplug_jax.core import text_files
 
 @struct.dataclass
 class Mean:
-    """A mean that is divided only at the end: add totals and weights over micro-batches, steps and hosts."""
+    """A weighted mean that is divided only at the end, so it adds up exactly over micro-batches, steps and hosts."""
 
     total: jax.Array  # float32 scalar
     weight: jax.Array  # float32 scalar
@@ -25,7 +25,7 @@ class Mean:
         return Mean(self.total + other.total, self.weight + other.weight)
 
     def value(self) -> float:
-        """total / weight on the host; NaN where nothing was counted."""
+        """Return total / weight as a host float; NaN if the weight is 0."""
         weight = float(self.weight)
         return float(self.total) / weight if weight else math.nan
 
@@ -34,17 +34,16 @@ Metrics = dict[str, Mean]
 
 
 class Writer:
-    """Appends to `metrics.jsonl` and TensorBoard in the run's folder; on hosts other than the first it does nothing.
+    """Appends metrics to `metrics.jsonl` and TensorBoard in the run's folder. Does nothing on hosts other than the first.
 
-    An object of a bucket cannot grow and is there only when it is closed: in gs:// the lines are written anew, all of them,
-    every half minute and at `flush`.
+    Objects in a bucket cannot be appended to, so in gs:// the whole file is rewritten every 30 seconds and at `flush`.
     """
 
     def __init__(self, workdir: epath.Path, *, active: bool):
         self._active = active
         if not active:
             return
-        from tensorboardX import SummaryWriter  # after the check: only the first host pays for it
+        from tensorboardX import SummaryWriter  # imported here, since only the first host needs it
 
         self._path = workdir / "metrics.jsonl"
         self._remote = "://" in str(workdir)
@@ -56,7 +55,7 @@ class Writer:
         self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """One line {"step", "time", ...}; non-finite numbers become null, since JSON has none."""
+        """Write one line {"step", "time", ...}. Non-finite values become null, since JSON cannot represent them."""
         if not self._active:
             return
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
@@ -73,13 +72,13 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """All lines are in the file: before a checkpoint, so that a run that goes on from it lacks none."""
+        """Write all lines to the file. Called before a checkpoint, so that a resumed run has the metrics of every earlier step."""
         if self._active and self._remote:
             self._path.write_text(self._text, encoding="utf-8")
             self._written = time.monotonic()
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush and close both files."""
         if self._active:
             self.flush()
             if not self._remote:
@@ -88,16 +87,16 @@ class Writer:
 
 
 def read_metrics(workdir: epath.Path) -> list[dict]:
-    """Lines of `metrics.jsonl` by step. Where a resumed run went back, what it had written of later steps is left out."""
+    """Read `metrics.jsonl` in order of steps. Where a resumed run repeated steps, only the newest lines are kept."""
     path = workdir / "metrics.jsonl"
     lines: list[dict] = []
     for text in text_files.read_lines(path) if path.exists() else []:
         try:
             line = json.loads(text)
             step, names = line["step"], line.keys() - {"step", "time"}
-        except (ValueError, TypeError, KeyError, AttributeError):  # cut off by a kill
+        except (ValueError, TypeError, KeyError, AttributeError):  # a line truncated when the process was killed
             continue
-        # One step may have several lines (training, evaluation), but each name once.
+        # A step may have several lines (training, evaluation), but each metric only once.
         again = any(old["step"] == step and names & old.keys() for old in lines[-8:])
         if lines and (step < lines[-1]["step"] or again):
             lines = [old for old in lines if old["step"] < step]

@@ -1,4 +1,7 @@
-"""AdamW with a decay rule, per-path rate factors and the recipe's schedule. Sees the trainable parameters only."""
+"""AdamW on the trainable parameters, with per-path weight decay and learning rate factors, and the published schedules.
+
+See the section "Recipe" of docs/models/mplug_video.md and docs/models/alpro.md.
+"""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,17 +16,17 @@ from ymplug_jax.core.config import Optim
 
 
 class Group(NamedTuple):
-    """How one parameter is updated."""
+    """Update settings of one parameter."""
 
     lr_scale: float
     weight_decay: float
 
 
 def param_groups(paths: Iterable[str], optim: Optim) -> dict[str, Group]:
-    """Rate factor and weight decay of every trainable path.
+    """Return the learning rate factor and weight decay of every trainable path.
 
     Raises:
-      ValueError: a pattern of the settings that matches no path.
+      Mistake: a pattern in the settings matches no path.
     """
     paths = list(paths)
     no_decay = state_lib.matching(paths, optim.no_decay, "config.optim.no_decay")
@@ -36,15 +39,20 @@ def param_groups(paths: Iterable[str], optim: Optim) -> dict[str, Group]:
 
 
 def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate by step: int32 scalar -> float32 scalar.
+    """Return the learning rate as a function of the step: int32 scalar -> float32 scalar.
 
-    Warm-up runs over `warmup` steps from 0 to the peak, both ends included; then cosine from the peak towards `min_lr`
-    (never quite reached), or linear from the peak to `min_lr` (reached at the last step). So the rate is 0 at step 0 and
-    the peak appears twice, as in the published recipe. "bert" counts steps from 1: up to the peak in `warmup` steps, then
-    straight to 0 at the last one, but never below `min_lr`.
+    The warm-up rises linearly over `warmup` steps from 0 to the peak, both ends included. "cosine" then decays from the peak
+    towards `min_lr` without quite reaching it; "linear" reaches `min_lr` at the last step. The rate is therefore 0 at step 0 and
+    the peak occurs twice, as in the published recipe. "bert" counts steps from 1: it rises to the peak in `warmup` steps and
+    decays linearly to 0 at the last step, with `min_lr` as lower bound.
+
+    Args:
+      optim: settings.
+      warmup: number of warm-up steps.
+      total: number of steps of the run.
 
     Raises:
-      ValueError: the warm-up does not fit into the run, or an unknown kind of schedule.
+      ValueError: the warm-up is longer than the run, or the schedule is unknown.
     """
     if not 0 <= warmup <= total:
         raise ValueError(
@@ -72,8 +80,10 @@ def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], 
 
 
 def make(optim: Optim, trainable: state_lib.Params) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled decay, rate factors. The rate itself is applied by the step: it follows the global
-    step, which goes on when an update is skipped.
+    """Build the optimizer: clipping by global norm, Adam, decoupled weight decay and learning rate factors.
+
+    The train step multiplies by the learning rate, because the schedule follows the global step, which also counts skipped
+    updates.
 
     Args:
       optim: settings.

@@ -1,6 +1,6 @@
-"""Progress of long loops: a bar on a terminal, a plain line now and then in a log file.
+"""Progress of long loops: a bar on a terminal, a plain line at intervals in a log file.
 
-A bar redraws its line with control codes, which fill a redirected log with thousands of copies of it.
+A bar redraws its line with control codes, which would fill a redirected log with thousands of copies.
 """
 
 import sys
@@ -29,18 +29,18 @@ def bar(
     scale: bool = False,
     file: TextIO | None = None,
 ) -> "Bar[Item]":
-    """A progress display: iterate over it, or call `update(n)`, `set_postfix_str(text)` and `close()`.
+    """Return a progress display: iterate over it, or call `update(n)`, `set_postfix_str(text)` and `close()`.
 
     Args:
-      items: what is iterated over, or None.
-      desc: stands before the counts.
-      unit: of the counts, singular.
-      total: items in all; default: `len(items)` where there is one.
-      initial: items that were done before.
-      hidden: show nothing (other hosts than the first).
-      leave: keep the finished bar on the terminal; in a log, write a last line even if the loop was short.
-      scale: counts are large (bytes): write them with k, M, G.
-      file: default: stderr as it is now.
+      items: items to iterate over, or None.
+      desc: text before the counts.
+      unit: unit of the counts, singular.
+      total: number of items; default: `len(items)` if it has a length.
+      initial: number of items already done.
+      hidden: show nothing (on hosts other than the first).
+      leave: keep the finished bar on the terminal; in a log, write a last line even for a short loop.
+      scale: write large counts, such as bytes, with k, M or G.
+      file: output stream; default: the current stderr.
     """
     file = file or sys.stderr
     if file.isatty() and not hidden:
@@ -54,7 +54,7 @@ def bar(
 
 
 def write(text: str, file: TextIO | None = None) -> None:
-    """Print a line on stderr; on a terminal it is placed above the bar."""
+    """Print a line to stderr, above the bar on a terminal."""
     file = file or sys.stderr
     if file.isatty():
         from tqdm import tqdm
@@ -65,7 +65,7 @@ def write(text: str, file: TextIO | None = None) -> None:
 
 
 class Lines(Generic[Item]):
-    """The part of tqdm's interface that this package uses, as plain lines."""
+    """The part of tqdm's interface that this package uses, with plain lines as output."""
 
     def __init__(
         self, items: Iterable[Item] | None, desc: str, unit: str, total: int | None, initial: int, hidden: bool, leave: bool,
@@ -101,17 +101,17 @@ class Lines(Generic[Item]):
         self.close()
 
     def update(self, n: float = 1) -> None:
-        """Count `n` more."""
+        """Add `n` to the count."""
         self.n += n
         if not self.disable and time.monotonic() - self._told >= EVERY:
             self._tell()
 
     def set_postfix_str(self, text: str) -> None:
-        """What stands behind the counts from now on."""
+        """Set the text shown after the counts."""
         self._note = text
 
     def close(self) -> None:
-        """A last line closes the story, where one was begun or `leave` asks for it."""
+        """Write a last line if lines were written before or `leave` is set."""
         if self._closed or self.disable:
             return
         self._closed = True

@@ -1,7 +1,8 @@
-"""Frozen matrices in eight bits: a scale for each output channel of each layer, made when a run starts.
+"""Int8 quantisation of frozen stacked matrices at the start of a run, with one scale per layer and output channel.
 
-Checkpoints keep what was quantised. The layer scan hands a block its own slice, and only where a layer reads it (`matrix`,
-`promote`) does it become a matrix of the computation's type again: one layer at a time, gone when the layer is.
+Checkpoints store the unquantised parameters. The scan over layers slices the quantised matrices, and a layer dequantises its
+slice where it reads it (`matrix`, `promote`), so only one layer at a time exists in the computation's dtype. See
+docs/models/language_models.md, "Frozen matrices in eight bits".
 """
 
 from collections.abc import Callable, Mapping
@@ -18,44 +19,44 @@ from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.sharding import AxisRules
 from ymplug_jax.core.state import Params
 
-STORED = "bfloat16"  # in checkpoints, and what is not a stacked matrix
+STORED = "bfloat16"  # dtype in checkpoints, and of frozen parameters that are not stacked matrices
 
 
 @struct.dataclass
 class Quantized:
-    """values * scale stands where a parameter stood. It is no array: layers read it through `matrix` or `promote`."""
+    """A quantised parameter, equal to values * scale. It is not an array: layers read it through `matrix` or `promote`."""
 
-    values: jax.Array  # int8, the parameter's shape
-    scale: jax.Array  # bfloat16, 1 along the axes that a product sums over
+    values: jax.Array  # int8, shape of the parameter
+    scale: jax.Array  # bfloat16, size 1 along the contracted axes
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
+        """Shape of the parameter."""
         return self.values.shape
 
     @property
     def dtype(self) -> Any:
-        """int8."""
+        """Dtype of the stored values, int8."""
         return self.values.dtype
 
     @property
     def sharding(self) -> Any:
-        """Of the values; the scale is cut like them where it is not 1."""
+        """Sharding of the values. The scale is sharded alike on axes where its size is not 1."""
         return self.values.sharding
 
 
 def matrix(x: jax.Array | Quantized) -> jax.Array:
-    """A parameter as an array, in bfloat16 if it is held in eight bits."""
+    """Return a parameter as an array; a quantised one is dequantised to bfloat16."""
     return x.values.astype(x.scale.dtype) * x.scale if isinstance(x, Quantized) else x
 
 
 def promote(*arrays: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
-    """`flax.linen.dtypes.promote_dtype` of arrays of which some may be held in eight bits: for the field of flax's layers."""
+    """`flax.linen.dtypes.promote_dtype` that also accepts quantised arrays, for the `promote_dtype` field of Flax layers."""
     return promote_dtype(*map(matrix, arrays), dtype=dtype, inexact=inexact)
 
 
 def abstract(frozen: Params, axes: AxisRules) -> Params:
-    """The tree of `hold` from placed abstract leaves."""
+    """Return the abstract tree of what `hold` returns, from ShapeDtypeStructs with shardings."""
 
     def one(leaf: jax.ShapeDtypeStruct, over: tuple[int, ...]) -> Quantized:
         shape = tuple(1 if axis in over else size for axis, size in enumerate(leaf.shape))
@@ -70,12 +71,12 @@ def abstract(frozen: Params, axes: AxisRules) -> Params:
 
 
 def hold(frozen: Params, axes: AxisRules) -> Params:
-    """Stacked matrices of a tree of arrays as `Quantized`; until the caller lets go of the arrays, both are there."""
+    """Quantise the stacked matrices of a tree. The originals stay in memory until the caller releases them."""
     return _map(jax.jit(_quantize, static_argnums=1), frozen, axes)
 
 
 def _quantize(x: jax.Array, over: tuple[int, ...]) -> Quantized:
-    """Nearest multiples of a 127th of each channel's largest value."""
+    """Quantise symmetrically: round to multiples of 1/127 of the largest absolute value of each channel."""
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=over, keepdims=True)
     scale = jnp.where(largest > 0, largest / 127, 1.0).astype(jnp.bfloat16)
     values = jnp.clip(jnp.round(x.astype(jnp.float32) / scale.astype(jnp.float32)), -127, 127)
@@ -89,8 +90,8 @@ def _map(one: Callable[[Any, tuple[int, ...]], Quantized], frozen: Mapping[str, 
 
 
 def _summed(words: tuple[str, ...]) -> tuple[int, ...]:
-    """Axes that the product of a stacked matrix sums over: embed where it comes in first, else all that come before it. Empty:
-    no stacked matrix."""
+    """Return the contracted axes of a stacked matrix: "embed" if it is the first axis after "layers", else all axes before the last.
+    Empty if the parameter is not a stacked matrix."""
     if words[:1] != ("layers",) or len(words) < 3 or "embed" not in words:
         return ()
     return (1,) if words[1] == "embed" else tuple(range(1, len(words) - 1))

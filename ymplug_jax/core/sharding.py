@@ -1,8 +1,8 @@
-"""From a parameter's path to its place on the device mesh, in two steps.
+"""Shardings of parameters and batches on the device mesh.
 
-A model's `AXES` table turns a path into axis words ("layers embed mlp"); the config's mesh rules turn a word into a mesh
-axis. Models therefore know no mesh, and the mesh changes in one place. Mesh axes: `data` (replicas, also across slices),
-`fsdp` (batch and parameters), `tensor` (heads, mlp width, vocabulary).
+A parameter is sharded in two steps: the `AXES` table of its model maps its path to axis words ("layers embed mlp"), and
+`config.mesh.rules` maps axis words to mesh axes. Models are therefore independent of the mesh. Mesh axes: `data` (data parallel,
+also across slices), `fsdp` (batch and parameters), `tensor` (heads, MLP width, vocabulary).
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AxisRules = Sequence[tuple[str, str]]
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # the batch is cut along both
+BATCH_AXES = ("data", "fsdp")  # the batch is sharded over both
 
 
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """Mesh over all devices (or those given); `data=-1` takes what the other two axes leave.
+    """Build the mesh over `devices` (default: all). `data=-1` takes the devices that the other two axes leave.
 
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: the product of the axes is not the number of devices, or `data` is not a multiple of the number of slices.
     """
     count = len(devices) if devices is not None else jax.device_count()
     if data == -1 and count % (fsdp * tensor) == 0:
         data = count // (fsdp * tensor)
     if data * fsdp * tensor != count:
         raise ValueError(
-            f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not make {count} devices; change config.mesh"
+            f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} is not the number of devices ({count}); change config.mesh"
         )
     kinds = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices or jax.devices()})
@@ -44,7 +44,7 @@ def make_mesh(
         return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=kinds, devices=devices)
     if data % slices:
         raise ValueError(
-            f"mesh: data={data} is no multiple of the {slices} slices; only data runs over the network between them"
+            f"mesh: data={data} is not a multiple of the {slices} slices, but only data may span slices; change config.mesh"
         )
     inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(inside, across, list(devices or jax.devices()))
@@ -52,15 +52,15 @@ def make_mesh(
 
 
 def axis_words(path: str, axes: AxisRules) -> tuple[str, ...]:
-    """Axis words of the one rule whose regex matches the whole path, e.g. ("layers", "embed", "mlp").
+    """Return the axis words of a parameter path, e.g. ("layers", "embed", "mlp").
 
     Raises:
-      ValueError: no rule, or more than one, matches: there is no catch-all.
+      ValueError: not exactly one regex of `axes` matches the whole path.
     """
     found = [words for pattern, words in axes if re.fullmatch(pattern, path)]
     if len(found) != 1:
         raise ValueError(
-            f"parameter {path!r} matches {len(found)} rules of the model's AXES; it must match exactly one"
+            f"parameter {path!r} matches {len(found)} rules of the model's AXES; change AXES so that exactly one matches"
         )
     return tuple(found[0].split())
 
@@ -68,11 +68,17 @@ def axis_words(path: str, axes: AxisRules) -> tuple[str, ...]:
 def spec_of(
     path: str, shape: Sequence[int], axes: AxisRules, rules: Mapping[str, str], mesh: jax.sharding.Mesh
 ) -> PartitionSpec:
-    """PartitionSpec of one parameter. A dimension that the mesh axis does not divide stays whole; an axis is used once."""
+    """Return the PartitionSpec of a parameter.
+
+    A dimension whose size is not a multiple of its mesh axis is replicated, as is the second dimension of the same mesh axis.
+
+    Raises:
+      ValueError: AXES names another number of dimensions than the parameter has.
+    """
     words = axis_words(path, axes)
     if len(words) != len(shape):
         raise ValueError(
-            f"parameter {path!r} has shape {tuple(shape)} but AXES names {len(words)} axes: {' '.join(words)}"
+            f"parameter {path!r} has shape {tuple(shape)}, but AXES names {len(words)} axes ({' '.join(words)}); change AXES"
         )
     used: set[str] = set()
     entries: list[str | None] = []
@@ -86,13 +92,13 @@ def spec_of(
 
 
 def param_shardings(params: Mapping, axes: AxisRules, rules: Mapping[str, str], mesh: jax.sharding.Mesh) -> dict:
-    """Tree of NamedSharding for a (nested, possibly abstract) parameter tree.
+    """Return the tree of NamedSharding for a nested, possibly abstract, parameter tree.
 
     Raises:
-      ValueError: a rule for a mesh axis that there is not.
+      ValueError: a rule names an unknown mesh axis.
     """
     if unknown := [axis for axis in rules.values() if axis not in MESH_AXES]:
-        raise ValueError(f"config.mesh.rules: no mesh axis {unknown[0]!r}; there are {', '.join(MESH_AXES)}")
+        raise ValueError(f"config.mesh.rules: no mesh axis {unknown[0]!r}; valid names: {', '.join(MESH_AXES)}")
     flat = flatten_dict(params, sep="/")
     return unflatten_dict(
         {k: NamedSharding(mesh, spec_of(k, v.shape, axes, rules, mesh)) for k, v in flat.items()}, sep="/"
@@ -100,13 +106,13 @@ def param_shardings(params: Mapping, axes: AxisRules, rules: Mapping[str, str], 
 
 
 def uncut(params: Mapping, axes: AxisRules, rules: Mapping[str, str], mesh: jax.sharding.Mesh) -> list[str]:
-    """What stays whole although the rules name a mesh axis for it, one line for each dimension, size and axis.
+    """Describe dimensions that are replicated although a rule shards them: one line per dimension, size and mesh axis.
 
     Args:
-      params: (nested, possibly abstract) parameter tree.
-      axes: the model's table.
+      params: nested, possibly abstract, parameter tree.
+      axes: the model's table of axis words.
       rules: axis word -> mesh axis.
-      mesh: of the run.
+      mesh: mesh of the run.
     """
     found: dict[tuple[str, int, str], list[str]] = {}
     for path, leaf in flatten_dict(params, sep="/").items():
@@ -118,37 +124,37 @@ def uncut(params: Mapping, axes: AxisRules, rules: Mapping[str, str], mesh: jax.
     for (word, size, axis), paths in found.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         lines.append(
-            f"{paths[0]}{more}: dimension {word} of {size} is no multiple of mesh axis {axis}={mesh.shape[axis]}; it stays "
-            "whole on every device of the axis"
+            f"{paths[0]}{more}: dimension {word} of {size} is not a multiple of mesh axis {axis}={mesh.shape[axis]}; it is "
+            "replicated on every device of the axis"
         )
     return lines
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_all_hosts(make: Callable[[], Any], place: jax.sharding.Sharding) -> Any:
-    """What `make` computes, placed on devices of all hosts: every host runs it (device_put reaches only its own devices)."""
+    """Compute `make()` with sharding `place`, which may span hosts. Called on all hosts, as device_put reaches only local devices."""
     return jax.jit(make, out_shardings=place)()
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Leading axis cut over data and fsdp; further axes whole."""
+    """Return the sharding of a batch: leading axis over data and fsdp, other axes replicated."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def local_rows(batch_size: int, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """Rows of the global batch that this host's devices hold, ascending: int64[b]. Hosts along `tensor` hold the same rows.
+    """Return the rows of the global batch on this host's devices, ascending, int64[b]. Hosts along `tensor` share rows.
 
     Raises:
-      ValueError: the batch cannot be cut evenly.
+      ValueError: the batch size is not a multiple of the mesh axes data x fsdp.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise ValueError(
-            f"batch size {batch_size} cannot be cut into {parts} equal parts (mesh data x fsdp); choose a multiple of {parts}"
+            f"batch size {batch_size} is not a multiple of {parts} (mesh data x fsdp); choose a multiple of {parts}"
         )
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in places]))
@@ -157,7 +163,7 @@ def local_rows(batch_size: int, mesh: jax.sharding.Mesh) -> np.ndarray:
 def put_batch(
     batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int, mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-    """One global array a key out of this host's rows ([b, ...] numpy, in the order of `rows`)."""
+    """Assemble global arrays [batch_size, ...] from this host's rows (NumPy [b, ...], in the order of `rows`)."""
     sharding = batch_sharding(mesh)
 
     def put(local: np.ndarray) -> jax.Array:
@@ -173,19 +179,19 @@ def put_batch(
 
 @contextlib.contextmanager
 def computing(mesh: jax.sharding.Mesh, rules: Iterable[tuple[str, str]]) -> Iterator[None]:
-    """Inside, programs are traced for `mesh`, and `axis_of` and `by_device` follow the run's mesh rules."""
+    """Trace programs in the block for `mesh`; `axis_of` and `by_device` use the run's mesh rules."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(rules)):
         yield
 
 
 def axis_of(word: str) -> str | None:
-    """Mesh axis of an axis word by the rules of `computing`; None outside of it, or where the rules do not name the word."""
+    """Return the mesh axis of an axis word inside `computing`; None outside of it, or if no rule names the word."""
     axis = dict(nn.get_logical_axis_rules()).get(word)
-    return axis if isinstance(axis, str) else None  # flax also knows rules with several axes; `computing` sets none
+    return axis if isinstance(axis, str) else None  # Flax also allows several axes per rule; `computing` sets one
 
 
 def device_kind() -> str:
-    """Kind of the devices of the current mesh ("TPU v5e"); without a mesh, of JAX's first device."""
+    """Return the device kind of the current mesh, e.g. "TPU v5e"; without a mesh, of JAX's first device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.devices()[0].device_kind
@@ -193,9 +199,9 @@ def device_kind() -> str:
 
 
 def computes_on(maker: str) -> bool:
-    """Whether the devices of the current mesh are of that kind ("tpu", "nvidia"); with no mesh, whether JAX's only device is.
+    """Return whether the devices of the current mesh are of that kind ("tpu", "nvidia"); without a mesh, JAX's only device.
 
-    A program for several devices without a mesh gets False: custom kernels need explicit shardings.
+    False for several devices without a mesh, since custom kernels need explicit shardings.
     """
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         return False
@@ -203,21 +209,21 @@ def computes_on(maker: str) -> bool:
 
 
 def computes_on_first(maker: str) -> bool:
-    """Whether this process's first device is of that kind, whatever the mesh."""
+    """Return whether this process's first device is of that kind, regardless of the mesh."""
     return maker in jax.local_devices()[0].device_kind.lower()
 
 
 def by_device(run: Callable[..., jax.Array], *arrays: jax.Array, axes: Sequence[tuple[str | None, ...]]) -> jax.Array:
-    """`run` on every device's part of `arrays`: for kernels, which XLA cannot cut.
+    """Apply `run` to each device's shard of `arrays`, for custom kernels, which XLA cannot partition.
 
     Args:
-      run: arrays -> an array of the first one's shape, the same for any part.
-      *arrays: whole, of any shapes.
-      axes: for each array the axis word of each dimension, "batch" for (data, fsdp), None for a whole one. A word stays whole
-        where one of the dimensions that bear it is not a multiple of its mesh axis.
+      run: arrays -> array of the shape of the first one. Must be correct for any shard.
+      *arrays: global arrays.
+      axes: for each array, the axis word of each dimension; "batch" means (data, fsdp), None means replicated. An axis word is
+        replicated if one of its dimensions is not a multiple of the mesh axis.
 
     Returns:
-      The result, cut as the first array is.
+      The global result, sharded like the first array.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -240,13 +246,13 @@ def _axes_of(word: str) -> tuple[str, ...]:
 
 
 def parts(word: str) -> int:
-    """Into how many parts the mesh cuts dimensions of an axis word ("heads"), or "batch"; without a mesh, 1."""
+    """Return the number of shards of a dimension with an axis word such as "heads", or of "batch"; without a mesh, 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _axes_of(word))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Pin an activation to mesh axes, e.g. `constrain(x, "batch", None, None)`; "batch" means (data, fsdp). No mesh: no effect."""
+    """Constrain the sharding of an activation, e.g. `constrain(x, "batch", None, None)`; "batch" means (data, fsdp). No effect without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

@@ -1,7 +1,7 @@
-"""The training state, and the cut of the parameters into a trainable and a frozen tree.
+"""Training state, and the partition of the parameters into a trainable and a frozen tree.
 
-Frozen parameters are no mask but a second, disjoint tree: they get no gradient, no optimizer state, are not clipped and
-not saved again. The idea is Equinox's partition / combine, on plain nested dicts.
+Frozen parameters form a second, disjoint tree instead of a mask: they have no gradients and no optimizer state, do not count
+towards the clipped norm, and are saved once per run. This is the partition / combine of Equinox on plain nested dicts.
 """
 
 import re
@@ -17,38 +17,43 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ymplug_jax.core.exits import Mistake
 
-Params = dict[str, Any]  # nested dicts of arrays, or of what stands for them: `stand_in`, shardings
+Params = dict[str, Any]  # nested dicts of arrays, or of ShapeDtypeStructs or shardings in their place
 
 
 @struct.dataclass
 class TrainState:
-    """What a step reads and writes: donated every step, saved in every checkpoint."""
+    """Input and output of the train step: donated at every step, saved in every checkpoint."""
 
-    step: jax.Array  # int32 scalar: steps taken, skipped ones included
+    step: jax.Array  # int32 scalar: steps taken, including skipped updates
     trainable: Params  # float32
     opt_state: optax.OptState
 
 
 def stand_in(shape: Sequence[int], dtype: Any, place: jax.sharding.Sharding | None = None) -> jax.Array:
-    """A ShapeDtypeStruct under the type of the array that it stands for: abstract trees and real ones share their types."""
+    """Return a ShapeDtypeStruct, typed as an array so that abstract and concrete trees share their annotations."""
     return cast(jax.Array, jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=place))
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat dict with paths such as "vision/blocks/attn/q/kernel"."""
+    """Flatten a nested dict to paths such as "vision/blocks/attn/q/kernel"."""
     return flatten_dict(params, sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Inverse of `flatten`."""
+    """Invert `flatten`."""
     return unflatten_dict(dict(flat), sep="/")
 
 
 def matching(paths: Iterable[str], patterns: Sequence[str], where: str) -> set[str]:
-    """Paths that at least one regex matches in full.
+    """Return the paths that at least one regex matches in full.
+
+    Args:
+      paths: parameter paths.
+      patterns: regular expressions.
+      where: setting of the patterns, for messages.
 
     Raises:
-      Mistake: a pattern that matches no path (it froze or exempted less than its author meant), or no regex.
+      Mistake: a pattern is not a regular expression, or matches no path and so has no effect.
     """
     paths = list(paths)
     found: set[str] = set()
@@ -56,20 +61,20 @@ def matching(paths: Iterable[str], patterns: Sequence[str], where: str) -> set[s
         try:
             hits = {path for path in paths if re.fullmatch(pattern, path)}
         except re.error as error:
-            raise Mistake(f"{where}: {pattern!r} is no regular expression: {error}") from None
+            raise Mistake(f"{where}: {pattern!r} is not a regular expression ({error}); correct it") from None
         if not hits:
             raise Mistake(
-                f"{where}: the pattern {pattern!r} matches no parameter; the first ones are {', '.join(paths[:3])}"
+                f"{where}: the pattern {pattern!r} matches no parameter; correct it to match paths such as {', '.join(paths[:3])}"
             )
         found |= hits
     return found
 
 
 def split(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-    """(trainable, frozen): disjoint nested dicts; frozen are the paths that a pattern matches in full.
+    """Partition parameters into (trainable, frozen) nested dicts; paths that a pattern matches in full are frozen.
 
     Raises:
-      ValueError: a pattern that matches nothing.
+      Mistake: a pattern matches nothing.
     """
     flat = flatten(params)
     frozen = matching(flat, patterns, "config.train.frozen")
@@ -79,12 +84,12 @@ def split(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """Inverse of `split`."""
+    """Invert `split`."""
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
 def cast_frozen(params: Params, patterns: Sequence[str], dtype: str) -> Params:
-    """Float leaves of the frozen part in `dtype`, the rest in float32. Works on arrays and on ShapeDtypeStructs."""
+    """Cast frozen leaves to `dtype` and all others to float32. Accepts arrays and ShapeDtypeStructs."""
     flat = flatten(params)
     frozen = matching(flat, patterns, "config.train.frozen")
 
@@ -98,7 +103,7 @@ def cast_frozen(params: Params, patterns: Sequence[str], dtype: str) -> Params:
 
 
 def count(params: Mapping[str, Any]) -> int:
-    """Number of parameters in a (possibly abstract) tree."""
+    """Return the number of parameters in a (possibly abstract) tree."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())
 
 
@@ -110,7 +115,7 @@ def init_params(
     shardings: Mapping[str, Any],
     wanted: Iterable[str],
 ) -> Params:
-    """Fresh values of the `wanted` paths only, made under jit straight into their sharding (nothing is ever whole on the host)."""
+    """Initialise only the `wanted` paths, under jit and directly in their sharding, so no host holds a full array."""
     wanted = sorted(wanted)
     places = flatten(shardings)
     if not wanted:

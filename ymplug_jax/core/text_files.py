@@ -1,7 +1,7 @@
-"""Text files as users have them: UTF-8 with or without a byte order mark, lines that end at a line feed only.
+"""Reading of text files: UTF-8 with or without a byte order mark, lines separated by line feeds only.
 
-`str.splitlines` and text mode end lines at more characters: U+2028, for one, is a token of bert-base-chinese and occurs in titles,
-and a lone carriage return is no end of a line either.
+`str.splitlines` and text mode also split at other characters, such as U+2028, which is a token of bert-base-chinese and occurs in
+titles, and at a lone carriage return.
 """
 
 import re
@@ -13,10 +13,10 @@ from ymplug_jax.core import exits
 
 
 def read_lines(file: Path | epath.Path) -> list[str]:
-    """The lines of a file without their ends: "\\n", or "\\r\\n". Empty lines stay; the end of the last line may be missing.
+    """Return the lines of a file without "\\n" or "\\r\\n". Empty lines are kept; the last line may lack its end.
 
     Raises:
-      FileNotFoundError: no such file.
+      FileNotFoundError: the file does not exist.
       exits.Mistake: see `read_text`.
     """
     lines = read_text(file).split("\n")
@@ -26,11 +26,11 @@ def read_lines(file: Path | epath.Path) -> list[str]:
 
 
 def read_text(file: Path | epath.Path) -> str:
-    """The text of a file without its byte order mark; line ends stay as they are.
+    """Return the text of a file without its byte order mark. Line ends are kept.
 
     Raises:
-      FileNotFoundError: no such file.
-      exits.Mistake: not UTF-8, a folder, or a Git LFS pointer; the message names the file.
+      FileNotFoundError: the file does not exist.
+      exits.Mistake: a folder, a Git LFS pointer, or not UTF-8; the message names the file.
     """
     try:
         data = file.read_bytes()
@@ -46,7 +46,7 @@ def read_text(file: Path | epath.Path) -> str:
 
 
 def lfs_pointer(head: bytes) -> str:
-    """What to say of a file that begins with these bytes if it only stands for the one in Git LFS, "" otherwise."""
+    """Return an error message if a file beginning with these bytes is a Git LFS pointer, else ""."""
     if not head.startswith(b"version https://git-lfs.github.com/"):
         return ""
     size = re.search(rb"^size (\d+)\r?$", head[:1024], re.MULTILINE)
@@ -55,10 +55,8 @@ def lfs_pointer(head: bytes) -> str:
 
 
 def web_page(head: bytes) -> str:
-    """What to say of a file that begins with these bytes if a web server's page was saved in its place, "" otherwise."""
+    """Return an error message if a file beginning with these bytes is a web page saved in its place, else ""."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:9].lower()
     if not start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")):
         return ""
-    return (
-        "a web page (HTML or XML), not the file itself; download the file again, after a login if the page asks for one"
-    )
+    return "a web page (HTML or XML), not the file itself; download the file again, after logging in if the page requires it"

@@ -1,10 +1,10 @@
-"""Figures and tables as lines for a person."""
+"""Formatting of sizes and tables as text."""
 
 from collections.abc import Sequence
 
 
 def human(size: float) -> str:
-    """Bytes with a unit: "512 B", "1.5 KiB", "2.00 GiB"."""
+    """Format a number of bytes with a unit: "512 B", "1.5 KiB", "2.00 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -13,7 +13,7 @@ def human(size: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[object]], right: int = 0) -> str:
-    """Rows of equal length as aligned columns; the last `right` columns end at the right."""
+    """Format rows of equal length as aligned columns; the last `right` columns are right-aligned."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     count = len(widths)
 

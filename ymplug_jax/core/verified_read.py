@@ -1,4 +1,4 @@
-"""Reading the leaves of a checkpoint's item folder with their checksums: what comes back is what was saved, or one line says what is not."""
+"""Reading of checkpoint item folders, with every leaf verified against its checksum."""
 
 import functools
 import gc
@@ -18,15 +18,15 @@ from flax.traverse_util import unflatten_dict
 from ymplug_jax.core import leaf_checksums
 from ymplug_jax.core.exits import PlaceFailed
 
-GROUP = 2**30  # bytes that are read at a time, in the dtype they are stored in
-# What says that the place cannot be reached now; anything else that cannot be read is damaged.
+GROUP = 2**30  # bytes read at a time, in the stored dtype
+# Errors of unreachable storage. Any other read error means that the checkpoint is damaged.
 UNREACHABLE = re.compile(
     r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Permission denied|Input/output error|Too many open files"
 )
 
 
 class Damaged(ValueError):
-    """A leaf, or what describes the leaves of a folder, is not what was saved."""
+    """A leaf, or the metadata of a folder, cannot be read or differs from what was saved."""
 
     def __init__(self, what: str, reason: str):
         super().__init__(f"{what}: {reason}")
@@ -34,15 +34,15 @@ class Damaged(ValueError):
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """{path such as "1/mu/llm/ln/scale": leaf} of any tree, in its order."""
+    """Return {path such as "1/mu/llm/ln/scale": leaf} of any tree, in tree order."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in _with_path(tree)}
 
 
 def stored_in(folder: epath.Path) -> dict[str, Any]:
-    """Path -> Orbax metadata (shape, dtype) of the parameters in one item folder.
+    """Return {path: Orbax metadata (shape, dtype)} of the parameters in an item folder.
 
     Raises:
-      Damaged: its description cannot be read.
+      Damaged: the metadata cannot be read.
       PlaceFailed: the folder cannot be reached.
     """
     what = f"the list of parameters in {folder}"
@@ -54,16 +54,19 @@ def stored_in(folder: epath.Path) -> dict[str, Any]:
 
 
 def read(folder: epath.Path, tree: Any, sums: Mapping[str, str] | None, dtypes: Mapping[str, Any] | None = None) -> Any:
-    """The tree as it is stored in an item folder, verified leaf by leaf.
+    """Read a tree from an item folder and verify every leaf.
 
     Args:
-      folder: of one Orbax item.
-      tree: what is wanted, of ShapeDtypeStructs with shardings; may lack leaves that the folder has.
-      sums: checksum by path, None for a checkpoint of an older version, which is read unverified.
-      dtypes: dtype that a path is stored in, where it may be another than the wanted one.
+      folder: folder of one Orbax item.
+      tree: ShapeDtypeStructs with shardings of the leaves to read. A tree of dicts may omit leaves that the folder has.
+      sums: checksum by path. None: do not verify, for checkpoints of older versions.
+      dtypes: stored dtype by path, where it may differ from the wanted one. Leaves are cast after verification.
+
+    Returns:
+      The tree of arrays, with the dtypes and shardings of `tree`.
 
     Raises:
-      Damaged: a leaf cannot be read, or is not what was saved.
+      Damaged: a leaf cannot be read, or differs from what was saved.
       PlaceFailed: the folder cannot be reached.
     """
     parts: dict[str, jax.Array] = {}
@@ -76,7 +79,7 @@ def read(folder: epath.Path, tree: Any, sums: Mapping[str, str] | None, dtypes: 
 def groups(
     folder: epath.Path, tree: Any, sums: Mapping[str, str] | None, dtypes: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, jax.Array]]:
-    """`read` in parts of about GROUP bytes: {path: leaf}. So no more than that is held twice, or held for nothing."""
+    """Yield the leaves of `read` as {path: leaf} in groups of about GROUP bytes, to bound the additional memory."""
     wanted = named(tree)
     stored = {
         path: jax.ShapeDtypeStruct(leaf.shape, (dtypes or {}).get(path, leaf.dtype), sharding=leaf.sharding)
@@ -103,8 +106,8 @@ def _parted(leaves: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[str, jax.Array]:
     def once(chosen: Mapping[str, Any]) -> dict[str, jax.Array]:
-        # With partial_restore Orbax leaves out what the item lacks, but reads what stands as a placeholder in it. So of
-        # dicts, which parameters are, no more than the chosen leaves remain; any other tree is as it was saved.
+        # With partial_restore, Orbax skips leaves that `item` lacks but reads placeholders. So for trees of dicts (parameters)
+        # `item` holds only the chosen leaves; any other tree keeps its saved structure, with placeholders and no partial_restore.
         dicts = _of_dicts(tree)
         if dicts:
             item = unflatten_dict(dict(chosen), sep="/")
@@ -125,35 +128,35 @@ def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[s
     try:
         return _call(lambda: once(chosen), folder, "")
     except Damaged as error:
-        if jax.process_count() > 1:  # the others may have read their parts: no more calls that all must make
+        if jax.process_count() > 1:  # other processes may have succeeded, so no further collective calls
             guess = [path for path in chosen if path.replace("/", ".") in error.reason]
             raise Damaged(
                 max(guess, key=len, default=f"one of {', '.join(list(chosen)[:3])}, ..."), _short(error)
             ) from None
-        for path, leaf in chosen.items():  # which one is it
+        for path, leaf in chosen.items():  # find the damaged leaf
             _call(functools.partial(once, {path: leaf}), folder, path)
-        raise Damaged("its parameters", _short(error)) from None
+        raise Damaged("its parameters", _short(error)) from None  # every leaf alone could be read
 
 
 def _of_dicts(tree: Any) -> bool:
-    """Whether nothing but dicts hold the leaves."""
+    """Return whether the tree consists of dicts only."""
     return all(isinstance(key, jax.tree_util.DictKey) for path, _ in _with_path(tree) for key in path)
 
 
 def _call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
-    """Orbax and TensorStore raise Exception, ValueError, AttributeError, KeyError and others on files that are damaged."""
+    """Call `function`, converting the many error types that Orbax and TensorStore raise on damaged files."""
     level = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # they also log hundreds of lines
+    logging.disable(logging.ERROR)  # Orbax and TensorStore also log hundreds of lines
     try:
         return function()
     except (jax.errors.JaxRuntimeError, MemoryError):
-        raise  # the device is full, or another process is gone
+        raise  # the device is out of memory, or another process has exited
     except Exception as error:
         _forget_other_reads()
         text = f"{type(error).__name__}: {error}"
         if UNREACHABLE.search(text):
             raise PlaceFailed(
-                f"{folder}: cannot be read ({_short(error)}); look at the place and its permissions"
+                f"{folder}: cannot be read ({_short(error)}); check the connection and the permissions"
             ) from None
         if what:
             raise Damaged(what, f"cannot be read ({_short(error)})") from None
@@ -163,8 +166,10 @@ def _call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
 
 
 def _forget_other_reads() -> None:
-    """Orbax lets go of the reads beside one that fails, and closes their event loop. What they find as well is of no more use, but
-    would be printed, hundreds of lines for each: when they end, when they are collected, and at the end of the interpreter."""
+    """Silence errors of concurrent reads that Orbax abandoned when one read failed and it closed their event loop.
+
+    They would print hundreds of lines when they end, when they are garbage-collected, and at interpreter exit.
+    """
     for name in ("unraisablehook", "excepthook"):
         hook = getattr(sys, name)
         if not isinstance(hook, functools.partial):
@@ -176,7 +181,10 @@ def _forget_other_reads() -> None:
 def _tell_others(
     hook: Callable[..., Any], *given: Any, coroutines: "type[types.CoroutineType[Any, Any, Any]]" = types.CoroutineType
 ) -> None:
-    """A hook of `sys` that passes over the reads that Orbax let go of. Takes what is also there when the module's names are gone."""
+    """Forward errors to the original `sys` hook, except those of abandoned Orbax reads.
+
+    Everything it needs is passed as an argument, because module globals may be gone at interpreter exit.
+    """
     error = given[1] if len(given) > 1 else given[0].exc_value
     found: Any = None if len(given) > 1 else given[0].object
     late = str(error) == "Event loop is closed"
@@ -185,13 +193,13 @@ def _tell_others(
 
 
 def _short(error: Exception) -> str:
-    """The reason in a few words: TensorStore's own word for it if there is one."""
+    """Summarise an error in a few words, based on TensorStore's status code if there is one."""
     text = error.reason if isinstance(error, Damaged) else f"{type(error).__name__}: {error}"
     if found := re.search(r"\b(NOT_FOUND|DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION|INVALID_ARGUMENT)\b", text):
         return {"NOT_FOUND": "a file is missing", "OUT_OF_RANGE": "a file is too short"}.get(
             found[1], "a file is damaged"
         )
-    if "reading array index" in text:  # Orbax's words where the whole of TensorStore's do not follow
+    if "reading array index" in text:  # Orbax's message without TensorStore's details
         return "a part of it is missing or damaged"
     return text.splitlines()[0][:100]
 
@@ -202,9 +210,9 @@ def _verify(found: Mapping[str, jax.Array], sums: Mapping[str, str] | None) -> N
     seen = leaf_checksums.of_tree(found)
     for path, now in seen.items():
         if path not in sums:
-            raise Damaged(path, "has no checksum among those of its checkpoint")
+            raise Damaged(path, "no checksum stored in its checkpoint")
         if now != sums[path]:
-            raise Damaged(path, f"is not what was saved (checksum {now}, saved {sums[path]})")
+            raise Damaged(path, f"differs from what was saved (checksum {now}, saved {sums[path]})")
 
 
 def _cast(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:

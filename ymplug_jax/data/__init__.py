@@ -1,1 +1,1 @@
-"""From stored clips and texts to batches: records, frames, transforms, tokenizers and the loader."""
+"""Input pipeline from stored clips and texts to batches: records, frames, transforms, tokenizers and the loader."""

@@ -1,4 +1,7 @@
-"""Which frames of a clip, and their pixels. Choosing comes before decoding: a frame that is not used costs nothing."""
+"""Sampling and decoding of frames. Frames are sampled before decoding, so unused frames cost nothing.
+
+See docs/models/mplug_video.md, "Frames and augmentation".
+"""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -9,7 +12,7 @@ import numpy as np
 
 @functools.cache
 def opencv() -> ModuleType:
-    """cv2, loaded at its first use, without threads of its own: the loader's threads are the parallelism."""
+    """Import cv2 at its first use and disable its thread pool, because the loader already runs one example per thread."""
     import cv2
 
     cv2.setNumThreads(0)
@@ -17,48 +20,56 @@ def opencv() -> ModuleType:
 
 
 def choose_frames(num_frames: int, available: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Indices of the frames to show, ascending, int64[num_frames]; the reference's rule.
+    """Sample frame indices, ascending, int64[num_frames], by the rule of the reference.
 
-    The clip is cut into equal intervals. Evaluation (rng None) takes the middle of each; training draws from each, never
-    its last frame, and falls back to distinct frames anywhere if some interval has one frame only. A clip with fewer
-    frames than asked repeats its last one.
+    The clip is divided into equal intervals. Evaluation takes the middle frame of each interval. Training draws one frame from
+    each interval, excluding its last frame; if an interval has a single frame, it draws distinct frames from the whole clip. A
+    clip with fewer than `num_frames` frames repeats its last one.
+
+    Args:
+      num_frames: number of frames to sample.
+      available: number of stored frames.
+      rng: randomness of training; None in evaluation.
 
     Raises:
-      ValueError: a clip without frames.
+      ValueError: the clip has no frames.
     """
     if available < 1:
-        raise ValueError("a clip needs at least one frame")
+        raise ValueError("the clip has no frames; give at least one")
     count = min(num_frames, available)
     first, last, apart = _intervals(count, available)
     if rng is None:
         chosen = (first + last) // 2
     elif apart:
-        chosen = rng.integers(first, last)  # half-open
+        chosen = rng.integers(first, last)  # excludes `last`
     else:
         chosen = np.sort(rng.choice(available, count, replace=False)).astype(np.int64)
     return chosen if count == num_frames else np.pad(chosen, (0, num_frames - count), mode="edge")
 
 
-@functools.lru_cache(256)  # clips of a data set have few lengths
+@functools.lru_cache(256)  # a data set has few different clip lengths
 def _intervals(count: int, available: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """First and last frame of each interval, int64[count], and whether all have two frames or more."""
+    """Return the first and last frame of each interval, int64[count], and whether all intervals have at least two frames."""
     cuts = np.linspace(0, available, count + 1).astype(np.int64)
     first, last = cuts[:-1], cuts[1:] - 1
     return first, last, bool(np.all(last > first))
 
 
 def decode_frames(jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    """uint8[T, H, W, 3] RGB of the chosen frames; a frame chosen twice is decoded once. Other threads run meanwhile.
+    """Decode the frames at `indices`: uint8[T, H, W, 3], RGB. Decoding releases the GIL; a repeated frame is decoded once.
 
     Raises:
-      ValueError: bytes that are no JPEG, or frames of different sizes.
+      ValueError: a frame is not a JPEG, or the frames differ in size.
     """
     return np.stack(list(Decoded(jpegs, indices)))
 
 
 class Decoded:
-    """The frames of `decode_frames`, uint8[H, W, 3] each, decoded when they are asked for: what is done to a frame at once
-    finds it in the cache. The latest one is kept. Errors are those of `decode_frames`."""
+    """Lazy sequence of the frames of `decode_frames`, uint8[H, W, 3] each.
+
+    A frame is decoded on access, so that the transform finds it in the CPU cache. Only the latest frame is kept. Raises the errors
+    of `decode_frames`.
+    """
 
     def __init__(self, jpegs: Sequence[bytes], indices: Sequence[int] | np.ndarray):
         self._jpegs, self._indices = jpegs, [int(index) for index in indices]
@@ -80,9 +91,11 @@ class Decoded:
         data = np.frombuffer(self._jpegs[index], np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
-            raise ValueError(f"frame {index} of the record is no JPEG")
+            raise ValueError(f"frame {index} of the record: not a JPEG; build the shards again")
         self._size = self._size or image.shape[:2]
         if image.shape[:2] != self._size:
-            raise ValueError(f"frame {index} of the record is {image.shape[:2]}, the first one {self._size}")
+            raise ValueError(
+                f"frame {index} of the record: size {image.shape[:2]}, but the first frame has {self._size}; build the shards again"
+            )
         self._latest, self._image = index, image
         return image

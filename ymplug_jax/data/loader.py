@@ -1,8 +1,8 @@
-"""Batches as a function of one integer. Order and augmentation depend on (seed, position) alone, never on hosts or threads.
+"""Deterministic loader: order and augmentation depend on (seed, position) only, not on hosts, processes or threads.
 
-Position p of a run is record order[p]: a permutation of the split keyed by seed and epoch. Global batch b holds the next
-`batch_size` positions after `start`; a host loads the rows of it that its devices need. So the data state of a run is
-the number of examples seen, and any number of hosts continues the same order.
+Position p of a run is a record in a permutation of the split, keyed by seed and epoch. Global batch b holds `batch_size`
+consecutive positions from `start + b * batch_size`; each host loads the rows that its devices need. The data state of a run is
+therefore one integer, the number of examples seen, and a run can resume on any number of hosts.
 """
 
 import multiprocessing
@@ -37,35 +37,34 @@ def batches(
     workers: int = 0,
     skip_corrupt: bool = False,
 ) -> "Batches":
-    """This host's rows of every global batch, each a dict of arrays [len(rows), ...] with `valid: bool`.
+    """Iterate over this host's rows of every global batch, as dicts of arrays [len(rows), ...] with the key `valid`, bool.
 
-    Reading starts with the first batch. Two batches ahead are held ready (of this host's rows; at least two examples for
-    each thread), twice that with worker processes, which share it.
+    Reading starts when the first batch is requested. The loader prefetches two batches of this host's rows, and at least two
+    examples per thread; worker processes together prefetch twice as much.
 
     Args:
       records: the split.
       example: (record, rng) -> dict of fixed-shape arrays; rng is None in evaluation.
-      seed: of the order and of all augmentation, not negative.
-      batch_size: of the global batch.
-      rows: which rows of the global batch to load, in [0, batch_size), in the order they come out.
-      shuffle: True: training, endless, permuted anew every epoch. False: one pass in order without rng; the last batch
-        is padded with `valid` False.
-      start: examples seen before; the first batch starts there.
-      num_examples: without shuffle, stop after this many, if there are more; 0: all.
-      threads: that read and decode, in each worker process if there are any.
-      workers: processes to spread this over (absl flags must be parsed, `example` go through cloudpickle); the batches
-        are the same for any number.
-      skip_corrupt: a corrupt record becomes an example with `valid` False instead of an error.
+      seed: seed of order and augmentation, at least 0.
+      batch_size: size of the global batch.
+      rows: rows of the global batch to load, in [0, batch_size), in output order.
+      shuffle: True: training, endless, with a new permutation every epoch. False: one pass in order, with rng None; the last
+        batch is padded with examples whose `valid` is False.
+      start: number of examples seen before, where the first batch starts.
+      num_examples: without shuffle, stop after at most this many examples. 0: all.
+      threads: threads that read and decode, per worker process if there are any.
+      workers: number of worker processes; 0: none. Batches do not depend on it. `example` must be picklable with cloudpickle.
+      skip_corrupt: turn a corrupt record into an example with `valid` False instead of raising an error.
 
     Raises:
-      ValueError: a split without records, or rows outside the batch.
-      CorruptRecord: (on iteration) naming shard, record and offset, unless `skip_corrupt`.
+      ValueError: the split has no records, or `rows` are outside the batch.
+      CorruptRecord: (on iteration) a record is corrupt and `skip_corrupt` is False; names shard, record and byte offset.
     """
     rows = np.asarray(rows, np.int64)
     if not len(records):
-        raise ValueError(f"{records.path}: split {records.split!r} has no records")
+        raise ValueError(f"{records.path}: split {records.split!r} has no records; build the shards again")
     if rows.size == 0 or rows.min() < 0 or rows.max() >= batch_size:
-        raise ValueError(f"rows must be a few of 0..{batch_size - 1}, not {rows.tolist()}")
+        raise ValueError(f"rows: {rows.tolist()} is empty or outside the batch; give rows from 0 to {batch_size - 1}")
     size = 2**62 if shuffle else min(num_examples or len(records), len(records))
     source = _Source(records, example, seed, batch_size, rows, shuffle, start, size, skip_corrupt)
     stream = _in_processes(source, len(rows), threads, workers) if workers else _in_threads(source, len(rows), threads)
@@ -73,8 +72,11 @@ def batches(
 
 
 def _in_threads(source: "_Source", width: int, threads: int) -> Generator[Example]:
-    """Batches of `width` items. The thread that makes an item copies it into its row, so that nothing is left to do for
-    the one that takes the batch, and the memory of items stays with the thread."""
+    """Yield batches of `width` examples, made by threads.
+
+    The thread that makes an example also copies it into its row, so that the consumer does no work and the memory of an example
+    is allocated and freed by the same thread.
+    """
     pool = ThreadPoolExecutor(threads, "loader")
     ahead = max(2, -(-2 * threads // width))
     numbers = iter(range(len(source) // width))
@@ -97,7 +99,7 @@ def _in_threads(source: "_Source", width: int, threads: int) -> Generator[Exampl
 
 
 class _Rows:
-    """A batch that threads fill row by row; its first item says what the arrays are."""
+    """A batch filled row by row by threads. Its arrays are allocated with the shapes and dtypes of the first example."""
 
     def __init__(self, width: int):
         self.arrays: Example = {}
@@ -114,24 +116,23 @@ class _Rows:
             value = example[key]
             if (value.shape, value.dtype) != (array.shape[1:], array.dtype):
                 raise ValueError(
-                    f"{key}: an example has {value.dtype}{list(value.shape)}, another of its batch "
-                    f"{array.dtype}{list(array.shape[1:])}; all examples of a task must be alike"
+                    f"{key}: an example has {value.dtype}{list(value.shape)}, another one in its batch "
+                    f"{array.dtype}{list(array.shape[1:])}; make all examples of a task alike in shape and dtype"
                 )
             array[row] = value
 
 
 def _in_processes(source: "_Source", width: int, threads: int, workers: int) -> Generator[Example]:
-    """The same from worker processes, each with so many threads."""
+    """Yield batches of `width` examples, made by `workers` processes with `threads` threads each."""
     import grain
     from absl import flags
 
-    if (
-        not flags.FLAGS.is_parsed()
-    ):  # Grain's workers ask for flags of its own; a program without absl's parser leaves the defaults
+    # Grain's workers read absl flags. A program that does not parse them uses the defaults.
+    if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     share = -(-max(2 * width, 2 * threads) // workers)
     stream = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(threads, share))
-    # Before batching: a batch cut inside a worker would depend on their number.
+    # Batching comes last: batches made inside the workers would depend on the number of workers.
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=share))
     iterator = iter(stream.batch(width))
     try:
@@ -141,11 +142,10 @@ def _in_processes(source: "_Source", width: int, threads: int, workers: int) -> 
 
 
 class Batches:
-    """Iterator over this host's part of the global batches. Threads and processes end with it: at its end, at an error or
-    at `close`."""
+    """Iterator over this host's rows of the global batches. Its threads and processes stop at the end, on an error or on `close`."""
 
     def __init__(self, stream: Generator[Example], positions: np.ndarray, step: int, size: int):
-        self.skipped = 0  # corrupt records in the batches given out so far
+        self.skipped = 0  # number of corrupt records in the batches returned so far
         self._batches = self._given_out(stream, positions, step, size)
 
     def __iter__(self) -> "Batches":
@@ -155,19 +155,19 @@ class Batches:
         return next(self._batches)
 
     def close(self) -> None:
-        """Let go of threads and processes; there are no more batches after it."""
+        """Stop the threads and processes. The iterator ends."""
         self._batches.close()
 
     def _given_out(self, stream: Generator[Example], positions: np.ndarray, step: int, size: int) -> Generator[Example]:
         with closing(stream):
             for batch in stream:
-                self.skipped += int(np.sum(~batch["valid"] & (positions < size)))  # beyond it is padding
+                self.skipped += int(np.sum(~batch["valid"] & (positions < size)))  # positions beyond `size` are padding
                 positions = positions + step
                 yield batch
 
 
 class _Source:
-    """Random access to this host's examples: item k is row rows[k % len(rows)] of global batch k // len(rows)."""
+    """Random access to this host's examples. Item k is row rows[k % len(rows)] of global batch k // len(rows)."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class _Source:
     ):
         self._records, self._example, self._seed, self._shuffle = records, example, seed, shuffle
         self._batch_size, self._rows, self._start, self._size, self._skip = batch_size, rows, start, size, skip
-        # Epoch e has the seed + e, so that neighbouring seeds of a run would share orders: spread them first.
+        # Epoch e uses key + e. Hash the seed first, else runs with neighbouring seeds would share permutations.
         self._key = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._filler: Example | None = None
         self._lock = threading.Lock()
@@ -194,7 +194,9 @@ class _Source:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_lock": threading.Lock()}
         if multiprocessing.parent_process() and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the run decides when these end
+            signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            )  # Ctrl-C reaches every process, but the main process decides when workers stop
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._records.path!r}, {self._records.split!r})"
@@ -218,7 +220,7 @@ class _Source:
             return self._invalid()
 
     def _shuffled(self, position: int) -> int:
-        """The record at a position: any item of a permutation is computed on the spot."""
+        """Return the record index at a position. The permutation is computed per item and never stored."""
         from grain.experimental import index_shuffle
 
         epoch, place = divmod(position, len(self._records))
@@ -233,7 +235,7 @@ class _Source:
             raise
 
     def _invalid(self) -> Example:
-        """An example of the right shapes that counts for nothing: the split's first readable record, marked invalid."""
+        """Return padding: the example of the split's first readable record, with `valid` False."""
         with self._lock:
             if self._filler is None:
                 self._filler = self._first_readable() | {"valid": np.array(False)}
@@ -245,4 +247,6 @@ class _Source:
                 return self._make(index, None)
             except CorruptRecord:
                 continue
-        raise CorruptRecord(f"{self._records.path}: every record of split {self._records.split!r} is corrupt")
+        raise CorruptRecord(
+            f"{self._records.path}: every record of split {self._records.split!r} is corrupt; build or copy the shards again"
+        )

@@ -1,4 +1,4 @@
-"""The last hop before the step: batches move to the devices while it runs."""
+"""Prefetching of batches to the devices while the train step runs."""
 
 import contextlib
 import queue
@@ -12,57 +12,59 @@ Batch = TypeVar("Batch")
 
 
 class Stream(Protocol):
-    """This host's rows of one batch after the other: `loader.Batches`, or what stands in for it."""
+    """Iterator over this host's rows of the batches: `loader.Batches`, or a substitute with its interface."""
 
     @property
     def skipped(self) -> int:
-        """Corrupt records in the batches given out so far."""
+        """Number of corrupt records in the batches returned so far."""
         ...
 
     def __iter__(self) -> Iterator[Example]: ...
 
     def close(self) -> None:
-        """Let go of threads and processes."""
+        """Stop the threads and processes."""
         ...
 
 
 class Feed(Generic[Batch]):
-    """Batches that are put on the devices two ahead of the one taken. A thread of its own puts them there, so that neither
-    a late batch nor its transfer keeps the loop from a batch that is ready."""
+    """Transfers batches to the devices, two ahead of the consumer, in its own thread.
+
+    With a separate thread, neither a late batch nor its transfer blocks the training loop while another batch is ready.
+    """
 
     def __init__(self, stream: Stream, put: Callable[[Example], Batch]):
-        """Begin to read.
+        """Start reading.
 
         Args:
-          stream: of this host's rows; closed with the feed.
-          put: starts the transfer of one batch; runs in the feed's thread.
+          stream: batches of this host's rows. Closed together with the feed.
+          put: starts the transfer of a batch to the devices. Called in the feed's thread.
         """
-        self.skipped = 0  # corrupt records in the batches given out so far
+        self.skipped = 0  # number of corrupt records in the batches returned so far
         self._stream, self._put = stream, put
-        self._ready: queue.Queue[tuple[Batch, int] | BaseException] = queue.Queue(1)  # the thread holds the second
+        self._ready: queue.Queue[tuple[Batch, int] | BaseException] = queue.Queue(1)  # the thread holds one more
         self._closed = False
         self._thread = threading.Thread(target=self._read_ahead, name="feed", daemon=True)
         self._thread.start()
 
     def __next__(self) -> Batch:
-        """The next batch; errors of reading and of `put` come out here.
+        """Return the next batch. Re-raises errors of the stream and of `put`.
 
         Raises:
-          StopIteration: the stream is at its end.
+          StopIteration: the stream has ended.
         """
         item = self._ready.get()
         if isinstance(item, BaseException):
-            self._ready.put(item)  # for whoever asks again
+            self._ready.put(item)  # for the next call
             raise item
         batch, self.skipped = item
         return batch
 
     def close(self) -> None:
-        """End the thread, after the batch it is at, and the stream."""
+        """Stop the thread after its current batch, and close the stream."""
         self._closed = True
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
-                self._ready.get_nowait()  # it may be waiting for room
+                self._ready.get_nowait()  # the thread may be blocked on a full queue
             self._thread.join(0.01)
         self._stream.close()
 

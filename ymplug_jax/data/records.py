@@ -1,4 +1,4 @@
-"""Random access to the records of a data set: record i is one ranged read, checked and parsed, without TensorFlow."""
+"""Random access to the records of a data set: one ranged read per record, verified and parsed without TensorFlow."""
 
 import io
 import json
@@ -21,8 +21,8 @@ SHARD = re.compile(r"([^/]+)-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
 class Record(NamedTuple):
     """One clip as stored."""
 
-    media_id: str  # the FILE column of the CSV
-    frames: Sequence[bytes]  # JPEG, in time order; each is copied out of the record when it is asked for
+    media_id: str  # FILE column of the CSV
+    frames: Sequence[bytes]  # JPEG, in time order; a frame is copied out of the record on access
     timestamps: np.ndarray  # int64[T], microseconds from the start of the clip
     title: str
     captions: list[str]
@@ -31,11 +31,11 @@ class Record(NamedTuple):
 
 
 class Split(Protocol):
-    """The records of one split, wherever they come from; threads and worker processes share it, so it can be pickled."""
+    """Interface of the records of one split. Picklable and thread-safe, as threads and worker processes share it."""
 
     path: str
     split: str
-    kind: str  # of the CSV that it was built from, see schema.COLUMNS; "text" for a text file; "": nobody knows
+    kind: str  # kind of the CSV, see schema.COLUMNS; "text" for a text file; "" if unknown
 
     def __len__(self) -> int: ...
 
@@ -43,11 +43,11 @@ class Split(Protocol):
 
 
 class CorruptRecord(ValueError):
-    """A record whose checksum or content is broken; the message names shard, index in the shard and byte offset."""
+    """A record with a wrong checksum or invalid content. The message names the shard, the record in it and the byte offset."""
 
 
 class Records:
-    """The records of one split, for any number of threads; pickles small state only (worker processes open their own)."""
+    """Records of one split in TFRecord shards. Thread-safe; pickles no open connection, so worker processes open their own."""
 
     def __init__(self, path: str, split: str):
         """Find the shards and read their indices.
@@ -57,33 +57,33 @@ class Records:
           split: "train", "validation" or "test".
 
         Raises:
-          FileNotFoundError: no such folder, split, shard or index, with what to do.
-          ValueError: written with a schema that this reader does not know, shards of two builds, or a broken index.
+          FileNotFoundError: the folder, the split, a shard or an index is missing; the message gives the fix.
+          ValueError: the schema version is unknown, the shards are of two builds, or an index is damaged.
         """
         self.path, self.split = path.rstrip("/"), split
         self._folder = _Bucket(self.path) if "://" in path else _Disk(self.path)
         names = self._folder.names()
-        self.kind = ""  # of the CSV that the split was built from, see schema.COLUMNS; "" without a manifest
+        self.kind = ""  # stays empty without a manifest
         if schema.MANIFEST in names:
             manifest = _manifest(f"{self.path}/{schema.MANIFEST}", self._folder.read_all([schema.MANIFEST])[0])
             self.kind = _kind(manifest, split)
         self._shards = _shards_of(self.path, split, names)
         indices = _indices_of(self.path, self._shards, names, self._folder)  # int64[n, 2] each
-        self._places = np.concatenate(indices)  # int64[records, 2]: 16 bytes a record stay in memory
+        self._places = np.concatenate(indices)  # int64[records, 2]: 16 bytes of memory per record
         self._ends = np.cumsum([len(index) for index in indices])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Record:
-        """Record i of the split, 0 <= i < len.
+        """Read record i of the split, 0 <= i < len.
 
         Raises:
-          IndexError: no such record.
-          CorruptRecord: a checksum or the content does not fit.
+          IndexError: i is out of range.
+          CorruptRecord: the checksum or the content is wrong.
         """
         if not 0 <= i < len(self):
-            raise IndexError(f"{self.path}: no record {i} in split {self.split!r}, which has {len(self)}")
+            raise IndexError(f"{self.path}: record {i} is out of range; split {self.split!r} has {len(self)} records")
         shard = int(np.searchsorted(self._ends, i, side="right"))
         offset, size = (int(value) for value in self._places[i])
         number = i - (int(self._ends[shard - 1]) if shard else 0)
@@ -94,7 +94,7 @@ class Records:
 
 
 class _Disk:
-    """A local folder. A file is opened for each read: that takes microseconds, and thousands of shards cost no file descriptors."""
+    """A local folder. Opens a file for each read, which takes microseconds, so thousands of shards need no file descriptors."""
 
     def __init__(self, path: str):
         self._path = Path(path).expanduser()
@@ -109,7 +109,7 @@ class _Disk:
         try:
             data = os.pread(file, size, offset)
             while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
-                data += more  # some file systems give less at a time
+                data += more  # some file systems return fewer bytes per read
             return data
         finally:
             os.close(file)
@@ -119,7 +119,7 @@ class _Disk:
 
 
 class _Bucket:
-    """A folder of a bucket, through TensorStore, which retries by itself. The connection is opened at the first use."""
+    """A folder in a bucket, read through TensorStore, which retries on its own. Connects at the first use."""
 
     def __init__(self, url: str):
         self._url = url
@@ -131,7 +131,7 @@ class _Bucket:
     @property
     def _store(self) -> "tensorstore.KvStore":
         if self._connection is None:
-            import tensorstore  # only where a bucket is used
+            import tensorstore  # imported here: only buckets need it
 
             self._connection = tensorstore.KvStore.open(f"{self._url}/").result()
         return self._connection
@@ -140,7 +140,7 @@ class _Bucket:
         try:
             names = {key.decode() for key in self._store.list().result()}
         except ValueError as error:
-            raise OSError(f"{self._url}: cannot be listed; check the name and your credentials: {error}") from error
+            raise OSError(f"{self._url}: cannot be listed ({error}); check the name and your credentials") from error
         if not names:
             raise FileNotFoundError(_no_folder(self._url))
         return names
@@ -150,17 +150,19 @@ class _Bucket:
             result = self._store.read(name, byte_range=slice(offset, offset + size)).result()
         except ValueError as error:
             if "OUT_OF_RANGE" in str(error):
-                return b""  # the shard is shorter than its index says; like a local read past the end
-            raise OSError(f"{self._url}/{name}: cannot be read: {error}") from error
+                return b""  # the shard is shorter than its index says; as a local read past the end
+            raise OSError(
+                f"{self._url}/{name}: cannot be read ({error}); check the bucket and your credentials"
+            ) from error
         return self._value(name, result)
 
     def read_all(self, names: list[str]) -> list[bytes]:
-        pending = [self._store.read(name) for name in names]  # side by side: there may be thousands
+        pending = [self._store.read(name) for name in names]  # concurrently: there may be thousands
         return [self._value(name, result.result()) for name, result in zip(names, pending, strict=True)]
 
     def _value(self, name: str, result: "tensorstore.KvStore.ReadResult") -> bytes:
         if result.state != "value":
-            raise FileNotFoundError(f"{self._url}/{name} is gone; copy it or build again")
+            raise FileNotFoundError(f"{self._url}/{name}: missing; copy it again or build the shards again")
         return result.value
 
 
@@ -173,84 +175,88 @@ def _manifest(file: str, content: bytes) -> dict[str, Any]:
         manifest = json.loads(content)
         version = str(manifest["schema_version"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: no manifest of data_prep ({error!r}); build the shards again") from None
+        raise ValueError(f"{file}: not a manifest of data_prep ({error!r}); build the shards again") from None
     if version.split(".")[0] != schema.SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
-            f"{file}: schema_version {version}, this reader knows {schema.SCHEMA_VERSION}; build the shards again"
+            f"{file}: schema_version {version}, but this version reads {schema.SCHEMA_VERSION}; build the shards again"
         )
     return manifest
 
 
 def _kind(manifest: Mapping[str, Any], split: str) -> str:
-    """Kind of a split: its own where the manifest says so, as splits are built one by one."""
+    """Return the kind of a split: its own entry in the manifest, else that of the data set."""
     splits = manifest.get("splits")
     own = splits.get(split) if isinstance(splits, dict) else None
     return str((own.get("kind") if isinstance(own, dict) else None) or manifest.get("kind") or "")
 
 
 def _shards_of(path: str, split: str, names: set[str]) -> list[str]:
-    """File names of the shards of a split, in order, all of one build and none missing."""
+    """Return the file names of the shards of a split, in order. Raises if shards are missing or of several builds."""
     found: dict[str, dict[tuple[str, int], set[int]]] = {}  # split -> (prefix, count) -> shards
     for name in names:
         if match := SHARD.fullmatch(name):
             found.setdefault(match[2], {}).setdefault((match[1], int(match[4])), set()).add(int(match[3]))
     if split not in found:
-        known = ", ".join(sorted(found)) or "no shards at all"
+        known = f"it has {', '.join(sorted(found))}" if found else "it has no shards"
         raise FileNotFoundError(
-            f"{path}: no split {split!r} here, there are: {known}; build it or name another "
-            "(config.data.train_split, config.data.eval_split; with an empty eval_split nothing is evaluated in training)"
+            f"{path}: no split {split!r} here, {known}; build it, or set config.data.train_split or config.data.eval_split "
+            "to another one (an empty eval_split turns evaluation off)"
         )
     if len(found[split]) > 1:
         builds = ", ".join(f"{prefix}-{split} of {count} shards" for prefix, count in sorted(found[split]))
-        raise ValueError(f"{path}: split {split!r} holds several builds ({builds}); keep one of them in this folder")
+        raise ValueError(
+            f"{path}: split {split!r} holds several builds ({builds}); keep only one of them in this folder"
+        )
     (prefix, count), numbers = next(iter(found[split].items()))
     if missing := sorted(set(range(count)) - numbers):
         raise FileNotFoundError(
             f"{path}: {len(missing)} of {count} shards of split {split!r} are missing, the first is "
-            f"{schema.shard_name(prefix, split, missing[0], count)}; copy them or build again"
+            f"{schema.shard_name(prefix, split, missing[0], count)}; copy them again or build the shards again"
         )
     return [schema.shard_name(prefix, split, shard, count) for shard in range(count)]
 
 
 def _indices_of(path: str, shards: list[str], names: set[str], folder: _Disk | _Bucket) -> list[np.ndarray]:
-    """int64[n, 2] for each shard."""
+    """Read the index of each shard, int64[n, 2]. Raises if one is missing or damaged."""
     files = [shard + schema.INDEX_SUFFIX for shard in shards]
     fix = f"python -m data_prep.index_shards {path}"
     if missing := [file for file in files if file not in names]:
-        raise FileNotFoundError(f"{path}/{missing[0]} is missing (one of {len(missing)}); make it with {fix}")
+        raise FileNotFoundError(f"{path}/{missing[0]} is missing (one of {len(missing)}); write it with {fix}")
     indices = []
     for file, data in zip(files, folder.read_all(files), strict=True):
         try:
             index = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}/{file} is broken ({error}); make it again with {fix}") from None
+            raise ValueError(f"{path}/{file} is damaged ({error}); write it again with {fix}") from None
         if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 2:
-            raise ValueError(f"{path}/{file} is no index (int64[n, 2]); make it again with {fix}")
+            raise ValueError(f"{path}/{file} is not an index (int64[n, 2]); write it again with {fix}")
         indices.append(index)
     return indices
 
 
 def _check(framed: bytes, size: int, where: str) -> None:
-    """Length and both checksums of one framed record."""
+    """Verify the length and both checksums of a framed record."""
     import google_crc32c
 
     if len(framed) != schema.HEADER_BYTES + size + schema.FOOTER_BYTES or int.from_bytes(framed[:8], "little") != size:
-        raise CorruptRecord(f"{where}: length does not fit the index; the shard was cut, replaced or damaged")
-    data = np.frombuffer(framed, np.uint8)  # what it cuts is not copied
+        raise CorruptRecord(f"{where}: length differs from the index; copy or build the shard again")
+    data = np.frombuffer(framed, np.uint8)  # slices of it are views, not copies
     end = schema.HEADER_BYTES + size
     for part, crc in (
         (data[:8], framed[8 : schema.HEADER_BYTES]),
         (data[schema.HEADER_BYTES : end], framed[end:]),
     ):
         if schema.masked_crc(google_crc32c.value(part)) != int.from_bytes(crc, "little"):
-            raise CorruptRecord(f"{where}: checksum does not fit; restore the shard, or set config.data.skip_corrupt")
+            raise CorruptRecord(
+                f"{where}: wrong checksum; copy or build the shard again, or set config.data.skip_corrupt=True"
+            )
 
 
 def _parse(framed: bytes, size: int, where: str) -> Record:
     try:
         features = tf_example.parse_example(framed, schema.HEADER_BYTES, schema.HEADER_BYTES + size)
     except ValueError as error:
-        raise CorruptRecord(f"{where}: no tf.train.Example ({error}); it was not written by data_prep") from None
+        raise CorruptRecord(f"{where}: not a tf.train.Example ({error}); use shards written by data_prep") from None
 
     def values(key: str) -> list[bytes]:
         return list(tf_example.Slices(framed, features[key].slices)) if key in features else []
@@ -260,7 +266,7 @@ def _parse(framed: bytes, size: int, where: str) -> Record:
 
     frames = features[schema.IMAGE].slices if schema.IMAGE in features else []
     if not frames:
-        raise CorruptRecord(f"{where}: no {schema.IMAGE}; it was not written by data_prep")
+        raise CorruptRecord(f"{where}: no {schema.IMAGE} in it; use shards written by data_prep")
     try:
         return Record(
             media_id=b"".join(values(schema.MEDIA_ID)[:1]).decode(),
@@ -272,4 +278,4 @@ def _parse(framed: bytes, size: int, where: str) -> Record:
             label_index=next(iter(integers(schema.LABEL_INDEX)), -1),
         )
     except UnicodeDecodeError as error:
-        raise CorruptRecord(f"{where}: text that is not UTF-8 ({error}); it was not written by data_prep") from None
+        raise CorruptRecord(f"{where}: text is not UTF-8 ({error}); use shards written by data_prep") from None

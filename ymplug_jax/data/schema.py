@@ -1,29 +1,27 @@
-"""What a record, a shard and an index look like: shared by the builder and the reader. Standard library only.
+"""Format of records, shards and indices, shared by the builder and the reader. Standard library only.
 
-A data set is a folder of TFRecord shards named `<name>-<split>.tfrecord-00000-of-00012`, written through TFDS, each with an
-index beside it (`<shard>.index.npy`), plus `manifest.json` and `rejects.jsonl`. Each record is a `tf.train.Example` whose
-keys are those of DMVR / MediaPipe, so that other video readers understand it as well.
+A data set is a folder of TFRecord shards `<name>-<split>.tfrecord-00000-of-00012` in the TFDS layout, each with an index beside it
+(`<shard>.index.npy`), plus `manifest.json` and `rejects.jsonl`. Each record is a `tf.train.Example` with the keys of DMVR and
+MediaPipe, so that other video readers can read it too.
 """
 
 SCHEMA_VERSION = "1.0.0"
 
 # Keys of the Example.
-IMAGE = "image/encoded"  # bytes[T]: the stored frames as JPEG, in time order; T is the same in the whole data set
+IMAGE = "image/encoded"  # bytes[T]: stored frames as JPEG, in time order; T is constant in a data set
 TIMESTAMP = "image/timestamp"  # int64[T]: time of each stored frame in microseconds from the start of the clip
-HEIGHT = "image/height"  # int64: of the stored frames, pixels
-WIDTH = "image/width"  # int64
-MEDIA_ID = "clip/media_id"  # bytes: the CSV's FILE column, UTF-8, extension included
-ROW = "clip/row"  # int64: row of the CSV (0-based, header not counted); the order of the ground truth
-TITLE = "clip/title"  # bytes: UTF-8, title or question as in the CSV; empty where it has none
+HEIGHT = "image/height"  # int64: height of the stored frames, pixels
+WIDTH = "image/width"  # int64: width of the stored frames, pixels
+MEDIA_ID = "clip/media_id"  # bytes: FILE column of the CSV with its extension, UTF-8
+ROW = "clip/row"  # int64: row of the CSV, 0-based without the header; evaluation keeps this order
+TITLE = "clip/title"  # bytes: title or question of the CSV, UTF-8; may be empty
 CAPTION = (
-    "caption/string"  # bytes[K]: UTF-8 captions, K >= 0 (retrieval: one; captioning: one in train, several in val)
+    "caption/string"  # bytes[K]: captions, UTF-8; retrieval has one, captioning one in train and several in validation
 )
-LABEL_TEXT = (
-    "clip/label/text"  # bytes: Chinese class name, or the answer to a question; empty where unknown or withheld
-)
-LABEL_INDEX = "clip/label/index"  # int64: index into CLASS_NAMES, -1 where unknown or withheld
+LABEL_TEXT = "clip/label/text"  # bytes: class name or answer to a question, UTF-8; empty if unknown or withheld
+LABEL_INDEX = "clip/label/index"  # int64: index of the class name; -1 if unknown or withheld
 
-# The four kinds of CSV in the release, and questions about videos: kind -> (column of the file, columns of text).
+# Kinds of CSV: the four of the Youku-mPLUG release, and questions. Kind -> (column of the video file, columns of text).
 COLUMNS = {
     "pretrain": ("video_id:FILE", ("title",)),
     "classification": ("video_id:FILE", ("title", "label")),
@@ -32,7 +30,7 @@ COLUMNS = {
     "question": ("video_id:FILE", ("question", "answer")),
 }
 
-# The 45 categories, in the release's order (classname.json).
+# The 45 categories of Youku-mPLUG, in the order of its classname.json.
 CLASS_NAMES = tuple(
     [
         "翻唱",
@@ -85,32 +83,33 @@ CLASS_NAMES = tuple(
 
 
 def parse_class_names(text: str, source: str, what: str = "class name") -> tuple[str, ...]:
-    """Class names of a text, one a line; line i is class i. A byte order mark and the "\\r" of "\\r\\n" are dropped.
+    """Parse class names, one per line; line i is class i. A byte order mark and the "\\r" of "\\r\\n" are dropped.
 
     Args:
-      text: of the whole file.
-      source: where it is from, for messages.
-      what: is listed, for messages.
+      text: content of the file.
+      source: name of the file or setting, for messages.
+      what: what a line holds, for messages.
 
     Raises:
-      ValueError: no name, an empty line, blanks around a name or a carriage return in it, or a name given twice; `source` and the line are named.
+      ValueError: no names, an empty line, a name with surrounding spaces or a carriage return, or a repeated name. The message
+        names `source` and the line.
     """
     lines = text.lstrip("\ufeff").split("\n")
     names = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     if not names:
-        raise ValueError(f"{source}: no {what}s in it; write one a line")
+        raise ValueError(f"{source}: no {what}s in it; write one per line")
     seen: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if not name.strip():
-            raise ValueError(f"{source}, line {number}: an empty line; write one {what} a line")
+            raise ValueError(f"{source}, line {number}: an empty line; write one {what} per line")
         if name != name.strip() or "\x00" in name:
-            raise ValueError(f"{source}, line {number}: blanks around the {what} {name!r}; remove them")
+            raise ValueError(f"{source}, line {number}: spaces around the {what} {name!r}; remove them")
         if "\r" in name:
             raise ValueError(
                 f"{source}, line {number}: a carriage return inside the {what}; end lines with a line feed"
             )
         if name in seen:
-            raise ValueError(f"{source}, line {number}: {what} {name!r} stands in line {seen[name]} already; keep one")
+            raise ValueError(f"{source}, line {number}: {what} {name!r} repeats line {seen[name]}; keep one of them")
         seen[name] = number
     return tuple(names)
 
@@ -122,14 +121,14 @@ CRC_MASK_DELTA = 0xA282EAD8
 
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
-INDEX_SUFFIX = ".index.npy"  # int64[n, 2]: (byte offset of the record's header, payload bytes), one row a record
+INDEX_SUFFIX = ".index.npy"  # int64[n, 2]: (byte offset of the record's header, payload bytes) of each record
 
 
 def masked_crc(crc: int) -> int:
-    """TFRecord's mask of a crc32c value (both unsigned 32 bit)."""
+    """Apply the mask of TFRecord to a crc32c value (both unsigned 32 bit)."""
     return (((crc >> 15) | (crc << 17)) + CRC_MASK_DELTA) & 0xFFFFFFFF
 
 
 def shard_name(name: str, split: str, shard: int, shards: int) -> str:
-    """File name of one shard, the TFDS way: `youku_mplug-train.tfrecord-00003-of-00012`."""
+    """Return the file name of a shard in the TFDS convention: `youku_mplug-train.tfrecord-00003-of-00012`."""
     return f"{name}-{split}.tfrecord-{shard:05d}-of-{shards:05d}"

@@ -1,4 +1,4 @@
-"""Where examples come from: a folder of shards, or a plain text file for language modelling."""
+"""Sources of examples: a folder of shards, or a text file for language modelling."""
 
 from pathlib import Path
 
@@ -9,23 +9,23 @@ from ymplug_jax.data.records import Record, Records, Split
 
 
 class Texts:
-    """A UTF-8 text file as records: one title a line, nothing else. Held in memory."""
+    """A UTF-8 text file as a split: one record with a title per line, without frames. Held in memory."""
 
-    kind = "text"  # as `Records.kind`
+    kind = "text"  # see `Split.kind`
 
     def __init__(self, path: str):
         """Read the file.
 
         Raises:
-          FileNotFoundError: no such file.
-          ValueError: not UTF-8, a Git LFS pointer, or no text in it.
+          FileNotFoundError: the file does not exist.
+          ValueError: the file is not UTF-8, is a Git LFS pointer, or holds no text.
         """
         file = Path(path)
         if not file.is_file():
-            raise FileNotFoundError(f"{path}: no such text file; set config.data.path")
+            raise FileNotFoundError(f"{path}: no such text file; correct config.data.path")
         self._lines = [line.strip() for line in text_files.read_lines(file) if line.strip()]
         if not self._lines:
-            raise ValueError(f"{path}: no text in it")
+            raise ValueError(f"{path}: no text in it; write one text per line")
         self.path, self.split = path, "text"
 
     def __len__(self) -> int:
@@ -36,5 +36,5 @@ class Texts:
 
 
 def open_split(path: str, split: str) -> Split:
-    """The records of a split of a data set; a path that ends in .txt is one text file, whatever the split."""
+    """Open a split of a data set. A path that ends in .txt is a text file, which is the same for every split."""
     return Texts(path) if path.endswith(".txt") else Records(path, split)

@@ -1,13 +1,15 @@
-"""Text on its way to the model and back: cleaning, tokenizers behind one small interface, padding to a fixed length.
+"""Text processing: cleaning, tokenizers with a common interface, and padding to a fixed length.
 
-Every text that a model reads begins with a start token, so that the first word is predicted from something:
+Every text begins with a start token, from which the model predicts the first token:
 
-    sentencepiece (*.model)       its beginning token, <s> as a rule
+    sentencepiece (*.model)       its beginning-of-sequence token, usually <s>
     GPT-3 of ModelScope           <sep>
     BLOOM and BLOOMZ              <s>
     BERT                          [CLS]
-    Qwen2, Qwen2.5, Qwen3         <|endoftext|>, which also ends and pads: there is no beginning token, and <|endoftext|> stood
-                                  before every document that the model was trained on, behind the one before
+    Qwen2, Qwen2.5, Qwen3         <|endoftext|>, which also ends and pads a text. Qwen has no beginning token, and in its training
+                                  data <|endoftext|> separates documents, so it precedes each of them
+
+See docs/models/language_models.md, "Tokenizers", and docs/models/mplug_video.md, "Text input".
 """
 
 import functools
@@ -26,46 +28,51 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back, and picklable.
+    """Interface of a tokenizer. Implementations are picklable.
 
-    `encode` adds no special tokens, and reads none out of the text: "<|endoftext|>" in a title is text. `decode` leaves
-    special tokens out, and ids that the tokenizer does not have (a model may have more rows than its tokenizer tokens).
+    `encode` neither adds special tokens nor recognises them in the text: "<|endoftext|>" in a title is plain text. `decode` drops
+    special tokens, and ids beyond the vocabulary (an embedding table may have more rows than the tokenizer has tokens).
     """
 
-    vocab_size: int  # ids are below this
-    bos: int  # starts a text; equals eos where there is no beginning token
+    vocab_size: int  # all ids are smaller
+    bos: int  # starts a text; equals eos if the tokenizer has no beginning token
     eos: int
     pad: int  # may equal eos
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """Convert a text to ids."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids."""
+        """Convert ids to a text."""
         ...
 
     def begins(self) -> str:
-        """Which token starts a text, and why, in words for the log of a run."""
+        """Describe the token that starts a text, for the log of a run."""
         ...
 
 
 def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
-    """Tokenizer by file name: `*.model` sentencepiece; `tokenizer.json` Hugging Face, where begin, end and padding are
-    <sep>, <|endoftext|>, <|endoftext|> (the GPT-3 of ModelScope) or <s>, </s>, <pad> or [CLS], [SEP], [PAD] or all
-    <|endoftext|> (Qwen, known by its <|im_start|> and <|im_end|>; the latter ends a turn of a chat, and no text here); `vocab.txt`
-    BERT WordPiece, which `lower_case` has fold letters to lower case without accents: the id of a token is the number of its
-    line from 0, an empty line is an id without a token, empty lines at the end do not count.
+    """Load a tokenizer, chosen by the file name.
+
+    `*.model` is sentencepiece. `tokenizer.json` is a Hugging Face tokenizer, whose begin, end and padding tokens are one of
+    <sep>, <|endoftext|>, <|endoftext|> (GPT-3 of ModelScope); <s>, </s>, <pad>; [CLS], [SEP], [PAD]; or <|endoftext|> for all
+    three (Qwen, recognised by <|im_start|> and <|im_end|>, which mark chat turns and are not used here). `vocab.txt` is BERT
+    WordPiece: the id of a token is its line number from 0, an empty line reserves an id, and empty lines at the end are ignored.
+
+    Args:
+      path: path of the file.
+      lower_case: for `vocab.txt`, lower-case the text and strip accents.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: another kind of file, or one that cannot be read, or without the special tokens, or with a token twice.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is of another kind, cannot be read, lacks special tokens, or holds a token twice.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
             f"tokenizer {path}: no such file; set config.data.tokenizer to a *.model (sentencepiece), tokenizer.json or "
-            "vocab.txt, or train one with python -m data_prep.train_tokenizer"
+            "vocab.txt, or train a tokenizer with python -m data_prep.train_tokenizer"
         )
     kinds: dict[str, Callable[[str], Tokenizer]] = {
         ".model": _SentencePiece,
@@ -74,11 +81,15 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     }
     if file.suffix not in kinds:
         raise ValueError(
-            f"tokenizer {path}: not a known kind; give a *.model (sentencepiece), tokenizer.json or vocab.txt"
+            f"tokenizer {path}: unknown file type; give a *.model (sentencepiece), tokenizer.json or vocab.txt"
         )
     with file.open("rb") as stream:
         head = stream.read(1024)
-    if found := text_files.lfs_pointer(head) or text_files.web_page(head) or ("" if head else "empty; fetch it again"):
+    if (
+        found := text_files.lfs_pointer(head)
+        or text_files.web_page(head)
+        or ("" if head else "empty; download it again")
+    ):
         raise ValueError(f"tokenizer {path}: {found}")
     try:
         return kinds[file.suffix](str(file))
@@ -86,13 +97,15 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
         raise ValueError(f"tokenizer {path}: {error}") from None
     except exits.Mistake as error:
         raise ValueError(f"tokenizer {error}") from None
-    except Exception as error:  # the libraries raise bare Exception, RuntimeError and others on broken files
+    except Exception as error:  # the libraries raise bare Exception, RuntimeError and others on damaged files
         what = {".model": "a sentencepiece model", ".json": "a tokenizer.json", ".txt": "a BERT vocab.txt"}[file.suffix]
-        raise ValueError(f"tokenizer {path}: cannot be read as {what}: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"tokenizer {path}: cannot be read as {what} ({' '.join(str(error).split())}); give another file"
+        ) from error
 
 
 class _Unfit(ValueError):
-    """A file that can be read but does not hold the tokens it needs; says which."""
+    """A readable file without the required tokens. The message names them."""
 
 
 class _SentencePiece:
@@ -104,10 +117,10 @@ class _SentencePiece:
         self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
         self.pad = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos
         if min(self.bos, self.eos) < 0:
-            raise _Unfit("has no begin or end token; train it with bos_id and eos_id")
+            raise _Unfit("has no begin or end token; train it with bos_id and eos_id set")
 
     def begins(self) -> str:
-        """Which token starts a text, in words."""
+        """Describe the token that starts a text."""
         return f"a text starts with {self._model.id_to_piece(self.bos)} ({self.bos}), the beginning token"
 
     def encode(self, text: str) -> list[int]:
@@ -119,22 +132,19 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    # (begin, end, padding) as different models name them.
+    # (begin, end, padding) tokens of different models.
     SPECIALS = (("<sep>", "<|endoftext|>", "<|endoftext|>"), ("<s>", "</s>", "<pad>"), ("[CLS]", "[SEP]", "[PAD]"))
-    CHAT = (
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-    )  # of Qwen, whose ordinary words may look like the others' specials
+    # Qwen, checked first: its ordinary vocabulary may contain the special tokens of other models.
+    CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
     def __init__(self, path: str):
         self._model = self._load(path)
         self._model.no_truncation()
         self._model.no_padding()
-        self._model.encode_special_tokens = True  # read them as plain text
+        self._model.encode_special_tokens = True  # encode them as plain text
         ids = self._model.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values(), default=-1) + 1  # there may be gaps
-        self.mask, self.unk = ids.get("[MASK]"), ids.get("[UNK]")  # None: the model masks no words
+        self.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
+        self.mask, self.unk = ids.get("[MASK]"), ids.get("[UNK]")  # None: the vocabulary has no such token
         if all(name in ids for name in self.CHAT):
             self.bos = self.eos = self.pad = ids[self.CHAT[0]]
             return
@@ -143,11 +153,13 @@ class _HuggingFace:
                 self.bos, self.eos, self.pad = (ids[name] for name in names)
                 return
         known = " or ".join("/".join(dict.fromkeys(names)) for names in (*self.SPECIALS, self.CHAT))
-        raise _Unfit(f"has none of the known sets of special tokens ({known})")
+        raise _Unfit(f"has none of the known sets of special tokens; give a tokenizer with {known}")
 
     def _load(self, path: str) -> "tokenizers.Tokenizer":
-        """The tokenizer with all of its control tokens marked as special, so that they are text where a user writes them. Qwen's
-        <think> and <tool_call> are not so in the file."""
+        """Load the tokenizer with all control tokens marked as special, so that they are plain text in a user's text.
+
+        Qwen's file does not mark <think> and <tool_call> as special.
+        """
         import tokenizers
 
         model = json.loads(text_files.read_text(Path(path)))
@@ -156,15 +168,15 @@ class _HuggingFace:
         return tokenizers.Tokenizer.from_str(json.dumps(model))
 
     def begins(self) -> str:
-        """Which token starts a text, in words."""
+        """Describe the token that starts a text."""
         first = f"a text starts with {self._model.id_to_token(self.bos)} ({self.bos})"
         if self.bos != self.eos:
             return f"{first}, the beginning token"
-        return f"{first}, the end of the text before it: there is no beginning token"
+        return f"{first}, the end-of-text token, since the tokenizer has no beginning token"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
-        self._model.encode_special_tokens = True  # pickling loses it
+        self._model.encode_special_tokens = True  # not preserved by pickling
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -188,15 +200,15 @@ class _BertWordPiece(_HuggingFace):
         for i, token in enumerate(text_files.read_lines(Path(path))):
             if token in vocab:
                 raise _Unfit(
-                    f"the token {token!r} stands in line {vocab[token] + 1} and in line {i + 1}, so its id is not clear; put a "
-                    "token that occurs nowhere else, such as [unused_again], into the line that the model was not trained with"
+                    f"the token {token!r} is in line {vocab[token] + 1} and in line {i + 1}, so its id is ambiguous; replace the "
+                    "line that the model was not trained with by a token that occurs nowhere else, such as [unused_again]"
                 )
             if token:
                 vocab[token] = i
         if "[UNK]" not in vocab:
-            raise _Unfit("has no [UNK]; it is no BERT vocabulary")
+            raise _Unfit("has no [UNK], so it is not a BERT vocabulary; give another file")
         model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
-        # Chinese characters are split one by one.
+        # Each Chinese character becomes a word of its own.
         model.normalizer = tokenizers.normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=self._lower_case)
         model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
         model.decoder = tokenizers.decoders.WordPiece()
@@ -205,9 +217,9 @@ class _BertWordPiece(_HuggingFace):
 
 
 def clean_text(text: str, max_words: int) -> str:
-    """The reference's cleaning of titles and captions: lower case, ASCII punctuation out, at most `max_words` words by spaces.
+    """Clean a title or caption as the reference does: lower-case, remove ASCII punctuation, keep at most `max_words` words.
 
-    Chinese punctuation stays; a decimal point is lost (3.5 becomes 35).
+    Words are separated by spaces. Chinese punctuation is kept; decimal points are removed, so 3.5 becomes 35.
     """
     text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
@@ -216,7 +228,7 @@ def clean_text(text: str, max_words: int) -> str:
 
 
 def clean_caption(decoded: str, prompt: str = "") -> str:
-    """A caption from decoded text: what stands after the last occurrence of the prompt, all spaces deleted."""
+    """Extract a caption from decoded text: the part after the last occurrence of the prompt, without spaces."""
     caption = decoded.replace(" ", "").strip()
     if prompt := prompt.replace(" ", "").strip():
         caption = caption.rpartition(prompt)[2]
@@ -224,9 +236,9 @@ def clean_caption(decoded: str, prompt: str = "") -> str:
 
 
 def encode_text(ids: Sequence[int], max_length: int, *, bos: int, eos: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask), int32[max_length] each: begin, text, end, padding on the right; mask is 1 up to and including the end.
+    """Return (ids, mask), int32[max_length] each: begin, text, end and right padding. The mask is 1 up to the end token.
 
-    A text that is too long keeps its first `max_length` ids, so its end token is lost, as in the reference.
+    A text that is too long is cut to its first `max_length` ids and loses its end token, as in the reference.
     """
     return _padded([bos, *ids, eos][:max_length], max_length, pad)
 
@@ -234,7 +246,7 @@ def encode_text(ids: Sequence[int], max_length: int, *, bos: int, eos: int, pad:
 def encode_words(
     ids: Sequence[int], max_length: int, *, bos: int, eos: int | None, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`encode_text` of BERT's kind: a text that is too long loses its tail, never its end token; eos None: there is none."""
+    """`encode_text` as for BERT: a text that is too long is cut before the end token, which is kept. eos None: no end token."""
     end = [] if eos is None else [eos]
     return _padded([bos, *ids[: max_length - 1 - len(end)], *end], max_length, pad)
 
@@ -242,10 +254,10 @@ def encode_words(
 def encode_pair(
     prompt: Sequence[int], target: Sequence[int], max_length: int, *, bos: int, eos: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(ids, mask, prompt_length) of begin, prompt, target, end: prompt_length counts the prompt's ids that were kept.
+    """Return (ids, mask, prompt_length) of begin, prompt, target, end, where prompt_length counts the prompt ids that are kept.
 
-    If the whole is too long the prompt loses its tail, or the target does where the prompt alone cannot give enough; the
-    end token always stays. `max_length` is at least 2.
+    If the sequence is too long, the end of the prompt is cut; if that is not enough, the prompt is kept as far as it fits
+    and the target is cut. The end token is always kept. `max_length` is at least 2.
     """
     prompt, target = list(prompt), list(target)
     if len(prompt) + len(target) + 2 >= max_length:

@@ -1,24 +1,24 @@
-"""The bytes of a tf.train.Example, without protobuf: what is not asked for is neither copied nor looked at.
+"""Parser of tf.train.Example without protobuf. Values are neither copied nor decoded before they are accessed.
 
-The messages, in the wire format of Protocol Buffers: Example {1: Features}; Features {1: map<string, Feature>}; Feature is
-one of {1: BytesList}, {2: FloatList}, {3: Int64List}; each list holds its values in field 1.
+Messages in the wire format of Protocol Buffers: Example {1: Features}; Features {1: map<string, Feature>}; Feature is one of
+{1: BytesList}, {2: FloatList}, {3: Int64List}; each list holds its values in field 1.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, overload
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which no writer of Examples emits
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which no writer of Examples uses
 
 
 class Feature(NamedTuple):
-    """What one key of an Example holds: one of the two lists is empty. Floats are left out."""
+    """Values of one key of an Example. One of the two lists is empty; floats are ignored."""
 
-    slices: list[slice]  # where each bytes value lies
+    slices: list[slice]  # position of each bytes value in the data
     integers: list[int]
 
 
 class Slices(Sequence[bytes]):
-    """Pieces of one buffer, each copied when it is asked for."""
+    """Slices of one buffer, each copied on access."""
 
     def __init__(self, data: bytes, slices: list[slice]):
         self._data, self._slices = data, slices
@@ -40,17 +40,17 @@ class Slices(Sequence[bytes]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # the language's way to say that equality is by content; typeshed has none
+    __hash__ = None  # type: ignore[assignment]  # equality is by content, so instances are not hashable; typeshed cannot express it
 
     def __repr__(self) -> str:
         return repr(list(self))
 
 
 def parse_example(data: bytes, start: int, end: int) -> dict[str, Feature]:
-    """The features of the Example in data[start:end], by key; of a key that is there twice the last counts, as in protobuf.
+    """Parse the Example in data[start:end] to {key: Feature}. The last entry of a repeated key counts, as in protobuf.
 
     Raises:
-      ValueError: these bytes are no Example.
+      ValueError: the bytes are not an Example.
     """
     found: dict[str, Feature] = {}
     for features in _messages(data, (start, end), 1):
@@ -77,14 +77,14 @@ def _feature(data: bytes, place: tuple[int, int]) -> Feature:
 
 
 def _messages(data: bytes, place: tuple[int, int], wanted: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of every field with the wanted number, each a message or bytes."""
+    """Yield (start, end) of every field with number `wanted`, which holds a message or bytes."""
     for number, kind, value in _fields(data, *place):
         if number == wanted:
             yield _message(kind, value)
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int | tuple[int, int]]]:
-    """(number, wire type, value) of each field: a varint's value, or (start, end) of anything else."""
+    """Yield (number, wire type, value) of each field. The value of other fields than varints is (start, end)."""
     while at < end:
         tag, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at, end)
         number, kind = tag >> 3, tag & 7
@@ -97,16 +97,16 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int | tu
         elif kind in (FIXED64, FIXED32):
             size = 8 if kind == FIXED64 else 4
         else:
-            raise ValueError(f"wire type {kind} at byte {at}")
+            raise ValueError(f"unknown wire type {kind} at byte {at}")
         if not number or at + size > end:
-            raise ValueError(f"field {number} at byte {at} of {size} bytes")
+            raise ValueError(f"invalid field {number} of {size} bytes at byte {at}")
         yield number, kind, (at, at + size)
         at += size
 
 
 def _message(kind: int, value: int | tuple[int, int]) -> tuple[int, int]:
     if kind != BYTES or isinstance(value, int):
-        raise ValueError(f"wire type {kind} where a message or bytes should be")
+        raise ValueError(f"wire type {kind} instead of a message or bytes")
     return value
 
 
@@ -123,7 +123,7 @@ def _signed(value: int) -> int:
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """(value below 2**64, place behind it)."""
+    """Decode a varint: (value below 2**64, offset after it)."""
     value = shift = 0
     while at < end and shift < 70:
         byte = data[at]
@@ -132,4 +132,4 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
             return value | byte << shift if shift < 63 else (value | byte << shift) & (2**64 - 1), at
         value |= (byte & 127) << shift
         shift += 7
-    raise ValueError(f"a number that does not end at byte {at}")
+    raise ValueError(f"unterminated number at byte {at}")

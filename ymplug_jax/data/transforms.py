@@ -1,8 +1,8 @@
-"""The transforms of the recipe, on whole clips: one crop, one flip and the same two operations for every frame.
+"""Transforms of whole clips: every frame gets the same crop, flip and RandAugment operations.
 
-RandAugment here is the reference's: two different operations out of nine, always applied, at level 5 of 10, where contrast,
-brightness and sharpness happen to be the identity and the warps go one way only. Warps are OpenCV 4's, whose fixed-point
-arithmetic the reference used (OpenCV 5 differs by up to 5 grey levels).
+RandAugment follows the reference: it always applies two different operations out of nine at level 5 of 10. At this level contrast,
+brightness and sharpness are the identity, and warps have a fixed direction. Warps use the fixed-point arithmetic of OpenCV 4, as
+the reference did (OpenCV 5 differs by up to 5 grey levels). See docs/models/mplug_video.md, "Frames and augmentation".
 """
 
 import math
@@ -14,17 +14,17 @@ import numpy as np
 
 from ymplug_jax.data.frames import opencv
 
-# Of CLIP's images, RGB, for values in 0..1.
+# Mean and standard deviation of CLIP's images, RGB, for values in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LEVEL = 5  # of 10
+LEVEL = 5  # RandAugment level, out of 10
 FILL = (128, 128, 128)
 Frame = np.ndarray  # uint8[H, W, 3]
 Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Clip(Protocol):
-    """uint8[T, H, W, 3], a list of frames, or frames decoded when asked for: each is done with before the next."""
+    """A clip: uint8[T, H, W, 3], a list of frames, or lazily decoded frames. Each frame is finished before the next is read."""
 
     def __len__(self) -> int: ...
 
@@ -34,13 +34,13 @@ class Clip(Protocol):
 
 
 def train_transform(clip: Clip, size: int, rng: np.random.Generator, *, wrap_uint8: bool = False) -> np.ndarray:
-    """Random resized crop, flip with probability 1/2, two RandAugment operations.
+    """Apply a random resized crop, a flip with probability 1/2 and two RandAugment operations.
 
     Args:
       clip: RGB frames.
-      size: side of the result, pixels.
-      rng: all randomness of the call.
-      wrap_uint8: let the overshoot of the bicubic filter wrap modulo 256 as the reference does, instead of clipping it.
+      size: height and width of the result, pixels.
+      rng: source of all randomness.
+      wrap_uint8: wrap values beyond 0..255 modulo 256 after bicubic resizing, as the reference does, instead of clipping.
 
     Returns:
       uint8[T, size, size, 3].
@@ -61,9 +61,10 @@ def train_transform(clip: Clip, size: int, rng: np.random.Generator, *, wrap_uin
 
 
 def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> np.ndarray:
-    """Resize to a square whatever the aspect: nearest neighbour as in the reference, or bilinear.
+    """Resize frames uint8[H, W, 3] to squares without keeping the aspect ratio: nearest neighbour as in the reference, or bilinear.
 
-    Frames uint8[H, W, 3] -> uint8[T, size, size, 3].
+    Returns:
+      uint8[T, size, size, 3].
     """
     cv2 = opencv()
     height, width = clip[0].shape[:2]
@@ -78,18 +79,18 @@ def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> np.ndarr
 
 @lru_cache(64)
 def _nearest_grid(height: int, width: int, size: int) -> np.ndarray:
-    """int16[size, size, xy]"""
+    """Return the source coordinates of each output pixel, int16[size, size, xy]."""
     return np.stack(np.meshgrid(nearest(width, size), nearest(height, size)), -1).astype(np.int16)
 
 
 def nearest(source: int, size: int) -> np.ndarray:
-    """int64[size]: the source index of each output pixel, floor(i * source / size) in single precision as PyTorch has it."""
+    """Return the source index of each output pixel, int64[size]: floor(i * source / size) in float32, as in PyTorch."""
     scale = np.float32(source) / np.float32(size)
     return np.minimum((np.arange(size, dtype=np.float32) * scale).astype(np.int64), source - 1)
 
 
 def choose_crop(height: int, width: int, rng: np.random.Generator) -> Crop:
-    """Area 0.5 to 1 of the frame, aspect log-uniform in 3/4..4/3; ten tries, then a central crop."""
+    """Draw a crop with 0.5 to 1 of the area and an aspect ratio log-uniform in 3/4..4/3; after ten misfits, a central crop."""
     for _ in range(10):
         area = height * width * rng.uniform(0.5, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -102,23 +103,23 @@ def choose_crop(height: int, width: int, rng: np.random.Generator) -> Crop:
 
 
 def choose_operations(rng: np.random.Generator) -> list[str]:
-    """Names of two different operations."""
+    """Draw the names of two different operations."""
     names = list(OPERATIONS)
     return [names[i] for i in rng.choice(len(names), 2, replace=False)]
 
 
 def crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
-    """Bicubic (a = -0.75, half-pixel centres, edges replicated, no antialias), truncated toward zero: f32[size, size, 3]
-    for each frame, in memory that the next one overwrites.
+    """Crop and resize each frame to f32[size, size, 3], truncated toward zero. All frames share one buffer.
 
-    The values are whole but may lie outside 0..255: a bicubic filter overshoots.
+    Bicubic with a = -0.75, half-pixel centres, replicated edges and no antialiasing. The filter overshoots, so values are whole
+    numbers that may lie outside 0..255.
     """
     for values in _crop_resize(clip, crop, size):
         yield np.trunc(values, out=values)
 
 
 def _crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
-    """`crop_resize` before it truncates."""
+    """`crop_resize` without truncation."""
     cv2 = opencv()
     top, left, height, width = crop
     part = np.empty((height, width, 3), np.float32)
@@ -129,13 +130,13 @@ def _crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
 
 
 def to_uint8(values: np.ndarray, *, wrap: bool = False) -> np.ndarray:
-    """Truncated toward zero and clipped to uint8; or modulo 256 as in the reference, which turns overshooting bright pixels
+    """Truncate toward zero and clip to uint8. `wrap`: modulo 256 instead, as the reference, which turns overshooting bright pixels
     black."""
     return (values.astype(np.int64) % 256 if wrap else np.clip(values, 0, 255)).astype(np.uint8)
 
 
 def operate(frame: Frame, name: str, level: float = LEVEL) -> Frame:
-    """One operation of RandAugment on one frame; `level` is 0 to 10, for the WARPS also -10 to 0 (the other way)."""
+    """Apply a RandAugment operation to a frame. `level` is 0 to 10; for WARPS also -10 to 0, the opposite direction."""
     return OPERATIONS[name](frame, level)
 
 
@@ -146,7 +147,7 @@ def _factor(level: float) -> float:
 def _contrast(frame: Frame, level: float) -> Frame:
     if (factor := _factor(level)) == 1.0:
         return frame
-    # Luma with the weights of blue and red exchanged: the reference takes RGB frames for BGR.
+    # Luma with the weights of red and blue exchanged, because the reference treats RGB frames as BGR.
     mean = float(frame.mean((0, 1)) @ (0.114, 0.587, 0.299))
     return opencv().LUT(frame, to_uint8((np.arange(256) - mean) * factor + mean))
 
@@ -163,12 +164,12 @@ def _sharpness(frame: Frame, level: float) -> Frame:
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     smooth = opencv().filter2D(frame, -1, kernel).astype(np.float32)
     out = to_uint8(smooth + factor * (frame - smooth))
-    out[[0, -1]], out[:, [0, -1]] = frame[[0, -1]], frame[:, [0, -1]]  # the border is left as it was
+    out[[0, -1]], out[:, [0, -1]] = frame[[0, -1]], frame[:, [0, -1]]  # the border is not smoothed
     return out
 
 
 def _warp(frame: Frame, matrix: list[list[float]] | np.ndarray) -> Frame:
-    """`matrix` [2, 3] maps the source to the destination, (x, y, 1) -> (x, y); bilinear, grey outside."""
+    """Warp with `matrix` [2, 3], which maps (x, y, 1) of the source to (x, y) of the result. Bilinear; grey outside."""
     height, width = frame.shape[:2]
     return opencv().warpAffine(
         frame, np.asarray(matrix, np.float32), (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR
@@ -176,7 +177,7 @@ def _warp(frame: Frame, matrix: list[list[float]] | np.ndarray) -> Frame:
 
 
 def _translate(frame: Frame, x: float, y: float) -> Frame:
-    """Every pixel to (x, y) behind its place. Whole numbers are a copy: a warp would give each pixel the weight 1."""
+    """Shift a frame by (x, y) pixels. Whole shifts are copies, which give the same result as a warp."""
     if x != round(x) or y != round(y):
         return _warp(frame, [[1, 0, x], [0, 1, y]])
     cv2 = opencv()

@@ -1,7 +1,7 @@
-"""Evenly spaced frames of one video file as JPEG, or one clear reason why there are none. PyAV stays here and in `container`.
+"""Extraction of evenly spaced frames from a video file as JPEG. Only this module and `video_container` use PyAV.
 
-Decoding runs in a child process (`Reader`) that is kept from clip to clip and killed when a clip takes too long or crashes
-it: codec libraries hang and die in C, where no Python time limit reaches.
+Decoding runs in a child process (`Reader`), which is reused for all clips and killed if a clip exceeds the time limit: codec
+libraries can hang or crash in C code, which a time limit in Python cannot interrupt.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from ymplug_jax.data.video_container import (
     video_stream,
 )
 
-SHORT_SIDE = 256  # pixels of the stored frames; smaller videos stay as they are
+SHORT_SIDE = 256  # pixels of the stored frames; smaller videos are not enlarged
 JPEG_QUALITY = 90
-MAX_BYTES = 8 * 2**30  # of a file
-REORDER = 16  # frames that a codec may hold back: time stamps in coding order are at most so many places off
+MAX_BYTES = 8 * 2**30  # maximum file size
+REORDER = 16  # maximum reordering of a codec: timestamps in coding order are at most this many positions off
 
-START_LIMIT = 120.0  # seconds for a decoder process to start, on a busy machine
-STARTS = 3  # tries to start one
-DEATHS = 10  # files in a row that kill the decoder, after which the machine is at fault
-# Two frames of 16x16 pixels: a decoder process that cannot read these is broken itself.
+START_LIMIT = 120.0  # seconds for a decoder process to start; generous for a busy machine
+STARTS = 3  # attempts to start a decoder process
+DEATHS = 10  # consecutive files on which the decoder crashes before the machine is assumed to be at fault
+# A valid clip of two frames, 16x16 pixels. A decoder process that cannot read it does not work.
 KNOWN_GIF = (
     b"GIF89a\x10\x00\x10\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff"
     + b"\x21\xf9\x04\x00\x0a\x00\x00\x00\x2c\x00\x00\x00\x00\x10\x00\x10\x00\x00\x02\x0e\x84\x8f\xa9\xcb\xed\x0f\xa3\x9c\xb4\xda\x8b\xb3>\x05\x00"
@@ -48,53 +48,54 @@ KNOWN_GIF = (
 
 
 class DecoderFailed(RuntimeError):
-    """The decoder process cannot start, or dies whatever file it reads. The message is one line."""
+    """The decoder process cannot start, or crashes on every file. The message is one line."""
 
 
 class Clip(NamedTuple):
     """Stored frames of one video."""
 
-    frames: list[bytes]  # JPEG, all of one size
-    timestamps: list[int]  # microseconds from the first frame, never going back
+    frames: list[bytes]  # JPEG, all of the same size
+    timestamps: list[int]  # microseconds from the first frame, non-decreasing
     height: int
     width: int
-    decoded: int  # different frames among `frames`
+    decoded: int  # number of distinct frames in `frames`
 
 
 def read_clip(path: str, num_frames: int) -> Clip:
-    """`num_frames` frames evenly spaced over those that really decode (the middle of equal intervals); a shorter clip repeats
-    its last one. Frames are turned as the file's rotation tag says. Where the picture size changes within the stream, all
-    frames are scaled to the size of the first stored one.
+    """Read `num_frames` frames, evenly spaced over the frames that decode (the middle of equal intervals).
+
+    A shorter clip repeats its last frame. Frames are rotated by the file's rotation tag. If the picture size changes within the
+    stream, all frames are scaled to the size of the first stored one.
 
     Raises:
-      Reject: any reason about the file.
+      Reject: the file is unusable, for any reason about the file itself.
     """
     av.logging.set_level(av.logging.PANIC)
     size = os.path.getsize(path)
     if size == 0:
         raise Reject("empty_file", "zero bytes")
     if size > MAX_BYTES:
-        raise Reject("too_large", f"{size:,} bytes, the limit is {MAX_BYTES:,}")
+        raise Reject("too_large", f"{size:,} bytes; the limit is {MAX_BYTES:,}")
     count = count_packets(path)
-    for _ in range(2):  # headers and packet counts lie: the second pass knows how many frames decode
+    for _ in range(2):  # packet counts may be wrong; the second pass uses the number of frames that decoded
         clip, decoded = _decode(path, num_frames, count)
         if clip is not None:
             return clip
         if decoded == 0:
             raise Reject("unreadable", "no frame decodes")
         count = decoded
-    raise Reject("unreadable", "decodes differently every time")
+    raise Reject("unreadable", "the number of frames differs between two decodings")
 
 
 def spaced(num_frames: int, count: int) -> list[int]:
-    """Indices of `num_frames` frames among `count`: middles of equal intervals; all and the last one again if there are fewer."""
+    """Return indices of `num_frames` frames among `count`: middles of equal intervals, or all with the last one repeated."""
     if count <= num_frames:
         return [min(i, count - 1) for i in range(num_frames)]
     return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]
 
 
 def _decode(path: str, num_frames: int, count: int) -> tuple[Clip | None, int]:
-    """(clip, frames decoded), expecting `count` frames; no clip if fewer come."""
+    """Return (clip, number of frames decoded). The clip is None if too few of the expected `count` frames decode."""
     wanted = spaced(num_frames, count)
     last, needed = wanted[-1], set(wanted)
     kept: dict[int, bytes] = {}
@@ -103,9 +104,9 @@ def _decode(path: str, num_frames: int, count: int) -> tuple[Clip | None, int]:
     enough = last + 1
     with open_video(path) as container:
         stream = video_stream(container)
-        stream.thread_type = "NONE"  # processes are the parallelism
+        stream.thread_type = "NONE"  # decoding is parallel over processes
         stream.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes that the header does not tell
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes missing in the header
         step = 1 / float(stream.average_rate or 25)
         for i, frame in enumerate(_frames(container, stream, last, count)):
             times.append(frame.time)
@@ -113,7 +114,7 @@ def _decode(path: str, num_frames: int, count: int) -> tuple[Clip | None, int]:
                 kept[i], size = _encode(frame, size)
             before, now = times[-2:] if i else (None, None)
             if before is not None and now is not None and now < before:
-                enough = last + 1 + REORDER  # the times of the last frames come with later frames
+                enough = last + 1 + REORDER  # timestamps in coding order: those of the last frames follow later
             if len(times) >= enough:
                 break
     if size is None or not needed <= kept.keys():
@@ -126,7 +127,7 @@ def _decode(path: str, num_frames: int, count: int) -> tuple[Clip | None, int]:
 def _frames(
     container: "av.container.InputContainer", stream: "av.video.stream.VideoStream", last: int, count: int
 ) -> Iterator["av.VideoFrame"]:
-    """Frames in display order; an error behind frame `last` ends them.
+    """Yield frames in display order. An error after frame `last` ends the iteration.
 
     Raises:
       Reject: unreadable, truncated.
@@ -139,7 +140,7 @@ def _frames(
             if decoded > last:
                 return
             if decoded:
-                detail = f"decoding breaks off after {decoded} of {count} frames: {line(error)}"
+                detail = f"decoding stops after {decoded} of {count} frames: {line(error)}"
                 raise Reject("truncated", detail) from None
             raise Reject("unreadable", line(error)) from None
         if frame is None:
@@ -149,11 +150,15 @@ def _frames(
 
 
 def timeline(times: Sequence[float | None], step: float) -> list[float]:
-    """Seconds from the first frame for frames in display order, never going back.
+    """Return non-decreasing times in seconds from the first frame, for frames in display order.
 
-    Missing times continue at `step` seconds a frame. Where times go back by up to REORDER frames they are in coding order
-    (H.264 in AVI): sorted, they are those of the frames as shown. Where they go back further the recording starts again
-    (a joined stream): what follows continues one frame after what was there.
+    Missing times continue at `step` seconds per frame. Times that go back by up to REORDER frames are in coding order (H.264 in
+    AVI), so sorting gives the display times. Times that go back further mark a concatenated recording, which continues one frame
+    after the previous part.
+
+    Args:
+      times: timestamps in seconds; None if missing.
+      step: duration of a frame in seconds.
     """
     filled: list[float] = []
     for time in times:
@@ -161,7 +166,7 @@ def timeline(times: Sequence[float | None], step: float) -> list[float]:
     forward = [b - a for a, b in pairwise(filled) if b > a]
     gap = statistics.median(forward) if forward else step
     if len(filled) > 1 and not forward:
-        return [i * step for i in range(len(filled))]  # all equal: no times at all
+        return [i * step for i in range(len(filled))]  # all equal, so the file has no usable times
     latest, offset, joined = filled[0], 0.0, []
     for time in filled:
         if time + offset < latest - REORDER * gap:
@@ -173,7 +178,7 @@ def timeline(times: Sequence[float | None], step: float) -> list[float]:
 
 
 def _encode(frame: "av.VideoFrame", size: tuple[int, int] | None) -> tuple[bytes, tuple[int, int]]:
-    """(JPEG, (height, width)) of one frame, turned upright: scaled to `size`, or its short side to at most SHORT_SIDE.
+    """Return (JPEG, (height, width)) of a frame, rotated upright and scaled to `size`; None: short side at most SHORT_SIDE.
 
     Raises:
       Reject: unreadable, too_large.
@@ -195,13 +200,13 @@ def _encode(frame: "av.VideoFrame", size: tuple[int, int] | None) -> tuple[bytes
     if turns:
         image = np.ascontiguousarray(np.rot90(image, turns))
     if max(image.shape) > 65500:
-        raise Reject("too_large", f"{image.shape[1]}x{image.shape[0]} pixels: no JPEG is as long")
+        raise Reject("too_large", f"{image.shape[1]}x{image.shape[0]} pixels; a JPEG has at most 65500")
     jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
     return jpeg, (image.shape[0], image.shape[1])
 
 
 def _serve(pipe: "multiprocessing.connection.Connection") -> None:
-    """The child: says that it works, then takes paths and gives clips or reasons."""
+    """Run the child process: decode a known clip, report readiness, then answer paths with clips or reject reasons."""
     cv2.setNumThreads(0)
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         try:
@@ -220,44 +225,44 @@ def _serve(pipe: "multiprocessing.connection.Connection") -> None:
                 answer = ("reject", *reject.args)
             except FILE_ERRORS as error:
                 answer = ("reject", "unreadable", line(error))
-            except Exception:  # a fault of this program: it must not pass for one of the file
+            except Exception:  # a bug of this program must not count as a damaged file
                 answer = ("bug", traceback.format_exc())
             pipe.send(answer)
 
 
 class Reader:
-    """Reads clips in a child process with a time limit a clip."""
+    """Reads clips in a child process, with a time limit per clip in seconds."""
 
     def __init__(self, time_limit: float):
         self._limit = time_limit
         self._child: multiprocessing.process.BaseProcess | None = None
         self._ready = False
-        self._deaths = 0  # files in a row on which the child died
+        self._deaths = 0  # consecutive files on which the child died
 
     def read(self, path: Path, num_frames: int) -> Clip:
-        """As `read_clip`.
+        """Read a clip as `read_clip` does.
 
         Raises:
-          Reject: any reason, timed_out and a crashed decoder included.
-          DecoderFailed: the decoder cannot start, or died on many files in a row.
+          Reject: any reason, including timed_out and a crash of the decoder.
+          DecoderFailed: the decoder cannot start, or crashed on many consecutive files.
         """
         answer = self._ask(str(path), num_frames)
         if answer[0] == "died":
             self._deaths += 1
             if self._deaths >= DEATHS:
                 raise DecoderFailed(
-                    f"the decoder process died on {DEATHS} files in a row ({answer[1]}), last on {path}; is there enough memory?"
+                    f"the decoder process died on {DEATHS} consecutive files ({answer[1]}), last on {path}; check that there is enough memory"
                 )
-            raise Reject("unreadable", f"the decoder crashed on this file ({answer[1]})")
+            raise Reject("unreadable", f"the decoder crashed on the file ({answer[1]})")
         self._deaths = 0
         if answer[0] == "bug":
-            raise RuntimeError(f"a fault of the program, not of {path}:\n{answer[1]}")
+            raise RuntimeError(f"a bug in reading {path}, not a damaged file:\n{answer[1]}")
         if answer[0] == "reject":
             raise Reject(*answer[1:])
         return Clip(*answer[1])
 
     def _ask(self, path: str, num_frames: int) -> tuple[Any, ...]:
-        """The child's answer about one file, or ("died", how)."""
+        """Return the child's answer for a file, or ("died", reason)."""
         if self._child is None or not self._child.is_alive() or not self._ready:
             self._begin()
         try:
@@ -270,7 +275,7 @@ class Reader:
             return "died", self._how_it_died()
 
     def _begin(self) -> None:
-        """A child that has decoded a known clip."""
+        """Start a child, if necessary, and wait until it has decoded the known clip."""
         how = ""
         for _ in range(STARTS):
             try:
@@ -280,17 +285,21 @@ class Reader:
                     answer = self._pipe.recv()
                     if answer[0] == "bug":
                         self.close()
-                        raise RuntimeError(f"the decoder cannot read a clip that is known to be good:\n{answer[1]}")
+                        raise RuntimeError(
+                            f"the decoder cannot read the built-in test clip; reinstall av and opencv:\n{answer[1]}"
+                        )
                     self._ready = True
                     return
                 how = f"not ready after {START_LIMIT:g} s"
                 self.close()
             except (EOFError, OSError) as error:
                 how = self._how_it_died() or line(error)
-        raise DecoderFailed(f"the decoder process cannot start ({how}; {STARTS} tries); is there enough memory?")
+        raise DecoderFailed(
+            f"the decoder process cannot start ({how}; {STARTS} tries); check that there is enough memory"
+        )
 
     def _how_it_died(self) -> str:
-        """Of a child that is dead; "" where none was made."""
+        """Describe how the child ended; "" if there was none."""
         child = self._child
         if child is None:
             return ""
@@ -303,7 +312,7 @@ class Reader:
 
     def _start(self) -> None:
         self.close()
-        context = multiprocessing.get_context("spawn")  # a fork of a threaded worker could deadlock
+        context = multiprocessing.get_context("spawn")  # forking a process with threads could deadlock
         self._pipe, theirs = context.Pipe()
         child = context.Process(target=_serve, args=(theirs,), daemon=True)
         try:
@@ -313,7 +322,7 @@ class Reader:
         self._child = child
 
     def close(self) -> None:
-        """End the child, at once."""
+        """Kill the child process."""
         self._ready = False
         if self._child is not None:
             self._child.kill()

@@ -296,7 +296,7 @@ def test_questions_are_answered_from_a_list(data: Data, tmp_path: Path) -> None:
     assert (scores["labelled"], scores["unlisted"]) == (10, 4)  # unlisted answers count as missed
     assert (scores["both/head_top1"], scores["title/head_top1"]) == (60, 0)
     (tmp_path / "answers.txt").write_text("猫\n猫\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="answer '猫' stands in line 1 already"):
+    with pytest.raises(ValueError, match="answer '猫' repeats line 1"):
         task_lib.get(settings)
     with pytest.raises(ValueError, match=r"config\.options\.answers nowhere\.txt: No such file"):
         task_lib.get(experiment("alpro_classify", data, model, answers="nowhere.txt"))
