@@ -132,7 +132,7 @@ def rounded(path: str, leaf: np.ndarray) -> np.ndarray:
 
 
 def stacked_matrix(path: str, leaf: np.ndarray) -> bool:
-    return "blocks/" in path and (path.endswith("/kernel") or path.endswith("/lora/a"))
+    return "blocks/" in path and (path.endswith("/kernel") or path.endswith("/lora/qkv/a"))
 
 
 @pytest.mark.parametrize("name", SUBTREES)

@@ -40,13 +40,13 @@ def test_an_answer_begins_at_the_start_of_a_line() -> None:
 def test_a_placeholder_at_the_start_is_a_medium() -> None:
     found = conversation.for_training("<|video|>\nHuman: q\nAI: a", WORDS, SLOTS, 64)
     np.testing.assert_array_equal(found.ids[: SLOTS + 2], [WORDS.bos, *[VIDEO] * SLOTS, 4 + ord("\n")])
-    assert (found.count(VIDEO, SLOTS), found.count(IMAGE, SLOTS)) == (1, 0)
+    assert (found.media(VIDEO, SLOTS), found.media(IMAGE, SLOTS)) == (1, 0)
     assert answers(found) == "a$"
 
 
 def test_two_media_side_by_side_are_two() -> None:
     found = conversation.for_training("S.\nHuman: <image><image><|video|>\nHuman: q\nAI: a", WORDS, SLOTS, 64)
-    assert (found.count(VIDEO, SLOTS), found.count(IMAGE, SLOTS)) == (1, 2)
+    assert (found.media(VIDEO, SLOTS), found.media(IMAGE, SLOTS)) == (1, 2)
 
 
 @pytest.mark.parametrize("limit", range(4, 40))

@@ -93,7 +93,7 @@ def test_adapters_of_the_language_model_are_trained() -> None:
     leaves = shapes(model.clone(llm=model.llm.clone(lora_rank=2)))
     trained = {path for path in leaves if not any(re.fullmatch(pattern, path) for pattern in mplug_video.FROZEN)}
     of_llm = {path for path in trained if path.startswith("llm/")}
-    assert of_llm == {f"llm/blocks/lora/{name}" for name in "aqkv"}
+    assert of_llm == {f"llm/blocks/lora/qkv/{name}" for name in "aqkv"}
 
 
 @pytest.mark.parametrize(("llm", "vision", "fields", "counts"), COUNTS)
@@ -111,6 +111,9 @@ def test_every_leaf_has_one_axis_rule_and_every_rule_a_leaf() -> None:
     lms = language_models.SIZES
     decoders = [
         lms["bloom-tiny"].clone(lora_rank=2),
+        lms["bloom-tiny"].clone(lora_rank=2, lora_targets=("attn/.*", "mlp/.*")),
+        lms["qwen-tiny"].clone(lora_rank=2, lora_targets=("attn/.*", "mlp/.*")),
+        lms["tiny"].clone(lora_rank=2, lora_targets=("attn/.*", "mlp/.*")),
         lms["qwen-tiny"],
         lms["qwen-tiny"].clone(qkv_bias=True, tied=False),
     ]

@@ -23,7 +23,7 @@ from ymplug_jax.models import attention, bloom, layers
 from ymplug_jax.models.bloom import Bloom
 from ymplug_jax.models.clip_vit import ClipViT
 from ymplug_jax.models.language_model import positions
-from ymplug_jax.models.lora import Lora
+from ymplug_jax.models.lora import Lora, Settings
 from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.models.query_abstractor import QueryAbstractor
 
@@ -158,8 +158,9 @@ def test_lora(read, tmp_path: Path) -> None:
     x, block = file["in/x"], jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     attn = layers.Attention(plain.width, plain.heads, *[jax.nn.initializers.zeros] * 2)
     qkv = attn.apply({"params": block["attn"]}, x, method="project")
-    change = Lora(model.lora_rank, model.lora_scale, model.heads, "float32").apply({"params": block["lora"]}, x)
-    changed = [whole + part for whole, part in zip(qkv, change, strict=True)]
+    adapters = Settings(model.lora_rank, model.lora_scale, 0.0, model.lora_targets)
+    lora = Lora(adapters, bloom.LINEARS, fused=True, deterministic=True, dtype="float32")
+    changed = lora.apply({"params": block["lora"]}, ("q", "k", "v"), x, qkv, method="update")
     for name, parts in (("base", qkv), ("lora", changed)):
         file.check(f"out/linear_{name}", np.stack(parts, axis=3).reshape(*x.shape[:2], -1), OUTPUT)
     bias = bloom.slopes(model.heads)[:, None, None] * np.arange(x.shape[1])

@@ -11,7 +11,7 @@ import jax
 
 from ymplug_jax.convert.hub_config import HubConfig
 from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, heads_of, layers, need
-from ymplug_jax.convert.rules import Rule, heads_out, linear, norm, under
+from ymplug_jax.convert.rules import Rule, heads_out, linear, low_rank, norm, under
 from ymplug_jax.models import language_model
 from ymplug_jax.models.bloom import Bloom
 
@@ -24,11 +24,14 @@ BLOOM = (
     *norm(f"{_LAYER}.post_attention_layernorm", "blocks/mlp_norm"),
     Rule(f"{_FUSED}.weight", "(n part h) d -> d n h", tuple(f"blocks/attn/{p}/kernel" for p in "qkv")),
     Rule(f"{_FUSED}.bias", "(n part h) -> n h", tuple(f"blocks/attn/{p}/bias" for p in "qkv")),
-    Rule(f"{_FUSED}.lora_A.weight", "r d -> d r", ("blocks/lora/a",)),
-    Rule(f"{_FUSED}.lora_B.weight", "(n part h) r -> r n h", tuple(f"blocks/lora/{p}" for p in "qkv")),
+    Rule(f"{_FUSED}.lora_A.weight", "r d -> d r", ("blocks/lora/qkv/a",)),
+    Rule(f"{_FUSED}.lora_B.weight", "(n part h) r -> r n h", tuple(f"blocks/lora/qkv/{p}" for p in "qkv")),
     *heads_out(f"{_LAYER}.self_attention.dense", "blocks/attn/o"),
     *linear(f"{_LAYER}.mlp.dense_h_to_4h", "blocks/mlp/up"),
     *linear(f"{_LAYER}.mlp.dense_4h_to_h", "blocks/mlp/down"),
+    *low_rank(f"{_LAYER}.self_attention.dense", "blocks/lora/o", "n h", "d"),
+    *low_rank(f"{_LAYER}.mlp.dense_h_to_4h", "blocks/lora/up", "d", "m"),
+    *low_rank(f"{_LAYER}.mlp.dense_4h_to_h", "blocks/lora/down", "m", "d"),
     *norm("transformer.ln_f", "norm"),
 )
 TIED = (("lm_head.weight", "transformer.word_embeddings.weight"),)
@@ -42,6 +45,12 @@ RENAME = (
 )
 FROZEN = (r"llm/(?!blocks/lora/).*",)
 MODEL_TYPES = ("bloom",)  # of config.json
+ADAPTED = {  # linear layer of a block -> path in `Bloom.lora_targets`
+    "self_attention.query_key_value": "attn/[qkv]",
+    "self_attention.dense": "attn/o",
+    "mlp.dense_h_to_4h": "mlp/up",
+    "mlp.dense_4h_to_h": "mlp/down",
+}
 HEADS = {1024: 16, 1536: 16, 2048: 16, 2560: 32, 4096: 32, 14336: 112}  # by width: 560m 1b1 1b7 3b 7b1 176b
 
 
@@ -52,12 +61,7 @@ def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], co
       UnknownModel: the tensors are not a BLOOM's, or they do not match config.json.
     """
     vocab, width = need(shapes, "transformer.word_embeddings.weight")
-    adapter = shapes.get("transformer.h.0.self_attention.query_key_value.lora_A.weight", (0,))
-    other = [name for name in shapes if "lora_" in name and not re.search(r"query_key_value\.lora_[AB]\.weight$", name)]
-    if other:
-        raise UnknownModel(
-            f"the adapter changes {other[0]}, and only one of query_key_value can be kept; merge it with --lora DIR"
-        )
+    rank, targets = adapters_of(shapes)
     depth, known, eps = layers(shapes, r"transformer\.h\.(\d+)\."), HEADS, 1e-5
     if config:
         count = config.size("n_head", "num_attention_heads")
@@ -75,8 +79,34 @@ def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], co
         depth=depth,
         heads=heads_of("llm", width, known, heads),
         ln_eps=eps,
-        lora_rank=adapter[0],
+        lora_rank=rank,
+        lora_targets=targets,
     )
+
+
+def adapters_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, tuple[str, ...]]:
+    """Rank and targets of the adapters among the tensors; without any, rank 0 and the default targets.
+
+    Raises:
+      UnknownModel: the adapters belong to other layers or have several ranks.
+    """
+    found, ranks = [], set()
+    names = {name for name in shapes if ".lora_" in name}
+    for layer, target in ADAPTED.items():
+        pattern = re.compile(rf"transformer\.h\.\d+\.{re.escape(layer)}\.lora_([AB])\.weight")
+        own = {name: match[1] for name in names if (match := pattern.fullmatch(name))}
+        names -= own.keys()
+        ranks |= {shapes[name][0 if side == "A" else 1] for name, side in own.items()}
+        found += [target] if own else []
+    if names:
+        raise UnknownModel(
+            f"{min(names)}: adapters of this layer cannot be kept; merge the adapter with --lora DIR, without --keep_lora"
+        )
+    if len(ranks) > 1:
+        raise UnknownModel(
+            f"the adapters have several ranks, {sorted(ranks)}; merge them with --lora DIR, without --keep_lora"
+        )
+    return (ranks.pop(), tuple(found)) if ranks else (0, Bloom().lora_targets)
 
 
 def like_of(model: Bloom) -> dict:

@@ -14,6 +14,7 @@ from ymplug_jax.models.mplug_chat import MPLUGChat
 
 Read = Callable[[str], torch.Tensor]  # float32 tensor of a name
 FRAMES = 2
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}  # every config takes it, but their types do not say so
 
 
 def _linear(read: Read, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -26,7 +27,8 @@ def _norm(read: Read, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """[B, L, N, H], [B, S, N, H] twice -> [B, L, N * H]."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -100,13 +102,14 @@ def _logits(read: Read, model: MPLUGChat, slots: torch.Tensor, ids: np.ndarray) 
         n_layer=sizes.depth,
         n_head=sizes.heads,  # type: ignore[attr-defined]  # the release's decoder is a BLOOM
         layer_norm_epsilon=sizes.ln_eps,  # type: ignore[attr-defined]
-        attn_implementation="eager",
+        **EAGER,
     )
     llm = transformers.BloomForCausalLM(config)
     for name, parameter in llm.named_parameters():
         parameter.data = read(f"language_model.{name}")
     words = llm.transformer.word_embeddings_layernorm(llm.transformer.word_embeddings(torch.from_numpy(ids)))
-    llm.transformer.word_embeddings_layernorm = torch.nn.Identity()  # media vectors pass without the norm
+    # Media vectors pass without the norm.
+    setattr(llm.transformer, "word_embeddings_layernorm", torch.nn.Identity())  # noqa: B010  # another type
     return llm.eval()(inputs_embeds=torch.cat([slots, words], 1)).logits
 
 
@@ -121,7 +124,7 @@ def sides(model: MPLUGChat, read: Read, rng: np.random.Generator) -> tuple[Any, 
 
     @torch.inference_mode()
     def theirs() -> dict[str, np.ndarray]:
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for kind, media in inputs.items():
             tokens = _vision(read, model, media)
             slots = _abstract(read, model, tokens)
@@ -131,7 +134,7 @@ def sides(model: MPLUGChat, read: Read, rng: np.random.Generator) -> tuple[Any, 
 
     def ours(params: dict) -> dict[str, np.ndarray]:
         def run(whole: MPLUGChat) -> dict[str, jax.Array]:
-            found = {}
+            found: dict[str, jax.Array] = {}
             for kind, media in inputs.items():
                 tokens = whole.vision(jnp.asarray(media))
                 slots = whole.abstractor(tokens, whole.llm.width)

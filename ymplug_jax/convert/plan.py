@@ -14,7 +14,17 @@ from ymplug_jax.core import exits
 
 _BESIDE = (
     *("__init__", "__main__", "check", "lora", "oracles", "plan", "rules", "store", "to_orbax", "to_torch"),
-    *("torch_file", "torch_script", "tensor_file", "source_files", "pieces", "leaves", "hub_config", "lock", "chat_check"),
+    *(
+        "torch_file",
+        "torch_script",
+        "tensor_file",
+        "source_files",
+        "pieces",
+        "leaves",
+        "hub_config",
+        "lock",
+        "chat_check",
+    ),
 )
 MODELS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _BESIDE)
 

@@ -78,6 +78,22 @@ def heads_out(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
+def low_rank(source: str, target: str, inner: str = "d", outer: str = "m") -> tuple[Rule, ...]:
+    """A LoRA adapter in the PEFT layout: A [R, in] and B [out, R] -> a and b.
+
+    Args:
+      source: name of the linear layer.
+      target: path of the adapter.
+      inner: axes of the layer's input, "n h" for heads.
+      outer: axes of the layer's output.
+    """
+    merged = [f"({axes})" if " " in axes else axes for axes in (inner, outer)]
+    return (
+        Rule(f"{source}.lora_A.weight", f"r {merged[0]} -> {inner} r", (f"{target}/a",)),
+        Rule(f"{source}.lora_B.weight", f"{merged[1]} r -> r {outer}", (f"{target}/b",)),
+    )
+
+
 def under(source: str, target: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """The rules of a submodule, with prefixes added to source names and target paths."""
     return tuple(

@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
     ids: np.ndarray  # int32[n]; IMAGE or VIDEO at a slot
     answer: np.ndarray  # bool[n], True at the tokens of an answer and at the end token behind it
 
-    def count(self, kind: int, slots: int) -> int:
+    def media(self, kind: int, slots: int) -> int:
         """Images (IMAGE) or clips (VIDEO) that fitted, each of `slots` slots."""
         return int(np.sum(self.ids == kind)) // slots
 

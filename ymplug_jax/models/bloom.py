@@ -24,6 +24,8 @@ AXES = (
     *lora.AXES,
 )
 
+LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down")  # Layers that may have adapters.
+
 
 def slopes(heads: int) -> np.ndarray:
     """ALiBi's slopes, f32[N]: 2^(-8k/n), k = 1..n, with n the largest power of two up to N; then every other slope of 2n."""
@@ -38,13 +40,12 @@ class Block(nn.Module):
 
     heads: int  # Number of attention heads.
     ln_eps: float  # Epsilon of the norms.
-    lora_rank: int  # Rank of the adapters; 0 leaves them out.
-    lora_scale: float  # Factor of the adapters' output.
+    adapters: lora.Settings  # LoRA adapters.
     dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context
+        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context, deterministic: bool
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         """Run one block.
 
@@ -52,6 +53,7 @@ class Block(nn.Module):
           carry: states f[..., L, D], and the cache of all layers or None.
           layer: int32 index of the block.
           context: of the pass.
+          deterministic: False applies the dropout of the adapters.
 
         Returns:
           The updated carry, and None for `nn.scan`.
@@ -60,15 +62,13 @@ class Block(nn.Module):
         d, normal = x.shape[-1], nn.initializers.normal(STD)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
         h = layers.norm("attn_norm", self.ln_eps, self.dtype)(x)
-        q, k, v = attn.project(h)  # [..., L, N, H]
-        if self.lora_rank:
-            changes = lora.Lora(self.lora_rank, self.lora_scale, self.heads, self.dtype, name="lora")(h)
-            q, k, v = (whole + change for whole, change in zip((q, k, v), changes, strict=True))
+        update = lora.update_of(self.adapters, LINEARS, fused=True, deterministic=deterministic, dtype=self.dtype)
+        q, k, v = attn.project(h, update=update)  # [..., L, N, H]
         alibi = jnp.asarray(slopes(self.heads))
         y, cache = language_model.attend(q, k, v, cache, layer, context, slopes=alibi)  # [..., L, N, H]
-        x = x + attn.output(y)
+        x = x + attn.output(y, update)
         mlp = layers.Mlp(4 * d, normal, normal, tanh=True, dtype=self.dtype, name="mlp")
-        return (x + mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x)), cache), None
+        return (x + mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x), update), cache), None
 
 
 class Bloom(nn.Module):
@@ -80,8 +80,10 @@ class Bloom(nn.Module):
     depth: int = 30  # Number of layers.
     heads: int = 32  # Number of attention heads, which must divide the width.
     ln_eps: float = 1e-5  # Epsilon of the LayerNorms.
-    lora_rank: int = 0  # Rank R of trained LoRA adapters on q, k and v; 0 leaves them out.
+    lora_rank: int = 0  # Rank R of trained LoRA adapters; 0 leaves them out.
     lora_scale: float = 1.0  # Factor of the adapters' output, alpha / R.
+    lora_dropout: float = 0.0  # Dropout rate on the adapters' input in training.
+    lora_targets: tuple[str, ...] = ("attn/[qkv]",)  # Path regexes of the linear layers of a block that get adapters.
     remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and output logits stay float32.
 
@@ -93,12 +95,13 @@ class Bloom(nn.Module):
         """Create the embeddings, the stack of blocks and the final norm."""
         self.token_embed = self.param("token_embed", nn.initializers.normal(STD), (self.vocab, self.width))
         self.embed_norm = layers.norm(None, self.ln_eps, self.dtype)
-        blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast))
+        blocks = layers.stack(
+            Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast, nn.broadcast), static_argnums=(4,)
+        )
         self.blocks = blocks(
             heads=self.heads,
             ln_eps=self.ln_eps,
-            lora_rank=self.lora_rank,
-            lora_scale=self.lora_scale,
+            adapters=lora.Settings(self.lora_rank, self.lora_scale, self.lora_dropout, self.lora_targets),
             dtype=self.dtype,
         )
         self.norm = layers.norm(None, self.ln_eps, self.dtype)
@@ -112,8 +115,8 @@ class Bloom(nn.Module):
         return self.embed_norm(layers.look_up(self.token_embed, ids, self.dtype))
 
     def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
-        """See `LanguageModel`. BLOOM has no dropout, so `deterministic` has no effect."""
-        return self.read(embeds, mask, None, None)[0]
+        """See `LanguageModel`; the only dropout is that of the adapters."""
+        return self.read(embeds, mask, None, None, deterministic)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """See `LanguageModel.logits`."""
@@ -125,12 +128,17 @@ class Bloom(nn.Module):
         return language_model.empty_cache(before, self.depth, self.heads, length, head_dim, self.dtype)
 
     def read(
-        self, embeds: jax.Array, mask: jax.Array | None, cache: Cache | None, past: Past | None
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None,
+        cache: Cache | None,
+        past: Past | None,
+        deterministic: bool = True,
     ) -> tuple[jax.Array, Cache]:
         """See `language_model.Cached.read`."""
         context = language_model.context_of(embeds.shape[-2], mask, past)
         carry = embeds.astype(jnp.dtype(self.dtype)), cache
-        (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context)
+        (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context, deterministic)
         return self.norm(x), filled
 
 

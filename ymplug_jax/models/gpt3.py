@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ymplug_jax.models import language_model, layers
+from ymplug_jax.models import language_model, layers, lora
 from ymplug_jax.models.language_model import Cache, Context, Past
 
 STD = 0.02
@@ -19,7 +19,9 @@ AXES = (
     ("pos_embed", "pos embed"),
     ("norm/(scale|bias)", "embed"),
     *layers.BLOCK_AXES,
+    *lora.AXES,
 )
+LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down")  # Layers that may have adapters.
 
 
 class Block(nn.Module):
@@ -29,6 +31,7 @@ class Block(nn.Module):
     depth: int  # Number of layers, which scales the initial output kernels.
     ln_eps: float  # Epsilon of the norms.
     dropout: float  # Dropout rate in training.
+    adapters: lora.Settings  # LoRA adapters.
     dtype: str  # Type of the computation.
 
     @nn.compact
@@ -52,13 +55,14 @@ class Block(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
 
         attn = layers.Attention(d, self.heads, normal, shrunk, dtype=self.dtype, name="attn")
-        q, k, v = attn.project(layers.norm("attn_norm", self.ln_eps, self.dtype)(x))  # [..., L, N, H]
+        update = lora.update_of(self.adapters, LINEARS, fused=True, deterministic=deterministic, dtype=self.dtype)
+        q, k, v = attn.project(layers.norm("attn_norm", self.ln_eps, self.dtype)(x), update=update)  # [..., L, N, H]
         key = self.make_rng("dropout") if rate > 0 else None
         y, cache = language_model.attend(q, k, v, cache, layer, context, dropout=rate, key=key)  # [..., L, N, H]
-        x = x + drop(attn.output(y))
+        x = x + drop(attn.output(y, update))
 
         mlp = layers.Mlp(4 * d, normal, shrunk, tanh=True, dtype=self.dtype, name="mlp")
-        return (x + drop(mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x))), cache), None
+        return (x + drop(mlp(layers.norm("mlp_norm", self.ln_eps, self.dtype)(x), update)), cache), None
 
 
 class GPT3(nn.Module):
@@ -72,6 +76,10 @@ class GPT3(nn.Module):
     max_positions: int = 2048  # Number of rows of the position table, and the longest row including visual vectors.
     ln_eps: float = 1e-5  # Epsilon of the LayerNorms.
     dropout: float = 0.0  # Rate on embeddings, attention and residuals in training; the published recipe has 0.1.
+    lora_rank: int = 0  # Rank R of trained LoRA adapters; 0 leaves them out.
+    lora_scale: float = 1.0  # Factor of the adapters' output, alpha / R.
+    lora_dropout: float = 0.0  # Dropout rate on the adapters' input in training.
+    lora_targets: tuple[str, ...] = ("attn/[qkv]",)  # Path regexes of the linear layers of a block that get adapters.
     remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and output logits stay float32.
 
@@ -87,8 +95,9 @@ class GPT3(nn.Module):
         in_axes = (0, nn.broadcast, nn.broadcast)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=in_axes, static_argnums=(4,))
         self.blocks = blocks(
-            heads=self.heads, depth=self.depth, ln_eps=self.ln_eps, dropout=self.dropout, dtype=self.dtype
-        )
+            heads=self.heads, depth=self.depth, ln_eps=self.ln_eps, dropout=self.dropout, dtype=self.dtype,
+            adapters=lora.Settings(self.lora_rank, self.lora_scale, self.lora_dropout, self.lora_targets),
+        )  # fmt: skip
         self.norm = layers.norm(None, self.ln_eps, self.dtype)
         self.drop = nn.Dropout(self.dropout)
 

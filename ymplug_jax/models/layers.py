@@ -6,7 +6,7 @@ Parameters are created in float32; `dtype` is the type of the computation. Norms
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,15 @@ BLOCK_AXES = (
     ("blocks/mlp/down/kernel", "layers mlp embed"),
     ("blocks/mlp/down/bias", "layers embed"),
 )
+
+
+# Names of linear layers, their common input and their outputs -> the outputs with adapters.
+Update: TypeAlias = Callable[[tuple[str, ...], jax.Array, tuple[jax.Array, ...]], tuple[jax.Array, ...]]
+
+
+def unchanged(names: tuple[str, ...], x: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The `Update` of a decoder without adapters."""
+    return outputs
 
 
 def kept(x: jax.Array) -> jax.Array:
@@ -115,23 +124,27 @@ class Attention(nn.Module):
         if self.qk_norm_eps is not None:
             self.q_norm, self.k_norm = (rms_norm(None, self.qk_norm_eps, self.dtype) for _ in "qk")
 
-    def project(self, x: jax.Array, context: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x: jax.Array, context: jax.Array | None = None, update: Update = unchanged
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Project to queries, keys and values.
 
         Args:
           x: f[..., L, D], the queries.
           context: f[..., S, D], the keys and values. None means `x`.
+          update: adapters of "q", "k" and "v", without `context` only.
 
         Returns:
           q f[..., L, N, H], k and v f[..., S, K, H]; with `flat` f[..., D] each.
         """
         context = x if context is None else context
-        q, k, v = kept(self.q(x)), kept(self.k(context)), kept(self.v(context))
+        q, k, v = update(("q", "k", "v"), x, (self.q(x), self.k(context), self.v(context)))
+        q, k, v = kept(q), kept(k), kept(v)
         return (q, k, v) if self.qk_norm_eps is None else (self.q_norm(q), self.k_norm(k), v)
 
-    def output(self, y: jax.Array) -> jax.Array:
-        """Project the output of attention, f[..., N, H] (with `flat` f[..., D]) -> f[..., D]."""
-        return kept(self.o(y))
+    def output(self, y: jax.Array, update: Update = unchanged) -> jax.Array:
+        """Project the output of attention, f[..., N, H] (with `flat` f[..., D]) -> f[..., D]; `update` has adapters of "o"."""
+        return kept(*update(("o",), y, (self.o(y),)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -173,14 +186,14 @@ class Mlp(nn.Module):
     dtype: str = "float32"  # Type of the computation.
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the MLP, f[..., D] -> f[..., D]."""
+    def __call__(self, x: jax.Array, update: Update = unchanged) -> jax.Array:
+        """Apply the MLP, f[..., D] -> f[..., D]; `update` has adapters of "up" and "down"."""
         dtype, width = jnp.dtype(self.dtype), x.shape[-1]
         up = Dense(self.hidden, kernel_init=self.up_init, bias_init=self.up_bias_init, dtype=dtype, name="up")
-        x = kept(up(x))  # [..., M]
+        x = kept(*update(("up",), x, (up(x),)))  # [..., M]
         x = gelu(x, self.tanh)
         down = Dense(width, kernel_init=self.down_init, bias_init=self.down_bias_init, dtype=dtype, name="down")
-        return kept(down(x))  # [..., D]
+        return kept(*update(("down",), x, (down(x),)))  # [..., D]
 
 
 class GatedMlp(nn.Module):
@@ -191,16 +204,16 @@ class GatedMlp(nn.Module):
     dtype: str = "float32"  # Type of the computation.
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the MLP, f[..., D] -> f[..., D]."""
+    def __call__(self, x: jax.Array, update: Update = unchanged) -> jax.Array:
+        """Apply the MLP, f[..., D] -> f[..., D]; `update` has adapters of "gate", "up" and "down"."""
         dtype, width = jnp.dtype(self.dtype), x.shape[-1]
 
         def dense(name: str, features: int) -> nn.Dense:
             return Dense(features, use_bias=False, kernel_init=self.kernel_init, dtype=dtype, name=name)
 
-        gate, up = kept(dense("gate", self.hidden)(x)), kept(dense("up", self.hidden)(x))  # [..., M]
-        x = nn.silu(gate.astype(jnp.float32)).astype(dtype) * up
-        return kept(dense("down", width)(x))  # [..., D]
+        gate, up = update(("gate", "up"), x, (dense("gate", self.hidden)(x), dense("up", self.hidden)(x)))  # [..., M]
+        x = nn.silu(kept(gate).astype(jnp.float32)).astype(dtype) * kept(up)
+        return kept(*update(("down",), x, (dense("down", width)(x),)))  # [..., D]
 
 
 def look_up(table: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:

@@ -1,7 +1,11 @@
-"""LoRA adapters: trained low-rank updates of a frozen decoder's q, k and v projections.
+"""LoRA adapters: trained low-rank updates of the linear layers in a frozen decoder.
 
 Hu et al., "LoRA: low-rank adaptation of large language models", 2021. Described in docs/models/language_models.md, "LoRA".
 """
+
+import math
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +14,121 @@ from flax import linen as nn
 from ymplug_jax.core import quantize
 from ymplug_jax.models import layers
 
+QKV = ("attn/q", "attn/k", "attn/v")
+
 AXES = (
-    ("blocks/lora/a", "layers embed rank"),
-    ("blocks/lora/[qkv]", "layers rank heads head_dim"),
+    ("blocks/lora/(qkv|q|k|v|gate|up)/a", "layers embed rank"),
+    ("blocks/lora/qkv/[qkv]", "layers rank heads head_dim"),
+    ("blocks/lora/q/b", "layers rank heads head_dim"),
+    ("blocks/lora/[kv]/b", "layers rank kv_heads head_dim"),
+    ("blocks/lora/o/a", "layers heads head_dim rank"),
+    ("blocks/lora/(gate|up)/b", "layers rank mlp"),
+    ("blocks/lora/down/a", "layers mlp rank"),
+    ("blocks/lora/(o|down)/b", "layers rank embed"),
 )
 
 
-class Lora(nn.Module):
-    """Low-rank update of the q, k and v projections, which share the factor A; the update starts at zero."""
+class Settings(NamedTuple):
+    """The adapters of a decoder."""
 
-    rank: int  # Rank R.
+    rank: int  # Rank R; 0 leaves the adapters out.
     scale: float  # Factor of the update, alpha / R.
-    heads: int  # Number of attention heads.
+    dropout: float  # Dropout rate on the input of the adapters in training.
+    targets: tuple[str, ...]  # Path regexes of the linear layers below a block, full match.
+
+
+def targets_of(settings: Settings, linears: tuple[str, ...], fused: bool) -> tuple[str, ...]:
+    """Names of the adapters of a block.
+
+    Args:
+      settings: of the decoder.
+      linears: paths of the linear layers of a block, such as "attn/q" and "mlp/up".
+      fused: the checkpoint keeps q, k and v in one matrix, so their adapters share the factor A.
+
+    Raises:
+      ValueError: a target matches no layer, or a part of a fused matrix only.
+    """
+    if not settings.rank:
+        return ()
+    chosen: set[str] = set()
+    for target in settings.targets:
+        found = {path for path in linears if re.fullmatch(target, path)}
+        if not found:
+            raise ValueError(
+                f"config.model.llm.lora_targets: {target!r} matches no linear layer; choose from {', '.join(linears)}"
+            )
+        chosen |= found
+    if not chosen:
+        raise ValueError(f"config.model.llm.lora_targets: empty; choose from {', '.join(linears)}")
+    if fused and 0 < len(chosen & set(QKV)) < len(QKV):
+        raise ValueError(
+            "config.model.llm.lora_targets: this decoder keeps q, k and v in one matrix; write 'attn/[qkv]' for all three"
+        )
+    names = [path.rpartition("/")[2] for path in linears if path in chosen]
+    return tuple(dict.fromkeys("qkv" if fused and name in "qkv" else name for name in names))
+
+
+class LowRank(nn.Module):
+    """Update of one linear layer, or of several that share the factor A; it starts at zero."""
+
+    settings: Settings  # Rank, scale and dropout.
+    parts: tuple[str, ...]  # Names of the factors B, one for each updated output.
+    deterministic: bool  # Leaves the dropout out.
     dtype: str  # Type of the computation.
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The updates of q, k and v: f[..., D] -> f[..., N, H] each."""
-        d, dtype = x.shape[-1], jnp.dtype(self.dtype)
-        a = quantize.matrix(self.param("a", layers.torch_linear(d), (d, self.rank))).astype(dtype)
-        low = (x @ a) * self.scale  # [..., R]
+    def __call__(self, x: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Add the updates to the outputs.
 
-        def out(name: str) -> jax.Array:
-            b = self.param(name, nn.initializers.zeros, (self.rank, self.heads, d // self.heads)).astype(dtype)
-            return jnp.einsum("...r,rnh->...nh", low, b)
+        Args:
+          x: input of the layer, f[..., *I].
+          outputs: of the layer without adapters, f[..., *O] each.
 
-        return out("q"), out("k"), out("v")
+        Returns:
+          The updated outputs, in the same shapes.
+        """
+        dtype = jnp.dtype(self.dtype)
+        inner = x.shape[min(x.ndim, outputs[0].ndim) - 1 :]  # one side of a layer has one axis
+        size = math.prod(inner)
+        a = quantize.matrix(self.param("a", layers.torch_linear(size), (*inner, self.settings.rank))).astype(dtype)
+        x = nn.Dropout(self.settings.dropout, deterministic=self.deterministic)(x)
+        low = jnp.tensordot(x, a, axes=len(inner)) * self.settings.scale  # [..., R]
+        updated = []
+        for name, y in zip(self.parts, outputs, strict=True):
+            b = self.param(name, nn.initializers.zeros, (self.settings.rank, *y.shape[low.ndim - 1 :])).astype(dtype)
+            updated.append(y + jnp.tensordot(low, b, axes=1).astype(y.dtype))
+        return tuple(updated)
+
+
+class Lora(nn.Module):
+    """The adapters of one block, {name: LowRank}. Give its `update` to the layers of the block."""
+
+    settings: Settings  # Rank, scale, dropout and targets.
+    linears: tuple[str, ...]  # Paths of the linear layers of the block.
+    fused: bool  # q, k and v share the factor A.
+    deterministic: bool  # Leaves the dropout out.
+    dtype: str  # Type of the computation.
+
+    def setup(self) -> None:
+        """Create the adapters of the targets."""
+        for name in targets_of(self.settings, self.linears, self.fused):
+            parts = tuple("qkv") if name == "qkv" else ("b",)
+            setattr(self, name, LowRank(self.settings, parts, self.deterministic, self.dtype))
+
+    def update(self, names: tuple[str, ...], x: jax.Array, outputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """See `layers.Update`."""
+        chosen = targets_of(self.settings, self.linears, self.fused)
+        if "qkv" in chosen and names == tuple("qkv"):
+            return self.qkv(x, outputs)
+        return tuple(
+            getattr(self, name)(x, (y,))[0] if name in chosen else y for name, y in zip(names, outputs, strict=True)
+        )
+
+
+def update_of(
+    settings: Settings, linears: tuple[str, ...], *, fused: bool, deterministic: bool, dtype: str
+) -> layers.Update:
+    """What the layers of a block do with their outputs; call it within the block's `nn.compact` method."""
+    if not settings.rank:
+        return layers.unchanged
+    return Lora(settings, linears, fused, deterministic, dtype, name="lora").update

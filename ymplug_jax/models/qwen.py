@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ymplug_jax.models import language_model, layers
+from ymplug_jax.models import language_model, layers, lora
 from ymplug_jax.models.language_model import Cache, Context, Past
 
 STD = 0.02
@@ -29,7 +29,10 @@ AXES = (
     ("blocks/attn/o/kernel", "layers heads head_dim embed"),
     ("blocks/mlp/(gate|up)/kernel", "layers embed mlp"),
     ("blocks/mlp/down/kernel", "layers mlp embed"),
+    *lora.AXES,
 )
+# Layers that may have adapters.
+LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 
 
 class Block(nn.Module):
@@ -42,6 +45,7 @@ class Block(nn.Module):
     norm_eps: float  # Epsilon of the norms.
     qkv_bias: bool  # Adds biases to q, k and v.
     qk_norm: bool  # Normalises q and k.
+    adapters: lora.Settings  # LoRA adapters.
     dtype: str  # Type of the computation.
 
     @nn.compact
@@ -51,6 +55,7 @@ class Block(nn.Module):
         layer: jax.Array,
         context: Context,
         rotation: tuple[jax.Array, jax.Array],
+        deterministic: bool,
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         """Run one block.
 
@@ -59,6 +64,7 @@ class Block(nn.Module):
           layer: int32 index of the block.
           context: of the pass.
           rotation: cosine and sine of `layers.rotation_of`.
+          deterministic: False applies the dropout of the adapters.
 
         Returns:
           The updated carry, and None for `nn.scan`.
@@ -70,12 +76,13 @@ class Block(nn.Module):
             qkv_bias=self.qkv_bias, out_bias=False, qk_norm_eps=self.norm_eps if self.qk_norm else None,
             dtype=self.dtype, name="attn",
         )  # fmt: skip
-        q, k, v = attn.project(layers.rms_norm("attn_norm", self.norm_eps, self.dtype)(x))
+        update = lora.update_of(self.adapters, LINEARS, fused=False, deterministic=deterministic, dtype=self.dtype)
+        q, k, v = attn.project(layers.rms_norm("attn_norm", self.norm_eps, self.dtype)(x), update=update)
         q, k = layers.rotate(q, rotation), layers.rotate(k, rotation)
         y, cache = language_model.attend(q, k, v, cache, layer, context)  # [..., L, N, H]
-        x = x + attn.output(y)
+        x = x + attn.output(y, update)
         mlp = layers.GatedMlp(self.mlp, normal, dtype=self.dtype, name="mlp")
-        return (x + mlp(layers.rms_norm("mlp_norm", self.norm_eps, self.dtype)(x)), cache), None
+        return (x + mlp(layers.rms_norm("mlp_norm", self.norm_eps, self.dtype)(x), update), cache), None
 
 
 class Qwen(nn.Module):
@@ -95,6 +102,10 @@ class Qwen(nn.Module):
     qk_norm: bool = False  # Normalises q and k of every head, as in Qwen3.
     tied: bool = True  # Uses the word embeddings as the output layer; False gives it a matrix of its own.
     max_positions: int | None = 131072  # Longest row that the model was trained for; None removes the limit.
+    lora_rank: int = 0  # Rank R of trained LoRA adapters; 0 leaves them out.
+    lora_scale: float = 1.0  # Factor of the adapters' output, alpha / R.
+    lora_dropout: float = 0.0  # Dropout rate on the adapters' input in training.
+    lora_targets: tuple[str, ...] = ("attn/[qkv]",)  # Path regexes of the linear layers of a block that get adapters.
     remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and output logits stay float32.
 
@@ -106,10 +117,12 @@ class Qwen(nn.Module):
         """Create the embeddings, the stack of blocks, the final norm and, if it is not tied, the output layer."""
         normal = nn.initializers.normal(STD)
         self.token_embed = self.param("token_embed", normal, (self.vocab, self.width))
-        blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast, nn.broadcast))
+        in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=in_axes, static_argnums=(5,))
         self.blocks = blocks(
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, mlp=self.mlp, norm_eps=self.norm_eps,
             qkv_bias=self.qkv_bias, qk_norm=self.qk_norm, dtype=self.dtype,
+            adapters=lora.Settings(self.lora_rank, self.lora_scale, self.lora_dropout, self.lora_targets),
         )  # fmt: skip
         self.norm = layers.rms_norm(None, self.norm_eps, self.dtype)
         if not self.tied:
@@ -120,8 +133,8 @@ class Qwen(nn.Module):
         return layers.look_up(self.token_embed, ids, self.dtype)
 
     def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
-        """See `LanguageModel`. Qwen has no dropout, so `deterministic` has no effect."""
-        return self.read(embeds, mask, None, None)[0]
+        """See `LanguageModel`; the only dropout is that of the adapters."""
+        return self.read(embeds, mask, None, None, deterministic)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """See `LanguageModel.logits`."""
@@ -132,7 +145,12 @@ class Qwen(nn.Module):
         return language_model.empty_cache(before, self.depth, self.kv_heads, length, self.head_dim, self.dtype)
 
     def read(
-        self, embeds: jax.Array, mask: jax.Array | None, cache: Cache | None, past: Past | None
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None,
+        cache: Cache | None,
+        past: Past | None,
+        deterministic: bool = True,
     ) -> tuple[jax.Array, Cache]:
         """See `language_model.Cached.read`."""
         length = embeds.shape[-2]
@@ -142,7 +160,7 @@ class Qwen(nn.Module):
         if past is not None:
             rotation = rotation[0][:, None], rotation[1][:, None]  # the same in all branches
         carry = embeds.astype(jnp.dtype(self.dtype)), cache
-        (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context, rotation)
+        (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context, rotation, deterministic)
         return self.norm(x), filled
 
 
