@@ -31,8 +31,8 @@ TEMPORAL = "blocks/temporal/.*"  # what an image tower lacks
 class Mlp(nn.Module):
     """Two linear layers with quick GELU between them: f[..., D] -> f[..., D]."""
 
-    hidden: int  # M
-    dtype: str
+    hidden: int  # Width between the layers M.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,10 +46,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Adapter (clips only), attention within each frame, MLP; the state is f[M, T, 1 + P, D], cls first."""
 
-    heads: int
-    mlp: int
-    double_cls: bool
-    dtype: str
+    heads: int  # Number of attention heads.
+    mlp: int  # Width of the MLP M.
+    double_cls: bool  # Adds the cls token to itself in clips.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
@@ -70,16 +70,16 @@ class Block(nn.Module):
 class ClipViT(nn.Module):
     """Images or clips -> tokens. The fields are its settings."""
 
-    image_size: int = 224  # S, pixels
-    patch_size: int = 14  # pixels
-    depth: int = 24
-    width: int = 1024  # D; the adapters' bottleneck is half of it
-    heads: int = 16
-    mlp: int = 4096  # M
-    # In a clip, each block first doubles the cls token, as the public chat weights were trained; False leaves it unchanged.
+    image_size: int = 224  # Height and width of a frame S, in pixels.
+    patch_size: int = 14  # Height and width of a patch, in pixels.
+    depth: int = 24  # Number of layers.
+    width: int = 1024  # Width of the tokens D; the adapters have half of it inside.
+    heads: int = 16  # Number of attention heads.
+    mlp: int = 4096  # Width of the MLP M.
+    # Adds the cls token of a clip to itself before every block, as the released chat weights need.
     double_cls: bool = False
-    remat: str = "none"  # "none", "full" or "dots"
-    dtype: str = "float32"  # of the computation
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
+    dtype: str = "float32"  # Type of the computation; norms, softmax and activations stay float32.
 
     @nn.compact
     def __call__(self, media: jax.Array) -> jax.Array:

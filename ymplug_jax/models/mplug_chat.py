@@ -41,9 +41,9 @@ def axes_of(model: "MPLUGChat") -> AxisRules:
 class MPLUGChat(nn.Module):
     """The whole model. Parameters: {vision, abstractor, llm}. H is the width of the language model, Q + 1 the slots of a medium."""
 
-    vision: ClipViT = ClipViT()
-    abstractor: QueryAbstractor = QueryAbstractor()
-    llm: LanguageModel = language_models.SIZES["bloomz-7b1"]
+    vision: ClipViT = ClipViT()  # Vision tower.
+    abstractor: QueryAbstractor = QueryAbstractor()  # Visual abstractor.
+    llm: LanguageModel = language_models.SIZES["bloomz-7b1"]  # Decoder.
 
     def encode_media(self, media: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Slots of normalised images (T = 1) or clips: f[M, T, S, S, 3] -> f[M, Q + 1, H]. Randomness: "dropout"."""

@@ -36,8 +36,8 @@ AXES = (
 class Mlp(nn.Module):
     """down(norm(silu(gate(x)) * up(x))), all with biases: f[..., D] -> f[..., D]. SiLU is float32."""
 
-    hidden: int  # M
-    dtype: str
+    hidden: int  # Width between the layers M.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,10 +55,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One layer: f[M, Q, D] -> f[M, Q, D]. The residual path carries the normalised queries: released weights depend on it."""
 
-    heads: int
-    mlp: int
-    dropout: float
-    dtype: str
+    heads: int  # Number of attention heads.
+    mlp: int  # Width of the MLP M.
+    dropout: float  # Dropout rate in training.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(
@@ -81,13 +81,13 @@ class Block(nn.Module):
 class QueryAbstractor(nn.Module):
     """Vision tokens -> slots for the language model. The fields are its settings."""
 
-    queries: int = 64  # Q, for images; clips use as many temporal queries besides
-    depth: int = 6
-    heads: int = 16
-    mlp: int = 2816  # M
-    dropout: float = 0.1  # on the attention probabilities in training
-    remat: str = "none"  # "none", "full" or "dots"
-    dtype: str = "float32"  # of the computation
+    queries: int = 64  # Number of learned queries for images Q; clips add as many temporal queries.
+    depth: int = 6  # Number of layers.
+    heads: int = 16  # Number of attention heads.
+    mlp: int = 2816  # Width of the MLP M.
+    dropout: float = 0.1  # Dropout rate on the attention probabilities in training.
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
+    dtype: str = "float32"  # Type of the computation; norms, softmax and activations stay float32.
 
     @property
     def slots(self) -> int:

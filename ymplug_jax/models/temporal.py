@@ -33,7 +33,7 @@ class DepthwiseConv(nn.Module):
     Frames before the first and after the last one count as zeros. The kernel is f[3, C], taps in the order of time.
     """
 
-    dtype: str
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -52,8 +52,8 @@ class ConvAdapter(nn.Module):
     The last projection starts at zero, so a fresh adapter leaves the tower as it was.
     """
 
-    width: int  # C, of the bottleneck
-    dtype: str
+    width: int  # Width of the bottleneck C.
+    dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
