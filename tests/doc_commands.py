@@ -11,12 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 SHELL = ("bash", "sh", "shell", "console")
 STARTS = ("python ", "make ", "pip ", "taskset ", "/usr/bin/time ")  # of blocks without a language that are commands
@@ -41,7 +41,6 @@ OTHERS = (
     "xprof",
     "docker",
 )
-RUNS = {"plan", "compile", "bench", "train", "eval"}
 
 
 class Command(NamedTuple):
@@ -187,9 +186,20 @@ def _main(words: list[str], runs: dict[str, list[str]]) -> None:
 def _build_shards(words: list[str]) -> None:
     from data_prep import build_flags
 
-    _, rest = build_flags.parse(words)
+    with _said(io.StringIO()):
+        _, rest = build_flags.parse(words)
     if rest and not any(word.startswith("--runner") for word in rest):
         raise ValueError(f"unknown flags {rest}")
+
+
+@contextmanager
+def _said(printed: io.StringIO) -> Iterator[None]:
+    """What a parser prints before it exits becomes the message of an error."""
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            yield
+    except SystemExit as error:
+        raise ValueError(printed.getvalue().strip().splitlines()[-1]) from error
 
 
 def _parse(module: str, words: list[str]) -> None:
@@ -206,17 +216,12 @@ def _parse(module: str, words: list[str]) -> None:
 
     name = f"{module}.__main__" if (ROOT / module.replace(".", "/") / "__main__.py").exists() else module
     printed = io.StringIO()
-    with (
-        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
-        mock.patch.object(sys, "argv", [module, *words]),
-    ):
-        with redirect_stdout(printed), redirect_stderr(printed), mock.patch.dict(os.environ):
-            try:
-                importlib.import_module(name).main()
-            except Parsed:
-                return
-            except SystemExit:
-                raise ValueError(printed.getvalue().strip().splitlines()[-1]) from None
+    patched = mock.patch.object(argparse.ArgumentParser, "parse_args", stop)
+    with patched, mock.patch.object(sys, "argv", [module, *words]), mock.patch.dict(os.environ), _said(printed):
+        try:
+            importlib.import_module(name).main()
+        except Parsed:
+            return
     raise ValueError(f"its parser was not reached: {printed.getvalue().strip()}")
 
 

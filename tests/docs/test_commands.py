@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from docs import commands
+import doc_commands as commands
 
 PAGES = commands.pages()
 
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[str]]:
-    return commands.known_runs([command for page in PAGES for command in commands.commands(page)])
+    found = [command for page in PAGES for command in commands.commands(page)]
+    assert len(found) > 50, "the extraction finds the commands"
+    return commands.known_runs(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(commands.ROOT)))
@@ -40,7 +42,7 @@ WRONG = {
     "python -m ymplug_jax.convert --model nothing --source a --out b": "nothing",
     "python -m ymplug_jax.compare a b --ot x": "--ot",
     "python -m data_prep.build_shards --config pretrain --csv a --video_root b --out c --frames 8": "--frames",
-    "python -m data_prep.word_pieces --csv a --nothing b": "--nothing",
+    "python -m data_prep.word_pieces --csv a --out b --nothing c": "--nothing",
     "python -m benchmarks.gelu --nothing": "--nothing",
     "X='--nothing 1'; python -m data_prep.word_pieces --csv a --out b $X": "--nothing",
     "for X in pretrain other; do\n  python -m data_prep.build_shards --config $X --csv a --video_root b --out c\ndone": "other",
