@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LEFT, WIDTH, ROW, TOP, RIGHT = 330, 360, 26, 54, 130
+LEFT, WIDTH, ROW, TOP, RIGHT = 260, 360, 26, 54, 90
 BLUE, RED, GREY, TEXT = "#3f6fb5", "#c2593f", "#8a8f98", "#20242b"
 
 
@@ -14,7 +14,7 @@ class Bar(NamedTuple):
 
     label: str
     value: float
-    shown: str  # text behind the bar
+    shown: str  # text in the last column
     missed: bool = False  # whether it falls short of its goal
     goal: float | None = None
 
@@ -43,6 +43,10 @@ def bars(title: str, note: str, rows: Sequence[Bar], *, log: bool = False, line:
         f'<text x="12" y="22" font-size="15" font-weight="bold">{html.escape(title)}</text>',
         f'<text x="12" y="41" font-size="12" fill="{GREY}">{html.escape(note)}</text>',
     ]
+    if line is not None:
+        parts.append(
+            f'<line x1="{x(line):.1f}" x2="{x(line):.1f}" y1="{TOP}" y2="{height - 8}" stroke="{GREY}" stroke-dasharray="4 3"/>'
+        )
     for i, row in enumerate(rows):
         y = TOP + ROW * i
         colour = RED if row.missed else BLUE
@@ -50,10 +54,5 @@ def bars(title: str, note: str, rows: Sequence[Bar], *, log: bool = False, line:
         parts.append(f'<rect x="{LEFT}" y="{y + 4}" width="{x(row.value) - LEFT:.1f}" height="16" fill="{colour}"/>')
         if row.goal is not None:
             parts.append(f'<rect x="{x(row.goal) - 1:.1f}" y="{y + 1}" width="2.5" height="22" fill="{TEXT}"/>')
-        end = max(x(row.value), x(row.goal or 0))
-        parts.append(f'<text x="{end + 7:.1f}" y="{y + 16}">{html.escape(row.shown)}</text>')
-    if line is not None:
-        parts.append(
-            f'<line x1="{x(line):.1f}" x2="{x(line):.1f}" y1="{TOP}" y2="{height - 8}" stroke="{GREY}" stroke-dasharray="4 3"/>'
-        )
+        parts.append(f'<text x="{LEFT + WIDTH + 10}" y="{y + 16}">{html.escape(row.shown)}</text>')
     return "\n".join([*parts, "</svg>", ""])
