@@ -1,4 +1,4 @@
-"""ALPRO's training step against the same computation in PyTorch, in turn: `python -m benchmarks.alpro_step`.
+"""ALPRO's training step compared with the same computation in PyTorch: `python -m benchmarks.alpro_step`.
 
 Contrastive, matching and masked-word losses, backward pass, clipping and AdamW, float32, no dropout, the same negatives' number and
 the same share of masked words on both sides. PyTorch's side is eager, with Hugging Face's BertForMaskedLM and TimesformerModel, whose
@@ -65,7 +65,7 @@ class Ours:
 
 
 class Theirs(torch.nn.Module):
-    """The same in PyTorch, eager."""
+    """The step in eager PyTorch."""
 
     def __init__(self, batch: dict[str, np.ndarray]):
         super().__init__()

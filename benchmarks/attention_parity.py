@@ -107,7 +107,7 @@ def plain(
 def plain_causal(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None = None, bias: jax.Array | None = None
 ) -> jax.Array:
-    """`plain`, where query i sees keys 0..i; with `seen`, bool[B, S], no other key, and the other queries give zeros."""
+    """Causal `plain`; `seen`, bool[B, S], masks further keys, and queries without a visible key return zeros."""
     mask = jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None]
     if seen is None:
         return plain(q, k, v, mask, bias)
@@ -115,7 +115,7 @@ def plain_causal(
 
 
 def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
-    """Compare and time one case on noise.
+    """Compare and time one case on random inputs.
 
     Returns:
       kernel (its name, or "none" where the program is plain XLA), forward_error and gradient_error (relative, in the Euclidean
@@ -142,7 +142,7 @@ def measure(case: Case, dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def kernel_of(program: str) -> str:
-    """What computes attention in a compiled program."""
+    """Name of the attention implementation in a compiled program."""
     targets = " ".join(re.findall(r'custom_call_target="([^"]+)"', program))
     return next((name for name, pattern in KERNELS.items() if re.search(pattern, targets)), "none")
 

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def memory(folder: Path) -> dict:
-    """Copy and convert 14 GB; figures of both."""
+    """Copy and convert 14 GB; return speed and memory of both."""
     shutil.rmtree(folder, ignore_errors=True)
     index, total, largest = _bloom_7b(folder / "source")
     os.sync()
@@ -77,7 +77,7 @@ def memory(folder: Path) -> dict:
 
 
 def _bloom_7b(folder: Path) -> tuple[Path, int, int]:
-    """Shards of a layer each, with their index: random bits of finite bfloat16."""
+    """Write one shard per layer and the index, with random finite bfloat16 values."""
     folder.mkdir(parents=True)
     width = BLOOM_7B["width"]
     rng = np.random.default_rng(0)
@@ -114,7 +114,7 @@ def _bloom_7b(folder: Path) -> tuple[Path, int, int]:
 
 
 def _child(*argv: str) -> tuple[float, int]:
-    """(seconds, peak of resident memory in bytes) of one conversion in a process of its own."""
+    """(seconds, peak resident memory in bytes) of one conversion in a separate process."""
     begin = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "ymplug_jax.convert", *argv], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
@@ -124,7 +124,7 @@ def _child(*argv: str) -> tuple[float, int]:
 
 
 def full_size(folder: Path, model: str, writer: str, sizes: dict, dtype: torch.dtype) -> dict:
-    """Convert, check and convert back one model of random weights."""
+    """Convert one model with random weights, check it, and convert it back."""
     shutil.rmtree(folder, ignore_errors=True)
     files = getattr(torch_sources, writer)(folder / "source", dtype=dtype, **sizes)
     heads = ["--heads", f"vision={sizes['heads']}"] if "patch" in sizes else []
@@ -138,7 +138,7 @@ def full_size(folder: Path, model: str, writer: str, sizes: dict, dtype: torch.d
 
 
 def _compare(source: Path, back: Path, model: str) -> dict:
-    """How many tensors came back bit by bit, with zeros in the place of key biases, or otherwise (by name)."""
+    """Count tensors that return bit-identical, with zeros for key biases, or different (by name)."""
     from ymplug_jax.convert.plan import extra, map_of
     from ymplug_jax.convert.torch_file import Source
 

@@ -42,7 +42,7 @@ def decode(path: str) -> int:
 
 
 def bare(files: list[str], workers: int) -> float:
-    """Seconds for all files with a pool that is warm."""
+    """Seconds for all files with a warm process pool."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(decode, files[:workers])
         began = time.perf_counter()
@@ -75,9 +75,11 @@ def build(names: list[str], root: Path, workers: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, required=True, help="a pretrain.csv of clips that all decode")
+    parser.add_argument("--csv", type=Path, required=True, help="pretrain.csv whose clips can all be decoded")
     parser.add_argument("--video_root", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=256, help="rows of the larger build; the smaller has a quarter")
+    parser.add_argument(
+        "--rows", type=int, default=256, help="rows of the larger build; the smaller build has a quarter of them"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with args.csv.open(encoding="utf-8-sig", newline="") as file:

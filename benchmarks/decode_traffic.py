@@ -1,4 +1,4 @@
-"""What caption decoding moves on one TPU chip for each token, as libtpu compiled it: `python -m benchmarks.decode_traffic`.
+"""Memory traffic per token of caption decoding on one TPU chip, compiled by libtpu: `python -m benchmarks.decode_traffic`.
 
 Greedy search of the 1.3B decoder in bfloat16 after 128 visual tokens. A token cannot cost less than one reading of the weights
 and of the keys and values; what the compiled program moves is read from its text, loops counted as often as they run, the reading
@@ -24,7 +24,7 @@ QUERIES = 128
 
 
 def account(batch: int, tokens: int, device: jax.Device) -> dict[str, float]:
-    """GiB a token that must be read and that are moved, their quotient, and milliseconds by memory and by libtpu's account."""
+    """GiB per token that must be read and that are moved, their ratio, and milliseconds by memory bandwidth and by libtpu's estimate."""
     place = jax.sharding.SingleDeviceSharding(device)
 
     def abstract(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""Everything that is measured on a bare accelerator machine, by one command: `python -m benchmarks.device --out device.json`.
+"""All measurements on a bare accelerator machine with one command: `python -m benchmarks.device --out device.json`.
 
 In this order, each result printed and written at once: fused attention against plain XLA, the pre-training step of the 1.3B
 model against PyTorch, MFU, captions against Hugging Face's `generate`, peak memory, and a profile of our step. A step that
@@ -45,7 +45,7 @@ PROFILED = 3  # training steps in the trace
 
 
 class Bench:
-    """The steps, and what one of them leaves for the next."""
+    """The steps of the benchmark and the state they share."""
 
     def __init__(self, size: Size, dtype: str, report: Report):
         self.size, self.dtype, self.report = size, dtype, report
@@ -68,7 +68,7 @@ class Bench:
         return self.step
 
     def build(self) -> None:
-        """The weights of all sides, and our training step compiled."""
+        """Weights for all implementations, and the compiled training step."""
         began = time.perf_counter()
         self.captioner = torch_captioner.fresh(self.size.model, self.torch_device or "cpu", self.dtype)
         params = torch_captioner.to_jax(self.captioner, self.size.model)
@@ -100,15 +100,15 @@ class Bench:
             )  # fmt: skip
 
     def train(self) -> None:
-        """The training step, ours and PyTorch's run eagerly."""
+        """The training step in JAX and in eager PyTorch."""
         self._time("train", {"PyTorch eager, classes": (False, False), "PyTorch eager": (True, False)})
 
     def compiled_step(self) -> None:
-        """The training step through torch.compile, and ours again beside it: a step of its own, since it takes minutes to compile."""
+        """The training step with torch.compile, beside JAX. A separate step, because compilation takes minutes."""
         self._time("compiled", {"PyTorch compiled": (True, True)})
 
     def _time(self, step: str, forms: dict[str, tuple[bool, bool]]) -> None:
-        """Time ours and `forms`, (tuned, compiled) by name, first in this order, then in the reverse one."""
+        """Time JAX and `forms`, (tuned, compiled) by name, in this order and then in reverse."""
         makers: dict[str, Callable[[], Any]] = {"ours": lambda: self.ours}
         if not self.torch_device:
             self.report.fail(step, "PyTorch", f"skipped: no PyTorch for {jax.default_backend()} devices")
@@ -146,7 +146,7 @@ class Bench:
         return side, {"losses": losses, "seconds_to_first_step": ready, "first_order_seconds": seconds}
 
     def _peak(self, name: str) -> int | None:
-        """Bytes that a side has used at most, as its framework counts them: JAX since its start, PyTorch since the last call."""
+        """Peak bytes in use by an implementation, counted by its framework: JAX since the start, PyTorch since the last call."""
         if name == "ours":
             return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if self.torch_device != "cuda":
@@ -156,7 +156,7 @@ class Bench:
         return peak
 
     def _told(self, step: str, name: str, sides: dict[str, dict[str, Any]]) -> None:
-        """Report a side by all of its times so far."""
+        """Report an implementation with all of its times so far."""
         found, ours = sides[name], sides.get("ours")
         orders = [found[key] for key in ("first_order_seconds", "second_order_seconds") if key in found]
         low, median, high = (1e3 * float(x) for x in np.quantile(np.concatenate(orders), [0.1, 0.5, 0.9]))
@@ -178,7 +178,7 @@ class Bench:
         self.report.add(step, name, found, f"{line}; losses " + " ".join(f"{x:.4f}" for x in found["losses"]))
 
     def mfu(self) -> None:
-        """Share of the device's peak that the FLOPs of the model take, by the times of the training step."""
+        """Model FLOPs utilisation of the training step."""
         flops = aot.model_flops(self.ours.run)
         peak, source = bench.peak_flops(self.ours.run.mesh.devices.flatten())
         if not self.medians:
@@ -213,7 +213,7 @@ class Bench:
             )  # fmt: skip
 
     def memory_use(self) -> None:
-        """Peaks of the training step as the frameworks counted them, and XLA's account of ours."""
+        """Peak memory of the training step as counted by the frameworks, and XLA's estimate."""
         account = self.ours.compiled.memory_analysis()
         xla = {name: int(getattr(account, f"{name}_size_in_bytes")) for name in ("argument", "temp", "output", "alias")}
         self.memory.setdefault("ours", {"peak_bytes": None})
@@ -226,7 +226,7 @@ class Bench:
             self.report.add("memory", name, value, line)
 
     def profile(self) -> None:
-        """The operations of our training step that take longest; XLA's own cost analysis where there is no trace."""
+        """The slowest operations of the training step; XLA's cost analysis where there is no trace."""
         with tempfile.TemporaryDirectory() as folder:
             self.ours.step()
             with jax.profiler.trace(folder):
@@ -248,7 +248,7 @@ class Bench:
 
 
 def facts_of(arguments: argparse.Namespace, work: Bench) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Versions, device and settings that the figures depend on."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -271,19 +271,21 @@ def facts_of(arguments: argparse.Namespace, work: Bench) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None, began: float = BEGAN) -> dict[str, Any]:
-    """Run the command line `argv`; returns what is in the JSON file."""
+    """Run the command line `argv`; return the content of the JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("device.json"), help="the JSON file")
+    parser.add_argument("--out", type=Path, default=Path("device.json"), help="JSON file to write")
     parser.add_argument("--size", choices=sorted(SIZES), default="1.3b")
-    parser.add_argument("--steps", default=",".join(BUDGETS), help="some of them, comma between (default: %(default)s)")
+    parser.add_argument(
+        "--steps", default=",".join(BUDGETS), help="comma-separated steps to run (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
-    parser.add_argument("--batch", type=int, help="rows of a training step")
-    parser.add_argument("--no_compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
+    parser.add_argument("--batch", type=int, help="batch size of a training step")
+    parser.add_argument("--no_compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     parser.add_argument(
         "--limit",
         type=float,
         default=LIMIT,
-        help="seconds of all; budgets of the steps are shares of it (default: %(default)s)",
+        help="time limit of the whole command in seconds; each step gets a share (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     steps = [step.strip() for step in arguments.steps.split(",")]

@@ -1,4 +1,4 @@
-"""The report that `benchmarks.device` prints and writes: a step's results stay if a later one fails, hangs, or the machine goes."""
+"""The report that `benchmarks.device` prints and writes: results of finished steps survive if a later step fails or hangs, or the machine disappears."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from typing import Any
 
 
 class OverBudget(BaseException):
-    """A step ran out of its time. No Exception: what a step catches of its parts must not swallow this."""
+    """A step exceeded its time. Not a subclass of Exception, so that a step's own error handling does not catch it."""
 
 
 class Report:
-    """The JSON file, written whole after every addition; each addition is one line on stdout."""
+    """The JSON file, rewritten after every addition; each addition also prints one line."""
 
     def __init__(self, path: Path, limit: float, began: float):
         """Args:
@@ -34,7 +34,7 @@ class Report:
         return time.perf_counter() - self.began
 
     def put(self, **facts: Any) -> None:
-        """Add facts beside the steps, without a line."""
+        """Add facts about the run without printing a line."""
         with self._lock:
             self.result |= facts
             self._write()
@@ -52,7 +52,7 @@ class Report:
         self.add(step, name, {"error": text}, f"FAILED  {text}")
 
     def run(self, step: str, budget: float, work: Callable[[], None]) -> None:
-        """Run a step for at most `budget` seconds, or what is left of the limit; its failure is one line of the report."""
+        """Run a step for at most `budget` seconds or the rest of the limit; a failure becomes one line of the report."""
         left = self.limit - self.elapsed()
         facts: dict[str, Any] = {"budget_seconds": budget}
         with self._lock:
@@ -118,7 +118,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: numbers that are not finite become text."""
+    """The value for JSON; non-finite numbers become text."""
     if isinstance(value, dict):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

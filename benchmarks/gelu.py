@@ -1,4 +1,4 @@
-"""The exact GELU of the towers beside JAX's own: `python -m benchmarks.gelu` (the extra `tpu` for its second half).
+"""Exact GELU of this project compared with `jax.nn.gelu`: `python -m benchmarks.gelu` (the extra `tpu` for its second half).
 
 On this machine by the clock, in turn; for TPUs what libtpu expects of a vision MLP's forward and backward pass, with all but the
 products computed again. Nothing runs on a TPU.
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def on_cpu(elements: int, rounds: int) -> list[dict]:
-    """Milliseconds of the activation and of its gradient, float32, medians of turns."""
+    """Milliseconds of the activation and of its gradient in float32, medians over rounds."""
     x = jax.random.normal(jax.random.key(0), (elements,))
     programs = {}
     for name, gelu in ACTIVATIONS.items():
@@ -47,7 +47,7 @@ def on_cpu(elements: int, rounds: int) -> list[dict]:
 
 
 def on_tpu(topology: str, tokens: int, width: int) -> list[dict]:
-    """Milliseconds that libtpu expects of one MLP in bfloat16, forward and backward, on one chip."""
+    """Milliseconds that libtpu estimates for one bfloat16 MLP, forward and backward, on one chip."""
     device = aot.devices_of(topology)[0]
     place, chip = jax.sharding.SingleDeviceSharding(device), chips.of(device.device_kind)
     shapes = (tokens, width), (width, 4 * width), (4 * width, width)

@@ -27,7 +27,7 @@ STEP = 32  # positions by which a recomputed row grows
 
 
 def caption_recomputing(params: dict, prefix: jax.Array, eos: int) -> jax.Array:
-    """Greedy captions, the whole row read again for each token: f[B, Q, D] -> int32[B, NEW]."""
+    """Greedy captions without a cache: f[B, Q, D] -> int32[B, NEW]."""
     rows = jnp.zeros((prefix.shape[0], NEW + STEP), jnp.int32)
     for position in range(NEW):
         width = -(-(position + 1) // STEP) * STEP
@@ -46,7 +46,7 @@ def _append(params: dict, prefix: jax.Array, rows: jax.Array, position: jax.Arra
 
 @partial(jax.jit, static_argnames="eos")
 def caption_cached(params: dict, prefix: jax.Array, eos: int) -> jax.Array:
-    """The same from the cache."""
+    """Greedy captions with the cache."""
     begin = jnp.zeros((prefix.shape[0], 1), jnp.int32)
     ones = jnp.ones(prefix.shape[0], jnp.int32)
     prompt = decode.prompt_of(LM, params, prefix, begin, ones)
@@ -72,7 +72,7 @@ def timed(run: Callable[[], jax.Array]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--videos", type=int, default=4, help="captioned at a time")
+    parser.add_argument("--videos", type=int, default=4, help="videos per batch")
     args = parser.parse_args()
     params = jax.jit(LM.init)(jax.random.key(0), jnp.zeros((1, 1, LM.width)))["params"]
     rng = np.random.default_rng(0)

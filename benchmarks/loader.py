@@ -1,4 +1,4 @@
-"""Clips a second of the input pipeline, side by side with the bare work that it cannot avoid.
+"""Clips per second of the input pipeline, compared with bare decoding and cropping.
 
     python -m benchmarks.loader [--path SHARDS] [--clips 960] [--threads 2] [--json FILE]
 
@@ -71,7 +71,7 @@ def make_shards(folder: Path, clips: int, stored: int = 16) -> None:
 
 
 def bare(jpegs: list[bytes], indices: np.ndarray) -> None:
-    """Decode and crop, nothing else; not even keep the result, so that memory is warm."""
+    """Decode and crop only; the result is discarded, so that memory stays warm."""
     for i in indices:
         frame = cv2.imdecode(np.frombuffer(jpegs[i], np.uint8), cv2.IMREAD_COLOR_RGB)
         height, width = frame.shape[:2]
@@ -80,7 +80,7 @@ def bare(jpegs: list[bytes], indices: np.ndarray) -> None:
 
 
 class Pass:
-    """`clips` records in a scattered order, over and over where the split has fewer."""
+    """`clips` records in a scattered order, repeated where the split has fewer."""
 
     def __init__(self, records: Records, clips: int):
         self.path, self.split, self._records, self._clips = records.path, records.split, records, clips
@@ -93,7 +93,7 @@ class Pass:
 
 
 def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tuple[dict, dict]:
-    """Name of a row -> clips a second in each round, by the clock and by processor time."""
+    """Name of a row -> clips per second in each round, by wall clock and by processor time."""
     records = Pass(Records(path, "train"), clips)
     some = [records[i] for i in range(min(clips, 64))]
     chosen = [
@@ -101,7 +101,7 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
     ]
 
     def on_threads(work: Callable[[int], None]) -> None:
-        """`work` on every clip; results are dropped at once, as a training step would."""
+        """Apply `work` to every clip and discard the results, as a training step would."""
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(work, range(clips)):
                 pass
@@ -111,7 +111,7 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
         transforms.train_transform(clip, SIZE, np.random.default_rng(i))
 
     def pipeline(transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> None:
-        """What a task does with a record, text aside."""
+        """A task's preprocessing of a record, without text."""
 
         def example(record: Record, _: None) -> dict[str, np.ndarray]:
             rng = np.random.default_rng(len(record.frames[0]))  # one pass comes without, training with one
@@ -145,12 +145,12 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.splitlines()[0])
-    parser.add_argument("--path", help="folder of shards with a split `train`; none: made for the occasion")
-    parser.add_argument("--clips", type=int, default=960, help="clips of one measurement")
-    parser.add_argument("--frames", type=int, default=4, help="frames shown of each clip")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every row")
+    parser.add_argument("--path", help="folder of shards with a split `train`; default: generated shards")
+    parser.add_argument("--clips", type=int, default=960, help="clips per measurement")
+    parser.add_argument("--frames", type=int, default=4, help="frames per clip")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads in every row")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.clips % BATCH:
         parser.error(f"--clips {args.clips}: give a multiple of the batch, {BATCH}")

@@ -1,4 +1,4 @@
-"""Memory of the text loss and its gradient on one TPU chip, as libtpu accounts for it: `python -m benchmarks.logits_memory`.
+"""Memory of the text loss and its gradient on one TPU chip, as reported by libtpu: `python -m benchmarks.logits_memory`.
 
 Logits of all positions at once, against a few positions at a time with and without keeping them for the backward pass. Nothing
 runs and no TPU is needed, only the extra `tpu`.
@@ -28,7 +28,7 @@ WAYS: dict[str, Loss] = {
 
 
 def temporaries(loss: Loss, batch: int, length: int, width: int, vocab: int, device: jax.Device) -> int:
-    """Bytes beside arguments and results of the loss and its gradient by the hidden states, in bfloat16."""
+    """Temporary bytes of the loss and its gradient with respect to the bfloat16 hidden states."""
     model = GPT3(vocab=vocab, width=width, max_positions=1, dtype="bfloat16")
     place = jax.sharding.SingleDeviceSharding(device)
 
@@ -50,10 +50,10 @@ def temporaries(loss: Loss, batch: int, length: int, width: int, vocab: int, dev
 
 
 def main() -> None:
-    """Compile every way for every vocabulary and print a table; the last line is JSON."""
+    """Compile every variant for every vocabulary and print a table; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=80, help="tokens of a text, the first one included")
+    parser.add_argument("--length", type=int, default=80, help="tokens per text, start token included")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--vocab", type=int, nargs="*", default=[51200, 250880])
     parser.add_argument("--topology", default="v5e:2x2")

@@ -1,4 +1,4 @@
-"""Where the time of a traced program went, without TensorFlow or a viewer. A step of `benchmarks.device`.
+"""Summary of a profiler trace by operation, without TensorFlow or a viewer. A step of `benchmarks.device`.
 
 `jax.profiler.ProfileData` reads the trace. Time is that of kernels on a GPU, of operations on a TPU, of thunks on a CPU.
 """
@@ -75,13 +75,13 @@ def summary(folder: Path, program: str, runs: int, top: int = 15) -> dict[str, A
 
 
 def kind_of(operation: str, kernel: str = "", place: str = "") -> str:
-    """What an operation does, by the name of its kernel, else by its own and its place: a key of KINDS, or "other"."""
+    """Kind of an operation, from its kernel's name or its own name and location: a key of KINDS, or "other"."""
     name = kernel if kernel and kernel != operation else f"{operation} {place}"
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def _events(file: Path) -> Iterator[tuple[str, str, float]]:
-    """(operation, kernel, nanoseconds) of everything that a device ran."""
+    """(operation, kernel, nanoseconds) of every event on the device."""
     with warnings.catch_warnings():  # the reader's types lack __module__, which Python 3.13 deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
         for plane in ProfileData.from_file(str(file)).planes:

@@ -1,4 +1,4 @@
-"""Ranking a full gallery against its products alone: `python -m benchmarks.ranking [--sizes 5000 20000 50000] [--width 256]`.
+"""Time of ranking a full gallery compared with its matrix products: `python -m benchmarks.ranking [--sizes 5000 20000 50000] [--width 256]`.
 
 For each size as many texts as videos, random unit vectors, one run: the similarities with nothing done to them, then
 `ranking.rank` (ranks of the right entries and the ten best of each query), in turn and the faster of two each, so that
@@ -23,7 +23,7 @@ CLOSE = 1e-5  # similarities that are closer may change places by rounding
 
 
 def products(queries: np.ndarray, gallery: np.ndarray) -> None:
-    """All similarities, a chunk at a time, each waited for and thrown away."""
+    """Compute all similarities in chunks and discard them."""
     step = jax.jit(lambda part, entries: jnp.einsum("ce,ge->cg", part, entries, precision="highest"))
     entries = jax.device_put(gallery)
     for start in range(0, len(queries), CHUNK):
@@ -32,14 +32,14 @@ def products(queries: np.ndarray, gallery: np.ndarray) -> None:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
 
 
 def check(queries: np.ndarray, gallery: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
-    """The ranking of some queries is that of a stable sort, but for entries that are equal by rounding."""
+    """Check the ranking of some queries against a stable sort, except entries that are equal up to rounding."""
     ranks, order, similarity = (part[: len(queries)] for part in found)
     scores = queries @ gallery.T
     expected = np.take_along_axis(scores, np.argsort(-scores, axis=1, kind="stable")[:, : order.shape[1]], axis=1)
@@ -67,7 +67,7 @@ def measure(size: int, width: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one line a size, then everything as JSON."""
+    """Print one line per size, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5_000, 20_000, 50_000])
     parser.add_argument("--width", type=int, default=256)

@@ -1,9 +1,10 @@
-"""SCALING.md: every real configuration compiled for every slice, as `--mode compile` sees it.
+"""SCALING.md: every real configuration compiled ahead of time for every slice by `--mode compile`.
 
-    python -m benchmarks.scaling [--only v5e ...] [--missing] [--stale]     # needs the extra `tpu`; a minute or more for each row
+    python -m benchmarks.scaling [--only v5e ...] [--missing] [--stale]     # needs the extra `tpu`; a minute or more per row
+    python -m benchmarks.scaling --draw                                     # only draws SCALING.md and its chart
 
-Results are kept in SCALING.json, so that single rows can be made again; SCALING.md is drawn from all of them. After a change of
-the models `--stale` marks the rows as older than it; the mark goes with the next making, and `--missing` makes those rows, too.
+SCALING.json keeps the results, so that single rows can be compiled again; SCALING.md is drawn from all of them. After a change of
+the models, `--stale` marks every row as outdated. Compiling a row again removes its mark, and `--missing` includes marked rows.
 """
 
 import argparse
@@ -15,20 +16,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import chart
 from configs.mplug_video.slices import SLICES
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "SCALING.json"
+CHART = ROOT / "docs" / "images" / "scaling.svg"
 HEAD = """# Scale
 
-Made by `python -m benchmarks.scaling` out of `python -m ymplug_jax.main --config CONFIG --mode compile --topology SLICE`: the
-step that training runs, compiled by libtpu without a TPU. Memory is the compiler's account; FLOPs are counted in the traced
-program; bytes are read from the compiled one, loops counted as often as they run. The time is a roofline: matrix products take
-the longer of arithmetic at the chip's peak and their memory traffic, everything else its memory traffic, and transfers overlap
-with nothing. No product reaches the peak, so real steps are slower; what the table is for is comparing layouts. The last column
-is the sum of the cycles that libtpu itself expects of every instruction (and of the memory traffic of our kernels, for which it
-expects nothing), at the chip's clock. MFU counts neither recomputation nor gradients of frozen weights. Nothing here was run on
-a TPU.
+No figure here was measured: nothing was run on a TPU. All are computed from the compiled training step, by a roofline model and by the compiler's own estimate.
+Real steps are slower than the roofline, so the compiler's column is the more cautious one. Use the tables to compare layouts.
+
+"""
+METHOD = """![MFU of pre-training on each slice](docs/images/scaling.svg)
+
+## How the figures are made
+
+`python -m benchmarks.scaling` runs `python -m ymplug_jax.main --config CONFIG --mode compile --topology SLICE` for every row: libtpu compiles the training
+step without a TPU.
+
+- Memory is the compiler's figure.
+- FLOPs are counted in the traced program. Bytes are read from the compiled program, loops counted as often as they run.
+- The roofline time adds three parts without overlap: matrix products (the longer of arithmetic at peak and their memory traffic), memory traffic of everything
+  else, and transfers over links and network.
+- The compiler's step is the sum of the cycles that libtpu estimates for every instruction, at the chip's clock. For this project's kernels, for which libtpu has
+  no estimate, their memory traffic is added.
+- MFU counts neither recomputation nor gradients of frozen weights.
 
 """
 
@@ -102,42 +115,80 @@ def row(job: dict) -> str:
     )
 
 
+def headline(results: dict[str, dict]) -> str:
+    """Table of pre-training, one row for each config and slice."""
+    lines = [
+        "| pre-training | chips | global batch | memory per chip | samples/s, roofline | MFU, roofline | MFU, compiler |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for job in _known(results, "pretrain"):
+        facts, gib = job["facts"], 2**30
+        if not facts["fits"]:
+            continue
+        lines.append(
+            f"| `{job['config']}` | {facts['devices']} | {facts['batch_size']:,} "
+            f"| {facts['hbm_bytes_per_device'] / gib:.1f} of {facts['hbm_capacity'] / gib:.1f} GiB "
+            f"| {facts['predicted_samples_per_second']:,.0f} | {100 * facts['predicted_mfu']:.0f} % "
+            f"| {100 * facts['compiler_mfu']:.0f} % |"
+        )
+    return "\n".join(lines) + "\n\n"
+
+
+def picture(results: dict[str, dict]) -> str:
+    """Chart of the compiler's MFU for pre-training."""
+    rows = [
+        chart.Bar(job["config"], 100 * job["facts"]["compiler_mfu"], f"{100 * job['facts']['compiler_mfu']:.0f} %")
+        for job in _known(results, "pretrain")
+        if job["facts"]["fits"]
+    ]
+    note = "Model FLOPs utilisation in percent as libtpu estimates it for the compiled step; not run"
+    return chart.bars("Pre-training of mPLUG-video on TPU slices", note, rows)
+
+
+def _known(results: dict[str, dict], table: str) -> list[dict]:
+    return [results[key(job)] for job in jobs() if table in job["tables"] and key(job) in results]
+
+
 def draw(results: dict[str, dict]) -> str:
     """The whole page."""
     columns = (
-        "| config | slice | chips | examples a chip | memory a chip | collectives a chip and step | TFLOP a chip, model / program "
-        "| products + memory + links + network | MFU | samples/s | the compiler's step, MFU |\n"
+        "| config | slice | chips | examples per chip | memory per chip | collectives per chip and step "
+        "| TFLOP per chip, model / program | products + memory + links + network | MFU | samples/s "
+        "| compiler's step, MFU |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
-    text = HEAD
+    text = HEAD + headline(results) + METHOD
     for table, title in (
-        ("pretrain", "Pre-training of mPLUG-video, as `configs/mplug_video/slices.py` lays it out"),
-        ("tune", "Fine-tuning, with the recipe's batches; matching on 16 chips of v5e with half of them"),
-        ("weak", "Weak scaling: the same work for each chip"),
+        ("pretrain", "Pre-training of mPLUG-video with the layouts of `configs/mplug_video/slices.py`"),
+        ("tune", "Fine-tuning with the recipe's batches; matching on 16 chips of v5e with half of them"),
+        ("weak", "Weak scaling: the same work per chip"),
         ("slices", "Two slices, gradients summed over the network between them"),
     ):
-        known = [results[key(job)] for job in jobs() if table in job["tables"] and key(job) in results]
+        known = _known(results, table)
         lines = [row(job) for job in sorted(known, key=lambda job: job["facts"]["devices"] if table == "weak" else 0)]
         if lines:
             text += f"## {title}\n\n{columns}" + "\n".join(lines) + "\n\n"
     if missing := sum(key(job) not in results for job in jobs()):
         text += (
-            f"{missing} of {len(jobs())} rows are not made yet; `python -m benchmarks.scaling --missing` makes them.\n"
+            f"{missing} of {len(jobs())} rows are missing; `python -m benchmarks.scaling --missing` compiles them.\n"
         )
     if any(job.get("old") for job in results.values()):
-        text += "† compiled before the models last changed; `python -m benchmarks.scaling --missing` compiles these again.\n"
+        text += "† compiled before the models last changed; `python -m benchmarks.scaling --missing` compiles these rows again.\n"
     return text.rstrip() + "\n"
 
 
 def main() -> None:
     """Compile the rows whose name contains --only and draw the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="words of which all must be in a row's name")
-    parser.add_argument("--missing", action="store_true", help="only rows that are not there yet, or are stale")
-    parser.add_argument("--stale", action="store_true", help="first mark all rows as older than the models")
+    parser.add_argument("--only", nargs="*", default=[], help="compile the rows whose name contains all of these")
+    parser.add_argument(
+        "--missing", action="store_true", help="compile only rows that are missing or marked as outdated"
+    )
+    parser.add_argument("--stale", action="store_true", help="first mark all rows as outdated")
+    parser.add_argument("--draw", action="store_true", help="compile nothing, draw page and chart")
     args = parser.parse_args()
     results = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
-    wanted = [job for job in jobs() if all(word in key(job) for word in args.only)]
+    wanted = [] if args.draw else [job for job in jobs() if all(word in key(job) for word in args.only)]
     if args.stale:
         results = {name: job | {"old": True} for name, job in results.items()}
         DATA.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -147,6 +198,7 @@ def main() -> None:
         for made in pool.map(measure, wanted):
             results[key(made)] = made
             DATA.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    CHART.write_text(picture(results), encoding="utf-8")
     (ROOT / "SCALING.md").write_text(draw(results), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch side of the comparisons: the captioner from Hugging Face's classes, and its weights as ours.
+"""The PyTorch side of the comparisons: the captioner from Hugging Face's classes, and the conversion of its weights.
 
 TimesformerModel, a layer of cross-attention with learned queries (nn.MultiheadAttention), a linear connector and a frozen
 GPT2LMHeadModel. `benchmarks.torch_step`, `benchmarks.torch_generate` and `benchmarks.device` share it.
@@ -97,7 +97,7 @@ class Captioner(nn.Module):
                     value.view(3, -1)[1] = 0
 
     def tune(self) -> None:
-        """From now on fused attention in the video encoder and logits at text positions only."""
+        """Switch to fused attention in the video encoder and to logits at text positions only."""
         self.tuned = True
         for layer in self.vision.encoder.layer:
             for attention in (layer.attention, layer.temporal_attention):
@@ -117,7 +117,7 @@ class Captioner(nn.Module):
 
 
 def fresh(model: MPLUGVideo, device: str, dtype: str) -> Captioner:
-    """A captioner made on `device` with seed 0: float32, but for its frozen decoder in `dtype`, as our step holds it."""
+    """A captioner on `device` with seed 0: float32, with its frozen decoder in `dtype` as in the JAX step."""
     torch.manual_seed(0)
     with torch.device(device):
         captioner = Captioner(model)
@@ -126,7 +126,7 @@ def fresh(model: MPLUGVideo, device: str, dtype: str) -> Captioner:
 
 
 class _FusedAttention(modeling_timesformer.TimesformerSelfAttention):
-    """The encoder's attention through PyTorch's fused function, which the class does not take by itself."""
+    """The encoder's attention with PyTorch's fused function, which the class does not use."""
 
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor]:
         b, s, d = hidden_states.shape
@@ -135,7 +135,7 @@ class _FusedAttention(modeling_timesformer.TimesformerSelfAttention):
 
 
 def to_jax(torch_model: Captioner, model: MPLUGVideo) -> dict:
-    """The parameters of `torch_model` as those of `model`, in its types. Key biases of the video encoder are zero on both sides."""
+    """The parameters of `torch_model` in the layout and dtypes of `model`. Key biases of the video encoder are zero on both sides."""
     flat = {name: to_numpy(value) for name, value in torch_model.named_parameters()}
 
     def linear(name: str) -> dict:
@@ -203,7 +203,7 @@ def to_jax(torch_model: Captioner, model: MPLUGVideo) -> dict:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same numbers, bfloat16 included, which NumPy has from ml_dtypes."""
+    """The tensor as a NumPy array; bfloat16 uses ml_dtypes."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -211,7 +211,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def decoder_to_jax(decoder: GPT2LMHeadModel, lm: GPT3) -> dict:
-    """The parameters of a GPT-2 as those of `lm`, in its type."""
+    """The parameters of a GPT-2 in the layout and dtype of `lm`."""
     flat = {name: to_numpy(value) for name, value in decoder.transformer.named_parameters()}
 
     def pair(name: str, weight: str) -> dict:

@@ -1,4 +1,4 @@
-"""Captions by our decoder against Hugging Face's `generate`, in turn: `python -m benchmarks.torch_generate`.
+"""Captions by ymplug_jax's decoder compared with Hugging Face's `generate`: `python -m benchmarks.torch_generate`.
 
 A GPT-2 with 128 visual tokens and a start token as `inputs_embeds`, its own cache, sdpa attention; against `decode.greedy`
 and `decode.beam` of the same sizes and weights. No end token, so both write the same number of tokens. The ids of both
@@ -56,7 +56,7 @@ def ours(lm: GPT3, beams: int, new_tokens: int) -> Callable[[dict, jax.Array], j
 
 
 def bytes_a_token(lm: GPT3, params: dict, batch: int, beams: int, new_tokens: int) -> int:
-    """Least traffic of one step on average: every weight once, the keys and values of the past once a row, those of branches."""
+    """Minimum bytes read per step, on average: every weight once, keys and values of the past once per row, and those of the branches."""
     item = jnp.dtype(lm.dtype).itemsize
     weights = item * sum(leaf.size for leaf in jax.tree.leaves(params["blocks"])) + item * params["token_embed"].size
     position = 2 * lm.depth * lm.width * item
@@ -64,7 +64,7 @@ def bytes_a_token(lm: GPT3, params: dict, batch: int, beams: int, new_tokens: in
 
 
 def read_speed() -> float:
-    """Bytes a second of a large sum on all cores, in this run."""
+    """Memory bandwidth in bytes per second, measured by a large sum on all cores."""
     x = jnp.ones(2**27, jnp.float32)  # 512 MiB
     total = jax.jit(jnp.sum)
     total(x).block_until_ready()
@@ -78,14 +78,14 @@ def timed(run: Callable[[], object]) -> float:
 
 
 class Pair(NamedTuple):
-    """One decoder on both sides, with the same weights."""
+    """One decoder in both frameworks with the same weights."""
 
     theirs: GPT2LMHeadModel
     params: dict  # ours
 
 
 def decoders(lm: GPT3, device: str) -> Pair:
-    """A random decoder of the sizes and type of `lm`; PyTorch's on `device`, ours on JAX's first."""
+    """A random decoder with the sizes and dtype of `lm`: PyTorch's on `device`, JAX's on its first device."""
     config = GPT2Config(
         vocab_size=lm.vocab, n_positions=lm.max_positions, n_embd=lm.width, n_layer=lm.depth, n_head=lm.heads,
         attn_implementation="sdpa", initializer_range=0.06, bos_token_id=START, eos_token_id=None,
@@ -97,7 +97,7 @@ def decoders(lm: GPT3, device: str) -> Pair:
 
 
 def compare(pair: Pair, lm: GPT3, *, beams: int, batch: int, new_tokens: int, rounds: int) -> dict[str, Any]:
-    """Captions of `batch` random prefixes by both sides, timed in turn, the first side first in every other round.
+    """Caption `batch` random prefixes in both frameworks, timed in alternating order.
 
     Returns:
       seconds and their_seconds (medians; p10 and p90 beside them), ratio (theirs over ours, median over the rounds),
@@ -142,7 +142,7 @@ def compare(pair: Pair, lm: GPT3, *, beams: int, batch: int, new_tokens: int, ro
 
 @partial(jax.jit, static_argnames="lm")
 def judge(lm: GPT3, params: dict, prefix: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What our decoder, reading whole rows without a cache, says of captions: f[B, Q, D], int[B, L] -> two numbers.
+    """Score captions with the JAX decoder without a cache: f[B, Q, D], int[B, L] -> two numbers.
 
     Returns:
       mean log-probability of a token; and how far the logit of any token is below the best one, in standard deviations of the
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--new_tokens", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu", help="of PyTorch: cpu or cuda; JAX takes its first device")
+    parser.add_argument("--device", default="cpu", help="PyTorch device, cpu or cuda; JAX uses its first device")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     lm = MODELS[args.size].clone(dtype=args.dtype)

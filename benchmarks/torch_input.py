@@ -37,7 +37,7 @@ BATCH = 8
 
 
 class Clips(torch.utils.data.Dataset):
-    """Four random frames of video files, in time order: uint8[T, S, S, 3]. Files come round again up to `length`."""
+    """Four random frames of video files in time order: uint8[T, S, S, 3]. Files repeat up to `length`."""
 
     def __init__(self, files: list[str], length: int):
         self._files, self._length = files, length
@@ -91,7 +91,7 @@ def start_worker(_: int) -> None:
 
 
 class Peer:
-    """A DataLoader whose workers stay; each pass gives all clips."""
+    """A DataLoader with persistent workers; each pass yields all clips."""
 
     def __init__(self, files: list[str], clips: int, workers: int):
         self._loader = torch.utils.data.DataLoader(
@@ -105,7 +105,7 @@ class Peer:
 
 
 class Ours:
-    """The loader on shards; each pass gives `clips`, records coming round again."""
+    """The loader on shards; each pass yields `clips` clips, repeating records."""
 
     def __init__(self, path: Path, clips: int, threads: int, train: bool):
         self._records, self._clips, self._threads, self._train = Records(str(path), "train"), clips, threads, train
@@ -151,7 +151,7 @@ def draw(folder: Path, count: int) -> Path:
 
 
 def measure(table: Path, root: Path, shards: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Name of a row -> clips a second in each round."""
+    """Name of a row -> clips per second in each round."""
     with table.open(encoding="utf-8-sig", newline="") as file:
         files = [str(root / row["video_id:FILE"]) for row in csv.DictReader(file)]
     rows: dict[str, tuple[int, Callable[[], int]]] = {
@@ -175,17 +175,20 @@ def measure(table: Path, root: Path, shards: Path, args: argparse.Namespace) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torch_input", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--csv", type=Path, help="a pretrain.csv of clips that all decode; none: drawn for the occasion"
+        "--csv", type=Path, help="pretrain.csv whose clips can all be decoded; default: generated clips"
     )
     parser.add_argument("--video_root", type=Path, help="folder that the FILE column is relative to")
     parser.add_argument(
-        "--clips", type=int, default=48, help="clips of one measurement of the peer; the loader takes 16 x"
+        "--clips",
+        type=int,
+        default=48,
+        help="clips per measurement of the DataLoader; the shard loader reads 16 times as many",
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes of the peer, threads of ours"
+        "--workers", type=int, default=os.cpu_count() or 1, help="DataLoader processes, and threads of the shard loader"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     if (args.csv is None) != (args.video_root is None):
         parser.error("--csv and --video_root go together")

@@ -20,7 +20,7 @@ def _draw(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 0)
 
 
 def _shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter random, also norms and biases, so that none can be mistaken for another."""
+    """Randomise every parameter, including norms and biases, so that swapped tensors are detected."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator) * STD)
@@ -123,14 +123,14 @@ def openai_names(width: int, depth: int, patch: int, image: int) -> dict[str, tu
 
 
 class _Holder(torch.nn.Module):
-    """A module with a place for anything below it."""
+    """A module that creates submodules for dotted parameter names."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def scripted(tensors: Tensors, file: Path) -> None:
-    """The tensors as parameters of a TorchScript archive."""
+    """Write the tensors as parameters of a TorchScript archive."""
     root = _Holder()
     for name, value in tensors.items():
         *path, last = name.split(".")

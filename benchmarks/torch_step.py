@@ -1,4 +1,4 @@
-"""Our train step against the same computation in PyTorch with Hugging Face's classes, in turn: `python -m benchmarks.torch_step`.
+"""The training step compared with the same computation in PyTorch with Hugging Face's classes: `python -m benchmarks.torch_step`.
 
 TimesformerModel, a layer of cross-attention with learned queries (nn.MultiheadAttention), a linear connector and a frozen
 GPT2LMHeadModel, AdamW on what is trained; against `step.compile_step` of a model of the same sizes. Both sides start from
@@ -72,7 +72,7 @@ class Ours:
 
 
 class Theirs:
-    """The PyTorch step with its state; `torch_model` is copied, but for the frozen decoder, which all copies share."""
+    """The PyTorch step with its state. `torch_model` is copied, except the frozen decoder, which all copies share."""
 
     def __init__(
         self, torch_model: Captioner, batch: dict[str, np.ndarray], dtype: str, *, tuned: bool, compiled: bool
@@ -100,7 +100,7 @@ class Theirs:
 
 
 def timed(step: Callable[[], float]) -> tuple[float, float]:
-    """(seconds, CPU seconds of all threads): the latter hardly change on a core shared with other work."""
+    """(seconds, CPU seconds of all threads). CPU seconds vary little on a shared core."""
     began, cpu = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - began, time.process_time() - cpu
@@ -111,9 +111,9 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(MODELS), default="small")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--device", default="cpu", help="of PyTorch: cpu or cuda; JAX takes its first device")
+    parser.add_argument("--device", default="cpu", help="PyTorch device, cpu or cuda; JAX uses its first device")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile beside eager PyTorch")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile")
     args = parser.parse_args()
     model = MODELS[args.size]
     size = args.batch

@@ -1,4 +1,4 @@
-"""The train step with the frozen tree apart, against the same step with the decoder trained, in turn: `python -m benchmarks.train_step`.
+"""The training step with a frozen decoder compared with training the decoder too: `python -m benchmarks.train_step`.
 
 The model is small but has the real one's proportions (most parameters in the decoder). Synthetic batches, so only the
 step counts. Memory is XLA's own count for the compiled step.
@@ -42,7 +42,7 @@ def experiment() -> Experiment:
 
 
 class Side:
-    """One compiled variant with its state."""
+    """One compiled variant and its state."""
 
     def __init__(self, name: str, frozen: tuple[str, ...] | None):
         base = experiment()

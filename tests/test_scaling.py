@@ -15,6 +15,7 @@ RESULTS = json.loads(scaling.DATA.read_text(encoding="utf-8"))
 
 def test_the_page_is_drawn_from_its_data() -> None:
     assert (runs.ROOT / "SCALING.md").read_text(encoding="utf-8") == scaling.draw(RESULTS)
+    assert scaling.CHART.read_text(encoding="utf-8") == scaling.picture(RESULTS)
 
 
 def test_every_row_is_one_that_the_command_makes() -> None:
