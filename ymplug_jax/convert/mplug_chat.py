@@ -79,7 +79,7 @@ def model_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) ->
     width, _, _, size = need(shapes, "vision_model.embeddings.patch_embed.weight")
     if "vision_model.encoder.layers.0.temporal.ln.weight" not in shapes:
         raise UnknownModel(
-            "the source has no vision_model.encoder.layers.0.temporal.*: it is the image-only model, which has no adapters"
+            "the source has no vision_model.encoder.layers.0.temporal.*, so it is the image-only model; give the video model"
         )
     vision = ClipViT(
         image_size=round((need(shapes, "vision_model.embeddings.position_embedding")[1] - 1) ** 0.5) * size,

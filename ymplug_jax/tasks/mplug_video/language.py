@@ -26,6 +26,7 @@ SCORES = scores.losses("loss")
 class LanguageModel(nn.Module):
     """A decoder whose parameters are under "llm", as in mPLUG-video."""
 
+    # Decoder to train, by kind and size.
     llm: language_model.LanguageModel = language_models.SIZES["1.3b"]
 
     def __call__(self, ids: jax.Array, *, deterministic: bool = True) -> jax.Array:
