@@ -497,7 +497,7 @@ def test_an_index_of_another_run_is_refused(home: Path, ask: Callable) -> None:
     nan = np.where(np.arange(2)[:, None] == 1, np.nan, arrays["video"])
     for changed, message in (
         ({key: value for key, value in arrays.items() if key != "fingerprint"}, "export it again"),
-        (arrays | {"video": nan}, "not finite"),
+        (arrays | {"video": nan}, "non-finite values"),
         (arrays | {"video": arrays["video"][:1]}, "2 names and vectors of shape (1, "),
         (arrays | {"frames": 4}, "4 frames"),
         ({"text": arrays["video"]}, "lacks video, video_id"),
@@ -521,7 +521,7 @@ def test_scores_that_are_not_finite_are_refused(home: Path, ask: Callable, monke
     for command, more in (("classify", []), ("retrieve", ["--text", "红色", "--export", home / "nan.npz"])):
         code, out, err = ask(command, "--checkpoint", home / command, "--video", home / "videos", *more)
         assert code == 2 and out == [] and len(err) == 1
-        assert str(home / "videos" / "a.mp4") in err[0] and "not finite" in err[0]
+        assert str(home / "videos" / "a.mp4") in err[0] and "non-finite values" in err[0]
     assert not list(home.glob("nan.npz*"))
 
 
