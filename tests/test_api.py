@@ -122,7 +122,7 @@ def test_mistakes_are_one_line_with_the_name() -> None:
     refused("^paths: 'clips/kitten.mp4' is a single value; give a list", model.caption, CLIPS[0])
     titled = ymplug_jax.load("runs/classify")
     refused("^titles: 1 titles for 2 files; give one for each", titled.classify, CLIPS, ["小猫"])
-    refused("^best=0: give 1 or more", titled.classify, CLIPS, best=0)
+    refused("^best=0: too small; give 1 or more", titled.classify, CLIPS, best=0)
     refused("^texts: ' ': nothing is left", ymplug_jax.load("runs/retrieve").embed_texts, ["红色", " "])
     refused(
         "runs/caption is a run of task 'caption'; classify needs a run of task",

@@ -25,7 +25,7 @@ def test_misspelt_key_fails_on_its_line():
     locked = config.to_config_dict(make())
     with pytest.raises(AttributeError, match="batch_sise"):
         locked.train.batch_sise = 3
-    with pytest.raises(ValueError, match=r"config.train: no setting named 'batch_sise'; did you mean 'batch_size'?"):
+    with pytest.raises(ValueError, match=r"config.train: unknown setting 'batch_sise'; did you mean 'batch_size'?"):
         config.from_config_dict({"task": "x", "model": {}, "train": {"batch_sise": 3}})
 
 
@@ -140,7 +140,7 @@ def settings(**groups) -> dict:
         ({"optim": {"no_decay": ".*/bias"}}, "config.optim.no_decay: '.*/bias' is not a list; write ('a', 'b')"),
         ({"optim": {"lr_scales": [["a", 0.1, 2]]}}, "config.optim.lr_scales: ['a', 0.1, 2] has 3 elements; give 2"),
         ({"train": 3}, "config.train: 3 is not a group of settings; set each one as config.train.NAME"),
-        ({"trian": {}}, "config: no setting named 'trian'; did you mean 'train'?"),
+        ({"trian": {}}, "config: unknown setting 'trian'; did you mean 'train'?"),
     ],
 )
 def test_values_of_another_type_are_named(given: dict, message: str):
@@ -190,7 +190,7 @@ def test_a_run_without_a_kind_has_a_gpt3():
         (7, "config.model.llm: 7 is not a mapping; give kind and the fields of that language model"),
         (
             {"kind": "qwen", "dropout": 0.1},
-            "config.model.llm: no setting named 'dropout'; valid names: depth, dtype, head_dim, heads, kv_heads, max_positions, "
+            "config.model.llm: unknown setting 'dropout'; choose one of depth, dtype, head_dim, heads, kv_heads, max_positions, "
             "mlp, norm_eps, qk_norm, qkv_bias, remat, rope_theta, tied, vocab, width",
         ),
         (

@@ -70,7 +70,9 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
         try:
             Path(workdir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Mistake(f"--workdir {workdir}: {error.strerror or error}; give another folder") from None
+            raise Mistake(
+                f"--workdir {workdir}: cannot be created ({error.strerror or error}); choose another folder"
+            ) from None
     run = step_lib.with_checked_kernels(run)
     begin = time.perf_counter()
     compiled = step_lib.compile_step(run)

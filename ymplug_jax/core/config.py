@@ -256,9 +256,10 @@ def build(
 
 def unknown(name: str, known: Iterable[str], where: str) -> str:
     """Return the message for an unknown setting: it suggests the closest name, or lists all names."""
+    known = sorted(known)
     near = difflib.get_close_matches(name, known, 1)
-    names = f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(sorted(known)) or 'none'}"
-    return f"{where}: no setting named {name!r}; {names}"
+    names = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known) or '(none)'}"
+    return f"{where}: unknown setting {name!r}; {names}"
 
 
 def checked(value: Any, kind: Any, where: str) -> Any:

@@ -64,9 +64,9 @@ def read(path: str | Path, keys: tuple[str, ...], *, setting: str) -> dict[str, 
       Mistake: the file is missing or damaged, lacks one of `keys`, or holds non-finite values.
     """
     if Path(path).is_dir():
-        raise Mistake(f"{path}: {setting} is a folder; give the index file in it (index.npz)")
+        raise Mistake(f"{setting} {path}: a folder, not a file; give the index file in it (index.npz)")
     if not Path(path).exists():
-        raise Mistake(f"{path}: {setting} does not exist; give the path of an existing index")
+        raise Mistake(f"{setting} {path}: no such file; correct the path")
     try:
         with np.load(path, allow_pickle=False) as index:
             arrays = dict(index)

@@ -76,7 +76,7 @@ def files_of(names: Sequence[str]) -> list[File]:
 
 def _files_in(folder: str) -> list[File]:
     def stop(error: OSError) -> None:
-        raise Mistake(f"--video {error.filename}: cannot list this folder ({error.strerror}); change its permissions")
+        raise Mistake(f"--video {error.filename}: cannot be listed ({error.strerror}); check its permissions")
 
     found: list[str] = []
     for place, folders, names in os.walk(folder, onerror=stop):

@@ -200,7 +200,7 @@ def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> np.ndar
     if not path:
         if experiment.data.path and (not train.init_from or "=" in train.init_from):
             raise ValueError(
-                "config.options.entities is empty; evaluate a run of task alpro_prompter and give its index.npz"
+                "config.options.entities: empty; evaluate a run of task alpro_prompter and give its index.npz"
             )
         return None
     index = index_file.read(path, (), setting="config.options.entities")

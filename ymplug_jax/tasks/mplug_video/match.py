@@ -128,7 +128,7 @@ def make(experiment: Experiment) -> Task:
     passes.check_room(model, length)
     if model.classes != 2:
         raise ValueError(
-            f"config.model.classes is {model.classes}, but matching has two, no and yes; set config.model.classes=2"
+            f"config.model.classes: {model.classes} classes, but matching has two, no and yes; set config.model.classes=2"
         )
     if experiment.train.accumulate > 1 or experiment.train.batch_size < 2:
         raise ValueError(
