@@ -152,7 +152,7 @@ SETTINGS = {
     ),
     "wrong key": (["--config.train.batch_sise=3"], "config.train: unknown setting 'batch_sise'; did you mean 'batch_size'?"),
     "wrong group": (["--config.trian.batch_size=3"], "config: unknown setting 'trian'; did you mean 'train'?"),
-    "wrong key of the model": (["--config.model.llm.rank=3"], "config.model.llm: unknown setting 'rank'; choose one of depth, "),
+    "wrong key of the model": (["--config.model.llm.sparsity=3"], "config.model.llm: unknown setting 'sparsity'; choose one of depth, "),
     "key below a value": (["--config.train.batch_size.x=3"], "config.train.batch_size: a single value, not a group of settings; remove .x from the name"),
     "text for a number": (["--config.train.batch_size=abc"], "config.train.batch_size: 'abc' is not a whole number"),
     "float for an int": (["--config.train.batch_size=8.5"], "config.train.batch_size: '8.5' is not a whole number"),
@@ -395,7 +395,7 @@ def test_prompts_that_are_none(tmp_path: Path, refused: Refused):
     """Prompts are read only when scores are computed, so the check happens before the run."""
     (tmp_path / "prompts.json").write_text("[]", encoding="utf-8")
     line = refused(f"--config.options.prompts={tmp_path}/prompts.json", task="alpro_prompter")
-    assert line.startswith(f"{tmp_path}/prompts.json (config.options.prompts): not readable as entity prompts")
+    assert line.startswith(f"config.options.prompts {tmp_path}/prompts.json: not a file of entity prompts")
 
 
 def test_the_folder_of_another_task(home: Path, tmp_path: Path, refused: Refused):
@@ -465,7 +465,7 @@ PROCESSES = {
     "unknown flag": (["--confg=x"], "--confg: unknown flag; did you mean --config?"),
     "wrong path": (["--config={root}/configs/tiny/pretrain.py", "--config.data.path=nowhere", "--config.data.tokenizer={home}/t.model",
                     "--workdir=run"], "nowhere: no such folder; build it with"),
-    "misspelt setting": (["--config={root}/configs/tiny/pretrain.py", "--config.train.batch_sise=3"], "config.train: no setting"),
+    "misspelt setting": (["--config={root}/configs/tiny/pretrain.py", "--config.train.batch_sise=3"], "config.train: unknown setting"),
     "other kind": (["--config={root}/configs/tiny/caption.py", "--config.data.path={home}/classification",
                     "--config.data.tokenizer={home}/t.model", "--workdir=run", "--config.train.batch_size=2",
                     "--config.optim.warmup=1 steps"],

@@ -193,7 +193,7 @@ def test_a_layer_cannot_be_missing(source: Path, tmp_path: Path, capsys: pytest.
         ("--out gs://bucket/x", "--out gs://bucket/x: not a local folder; convert into a local folder and copy it"),
         ("--weights x.pt", "unrecognized arguments: --weights x.pt"),
         ("--heads 32", "--heads 32: not NAME=NUMBER; choose one of llm, vision, text, e.g. llm=32"),
-        ("--heads llm=", "--heads llm=: not NAME=NUMBER; give"),
+        ("--heads llm=", "--heads llm=: not NAME=NUMBER; choose"),
         ("--heads llm=x", "--heads llm=x: not NAME=NUMBER"),
         ("--heads llm=0", "--heads llm=0: not NAME=NUMBER"),
         ("--heads llm=-4", "--heads llm=-4: not NAME=NUMBER"),
@@ -232,7 +232,7 @@ def test_folders_without_a_checkpoint(tmp_path: Path, converted: Path, capsys: p
     (record / "conversion.json").write_text("{")
     for name, message in (
         ("gone", "gone: no such folder; give the --workdir of a run or the --out of a conversion"),
-        ("file", "file: not a folder; give the folder of a run"),
+        ("file", "file: a file, not a folder; give the --workdir of a run"),
         ("empty", "empty: no checkpoint here; give the --workdir of a run or the --out of a conversion"),
         ("damaged", "converted: its parameters cannot be opened ("),
         ("record", "conversion.json: not JSON ("),

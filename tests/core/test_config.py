@@ -135,7 +135,7 @@ def settings(**groups) -> dict:
         ({"train": {"duration": 10}}, "config.train.duration: 10 is not a string"),
         ({"optim": {"lr": "1e-4"}}, "config.optim.lr: '1e-4' is not a number"),
         ({"optim": {"lr": float("nan")}}, "config.optim.lr: nan is not finite; give a finite number"),
-        ({"optim": {"clip": 0}}, "config.optim.clip: 0.0 is too small; it must be above 0"),
+        ({"optim": {"clip": 0}}, "config.optim.clip: 0.0 is too small; give more than 0"),
         ({"data": {"augment": 1}}, "config.data.augment: 1 is not true or false"),
         ({"optim": {"no_decay": ".*/bias"}}, "config.optim.no_decay: '.*/bias' is not a list; write ('a', 'b')"),
         ({"optim": {"lr_scales": [["a", 0.1, 2]]}}, "config.optim.lr_scales: ['a', 0.1, 2] has 3 elements; give 2"),
@@ -189,9 +189,9 @@ def test_a_run_without_a_kind_has_a_gpt3():
         ({"width": 8}, "config.model.llm.kind: unknown kind None; choose one of gpt3, bloom, qwen"),
         (7, "config.model.llm: 7 is not a mapping; give kind and the fields of that language model"),
         (
-            {"kind": "qwen", "dropout": 0.1},
-            "config.model.llm: unknown setting 'dropout'; choose one of depth, dtype, head_dim, heads, kv_heads, max_positions, "
-            "mlp, norm_eps, qk_norm, qkv_bias, remat, rope_theta, tied, vocab, width",
+            {"kind": "qwen", "sparsity": 0.1},
+            "config.model.llm: unknown setting 'sparsity'; choose one of depth, dtype, head_dim, heads, kv_heads, lora_dropout, "
+            "lora_rank, lora_scale, lora_targets, max_positions, mlp, norm_eps, qk_norm, qkv_bias, remat, rope_theta, tied, vocab, width",
         ),
         (
             {"kind": "qwen", "heads": 6, "kv_heads": 4},
@@ -201,7 +201,7 @@ def test_a_run_without_a_kind_has_a_gpt3():
             {"kind": "qwen", "head_dim": 15},
             "config.model.llm.head_dim: 15 is odd; give an even number, as rotary positions need",
         ),
-        ({"kind": "qwen", "norm_eps": 0.0}, "config.model.llm.norm_eps: 0.0 is too small; it must be above 0"),
+        ({"kind": "qwen", "norm_eps": 0.0}, "config.model.llm.norm_eps: 0.0 is too small; give more than 0"),
         ({"kind": "qwen", "mlp": 0}, "config.model.llm.mlp: 0 is too small; give 1 or more"),
     ],
 )

@@ -64,7 +64,7 @@ def test_missing_options_are_completed_with_defaults(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"beams": 0}, "config.options.beams: 0 is too small; give 1 or more"),
-        ({"temperature": 0.0}, "config.options.temperature: 0.0 is too small; it must be above 0"),
+        ({"temperature": 0.0}, "config.options.temperature: 0.0 is too small; give more than 0"),
         ({"top_p": 1.5}, "config.options.top_p: 1.5 is out of range; give at most 1"),
         ({"search": 3}, "config.options.search: 3 is not a string"),
         ({"best": 3}, "config.options: unknown setting 'best'"),

@@ -122,7 +122,7 @@ def test_folders_that_cannot_be_created(folder: Path):
     refused("a.model is a file", experiment(), "a.model")
     os.symlink("nowhere", "link")
     refused("links to nowhere, which is missing", experiment(), "link")
-    refused("cannot create it", experiment(), "x" * 300)
+    refused("cannot be created", experiment(), "x" * 300)
 
 
 @pytest.mark.parametrize(

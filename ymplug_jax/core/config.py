@@ -243,7 +243,7 @@ def build(
     made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
     for name, low in lows.items():
         if made.get(name, low) < low:
-            below = "it must be above 0" if 0 < low < 1 else f"give {low} or more"
+            below = "give more than 0" if 0 < low < 1 else f"give {low} or more"
             raise Mistake(f"{where}.{name}: {made[name]!r} is too small; {below}")
     for name, high in highs.items():
         beta = name in ("b1", "b2")

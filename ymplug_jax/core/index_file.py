@@ -73,12 +73,12 @@ def read(path: str | Path, keys: tuple[str, ...], *, setting: str) -> dict[str, 
     # A text file, a single array, a truncated archive and a flipped bit each raise a different error.
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Mistake(f"{path}: {setting} cannot be read as an index ({reason}); write it again") from None
+        raise Mistake(f"{setting} {path}: cannot be read as an index ({reason}); write it again") from None
     if missing := [key for key in keys if key not in arrays]:
-        raise Mistake(f"{path}: {setting} is not an index of this kind (no {', '.join(missing)}); write it again")
+        raise Mistake(f"{setting} {path}: not an index of this kind (no {', '.join(missing)}); write it again")
     for key, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise Mistake(f"{path}: {setting} holds non-finite values in {key!r}; write it again")
+            raise Mistake(f"{setting} {path}: holds non-finite values in {key!r}; write it again")
     return arrays
 
 

@@ -216,7 +216,7 @@ def _check_decoder(experiment: Experiment, folder: epath.Path, given: str) -> No
     Raises:
       Mistake: such a setting differs.
     """
-    after = config.settings_of(experiment.model).get("llm")
+    after = json.loads(json.dumps(config.settings_of(experiment.model))).get("llm")  # lists, as in the stored settings
     before = _decoder_in(folder)
     if not after or any(before.get(name) != after.get(name) for name in ("vocab", "width", "depth")):
         return  # the shapes will differ; a conversion without a language model stores placeholder sizes
