@@ -98,7 +98,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
         ([a, tmp_path / "link", *out], "the same run as"),
         ([damaged, *out], "config.json: damaged or unreadable"),
         ([listed, *out], "scores.json: holds no JSON object"),
-        ([a, "--out", tmp_path / "c.png"], "the page is HTML"),
+        ([a, "--out", tmp_path / "c.png"], "not the name of an HTML file"),
         ([a, "--out", tmp_path / "none" / "c.html"], "no such folder"),
         ([], "the following arguments are required: RUN"),
         ([a, "--frobnicate"], "unrecognized arguments: --frobnicate"),

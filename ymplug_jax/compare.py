@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_out(out: epath.Path) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
-        raise Mistake(f"--out {out}: the page is HTML; give a file name that ends in .html")
+        raise Mistake(f"--out {out}: not the name of an HTML file; give a name that ends in .html")
     if out.is_dir():
         raise Mistake(f"--out {out}: a folder, not a file; give a file in it")
     if not out.parent.is_dir():

@@ -90,7 +90,7 @@ def test_few_steps_are_few_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_step_has_no_spread() -> None:
-    with pytest.raises(Mistake, match=r"^--steps 1: one step has no spread; give 2 or more$"):
+    with pytest.raises(Mistake, match=r"^--steps 1: too small; give 2 or more$"):
         bench_lib.bench(tiny.experiment(), 1)
 
 

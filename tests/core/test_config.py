@@ -127,16 +127,25 @@ def settings(**groups) -> dict:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"train": {"batch_size": "8"}}, "config.train.batch_size: '8' is not a whole number"),
-        ({"train": {"batch_size": 8.0}}, "config.train.batch_size: 8.0 is not a whole number"),
-        ({"train": {"batch_size": True}}, "config.train.batch_size: True is not a whole number"),
+        (
+            {"train": {"batch_size": "8"}},
+            "config.train.batch_size: '8' is not a whole number; give an integer such as 8",
+        ),
+        (
+            {"train": {"batch_size": 8.0}},
+            "config.train.batch_size: 8.0 is not a whole number; give an integer such as 8",
+        ),
+        (
+            {"train": {"batch_size": True}},
+            "config.train.batch_size: True is not a whole number; give an integer such as 8",
+        ),
         ({"train": {"batch_size": 0}}, "config.train.batch_size: 0 is too small; give 1 or more"),
         ({"train": {"max_bad_steps": 0}}, "config.train.max_bad_steps: 0 is too small; give 1 or more"),
-        ({"train": {"duration": 10}}, "config.train.duration: 10 is not a string"),
-        ({"optim": {"lr": "1e-4"}}, "config.optim.lr: '1e-4' is not a number"),
+        ({"train": {"duration": 10}}, "config.train.duration: 10 is not a string; write it in quotes"),
+        ({"optim": {"lr": "1e-4"}}, "config.optim.lr: '1e-4' is not a number; give one such as 0.5"),
         ({"optim": {"lr": float("nan")}}, "config.optim.lr: nan is not finite; give a finite number"),
         ({"optim": {"clip": 0}}, "config.optim.clip: 0.0 is too small; give more than 0"),
-        ({"data": {"augment": 1}}, "config.data.augment: 1 is not true or false"),
+        ({"data": {"augment": 1}}, "config.data.augment: 1 is not true or false; write True or False"),
         ({"optim": {"no_decay": ".*/bias"}}, "config.optim.no_decay: '.*/bias' is not a list; write ('a', 'b')"),
         ({"optim": {"lr_scales": [["a", 0.1, 2]]}}, "config.optim.lr_scales: ['a', 0.1, 2] has 3 elements; give 2"),
         ({"train": 3}, "config.train: 3 is not a group of settings; set each one as config.train.NAME"),

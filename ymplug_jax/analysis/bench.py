@@ -62,7 +62,7 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
       Mistake: `steps` is below 2, or `workdir` cannot be created.
     """
     if steps < 2:
-        raise Mistake(f"--steps {steps}: one step has no spread; give 2 or more")
+        raise Mistake(f"--steps {steps}: too small; give 2 or more")
     data = dataclasses.replace(experiment.data, path="", tokenizer="", examples=experiment.train.batch_size * 1000)
     train = dataclasses.replace(experiment.train, init_from="")
     run = setup.prepare(dataclasses.replace(experiment, data=data, train=train))

@@ -156,7 +156,8 @@ def settings_of(value: Any) -> Any:
     return value
 
 
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}  # type names in messages
+NAMES = {bool: "true or false; write True or False", int: "a whole number; give an integer such as 8",
+         float: "a number; give one such as 0.5", str: "a string; write it in quotes"}  # fmt: skip
 # Minimum values. Anything smaller would fail late in the run or train nothing.
 LEAST: Mapping[str, Mapping[str, float]] = {
     "config.data": {"examples": 0, "frames": 1, "image_size": 1, "max_tokens": 2, "max_words": 1, "threads": 1, "workers": 0},
@@ -256,8 +257,7 @@ def build(
 
 def unknown(name: str, known: Iterable[str], where: str) -> str:
     """Return the message for an unknown setting: it suggests the closest name, or lists all names."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, known := sorted(known), 1)
     names = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known) or '(none)'}"
     return f"{where}: unknown setting {name!r}; {names}"
 

@@ -48,7 +48,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task on one model, as the programs (train, evaluate, predict) see it."""
+    """The functions and properties of one task on one model that training, evaluation and prediction use."""
 
     kinds: tuple[str, ...]  # kinds of shards (schema.COLUMNS) that `example` can read; "text" is a text file
     axes: AxisRules  # partition rules of the parameters: AXES of the model module
