@@ -163,7 +163,7 @@ def test_a_slice_without_a_layout_says_what_there_is():
 def test_unknown_sizes_are_named():
     with pytest.raises(ValueError, match=r"unknown size '13b'; choose one of 1.3b, 2.7b"):
         load("mplug_video/pretrain", "13b")
-    with pytest.raises(ValueError, match="vision towers: b16, l14"):
+    with pytest.raises(ValueError, match="unknown vision tower 'h14'; choose one of b16, l14"):
         load("mplug_video/pretrain", "1.3b,h14")
 
 

@@ -212,7 +212,7 @@ def test_own_class_names(root: Path, tmp_path: Path):
     for more in ((), ("--classes", str(tmp_path / "other.txt"))):
         with pytest.raises(build_shards.BuildError, match="built with other classes"):
             build(out, val, root, *more, kind="classification")
-    with pytest.raises(build_shards.BuildError, match="--classes applies to --config classification"):
+    with pytest.raises(build_shards.BuildError, match="--classes: applies to --config classification"):
         build(out, csv, root, *names)
 
 
