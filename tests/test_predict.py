@@ -395,8 +395,8 @@ def test_a_decoder_that_cannot_start_ends_in_one_line(
 
 
 MISTAKES = {
-    "no folder": (["classify", "--checkpoint", "nowhere", "--video", "x.mp4"], "nowhere: no config.json here"),
-    "a file": (["classify", "--checkpoint", "{home}/broken.mp4", "--video", "x.mp4"], "broken.mp4: a file;"),
+    "no folder": (["classify", "--checkpoint", "nowhere", "--video", "x.mp4"], "nowhere: no such folder"),
+    "a file": (["classify", "--checkpoint", "{home}/broken.mp4", "--video", "x.mp4"], "broken.mp4: a file, not a folder;"),
     "empty name": (["classify", "--checkpoint", "", "--video", "x.mp4"], "--checkpoint: the name is empty"),
     "empty folder": (["classify", "--checkpoint", "{home}/videos", "--video", "x.mp4"], "videos: no config.json here"),
     "below": (["classify", "--checkpoint", "{home}/classify/checkpoints", "--video", "x"], "such as {home}/classify"),
@@ -417,7 +417,7 @@ MISTAKES = {
     "marks": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "?!"], "--text '?!': nothing is left"),
     "bytes": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "\udcbc"], "nor as UTF-8"),
     "best 0": (["classify", "--checkpoint", "r", "--video", "a", "--best", "0"], "--best 0: too small; give 1 or more"),
-    "best -1": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "-1"], "--best -1: give 1"),
+    "best -1": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "-1"], "--best -1: too small; give 1"),
     "best x": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "x"], "invalid int value: 'x'"),
     "decoders": (["caption", "--checkpoint", "r", "--video", "a", "--decoders", "0"], "--decoders 0: too small; give 1 or more"),
     "both": (["retrieve", "--checkpoint", "r", "--video", "a", "--index", "i", "--text", "t"], "exclude each other"),
@@ -432,7 +432,7 @@ MISTAKES = {
     "sheet place": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/no/s.png"], "create it first"),
     "sheet of index": (["retrieve", "--checkpoint", "r", "--index", "i", "--text", "t", "--sheet", "s.png"], "no frames"),
     "index folder": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/data", "--text", "t"], "a folder, not a file"),
-    "index gone": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "i", "--text", "t"], "does not exist"),
+    "index gone": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "i", "--text", "t"], "no such file; correct the path"),
     "index kind": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/broken.mp4", "--text", "t"], "as an index"),
     "flag": (["classify", "--chekpoint", "r", "--video", "a"], "--chekpoint: unknown flag; did you mean --checkpoint?"),
     "command": (["clasify", "--checkpoint", "r", "--video", "a"], "clasify: unknown command; did you mean classify?"),
@@ -497,7 +497,7 @@ def test_an_index_of_another_run_is_refused(home: Path, ask: Callable) -> None:
     nan = np.where(np.arange(2)[:, None] == 1, np.nan, arrays["video"])
     for changed, message in (
         ({key: value for key, value in arrays.items() if key != "fingerprint"}, "export it again"),
-        (arrays | {"video": nan}, "not finite"),
+        (arrays | {"video": nan}, "non-finite"),
         (arrays | {"video": arrays["video"][:1]}, "2 names and vectors of shape (1, "),
         (arrays | {"frames": 4}, "4 frames"),
         ({"text": arrays["video"]}, "lacks video, video_id"),

@@ -198,5 +198,5 @@ def test_a_name_longer_than_a_row_is_refused(folder: Path) -> None:
 def test_answers_and_classes_exclude_each_other(folder: Path) -> None:
     settings = experiment("alpro_classify", folder)
     options = dict(answers=str(folder / "names.txt"))
-    with pytest.raises(exits.Mistake, match=r"config\.options\.answers and config\.data\.classes are both set"):
+    with pytest.raises(exits.Mistake, match=r"config\.options\.answers, config\.data\.classes: both are set"):
         task_lib.get(dataclasses.replace(settings, options=options))

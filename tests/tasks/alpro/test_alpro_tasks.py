@@ -406,7 +406,7 @@ def test_errors_name_the_setting(data: Data) -> None:
     sentencepiece = shards.tokenizer(Path(data.path).parent / "t.model")
     with pytest.raises(ValueError, match=r"has no \[MASK\]"):
         make("alpro_retrieve", BASE, data=dataclasses.replace(data, tokenizer=str(sentencepiece)))
-    with pytest.raises(ValueError, match="vision: b16, clip_b16"):
+    with pytest.raises(ValueError, match="unknown vision tower 'h14'; choose one of b16, clip_b16"):
         alpro.sized("h14")
 
 
