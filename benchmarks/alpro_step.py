@@ -1,8 +1,8 @@
 """ALPRO's training step compared with the same computation in PyTorch: `python -m benchmarks.alpro_step`.
 
-Contrastive, matching and masked-word losses, backward pass, clipping and AdamW, float32, no dropout, the same negatives' number and
-the same share of masked words on both sides. PyTorch's side is eager, with Hugging Face's BertForMaskedLM and TimesformerModel, whose
-divided attention is the same.
+Both compute the contrastive, matching and masked-language losses, the backward pass, clipping and AdamW in float32 without dropout,
+with the same number of negatives and the same share of masked words. PyTorch runs eagerly with Hugging Face's BertForMaskedLM and
+TimesformerModel, whose divided attention is the same.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def main() -> None:
         for name, step in sides.items():
             began = time.perf_counter()
             step()
-            if number:  # the first round warms both up
+            if number:  # the first round is a warm-up
                 seconds[name].append(time.perf_counter() - began)
     result = {name: statistics.median(times) for name, times in seconds.items()}
     result["ratio"] = result["PyTorch"] / result["ymplug_jax"]

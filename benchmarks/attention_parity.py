@@ -18,27 +18,27 @@ from ymplug_jax.models import attention
 from ymplug_jax.models.mplug_video import MPLUGVideo
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-ALLOWED = 2.0  # times the error of plain XLA in the same type
-FLOOR = 1e-5  # an error below this is rounding of float32
-# Targets of custom calls in compiled programs, by what runs there.
+ALLOWED = 2.0  # accepted error, as a multiple of plain XLA's in the same dtype
+FLOOR = 1e-5  # errors below this are float32 rounding
+# Implementation -> pattern of its custom call in a compiled program.
 KERNELS = {"cuDNN": "fmha", "Pallas on TPU": "tpu_custom_call", "Pallas on GPU": "mosaic_gpu|triton_kernel_call"}
 
 
 class Case(NamedTuple):
-    """One attention of the model."""
+    """One attention layer of the model."""
 
-    fused: Attend  # what the model calls
-    plain: Attend  # the same in einsum and softmax
+    fused: Attend  # as the model calls it
+    plain: Attend  # the same computation with einsum and softmax
     queries: tuple[int, ...]  # shape of q
     keys: tuple[int, ...]  # shape of k and v
 
 
 def cases(model: MPLUGVideo, batch: int, length: int) -> dict[str, Case]:
-    """The attentions of a training step.
+    """The attention layers of a training step.
 
     Args:
-      model: the sizes.
-      batch: B.
+      model: gives the sizes.
+      batch: batch size B.
       length: L, tokens of a title.
     """
     vision, llm, count = model.vision, model.llm, model.abstractor.queries
@@ -64,7 +64,7 @@ def cases(model: MPLUGVideo, batch: int, length: int) -> dict[str, Case]:
     seen = jnp.arange(row[1]) >= jnp.arange(batch)[:, None] % 8  # bool[B, S]: up to 7 padded on the left
     places = jnp.maximum(jnp.cumsum(seen, axis=1) - 1, 0)
     slopes = 2.0 ** -(8 * jnp.arange(1, llm.heads + 1) / llm.heads)
-    # A row whose padding sees no key at all has no defined result in plain XLA: those queries are left out.
+    # A padded query sees no key, and plain XLA has no defined result for it: exclude these queries.
     rows = seen[:, :, None, None]
 
     def padded(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.convert [--folder DIR] [--only memory|check]
 
-`memory` writes shards of random bfloat16 (14 GB), copies them with cp and converts them, and prints the peak of resident
-memory beside the bound: three times the largest tensor and one GB. `check` writes models of released sizes with random
-weights, converts them with --check, converts them back and compares every tensor that comes back, bit by bit.
+`memory` writes shards of random bfloat16 values (14 GB), copies them with cp, converts them, and prints the peak resident memory
+beside its limit, three times the largest tensor plus 1 GB. `check` writes models of released sizes with random weights, converts
+them with --check, converts them back and compares every tensor bit by bit.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def memory(folder: Path) -> dict:
     index, total, largest = _bloom_7b(folder / "source")
     os.sync()
     copying, converting = [], []
-    for round_ in range(2):  # side by side, each twice
+    for round_ in range(2):  # alternately, each twice
         begin = time.perf_counter()
         subprocess.run(["cp", "-r", folder / "source", folder / "copy"], check=True)
         os.sync()

@@ -1,8 +1,8 @@
 """Shard building against bare PyAV decoding of the same frames, on the same cores, in turn: `python -m benchmarks.data_prep`.
 
-Bare decoding opens each clip, decodes up to the last frame that the builder stores, and turns the stored ones into RGB
-arrays: no resizing, no JPEG, no checks, no files. The builder is the real command on two numbers of rows; its steady state
-is the extra rows over the extra time, so that the start of Beam does not count (it is given beside it).
+Bare decoding opens each clip, decodes up to the last frame that the builder stores, and converts the stored frames to RGB: no
+resizing, JPEG encoding, checks or output files. The builder is the real command, run on a small and a large number of rows. Its
+steady rate is the difference in rows over the difference in time, which excludes the start of Beam; the start is printed separately.
 """
 
 import argparse

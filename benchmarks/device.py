@@ -1,11 +1,12 @@
 """All measurements on a bare accelerator machine with one command: `python -m benchmarks.device --out device.json`.
 
-In this order, each result printed and written at once: fused attention against plain XLA, the pre-training step of the 1.3B
-model against PyTorch, MFU, captions against Hugging Face's `generate`, peak memory, and a profile of our step. A step that
-fails, or runs out of its time, is one line of the report, and the next one follows. The limit of the whole is 465 s (`--limit`).
+The steps, in order: fused attention against plain XLA, the pre-training step of the 1.3B model against PyTorch, MFU, captions
+against Hugging Face's `generate`, peak memory, and a profile of the JAX step. Each result is printed and written immediately. A step
+that fails or exceeds its time becomes one line of the report, and the next step runs. The whole command takes at most 465 s
+(`--limit`).
 
 The machine needs Python 3.12, jax with its plugin, flax, optax, etils, torch and transformers (README.md, "How fast is it here");
-grain, TFDS, TensorFlow and ml_collections are not imported. `--size small` is for a try on a CPU.
+grain, TFDS, TensorFlow and ml_collections are not imported. Use `--size small` to try the command on a CPU.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 BEGAN = time.perf_counter()
-# PyTorch shares the device: JAX takes memory when it needs it instead of three quarters at its start.
+# PyTorch uses the same device, so let JAX allocate memory on demand instead of reserving three quarters of it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402  (after the setting above)
@@ -34,13 +35,13 @@ from benchmarks.device_report import Report  # noqa: E402
 from benchmarks.device_sizes import SIZES, Size  # noqa: E402
 from ymplug_jax.analysis import aot, bench  # noqa: E402
 
-# Seconds of each step, in the order of the steps; more or less with another `--limit`.
+# Time limit of each step in seconds, in the order in which they run; scaled with `--limit`.
 BUDGETS = {
     "attention": 60, "build": 90, "train": 50, "compiled": 120, "mfu": 15, "captions": 90, "memory": 5, "profile": 30
 }  # fmt: skip
-NEED_BUILD = {"train", "compiled", "mfu", "memory", "profile"}  # steps for which our training step is compiled
-LIMIT = 465.0  # seconds of all, with the imports
-WARM_UP = 3  # training steps of a side before its first timed one
+NEED_BUILD = {"train", "compiled", "mfu", "memory", "profile"}  # steps that need the compiled JAX training step
+LIMIT = 465.0  # seconds for the whole command, imports included
+WARM_UP = 3  # untimed training steps before the timed ones
 PROFILED = 3  # training steps in the trace
 
 
@@ -53,18 +54,18 @@ class Bench:
         self.batch = torch_captioner.batch_of(size.model, size.batch, size.length)
         self.captioner: torch_captioner.Captioner | None = None
         self.step: torch_step.Ours | None = None
-        self.medians: dict[str, float] = {}  # seconds of a training step by side
-        self.memory: dict[str, dict[str, int | None]] = {}  # bytes by side
+        self.medians: dict[str, float] = {}  # implementation -> seconds per training step
+        self.memory: dict[str, dict[str, int | None]] = {}  # implementation -> bytes
 
     @property
     def ours(self) -> torch_step.Ours:
-        """Our training step.
+        """The JAX training step.
 
         Raises:
           RuntimeError: it could not be built.
         """
         if self.step is None:
-            raise RuntimeError("our training step was not built")
+            raise RuntimeError("the JAX training step was not built")
         return self.step
 
     def build(self) -> None:
@@ -88,7 +89,7 @@ class Bench:
         for name, case in cases.items():
             try:
                 found = attention_parity.measure(case, self.dtype, self.size.rounds)
-            except Exception as error:  # a kernel that does not compile is a result, and other cases may do
+            except Exception as error:  # report a kernel that does not compile, and go on with the other cases
                 self.report.fail("attention", name, error)
                 continue
             verdict = "agrees" if found["agrees"] else "DIFFERS"
@@ -108,7 +109,7 @@ class Bench:
         self._time("compiled", {"PyTorch compiled": (True, True)})
 
     def _time(self, step: str, forms: dict[str, tuple[bool, bool]]) -> None:
-        """Time JAX and `forms`, (tuned, compiled) by name, in this order and then in reverse."""
+        """Time JAX and the PyTorch `forms` (name -> (tuned, compiled)), in this order and then in reverse."""
         makers: dict[str, Callable[[], Any]] = {"ours": lambda: self.ours}
         if not self.torch_device:
             self.report.fail(step, "PyTorch", f"skipped: no PyTorch for {jax.default_backend()} devices")
@@ -122,12 +123,12 @@ class Bench:
         for name, make in makers.items():
             try:
                 sides[name], found[name] = self._first_order(name, make)
-            except Exception as error:  # out of memory, no compiler: the other sides can still be timed
+            except Exception as error:  # e.g. out of memory or no compiler: the others can still be timed
                 self.report.fail(step, name, error)
                 continue
             self._told(step, name, found)
         for name, side in reversed(sides.items()):
-            side.step()  # its memory and clocks are warm again
+            side.step()  # warm up again after the other implementations ran
             found[name]["second_order_seconds"] = [torch_step.timed(side.step)[0] for _ in range(self.size.rounds)]
         for name in sides:
             self._told(step, name, found)
@@ -171,7 +172,7 @@ class Bench:
         if ours is not None and name != "ours":
             found["times_ours"] = median / ours["milliseconds"]["median"]
             line += f", {found['times_ours']:.2f} x ours"
-            if step == "train":  # later, our weights have moved on
+            if step == "train":  # in later steps JAX starts from trained weights, so losses differ
                 close = np.allclose(found["losses"], ours["losses"], rtol=1e-4 if self.dtype == "float32" else 1e-2)
                 found["same_losses"] = bool(close)
                 line += "" if close else ", LOSSES DIFFER"
@@ -200,7 +201,7 @@ class Bench:
                 row = torch_generate.compare(
                     pair, lm, beams=beams, batch=batch, new_tokens=self.size.new_tokens, rounds=2 * self.size.rounds
                 )
-            except Exception as error:  # out of memory at one batch says nothing of the others
+            except Exception as error:  # out of memory at one batch size: go on with the others
                 self.report.fail("captions", name, error)
                 continue
             near = abs(row["log_probability"] - row["their_log_probability"]) < 0.25
@@ -226,7 +227,7 @@ class Bench:
             self.report.add("memory", name, value, line)
 
     def profile(self) -> None:
-        """The slowest operations of the training step; XLA's cost analysis where there is no trace."""
+        """The slowest operations of the training step; XLA's cost analysis if no trace can be read."""
         with tempfile.TemporaryDirectory() as folder:
             self.ours.step()
             with jax.profiler.trace(folder):
@@ -234,7 +235,7 @@ class Bench:
                     self.ours.step()
             try:
                 found = profile_summary.summary(Path(folder), self.ours.compiled.as_text() or "", PROFILED)
-            except (ValueError, AttributeError) as error:  # no events, or a version without the reader
+            except (ValueError, AttributeError) as error:  # the trace is empty, or this JAX version cannot read it
                 self.report.fail("profile", "trace", error)
                 costs = self.ours.compiled.cost_analysis() or {}
                 costs = {name: float(costs[name]) for name in ("flops", "bytes accessed") if name in costs}
@@ -290,11 +291,11 @@ def main(argv: list[str] | None = None, began: float = BEGAN) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     steps = [step.strip() for step in arguments.steps.split(",")]
     if unknown := [step for step in steps if step not in BUDGETS]:
-        parser.error(f"--steps: no step named {unknown[0]!r}; there are {', '.join(BUDGETS)}")
+        parser.error(f"--steps: unknown step {unknown[0]!r}; choose one of {', '.join(BUDGETS)}")
     if not arguments.limit > 0:
         parser.error(f"--limit {arguments.limit}: give more than 0 seconds")
     if arguments.batch is not None and arguments.batch < 1:
-        parser.error(f"--batch {arguments.batch}: give 1 or more")
+        parser.error(f"--batch {arguments.batch}: too small; give 1 or more")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report = Report(arguments.out, arguments.limit, began)
     dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

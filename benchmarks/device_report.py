@@ -64,7 +64,7 @@ class Report:
         try:
             with _alarm(min(budget, left)):
                 work()
-        except (Exception, OverBudget) as error:  # whatever a library raises: the next step has its own chance
+        except (Exception, OverBudget) as error:  # libraries raise errors of any type; the next step runs anyway
             self.fail(step, "step", error)
         with self._lock:
             self.result["steps"][step]["seconds"] = round(time.perf_counter() - began, 2)

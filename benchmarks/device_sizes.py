@@ -1,4 +1,4 @@
-"""What `--size` of `benchmarks.device` stands for."""
+"""Sizes that `--size` of `benchmarks.device` selects."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from ymplug_jax.models.timesformer import TimeSformer
 
 
 class Size(NamedTuple):
-    """What `--size` stands for."""
+    """Model, batch sizes and number of runs of one `--size`."""
 
     model: MPLUGVideo
     batch: int  # of a training step

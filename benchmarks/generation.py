@@ -1,9 +1,10 @@
 """Captioning with cached keys and values against computing the prefix again for every token, and the scoring of 45 class
 names from one reading of video and prompt against 45 whole rows: `python -m benchmarks.generation`.
 
-Same weights, same inputs, one run, in turn; the answers of both ways are compared before anything is timed. 128 visual
-tokens, a title of full length, 100 new tokens, as in the recipes; the decoder is small. The slow ways are not slower than
-need be: recomputation grows its row in steps of 32 positions, and whole rows take logits at text positions only.
+Both methods use the same weights and inputs, run alternately in one process, and must give the same answers before they are
+timed. As in the recipes there are 128 visual tokens, a title of full length and 100 new tokens; the decoder is small. The slow
+methods are implemented fairly: recomputation grows its row in steps of 32 positions, and whole rows compute logits at text
+positions only.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def main() -> None:
         "45 classes, branches": lambda: fast(params, prefix[:1], batch),
         "45 classes, whole rows": lambda: score_whole_rows(params, prefix[:1], ids, mask, lengths),
     }
-    answers = {name: np.asarray(run()) for name, run in sides.items()}  # compiles, too
+    answers = {name: np.asarray(run()) for name, run in sides.items()}  # the first call compiles
     assert (answers["captions, cached"] == answers["captions, recomputed"]).mean() > 0.98  # ties may fall either way
     np.testing.assert_allclose(answers["45 classes, branches"][0], answers["45 classes, whole rows"], rtol=1e-4)
     seconds = {name: statistics.median(times) for name, times in _rounds(sides, args.rounds).items()}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.loader [--path SHARDS] [--clips 960] [--threads 2] [--json FILE]
 
-The bare loop decodes the same frames of the same JPEGs, already in memory, and resizes one crop of each: no files, checksums,
-parsing, augmentation or batches. A second bare loop applies the train transform as well, so that what the loader adds can be
-told from what the recipe costs. Every measurement begins with nothing read ahead and ends with nothing left to do. Rows are
-measured in turn, several rounds, and the median round is shown, so that a busy machine slows all alike. Clips a second are
-those of the clock; "of bare" is also given in processor time, which other programs disturb less. Without --path it makes
-shards of its own: 16 textured frames of 256 x 340, quality 90.
+The bare loop decodes the same frames of the same JPEGs from memory and resizes one crop of each: no files, checksums, parsing,
+augmentation or batches. A second bare loop also applies the train transform, which separates the cost of the loader from that of
+the recipe. Every measurement starts with empty buffers and consumes all of its batches. The rows are measured in turn for several
+rounds, so that other load on the machine affects all of them, and the median round is printed. Clips per second use wall time; the
+ratio to the bare loop is also given in processor time, which other programs disturb less. Without --path the program generates
+shards of 16 textured frames of 256 x 340 pixels, JPEG quality 90.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from ymplug_jax.data import frames, loader, schema, transforms
 from ymplug_jax.data.records import Record, Records
 
 SIZE = 224  # pixels
-BATCH = 48  # clips: one device of the 1.3b recipe
+BATCH = 48  # clips per device in the 1.3b recipe
 
 
 def message(data: bytes, number: int = 1) -> bytes:
@@ -71,7 +71,7 @@ def make_shards(folder: Path, clips: int, stored: int = 16) -> None:
 
 
 def bare(jpegs: list[bytes], indices: np.ndarray) -> None:
-    """Decode and crop only; the result is discarded, so that memory stays warm."""
+    """Decode and crop only. Results are discarded, so that the same memory is used again."""
     for i in indices:
         frame = cv2.imdecode(np.frombuffer(jpegs[i], np.uint8), cv2.IMREAD_COLOR_RGB)
         height, width = frame.shape[:2]
@@ -80,7 +80,7 @@ def bare(jpegs: list[bytes], indices: np.ndarray) -> None:
 
 
 class Pass:
-    """`clips` records in a scattered order, repeated where the split has fewer."""
+    """`clips` records in a scattered order; records repeat if the split has fewer."""
 
     def __init__(self, records: Records, clips: int):
         self.path, self.split, self._records, self._clips = records.path, records.split, records, clips
@@ -114,7 +114,7 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
         """A task's preprocessing of a record, without text."""
 
         def example(record: Record, _: None) -> dict[str, np.ndarray]:
-            rng = np.random.default_rng(len(record.frames[0]))  # one pass comes without, training with one
+            rng = np.random.default_rng(len(record.frames[0]))  # a pass in order passes no generator, but training does
             clip = frames.Decoded(record.frames, frames.choose_frames(shown, len(record.frames), rng))
             return {"video": transform(clip, rng)}
 
@@ -137,7 +137,7 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
         for name, run in rows.items():
             start, start_processor = time.perf_counter(), time.process_time()
             run()
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 rates[name].append(clips / (time.perf_counter() - start))
                 by_processor[name].append(clips / (time.process_time() - start_processor))
     return rates, by_processor

@@ -14,9 +14,9 @@ from jax.profiler import ProfileData
 
 from ymplug_jax.analysis import hlo
 
-# Operations that contain others, which have events of their own.
+# Operations that contain others. The inner ones have their own events, so these would count twice.
 CONTAINERS = re.compile(r"(while|call|conditional|fori_loop)[.\d]*$")
-# What a kernel does, by its name or that of its operation; the first match counts.
+# Kind of operation -> pattern of kernel or operation names; the first match counts.
 KINDS = {
     "attention": r"fmha|flash|cudnn|tpu_custom_call",
     "products": r"gemm|cublas|cutlass|nvjet|xmma|wgmma|dot|convolution|conv_|matmul",

@@ -18,8 +18,8 @@ import numpy as np
 
 from ymplug_jax.tasks.common import ranking
 
-CHUNK = 1024  # queries at a time, for both
-CLOSE = 1e-5  # similarities that are closer may change places by rounding
+CHUNK = 1024  # queries per matrix product, in both programs
+CLOSE = 1e-5  # similarities that differ by less may swap ranks by rounding
 
 
 def products(queries: np.ndarray, gallery: np.ndarray) -> None:

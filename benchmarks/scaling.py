@@ -53,7 +53,7 @@ def jobs() -> list[dict]:
         for size in ("1.3b", "2.7b"):
             for name, layout in SLICES.items():
                 if layout.frozen_dtype == "int8" and task != "pretrain":
-                    continue  # fine-tuning keeps its recipe's batch, which fits without
+                    continue  # fine-tuning fits without int8 at the recipe's batch size
                 tables = ["pretrain" if task == "pretrain" else "tune"]
                 if task == "pretrain" and size == "1.3b" and name.startswith("v5p"):
                     tables.append("weak")
@@ -85,7 +85,7 @@ def measure(job: dict) -> dict:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     print(key(job), flush=True)
     facts = json.loads(done.stdout.splitlines()[-1])
-    facts.pop("compiler_costs", None)  # as long as the rest, and not in the table
+    facts.pop("compiler_costs", None)  # long, and not in the tables
     return job | {"facts": facts}
 
 

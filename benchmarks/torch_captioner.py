@@ -89,7 +89,7 @@ class Captioner(nn.Module):
         for name, values in (("mean", transforms.CLIP_MEAN), ("std", transforms.CLIP_STD)):
             self.register_buffer(name, torch.tensor(values), persistent=False)
         self.tuned = False
-        with torch.no_grad():  # the tables start as zeros, which would hide a wrong place
+        with torch.no_grad():  # embeddings start at zero, which would hide a wrong conversion
             for name, value in self.vision.named_parameters():
                 if "embeddings" in name or name.endswith("bias"):
                     value.normal_(0, 0.02)
@@ -109,7 +109,9 @@ class Captioner(nn.Module):
         prefix = self.connector(self.pool(self.vision(pixels).last_hidden_state))  # [B, Q, H]
         embeds = torch.cat([prefix, self.llm.transformer.wte(ids)], dim=1)  # [B, Q + L, H]
         labels = ids.masked_fill(mask == 0, -100)
-        labels = torch.cat([torch.full_like(labels[:, :1], -100), labels[:, 1:]], dim=1)  # the start token is given
+        labels = torch.cat(
+            [torch.full_like(labels[:, :1], -100), labels[:, 1:]], dim=1
+        )  # the start token is not predicted
         if self.tuned:
             return self.llm(inputs_embeds=embeds, labels=labels, logits_to_keep=ids.shape[1], use_cache=False).loss
         none = torch.full(prefix.shape[:2], -100, dtype=labels.dtype, device=labels.device)

@@ -81,7 +81,7 @@ class Pair(NamedTuple):
     """One decoder in both frameworks with the same weights."""
 
     theirs: GPT2LMHeadModel
-    params: dict  # ours
+    params: dict  # of the JAX model
 
 
 def decoders(lm: GPT3, device: str) -> Pair:
@@ -112,7 +112,7 @@ def compare(pair: Pair, lm: GPT3, *, beams: int, batch: int, new_tokens: int, ro
         "ours": lambda: np.asarray(run(pair.params, mine)),
         "theirs": lambda: generate(pair.theirs, prefix, beams, new_tokens),
     }
-    answers = {name: side() for name, side in sides.items()}  # compiles, too
+    answers = {name: side() for name, side in sides.items()}  # the first call compiles
     judged = {name: judge(lm, pair.params, mine, jnp.asarray(ids)) for name, ids in answers.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):

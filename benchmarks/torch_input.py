@@ -2,12 +2,12 @@
 
     python -m benchmarks.torch_input [--csv CLIPS/pretrain.csv --video_root CLIPS] [--clips 96] [--workers 2] [--json FILE]
 
-The peer does what one does without shards: it opens the file with PyAV, and for each of four random times seeks to the
-keyframe before it (unless it is past that already), decodes forward to the frame, converts that one alone, and takes a
-random resized crop in OpenCV. Processes decode, one thread each; batches of uint8 come out. The loader reads shards built from the same files by
-`data_prep.build_shards`, with the train transform, or with the plain resize. Rows are measured in turn, each with the same
-number of clips from a warm start, on as many processes or threads; the median round is shown. Without --csv it draws videos
-of its own: ten seconds of a moving picture, 320 x 240, H.264 with a keyframe every two seconds.
+The DataLoader opens each file with PyAV. For each of four random times it seeks to the preceding keyframe (unless decoding is
+already past it), decodes up to the frame, converts only this frame, and takes a random resized crop with OpenCV. Its processes
+decode with one thread each and return uint8 batches. The loader reads shards that `data_prep.build_shards` made from the same files,
+with the train transform or with a plain resize. The rows are measured in turn with the same number of clips, processes or threads,
+after a warm-up round, and the median round is printed. Without --csv the program generates videos: ten seconds of a moving picture,
+320 x 240 pixels, H.264 with a keyframe every two seconds.
 """
 
 import argparse
@@ -49,10 +49,10 @@ class Clips(torch.utils.data.Dataset):
         rng = np.random.default_rng(i)
         with av.open(self._files[i % len(self._files)], metadata_errors="ignore") as container:
             stream = container.streams.video[0]
-            stream.thread_count = 1  # processes are the parallelism
+            stream.thread_count = 1  # the processes already use all cores
             seconds = stream.duration * stream.time_base if stream.duration else container.duration / av.time_base
             first = float((stream.start_time or 0) * stream.time_base)
-            # A random time in each quarter, short of the end, where files have no frame.
+            # A random time in each quarter; 0.95 avoids the end, where some files have no frame.
             times = first + (np.arange(SHOWN) + rng.random(SHOWN)) / SHOWN * float(seconds) * 0.95
             shown = [frame.to_ndarray(format="rgb24") for frame in frames_at(container, stream, times)]
         height, width = shown[0].shape[:2]
@@ -64,8 +64,10 @@ class Clips(torch.utils.data.Dataset):
 def frames_at(
     container: "av.container.InputContainer", stream: "av.video.stream.VideoStream", times: np.ndarray
 ) -> Iterator["av.VideoFrame"]:
-    """The first frame at or after each time in seconds, ascending, or the last one there is. Where no keyframe lies between
-    the frame before and the wanted one, decoding goes on: a seek would decode the same frames again."""
+    """The first frame at or after each time, or the last frame of the file; `times` are seconds in ascending order.
+
+    It seeks only if a keyframe lies between the current frame and the wanted one; otherwise a seek would decode frames again.
+    """
     frame, decoded = None, iter(())
     for seconds in times:
         wanted = int(seconds / stream.time_base)
@@ -73,7 +75,7 @@ def frames_at(
         if frame is None or frame.pts is None or entry < 0 or stream.index_entries[entry].timestamp > frame.pts:
             try:
                 container.seek(wanted, stream=stream)  # to the keyframe before it
-            except av.FFmpegError:  # no index that could be used: from the start
+            except av.FFmpegError:  # the file has no usable index: decode from the start
                 container.seek(0)
             decoded = container.decode(stream)
         if frame is None or frame.time is None or frame.time < seconds:
@@ -166,8 +168,8 @@ def measure(table: Path, root: Path, shards: Path, args: argparse.Namespace) -> 
             given = run()
             seconds = time.perf_counter() - began
             if given != clips:
-                raise ValueError(f"{name}: {given} clips came instead of {clips}")
-            if number:  # the first round starts processes and warms up
+                raise ValueError(f"{name}: {given} clips, expected {clips}")
+            if number:  # the first round starts the processes and is a warm-up
                 rates[name].append(clips / seconds)
     return rates
 

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, written as their programs write them: Hugging Face classes save themselves, the other
+"""Checkpoints with random weights in their original formats: Hugging Face classes save themselves, the other
 layouts are written by name. For the tests of the converter and its benchmark.
 """
 
@@ -211,7 +211,7 @@ def megatron_names(width: int, depth: int, vocab: int, positions: int) -> dict[s
     return shapes
 
 
-# Axis along which tensor parallelism cuts a tensor; norms, positions and the biases of row-parallel layers are whole.
+# Axis that tensor parallelism shards; norms, positions and the biases of row-parallel layers are replicated.
 _CUT = {
     "word_embeddings.weight": 0,
     "query_key_value.weight": 0,

@@ -1,12 +1,13 @@
 """The training step compared with the same computation in PyTorch with Hugging Face's classes: `python -m benchmarks.torch_step`.
 
-TimesformerModel, a layer of cross-attention with learned queries (nn.MultiheadAttention), a linear connector and a frozen
-GPT2LMHeadModel, AdamW on what is trained; against `step.compile_step` of a model of the same sizes. Both sides start from
-the same weights and see the same batch; their first losses are compared before anything is timed. No dropout.
+PyTorch's model consists of TimesformerModel, a layer of cross-attention with learned queries (nn.MultiheadAttention), a linear
+connector and a frozen GPT2LMHeadModel; AdamW updates the trainable parameters. It is compared with `step.compile_step` of a model
+of the same sizes. Both start from the same weights and see the same batch, and their first losses are compared before anything is
+timed. There is no dropout.
 
-Two forms of the PyTorch side: "classes" takes the classes as they are (logits over the whole row, the video encoder's own
-attention), "tuned" takes fused attention everywhere and logits at text positions only. Each runs eagerly and, with
-`--compile`, through torch.compile. On a GPU: `--device cuda --dtype bfloat16` (autocast there, bfloat16 here), `--size 1.3b`.
+There are two forms of the PyTorch model: "classes" uses the classes unchanged (logits at all positions, the video encoder's own
+attention); "tuned" uses fused attention everywhere and computes logits at text positions only. Each runs eagerly and, with
+`--compile`, through torch.compile. On a GPU use `--device cuda --dtype bfloat16 --size 1.3b`; PyTorch then runs under autocast.
 """
 
 import argparse
@@ -131,7 +132,9 @@ def main() -> None:
             "PyTorch, classes, compiled": Theirs(first, batch, args.dtype, tuned=False, compiled=True),
             "PyTorch, tuned, compiled": Theirs(first, batch, args.dtype, tuned=True, compiled=True),
         }
-    losses = {name: [side.step() for _ in range(3)] for name, side in sides.items()}  # compiles and warms up, too
+    losses = {
+        name: [side.step() for _ in range(3)] for name, side in sides.items()
+    }  # the first calls compile and warm up
     for name, values in losses.items():
         print(f"{name:<28} losses " + " ".join(f"{value:.5f}" for value in values))
         np.testing.assert_allclose(values, losses["ours"], rtol=1e-4 if args.dtype == "float32" else 1e-2)

@@ -69,7 +69,9 @@ def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
       BuildError: a flag or a folder cannot be used.
     """
     if args.csv.is_dir() or not args.csv.exists():
-        raise BuildError(f"--csv {args.csv}: {'a folder' if args.csv.is_dir() else 'no such file'}; give a CSV")
+        raise BuildError(
+            f"--csv {args.csv}: {'a folder, not a file' if args.csv.is_dir() else 'no such file'}; give a CSV"
+        )
     for flag, folders in (("--video_root", [args.video_root]), ("--allow_links_to", args.allow_links_to)):
         for folder in folders:
             if not folder.is_dir():
@@ -82,11 +84,11 @@ def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
         ("max_rejects", args.max_rejects, 0),
     ):
         if not value >= least:
-            raise BuildError(f"--{name} {value}: give at least {least}")
+            raise BuildError(f"--{name} {value}: too small; give {least} or more")
     if not args.time_limit > 0:
-        raise BuildError(f"--time_limit {args.time_limit:g}: give seconds above 0")
+        raise BuildError(f"--time_limit {args.time_limit:g}: too small; give more than 0 seconds")
     if args.classes and args.config != "classification":
-        raise BuildError(f"--classes applies to --config classification only, not to {args.config}; leave it out")
+        raise BuildError(f"--classes: applies to --config classification only, not to {args.config}; leave it out")
     _check_beam_flags(beam_flags)
 
 
@@ -106,6 +108,6 @@ def _check_beam_flags(flags: list[str]) -> None:
         value = not flag.startswith("-") and previous.startswith("--") and "=" not in previous
         if not value and name not in known and (not runner or near or not flag.startswith("--")):
             raise BuildError(
-                f"{name}: no such flag{f'; did you mean {near[0]}?' if near else ' in this program or Beam; --help lists the flags'}"
+                f"{name}: unknown flag; {f'did you mean {near[0]}?' if near else 'neither this program nor Beam has it, --help lists the flags'}"
             )
         previous = flag

@@ -97,14 +97,16 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
             raise BuildError(str(error)) from None
     except OSError as error:
         place = error.filename or args.out
-        raise PlaceError(f"{place}: {error.strerror}; make it writable and run the same command again") from None
+        raise PlaceError(
+            f"{place}: cannot be written ({error.strerror}); make it writable, then run the same command again"
+        ) from None
 
 
 def _check_built(out: Path, split: str, old: dict[str, Any], facts: dict[str, Any]) -> None:
     """Report that the split already exists. Raises BuildError if it was built with other settings."""
     if any(old[key] != value for key, value in facts.items()):
         raise BuildError(
-            f"{out}: split {split!r} was built from another CSV or with other settings; give --overwrite or another --out"
+            f"{out}: split {split!r} was built from another CSV or with other settings; give --overwrite, or choose another --out"
         )
     again = f" ({old['rejected']:,} rows were rejected; --overwrite builds the split again)" if old["rejected"] else ""
     print(f"{out}: split {split!r} already exists ({old['written']:,} records); nothing to do{again}", file=sys.stderr)
@@ -116,8 +118,10 @@ def _text(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise BuildError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except FileNotFoundError:
+        raise BuildError(f"{path}: no such file; correct the path") from None
     except OSError as error:
-        raise BuildError(f"{path}: {error.strerror}; give a readable file") from None
+        raise BuildError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, rows: list, size: int) -> list[dict]:
@@ -219,7 +223,7 @@ def _old_manifest(out: Path) -> dict:
         _ = manifest["kind"], manifest["frames"]["per_clip"], manifest["splits"].items()
         return manifest
     except OSError as error:
-        raise BuildError(f"--out {out}: {error.strerror}; choose another folder") from None
+        raise BuildError(f"--out {out}: cannot be read ({error.strerror}); choose another folder") from None
     except KeyError as error:
         raise BuildError(f"{path}: damaged (no {error} in it); build into another --out") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -246,7 +250,7 @@ def _check_fits(manifest: dict, args: argparse.Namespace, classes: tuple[str, ..
                 f"{len(old)} there, {len(classes)} here",
             )
             raise BuildError(
-                f"{args.out} was built with other classes ({other}); give the same --classes, or another --out"
+                f"{args.out} was built with other classes ({other}); give the same --classes, or choose another --out"
             )
 
 

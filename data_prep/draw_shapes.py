@@ -104,7 +104,7 @@ def plan(clips: int, seed: int) -> tuple[list[Clip], list[Clip], list[Clip]]:
       ValueError: too few clips.
     """
     if clips < MIN_CLIPS:
-        raise ValueError(f"--clips {clips}: too few for training and validation splits; give at least {MIN_CLIPS}")
+        raise ValueError(f"--clips {clips}: too few for training and validation splits; give {MIN_CLIPS} or more")
     rng = np.random.default_rng(seed)
     colours, shapes, motions = (rng.permutation(words).tolist() for words in (list(COLOURS), SHAPES, MOTIONS))
     held_out = [
@@ -256,10 +256,10 @@ def is_drawn(out: Path, settings: dict[str, int], files: list[str]) -> bool:
     try:
         found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(f"{out} exists and is not a corpus of draw_shapes; give another --out") from None
+        raise FileExistsError(f"{out} exists and is not a corpus of draw_shapes; choose another --out") from None
     if found != settings:
         raise FileExistsError(
-            f"{out} holds a corpus drawn with {found}, not {settings}; remove it or give another --out"
+            f"{out} holds a corpus drawn with {found}, not {settings}; remove it or choose another --out"
         )
     tables = [f"{kind}_{split}.csv" for kind in COLUMNS for split in ("train", "val")]
     missing = [name for name in (*files, *tables, TEST) if not (out / name).is_file()]
@@ -287,7 +287,7 @@ def draw(out: Path, clips: int = 1200, seed: int = 0) -> bool:
     try:
         (partial / "videos").mkdir(parents=True)
     except OSError as error:
-        raise OSError(error.errno, f"cannot be created ({error.strerror}); give another --out", str(out)) from None
+        raise OSError(error.errno, f"cannot be created ({error.strerror}); choose another --out", str(out)) from None
     try:
         workers = min(os.cpu_count() or 1, math.ceil(clips / 32))
         # Spawned, not forked, because the caller may have threads.

@@ -79,7 +79,7 @@ def _main(argv: list[str] | None) -> None:
     )
     args = parser.parse_args(argv)
     if args.count < 1:
-        raise ValueError(f"--count {args.count}: give at least 1")
+        raise ValueError(f"--count {args.count}: too small; give 1 or more")
     entities = read_entities(args.entities)
     counts: Counter[str] = Counter()
     if args.csv:

@@ -182,7 +182,7 @@ def _main(argv: list[str] | None) -> None:
     )
     args = parser.parse_args(argv)
     if args.out.suffix != ".model":
-        raise ValueError(f"--out {args.out}: the name must end in .model")
+        raise ValueError(f"--out {args.out}: not the name of a .model file; give a name that ends in .model")
     left_out: list[str] = []
     texts = (text for path in args.csv for text in texts_of(path, left_out))
     with bar(texts, "reading", "text") as read:

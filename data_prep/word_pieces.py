@@ -58,7 +58,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--vocab", type=int, default=512, help="maximum number of tokens (default 512)")
     args = parser.parse_args(argv)
     if args.out.suffix != ".txt":
-        raise ValueError(f"--out {args.out}: the name must end in .txt")
+        raise ValueError(f"--out {args.out}: not the name of a .txt file; give a name that ends in .txt")
     left_out: list[str] = []
     texts = (text for path in args.csv for text in texts_of(path, left_out))
     with bar(texts, "reading", "text") as read:

@@ -118,11 +118,11 @@ def test_mistakes_are_one_line_with_the_name() -> None:
     refused(r"task 'caption'.*offers caption\(\); load another run", model.embed_texts, ["红色"])
     refused("^clips/broken.mp4: empty_file: zero bytes", model.caption, [CLIPS[0], "clips/broken.mp4"])
     refused("^clips/none.mp4: missing_file: no such file", model.caption, ["clips/none.mp4"])
-    refused("^clips: a folder; list the video files in it", model.caption, ["clips"])
+    refused("^clips: a folder, not a file; list the video files in it", model.caption, ["clips"])
     refused("^paths: 'clips/kitten.mp4' is a single value; give a list", model.caption, CLIPS[0])
     titled = ymplug_jax.load("runs/classify")
     refused("^titles: 1 titles for 2 files; give one for each", titled.classify, CLIPS, ["小猫"])
-    refused("^best=0: give 1 or more", titled.classify, CLIPS, best=0)
+    refused("^best=0: too small; give 1 or more", titled.classify, CLIPS, best=0)
     refused("^texts: ' ': nothing is left", ymplug_jax.load("runs/retrieve").embed_texts, ["红色", " "])
     refused(
         "runs/caption is a run of task 'caption'; classify needs a run of task",
@@ -166,7 +166,7 @@ def test_a_conversion_takes_settings_and_a_tokenizer(tmp_path: Path) -> None:
         (folder, {"config": "none.py"}, "none.py: no such file"),
         (folder, {"config": other}, "does not fit the model of this config.* other shape"),
         (folder, {"needs": "classify"}, "task 'caption'; classify needs a run of task"),
-        (tmp_path / "base", {}, "its language model has ln_eps 0.1"),
+        (tmp_path / "base", {}, "its language model has ln_eps=0.1"),
     ):
         with pytest.raises(Mistake, match=message):
             ymplug_jax.load(name, **given | changed)

@@ -71,11 +71,11 @@ def test_the_kind_of_a_language_model():
         read("--config", PRETRAIN, "--config.model.llm.kind=llama")
     assert str(caught.value) == "config.model.llm.kind: unknown kind 'llama'; choose one of gpt3, bloom, qwen"
     with pytest.raises(
-        Mistake, match=r"^config\.model.llm: no setting named 'max_position'; did you mean 'max_positions'"
+        Mistake, match=r"^config\.model.llm: unknown setting 'max_position'; did you mean 'max_positions'"
     ):
         read("--config", f"{PRETRAIN}:qwen", "--config.model.llm.max_position=3")
     with pytest.raises(
-        Mistake, match=r"pretrain.py:llama: language model 'llama' is unknown; there are gpt3, bloom, qwen$"
+        Mistake, match=r"pretrain.py:llama: unknown language model 'llama'; choose one of gpt3, bloom, qwen$"
     ):
         read("--config", f"{PRETRAIN}:llama")
 

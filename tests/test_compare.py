@@ -92,13 +92,13 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
     out = ["--out", tmp_path / "c.html"]
     for args, message in (
         ([tmp_path / "none", *out], "none: no such folder; give the --workdir of a run"),
-        ([tmp_path / "empty", *out], "empty: no run (it has no config.json)"),
-        ([a / "config.json", *out], "config.json: is a file"),
+        ([tmp_path / "empty", *out], "empty: no config.json here"),
+        ([a / "config.json", *out], "config.json: a file, not a folder"),
         ([a, f"{a}/", *out], "the same run as"),
         ([a, tmp_path / "link", *out], "the same run as"),
         ([damaged, *out], "config.json: damaged or unreadable"),
         ([listed, *out], "scores.json: holds no JSON object"),
-        ([a, "--out", tmp_path / "c.png"], "the page is HTML"),
+        ([a, "--out", tmp_path / "c.png"], "not the name of an HTML file"),
         ([a, "--out", tmp_path / "none" / "c.html"], "no such folder"),
         ([], "the following arguments are required: RUN"),
         ([a, "--frobnicate"], "unrecognized arguments: --frobnicate"),

@@ -156,14 +156,14 @@ def test_resolved_settings(name: str):
 
 
 def test_a_slice_without_a_layout_says_what_there_is():
-    with pytest.raises(ValueError, match=r"has no layout for pretrain with qwen3-8b; there are 1\.3b, 2\.7b"):
+    with pytest.raises(ValueError, match=r"has no layout for pretrain with qwen3-8b; choose one of 1\.3b, 2\.7b"):
         load("mplug_video/pretrain", "qwen3-8b@v5e-16")
 
 
 def test_unknown_sizes_are_named():
-    with pytest.raises(ValueError, match=r"size '13b' is unknown; there are 1.3b, 2.7b"):
+    with pytest.raises(ValueError, match=r"unknown size '13b'; choose one of 1.3b, 2.7b"):
         load("mplug_video/pretrain", "13b")
-    with pytest.raises(ValueError, match="vision towers: b16, l14"):
+    with pytest.raises(ValueError, match="unknown vision tower 'h14'; choose one of b16, l14"):
         load("mplug_video/pretrain", "1.3b,h14")
 
 

@@ -191,5 +191,5 @@ def test_the_cost_analysis_is_reported_without_operations_in_the_trace(tmp_path:
 def test_an_unknown_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         device.main(["--steps=train,everything", f"--out={tmp_path / 'd.json'}"])
-    assert "no step named 'everything'; there are attention, build" in capsys.readouterr().err
+    assert "unknown step 'everything'; choose one of attention, build" in capsys.readouterr().err
     assert not (tmp_path / "d.json").exists()

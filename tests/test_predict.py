@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_line(home: Path, capsys: pytest.CaptureFixture, monk
         monkeypatch.setattr(sys, "stdout", full)
         assert predict_lib.main(["classify", f"--checkpoint={home / 'classify'}", f"--video={home / 'videos'}"]) == 5
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: standard output: No space left")
+        assert line.startswith("error: standard output: cannot be written (No space left")
         with contextlib.suppress(OSError):
             full.close()  # flushing the buffer fails again
 
@@ -395,8 +395,8 @@ def test_a_decoder_that_cannot_start_ends_in_one_line(
 
 
 MISTAKES = {
-    "no folder": (["classify", "--checkpoint", "nowhere", "--video", "x.mp4"], "nowhere: no config.json here"),
-    "a file": (["classify", "--checkpoint", "{home}/broken.mp4", "--video", "x.mp4"], "broken.mp4: a file;"),
+    "no folder": (["classify", "--checkpoint", "nowhere", "--video", "x.mp4"], "nowhere: no such folder"),
+    "a file": (["classify", "--checkpoint", "{home}/broken.mp4", "--video", "x.mp4"], "broken.mp4: a file, not a folder;"),
     "empty name": (["classify", "--checkpoint", "", "--video", "x.mp4"], "--checkpoint: the name is empty"),
     "empty folder": (["classify", "--checkpoint", "{home}/videos", "--video", "x.mp4"], "videos: no config.json here"),
     "below": (["classify", "--checkpoint", "{home}/classify/checkpoints", "--video", "x"], "such as {home}/classify"),
@@ -416,23 +416,23 @@ MISTAKES = {
     "empty text": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "a", " "], "--text ' ': nothing is left"),
     "marks": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "?!"], "--text '?!': nothing is left"),
     "bytes": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "\udcbc"], "nor as UTF-8"),
-    "best 0": (["classify", "--checkpoint", "r", "--video", "a", "--best", "0"], "--best 0: give 1 or more"),
-    "best -1": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "-1"], "--best -1: give 1"),
+    "best 0": (["classify", "--checkpoint", "r", "--video", "a", "--best", "0"], "--best 0: too small; give 1 or more"),
+    "best -1": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "-1"], "--best -1: too small; give 1"),
     "best x": (["retrieve", "--checkpoint", "r", "--video", "a", "--text", "t", "--best", "x"], "invalid int value: 'x'"),
-    "decoders": (["caption", "--checkpoint", "r", "--video", "a", "--decoders", "0"], "--decoders 0: give 1 or more"),
+    "decoders": (["caption", "--checkpoint", "r", "--video", "a", "--decoders", "0"], "--decoders 0: too small; give 1 or more"),
     "both": (["retrieve", "--checkpoint", "r", "--video", "a", "--index", "i", "--text", "t"], "exclude each other"),
     "in and out": (["retrieve", "--checkpoint", "r", "--index", "i", "--export", "e"], "give --video with --export"),
     "rank alone": (["retrieve", "--checkpoint", "r", "--index", "i", "--rank", "texts"], "--text: missing; give texts"),
     "other command": (["classify", "--checkpoint", "r", "--video", "a", "--text", "t"], "--text: classify does not use it"),
     "other title": (["retrieve", "--checkpoint", "r", "--video", "a", "--title", "t"], "--title: retrieve does not use it"),
     "export place": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/no/i.npz"], "create it first"),
-    "export folder": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/data"], "this is a folder"),
+    "export folder": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/data"], "a folder, not a file; give a file in it"),
     "export over": (["retrieve", "--checkpoint", "r", "--video", "a", "--export", "{home}/videos/a.mp4"], "is not an index"),
     "sheet kind": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/s.bmp"], "cannot draw .bmp; name a file that ends in .png"),
-    "sheet place": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/no/s.png"], "make it first"),
+    "sheet place": (["classify", "--checkpoint", "r", "--video", "a", "--sheet", "{home}/no/s.png"], "create it first"),
     "sheet of index": (["retrieve", "--checkpoint", "r", "--index", "i", "--text", "t", "--sheet", "s.png"], "no frames"),
-    "index folder": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/data", "--text", "t"], "is a folder"),
-    "index gone": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "i", "--text", "t"], "does not exist"),
+    "index folder": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/data", "--text", "t"], "a folder, not a file"),
+    "index gone": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "i", "--text", "t"], "no such file; correct the path"),
     "index kind": (["retrieve", "--checkpoint", "{home}/retrieve", "--index", "{home}/broken.mp4", "--text", "t"], "as an index"),
     "flag": (["classify", "--chekpoint", "r", "--video", "a"], "--chekpoint: unknown flag; did you mean --checkpoint?"),
     "command": (["clasify", "--checkpoint", "r", "--video", "a"], "clasify: unknown command; did you mean classify?"),

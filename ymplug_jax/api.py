@@ -31,13 +31,21 @@ METHODS = {"caption": ("caption",), "classify": ("classify",), "retrieve": ("emb
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """The classes of one video."""
+    """The classes of one video.
 
-    video: str  # path of the file, as given
-    name: str  # most probable class
-    scores: dict[str, float]  # the most probable classes with their probabilities, best first
-    head: str  # class that the classification head chooses
-    shown: str  # what the model saw: "video and title" or "video"
+    Attributes:
+      video: path of the file, as given.
+      name: the most probable class.
+      scores: class name -> probability of the most probable classes, best first.
+      head: the class that the classification head chooses.
+      shown: what the model saw, "video and title" or "video".
+    """
+
+    video: str
+    name: str
+    scores: dict[str, float]
+    head: str
+    shown: str
 
 
 def load(
@@ -158,7 +166,7 @@ class VideoModel:
         """
         self._must_offer("classify")
         if best < 1:
-            raise Mistake(f"best={best}: give 1 or more")
+            raise Mistake(f"best={best}: too small; give 1 or more")
         found = (answer.json for answer in self._answers("classify", paths, titles, best))
         return [
             Classification(answer["video"], answer["class"], answer["best"], answer["head"], answer["shown"])
@@ -232,7 +240,7 @@ class VideoModel:
         if len(given) != len(names):
             raise Mistake(f"titles: {len(given)} titles for {len(names)} files; give one for each, in their order")
         if folder := next((name for name in names if os.path.isdir(name)), None):
-            raise Mistake(f"{folder}: a folder; list the video files in it")
+            raise Mistake(f"{folder}: a folder, not a file; list the video files in it")
         files = [clip_stream.File(name, True) for name in names]
         for reads in clip_stream.read_all(files, BATCH, clip_stream.decoders()):
             records = []

@@ -294,7 +294,9 @@ def _of_value(made: ConfigDict, message: str) -> str:
     for group in groups:
         node = node[group]
     kind = node.get_type(last)
-    what = {**config.NAMES, tuple: "a tuple such as ('a', 'b')", ConfigDict: "a group of settings"}.get(
-        kind, "a valid value"
-    )
+    what = {
+        **config.NAMES,
+        tuple: "a tuple; write one such as ('a', 'b')",
+        ConfigDict: "a group of settings; set each one by name",
+    }.get(kind, "a valid value")
     return f"config.{match[1]}: {match[2]!r} is not {what}"

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             out.write_bytes(html.encode("utf-8", "replace"))
         except OSError as error:
-            raise Mistake(f"--out {out}: cannot be written: {error.strerror or error}; give another file") from None
+            raise Mistake(f"--out {out}: cannot be written ({error.strerror or error}); choose another file") from None
     except Mistake as error:
         print(f"error: {error}", file=sys.stderr)
         return exits.MISTAKE
@@ -103,11 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_out(out: epath.Path) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
-        raise Mistake(f"--out {out}: the page is HTML; give a file name that ends in .html")
+        raise Mistake(f"--out {out}: not the name of an HTML file; give a name that ends in .html")
     if out.is_dir():
-        raise Mistake(f"--out {out}: is a folder; name a file in it")
+        raise Mistake(f"--out {out}: a folder, not a file; give a file in it")
     if not out.parent.is_dir():
-        raise Mistake(f"--out {out}: no such folder {out.parent}; make it first")
+        raise Mistake(f"--out {out}: no such folder {out.parent}; create it first")
 
 
 def read(names: Sequence[str]) -> list[Run]:
@@ -131,13 +131,13 @@ def _folders(name: str) -> list[tuple[str, epath.Path]]:
     if not folder.exists():
         raise Mistake(f"{name}: no such folder; give the --workdir of a run")
     if not folder.is_dir():
-        raise Mistake(f"{name}: is a file; give the --workdir of a run")
+        raise Mistake(f"{name}: a file, not a folder; give the --workdir of a run")
     if (folder / "config.json").exists():
         return [(name.rstrip("/") or name, folder)]
     seeds = [one for one in folder.glob("seed_*") if (one / "config.json").exists()]
     seeds.sort(key=lambda one: (len(one.name), one.name))
     if not seeds:
-        raise Mistake(f"{name}: no run (it has no config.json); give the --workdir of a run")
+        raise Mistake(f"{name}: no config.json here; give the --workdir of a run")
     return [(f"{name.rstrip('/')}/{one.name}", one) for one in seeds]
 
 

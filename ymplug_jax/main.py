@@ -190,10 +190,10 @@ def _code(error: Exception, started: bool) -> int | None:
 
 def _line(error: Exception) -> str:
     """Return the error's message as one line; for an operating system error, its path and reason."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: no such file; correct the path"
     if isinstance(error, OSError) and error.filename is not None:
-        return (
-            f"{os.fsdecode(error.filename)}: {error.strerror or error}; check that the path exists and its permissions"
-        )
+        return f"{os.fsdecode(error.filename)}: {error.strerror or error}; check its permissions"
     return " ".join(str(error).splitlines())
 
 

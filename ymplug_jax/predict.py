@@ -68,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
     """Raises `Mistake` instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise Mistake(f"{message}; see --help")
+        raise Mistake(f"{message}; --help lists the flags")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -100,11 +100,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for word in argv:
         name = word.partition("=")[0]
         if name.startswith("--") and name != "--" and not any(flag.startswith(name) for flag in known):
-            raise Mistake(f"{name}: unknown flag; {_nearest(name, known) or 'see --help'}")
+            raise Mistake(f"{name}: unknown flag; {_nearest(name, known) or '--help lists the flags'}")
     args = parser.parse_args(argv)
     if args.command not in COMMANDS:
         raise Mistake(
-            f"{args.command}: unknown command; {_nearest(args.command, COMMANDS) or 'choose ' + ', '.join(COMMANDS)}"
+            f"{args.command}: unknown command; {_nearest(args.command, COMMANDS) or 'choose one of ' + ', '.join(COMMANDS)}"
         )
     return args
 
@@ -131,7 +131,7 @@ def check(args: argparse.Namespace) -> "list[File]":
         raise Mistake("--best: caption gives one answer for each video; leave it out")
     for flag in ("best", "decoders"):
         if (number := getattr(args, flag)) is not None and number < 1:
-            raise Mistake(f"--{flag} {number}: give 1 or more")
+            raise Mistake(f"--{flag} {number}: too small; give 1 or more")
     args.best, args.rank = args.best or 5, args.rank or "videos"
     if not args.checkpoint:
         raise Mistake("--checkpoint: the name is empty; give the --workdir of a run")
@@ -182,11 +182,13 @@ def _check_places(args: argparse.Namespace) -> None:
 
     if path := args.export:
         if path.is_dir():
-            raise Mistake(f"--export {path}: this is a folder; give a file name")
+            raise Mistake(f"--export {path}: a folder, not a file; give a file in it")
         if not path.parent.is_dir():
-            raise Mistake(f"--export {path}: the folder {path.parent} does not exist; create it first")
+            raise Mistake(f"--export {path}: no such folder {path.parent}; create it first")
         if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-            raise Mistake(f"--export {path}: no write permission; give another file")
+            raise Mistake(
+                f"--export {path}: no permission to write there; check its permissions, or choose another file"
+            )
     if args.sheet and args.index:
         raise Mistake(
             "--sheet and --index exclude each other, because an index holds no frames; give files with --video"
@@ -199,7 +201,7 @@ def _check_places(args: argparse.Namespace) -> None:
         try:
             index_file.read(args.export, ("video", "video_id"), setting="--export")
         except Mistake:
-            raise Mistake(f"--export {args.export}: the existing file is not an index; give another name") from None
+            raise Mistake(f"--export {args.export}: the existing file is not an index; choose another file") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -283,7 +285,7 @@ def say(text: str) -> None:
         raise _Closed from None
     except OSError as error:
         raise PlaceFailed(
-            f"standard output: {error.strerror}; free some space or redirect to another disk, then run again"
+            f"standard output: cannot be written ({error.strerror}); free some space or redirect to another disk, then run the same command again"
         ) from None
 
 

@@ -26,7 +26,7 @@ def split_arg(arg: str) -> tuple[str, str]:
     vision = vision or "b16"
     if variant not in alpro.VARIANTS or vision not in SIZES:
         raise ValueError(
-            f"{arg!r} is unknown; there are {', '.join(alpro.VARIANTS)}, each also as VARIANT,clip_b16 or VARIANT,clip_l14"
+            f"unknown variant {arg!r}; choose one of {', '.join(alpro.VARIANTS)}, each also as VARIANT,clip_b16 or VARIANT,clip_l14"
         )
     return variant, vision
 

@@ -38,7 +38,7 @@ def split_arg(arg: str) -> tuple[str, str]:
     """
     llm, _, vision = arg.partition(",")
     if llm not in LLMS:
-        raise ValueError(f"size {llm!r} is unknown; there are {', '.join(LLMS)}, each also as SIZE,l14")
+        raise ValueError(f"unknown size {llm!r}; choose one of {', '.join(LLMS)}, each also as SIZE,l14")
     return llm, vision or "b16"
 
 
@@ -54,7 +54,7 @@ def tiny(llm: str) -> str:
       ValueError: The kind is unknown.
     """
     if llm not in TINY:
-        raise ValueError(f"language model {llm!r} is unknown; there are {', '.join(TINY)}")
+        raise ValueError(f"unknown language model {llm!r}; choose one of {', '.join(TINY)}")
     return TINY[llm]
 
 

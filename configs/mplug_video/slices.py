@@ -65,12 +65,12 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
       ValueError: The slice is unknown or has no layout for the size.
     """
     if name not in SLICES:
-        raise ValueError(f"slice {name!r} is unknown; there are {', '.join(SLICES)}")
+        raise ValueError(f"unknown slice {name!r}; choose one of {', '.join(SLICES)}")
     layout, model, run = SLICES[name], experiment.model, f"{experiment.task} {size}"
     there = layout.sizes(experiment.task)
     if size not in there:
         raise ValueError(
-            f"slice {name!r} has no layout for {experiment.task} with {size}; there are {', '.join(there)}. Use :{size} without a "
+            f"slice {name!r} has no layout for {experiment.task} with {size}; choose one of {', '.join(there)}. Use :{size} without a "
             f"slice and choose config.train.batch_size and config.mesh.fsdp by --mode compile --topology {layout.topology}"
         )
     each = layout.batch[size]

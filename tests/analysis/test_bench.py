@@ -90,12 +90,14 @@ def test_few_steps_are_few_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_step_has_no_spread() -> None:
-    with pytest.raises(Mistake, match=r"^--steps 1: one step has no spread; give 2 or more$"):
+    with pytest.raises(Mistake, match=r"^--steps 1: too small; give 2 or more$"):
         bench_lib.bench(tiny.experiment(), 1)
 
 
 def test_a_folder_that_cannot_be_made_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "compile_step", None)
     (tmp_path / "file").write_text("")
-    with pytest.raises(Mistake, match=r"^--workdir .*/file/run: Not a directory; give another folder$"):
+    with pytest.raises(
+        Mistake, match=r"^--workdir .*/file/run: cannot be created \(Not a directory\); choose another folder$"
+    ):
         bench_lib.bench(tiny.experiment(), 2, epath.Path(tmp_path / "file" / "run"))

@@ -172,7 +172,7 @@ def test_a_stopped_conversion_resumes(
     everything, count, killed_at = count, 0, 40
     capsys.readouterr()
     convert("mplug_video", tmp_path / "x.pt", out=tmp_path / "out", more=HEADS, code=130)
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped; repeat the command to continue"
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; run the same command again to continue"
     assert not (tmp_path / "out" / "checkpoints" / "converted").exists()
     count, killed_at = 0, 0
     convert("mplug_video", tmp_path / "x.pt", out=tmp_path / "out", more=HEADS)

@@ -144,7 +144,7 @@ sys.exit(command.main({argv(source, tmp_path / "out")!r}))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == exits.STOPPED == 130
-    assert said.splitlines()[-1] == "stopped; repeat the command to continue" and "Traceback" not in said
+    assert said.splitlines()[-1] == "stopped; run the same command again to continue" and "Traceback" not in said
     assert (tmp_path / "out" / "checkpoints" / "converted.partial").is_dir()
     assert not (tmp_path / "out" / LOCK).exists()
     assert command.main(argv(source, tmp_path / "out")) == 0
@@ -189,7 +189,7 @@ def test_ctrl_c_on_the_way_back_leaves_no_file(
     back = ["--model", "bloom", "--source", str(tmp_path / "converted"), "--to", "torch", "--out"]
     monkeypatch.setattr(to_torch, "_write", interrupted)
     assert command.main([*back, str(tmp_path / "back")]) == exits.STOPPED
-    expected = "stopped; no file was written, repeat the command to start again"
+    expected = "stopped; no file was written, run the same command again to start over"
     assert capsys.readouterr().err.splitlines()[-1] == expected and not (tmp_path / "back").exists()
     monkeypatch.setattr(to_torch, "_write", real)
     assert command.main([*back, str(tmp_path / "back")]) == 0

@@ -115,12 +115,12 @@ def test_a_place_that_cannot_be_made(
     file = tmp_path / "file"
     file.touch()
     convert(source, file / "x", code=2)
-    assert line_of(capsys) == f"error: --out {file}/x: cannot be written: Not a directory; give another folder"
+    assert line_of(capsys) == f"error: --out {file}/x: cannot be written (Not a directory); choose another folder"
     convert(source, file, code=2)
-    assert line_of(capsys) == f"error: --out {file}: cannot be written: Not a directory; give another folder"
+    assert line_of(capsys) == f"error: --out {file}: cannot be written (Not a directory); choose another folder"
     back = ["--model", "gpt3", "--source", str(converted), "--to", "torch", "--out"]
     assert command.main([*back, str(file / "x")]) == 2
-    assert line_of(capsys) == f"error: --out {file}/x: cannot be written: Not a directory; give another folder"
+    assert line_of(capsys) == f"error: --out {file}/x: cannot be written (Not a directory); choose another folder"
     assert file.read_bytes() == b""
 
 
@@ -130,7 +130,7 @@ def test_too_little_room_is_found_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=600_000))
     convert(source, tmp_path / "out", code=2)
-    assert "bytes, but only 600,000 are free; free some space or give another folder" in line_of(capsys)
+    assert "bytes, but only 600,000 are free; free some space or choose another folder" in line_of(capsys)
     assert not (tmp_path / "out").exists()
     back = ["--model", "gpt3", "--source", str(converted), "--to", "torch", "--out", str(tmp_path / "back")]
     assert command.main(back) == 2 and "only 600,000 are free" in line_of(capsys)
@@ -152,10 +152,10 @@ def test_a_disk_that_fails_on_the_way(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert first == (
-        f"error: {tmp_path}/out/checkpoints/converted.partial: cannot be written: File too large; free some space or repair the "
-        "disk, then repeat the command to continue"
+        f"error: {tmp_path}/out/checkpoints/converted.partial: cannot be written (File too large); free some space or repair the "
+        "disk, then run the same command again to continue"
     )
-    assert second.startswith(f"error: {tmp_path}/back/model.safetensors: cannot be written: File too large; free some")
+    assert second.startswith(f"error: {tmp_path}/back/model.safetensors: cannot be written (File too large); free some")
     assert not (tmp_path / "back").exists()
     convert(source, tmp_path / "out")
     assert leaf_checksums.read(epath.Path(tmp_path) / "out/checkpoints/converted") == leaf_checksums.read(
@@ -192,13 +192,13 @@ def test_a_layer_cannot_be_missing(source: Path, tmp_path: Path, capsys: pytest.
         ("--modle bloom", "unrecognized arguments: --modle bloom"),
         ("--out gs://bucket/x", "--out gs://bucket/x: not a local folder; convert into a local folder and copy it"),
         ("--weights x.pt", "unrecognized arguments: --weights x.pt"),
-        ("--heads 32", "--heads 32: not NAME=NUMBER; give one of llm, vision, text, e.g. llm=32"),
-        ("--heads llm=", "--heads llm=: not NAME=NUMBER; give"),
+        ("--heads 32", "--heads 32: not NAME=NUMBER; choose one of llm, vision, text, e.g. llm=32"),
+        ("--heads llm=", "--heads llm=: not NAME=NUMBER; choose"),
         ("--heads llm=x", "--heads llm=x: not NAME=NUMBER"),
         ("--heads llm=0", "--heads llm=0: not NAME=NUMBER"),
         ("--heads llm=-4", "--heads llm=-4: not NAME=NUMBER"),
         ("--heads lm=4", "--heads lm=4: not NAME=NUMBER"),
-        ("--dtype bfloat16", "--dtype bfloat16: not SUBTREE=TYPE; give one of float32, bfloat16, float16"),
+        ("--dtype bfloat16", "--dtype bfloat16: not SUBTREE=TYPE; choose one of float32, bfloat16, float16"),
         ("--dtype llm=int8", "--dtype llm=int8: not SUBTREE=TYPE"),
         ("--image_size 0", "argument --image_size: '0' is not a whole number above 0"),
         ("--frames 1.5", "argument --frames: '1.5' is not a whole number"),
@@ -231,9 +231,9 @@ def test_folders_without_a_checkpoint(tmp_path: Path, converted: Path, capsys: p
     record = shutil.copytree(converted, tmp_path / "record")
     (record / "conversion.json").write_text("{")
     for name, message in (
-        ("gone", "gone: no such folder; give the folder of a run or of a conversion"),
-        ("file", "file: not a folder; give the folder of a run"),
-        ("empty", "empty: has no checkpoint; give the folder of a run or of a conversion"),
+        ("gone", "gone: no such folder; give the --workdir of a run or the --out of a conversion"),
+        ("file", "file: a file, not a folder; give the --workdir of a run"),
+        ("empty", "empty: no checkpoint here; give the --workdir of a run or the --out of a conversion"),
         ("damaged", "converted: its parameters cannot be opened ("),
         ("record", "conversion.json: not JSON ("),
     ):

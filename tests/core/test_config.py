@@ -25,7 +25,7 @@ def test_misspelt_key_fails_on_its_line():
     locked = config.to_config_dict(make())
     with pytest.raises(AttributeError, match="batch_sise"):
         locked.train.batch_sise = 3
-    with pytest.raises(ValueError, match=r"config.train: no setting named 'batch_sise'; did you mean 'batch_size'?"):
+    with pytest.raises(ValueError, match=r"config.train: unknown setting 'batch_sise'; did you mean 'batch_size'?"):
         config.from_config_dict({"task": "x", "model": {}, "train": {"batch_sise": 3}})
 
 
@@ -127,20 +127,29 @@ def settings(**groups) -> dict:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"train": {"batch_size": "8"}}, "config.train.batch_size: '8' is not a whole number"),
-        ({"train": {"batch_size": 8.0}}, "config.train.batch_size: 8.0 is not a whole number"),
-        ({"train": {"batch_size": True}}, "config.train.batch_size: True is not a whole number"),
+        (
+            {"train": {"batch_size": "8"}},
+            "config.train.batch_size: '8' is not a whole number; give an integer such as 8",
+        ),
+        (
+            {"train": {"batch_size": 8.0}},
+            "config.train.batch_size: 8.0 is not a whole number; give an integer such as 8",
+        ),
+        (
+            {"train": {"batch_size": True}},
+            "config.train.batch_size: True is not a whole number; give an integer such as 8",
+        ),
         ({"train": {"batch_size": 0}}, "config.train.batch_size: 0 is too small; give 1 or more"),
         ({"train": {"max_bad_steps": 0}}, "config.train.max_bad_steps: 0 is too small; give 1 or more"),
-        ({"train": {"duration": 10}}, "config.train.duration: 10 is not a string"),
-        ({"optim": {"lr": "1e-4"}}, "config.optim.lr: '1e-4' is not a number"),
+        ({"train": {"duration": 10}}, "config.train.duration: 10 is not a string; write it in quotes"),
+        ({"optim": {"lr": "1e-4"}}, "config.optim.lr: '1e-4' is not a number; give one such as 0.5"),
         ({"optim": {"lr": float("nan")}}, "config.optim.lr: nan is not finite; give a finite number"),
-        ({"optim": {"clip": 0}}, "config.optim.clip: 0.0 is too small; it must be above 0"),
-        ({"data": {"augment": 1}}, "config.data.augment: 1 is not true or false"),
+        ({"optim": {"clip": 0}}, "config.optim.clip: 0.0 is too small; give more than 0"),
+        ({"data": {"augment": 1}}, "config.data.augment: 1 is not true or false; write True or False"),
         ({"optim": {"no_decay": ".*/bias"}}, "config.optim.no_decay: '.*/bias' is not a list; write ('a', 'b')"),
         ({"optim": {"lr_scales": [["a", 0.1, 2]]}}, "config.optim.lr_scales: ['a', 0.1, 2] has 3 elements; give 2"),
         ({"train": 3}, "config.train: 3 is not a group of settings; set each one as config.train.NAME"),
-        ({"trian": {}}, "config: no setting named 'trian'; did you mean 'train'?"),
+        ({"trian": {}}, "config: unknown setting 'trian'; did you mean 'train'?"),
     ],
 )
 def test_values_of_another_type_are_named(given: dict, message: str):
@@ -189,9 +198,9 @@ def test_a_run_without_a_kind_has_a_gpt3():
         ({"width": 8}, "config.model.llm.kind: unknown kind None; choose one of gpt3, bloom, qwen"),
         (7, "config.model.llm: 7 is not a mapping; give kind and the fields of that language model"),
         (
-            {"kind": "qwen", "dropout": 0.1},
-            "config.model.llm: no setting named 'dropout'; valid names: depth, dtype, head_dim, heads, kv_heads, max_positions, "
-            "mlp, norm_eps, qk_norm, qkv_bias, remat, rope_theta, tied, vocab, width",
+            {"kind": "qwen", "sparsity": 0.1},
+            "config.model.llm: unknown setting 'sparsity'; choose one of depth, dtype, head_dim, heads, kv_heads, lora_dropout, "
+            "lora_rank, lora_scale, lora_targets, max_positions, mlp, norm_eps, qk_norm, qkv_bias, remat, rope_theta, tied, vocab, width",
         ),
         (
             {"kind": "qwen", "heads": 6, "kv_heads": 4},
@@ -201,7 +210,7 @@ def test_a_run_without_a_kind_has_a_gpt3():
             {"kind": "qwen", "head_dim": 15},
             "config.model.llm.head_dim: 15 is odd; give an even number, as rotary positions need",
         ),
-        ({"kind": "qwen", "norm_eps": 0.0}, "config.model.llm.norm_eps: 0.0 is too small; it must be above 0"),
+        ({"kind": "qwen", "norm_eps": 0.0}, "config.model.llm.norm_eps: 0.0 is too small; give more than 0"),
         ({"kind": "qwen", "mlp": 0}, "config.model.llm.mlp: 0 is too small; give 1 or more"),
     ],
 )

@@ -212,7 +212,7 @@ def test_own_class_names(root: Path, tmp_path: Path):
     for more in ((), ("--classes", str(tmp_path / "other.txt"))):
         with pytest.raises(build_shards.BuildError, match="built with other classes"):
             build(out, val, root, *more, kind="classification")
-    with pytest.raises(build_shards.BuildError, match="--classes applies to --config classification"):
+    with pytest.raises(build_shards.BuildError, match="--classes: applies to --config classification"):
         build(out, csv, root, *names)
 
 
@@ -233,7 +233,7 @@ def test_publication_resumes_after_a_full_disk(root: Path, tmp_path: Path, monke
     monkeypatch.setattr(publish, "write_text", full)
     with pytest.raises(
         build_shards.PlaceError,
-        match=r"manifest.json: No space left on device; make it writable and run the same command",
+        match=r"manifest.json: cannot be written \(No space left on device\); make it writable, then run the same command",
     ):
         build(tmp_path / "out", csv, root)
     assert not (tmp_path / "out" / schema.MANIFEST).exists(), "until the end there is no whole data set"
@@ -265,10 +265,10 @@ def test_a_full_disk_while_partitions_are_written(root: Path, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--time_limt=5", "--time_limt: no such flag; did you mean --time_limit?"),
-        ("--num_frame=5", "--num_frame: no such flag; did you mean --num_frames?"),
-        ("--nonsense", "--nonsense: no such flag"),
-        ("--num_frames=0", "--num_frames 0: give at least 1"),
+        ("--time_limt=5", "--time_limt: unknown flag; did you mean --time_limit?"),
+        ("--num_frame=5", "--num_frame: unknown flag; did you mean --num_frames?"),
+        ("--nonsense", "--nonsense: unknown flag"),
+        ("--num_frames=0", "--num_frames 0: too small; give 1 or more"),
         ("--num_frames=x", "argument --num_frames: invalid int value: 'x'"),
         ("--config=video", "argument --config: invalid choice: 'video'"),
         ("--out=gs://b/x", "gs://b/x is not a local path"),

@@ -153,7 +153,7 @@ def test_complete_corpus_is_reused(corpus: Path, capsys):
     assert "36 training and 4 validation clips, already drawn" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in corpus.rglob("*")} == before
     assert main(["--out", str(corpus), "--clips", "40", "--seed", "4"]) == 2
-    assert "remove it or give another --out" in capsys.readouterr().err
+    assert "remove it or choose another --out" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys):
@@ -161,9 +161,9 @@ def test_errors_are_one_line(tmp_path: Path, capsys):
     for flags, message in (
         (
             [f"--out={tmp_path}/file/corpus"],
-            f"error: {tmp_path}/file/corpus: cannot be created (Not a directory); give another --out",
+            f"error: {tmp_path}/file/corpus: cannot be created (Not a directory); choose another --out",
         ),
-        ([f"--out={tmp_path}/file"], "is not a corpus of draw_shapes; give another --out"),
+        ([f"--out={tmp_path}/file"], "is not a corpus of draw_shapes; choose another --out"),
         ([f"--out={tmp_path}/new", "--clips=3"], "error: "),
         (["--out=gs://bucket/corpus"], "is not a local path"),
         (["--out=x", "--clip=40"], "unrecognized arguments: --clip=40"),

@@ -46,7 +46,7 @@ def test_a_vocabulary_knows_the_characters(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no text"):
         word_pieces.train(iter([]), 20)
     error = command("word_pieces", "--csv", tmp_path / "p.csv", "--out", tmp_path / "v.model", code=2)
-    assert "must end in .txt" in error and "Traceback" not in error
+    assert "give a name that ends in .txt" in error and "Traceback" not in error
 
 
 def test_entities_are_counted_and_templates_written(tmp_path: Path) -> None:

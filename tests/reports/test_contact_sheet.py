@@ -68,7 +68,7 @@ def test_files_that_cannot_be_written_are_refused_early(tmp_path: Path):
         ("s.gif", "cannot draw .gif"),
         ("s", "cannot draw no suffix"),
         ("s.mp4", "cannot draw .mp4"),
-        ("folder.png", "is a folder"),
+        ("folder.png", "a folder, not a file"),
         ("nowhere/s.png", "no such folder"),
         ("file/s.png", "no such folder"),
     ):

@@ -80,9 +80,7 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_bytes("\ufeff猫 和 狗\r\n一\u2028二\n三\x0b四\n".encode())
     assert preprocess.class_names(Data(classes=str(file))) == ("猫 和 狗", "一\u2028二", "三\x0b四")
-    with pytest.raises(
-        exits.Mistake, match=r"config\.data\.classes nowhere.txt: No such file or directory; give a file"
-    ):
+    with pytest.raises(exits.Mistake, match=r"config\.data\.classes nowhere.txt: no such file; give a file"):
         preprocess.class_names(Data(classes="nowhere.txt"))
     file.write_text("猫\n猫\n", encoding="utf-8")
     with pytest.raises(
@@ -159,7 +157,8 @@ def test_tasks_use_the_names_of_the_run(name: str, folder: Path) -> None:
 def test_names_that_do_not_fit_model_or_shards_are_refused(name: str, folder: Path) -> None:
     wide = MODELS[name].clone(classes=45)
     with pytest.raises(
-        exits.Mistake, match=r"config\.model\.classes is 45; the names in .* are 3: set config\.model\.classes=3"
+        exits.Mistake,
+        match=r"config\.model\.classes: 45 classes, but there are 3 names in .*; set config\.model\.classes=3",
     ):
         task_lib.get(experiment(name, folder, wide))
     with pytest.raises(
@@ -190,12 +189,14 @@ def test_a_label_of_other_shards_is_refused(name: str, folder: Path) -> None:
 def test_a_name_longer_than_a_row_is_refused(folder: Path) -> None:
     (folder / "data" / schema.MANIFEST).unlink()
     (folder / "names.txt").write_text("圆形\n方形\n" + "红色的三角形在移动" * 30, encoding="utf-8")
-    with pytest.raises(exits.Mistake, match=r"config\.data\.max_tokens is 24, but the class '红色的三角形.* tokens"):
+    with pytest.raises(
+        exits.Mistake, match=r"config\.data\.max_tokens: 24 tokens, but the class '红色的三角形.* tokens"
+    ):
         task_lib.get(experiment("classify", folder))
 
 
 def test_answers_and_classes_exclude_each_other(folder: Path) -> None:
     settings = experiment("alpro_classify", folder)
     options = dict(answers=str(folder / "names.txt"))
-    with pytest.raises(exits.Mistake, match=r"config\.options\.answers and config\.data\.classes are both set"):
+    with pytest.raises(exits.Mistake, match=r"config\.options\.answers, config\.data\.classes: both are set"):
         task_lib.get(dataclasses.replace(settings, options=options))

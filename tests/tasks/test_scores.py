@@ -148,9 +148,9 @@ def test_an_index_of_other_videos_is_refused(tmp_path) -> None:
 
     np.testing.assert_array_equal(read(), np.eye(2, dtype=bool))
     for changes in ({"video_id": np.array(["b", "a"])}, {"text_clip": np.array([0, 0])}):
-        with pytest.raises(exits.Mistake, match=r"index.npz \(config.options.candidates\) is of other videos or texts"):
+        with pytest.raises(exits.Mistake, match=r"^config\.options\.candidates .*index\.npz: of other videos or texts"):
             read(**changes)
-    with pytest.raises(exits.Mistake, match=r"text 1: the vector in .*index\.npz .* is nan"):
+    with pytest.raises(exits.Mistake, match=r"text 1: the vector in .*index\.npz is nan"):
         read(text=np.array([[0, 0], [0, np.nan]]))
 
 

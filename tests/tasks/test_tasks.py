@@ -162,7 +162,7 @@ def test_a_task_lists_its_scores(name: str, data: Data) -> None:
     commands = {*task.describe, *(["retrieve"] if task.embeds else [])}
     assert commands == set(getattr(names.module_of(name), "ANSWERS", ()))
     assert len(task.page.line(report.rows[0])) == len(task.page.columns) > 0
-    with pytest.raises(exits.Mistake, match=r"this task has no score 'los'; did you mean 'loss'\?"):
+    with pytest.raises(exits.Mistake, match=r"unknown score 'los'; did you mean 'loss'\?"):
         task.score_named("los")
 
 
@@ -354,9 +354,9 @@ def test_eight_devices_equal_one(name: str, data: Data) -> None:
 
 def test_wrong_heads_are_named(data: Data) -> None:
     for name, model, message in (
-        ("classify", BASE, "config.model.classes is 0; the categories are 45: set config.model.classes=45"),
+        ("classify", BASE, "config.model.classes: 0 classes, but there are 45 categories; set config.model.classes=45"),
         ("match", BASE, "matching has two"),
-        ("retrieve", BASE, "contrastive_width is 0"),
+        ("retrieve", BASE, "contrastive_width: 0"),
     ):
         with pytest.raises(ValueError, match=message):
             task_lib.get(dataclasses.replace(experiment(name, data), model=model))

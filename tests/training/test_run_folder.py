@@ -90,7 +90,7 @@ def test_class_names_are_compared_regardless_of_encoding(folder: Path):
     refused("class names of the run", experiment(), "named")
     Path("names.txt").unlink()
     run_folder.check(new, "named")
-    refused("config.data.classes names.txt: No such file", new, "new")
+    refused("config.data.classes names.txt: no such file", new, "new")
 
 
 def test_lower_case_belongs_to_a_vocabulary(folder: Path):
@@ -122,7 +122,7 @@ def test_folders_that_cannot_be_created(folder: Path):
     refused("a.model is a file", experiment(), "a.model")
     os.symlink("nowhere", "link")
     refused("links to nowhere, which is missing", experiment(), "link")
-    refused("cannot create it", experiment(), "x" * 300)
+    refused("cannot be created", experiment(), "x" * 300)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_folders_that_cannot_be_created(folder: Path):
             b'{"task": "pretrain", "model": {}, "data": {"frames": "four"}}',
             "config.data.frames: 'four' is not a whole number",
         ),
-        (b'{"task": "pretrain", "model": {}, "data": {"frame": 4}}', "no setting named 'frame'"),
+        (b'{"task": "pretrain", "model": {}, "data": {"frame": 4}}', "unknown setting 'frame'"),
         (b'{"task": 5, "model": {}}', "config.task: 5 is not a string"),
         (b'{"task": "pretrain", "model": 5}', "config.model is 5, not a group"),
         (b'{"model": {}}', "damaged"),

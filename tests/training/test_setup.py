@@ -43,7 +43,7 @@ def test_warm_up_is_rounded_down_to_whole_steps(warmup: str, last: int):
         ({"train": {"save_every": "often"}}, "config.train.save_every: cannot read the duration 'often'"),
         ({"train": {"eval_every": "0%"}}, "config.train.eval_every: '0%' is not an interval"),
         ({"optim": {"warmup": "101%"}}, "config.optim.warmup: '101%' is more than the whole run"),
-        ({"optim": {"warmup": "9 steps"}}, "config.optim.warmup is 9 steps but the run has 8"),
+        ({"optim": {"warmup": "9 steps"}}, "config.optim.warmup: 9 steps, but the run has 8"),
     ],
 )
 def test_invalid_durations(changes: dict, message: str):
@@ -55,7 +55,7 @@ def test_invalid_durations(changes: dict, message: str):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (("head", "tensor"), "no parameter of this model has an axis 'head'; choose from classes, embed, "),
+        (("head", "tensor"), "unknown parameter axis 'head'; choose one of classes, embed, "),
         (("mlp", "tensr"), "unknown mesh axis 'tensr'; choose one of data, fsdp, tensor"),
     ],
 )

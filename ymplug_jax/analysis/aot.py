@@ -58,7 +58,9 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
     kind = run.mesh.devices.flat[0].device_kind
     chip = chips.of(kind)
     if chip is None:
-        raise ValueError(f"--topology {topology}: no figures for device {kind!r}; give one of {', '.join(chips.CHIPS)}")
+        raise ValueError(
+            f"--topology {topology}: no figures for device {kind!r}; choose one of {', '.join(chips.CHIPS)}"
+        )
     facts: dict[str, Any] = {
         "task": experiment.task,
         "topology": topology,

@@ -62,7 +62,7 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
       Mistake: `steps` is below 2, or `workdir` cannot be created.
     """
     if steps < 2:
-        raise Mistake(f"--steps {steps}: one step has no spread; give 2 or more")
+        raise Mistake(f"--steps {steps}: too small; give 2 or more")
     data = dataclasses.replace(experiment.data, path="", tokenizer="", examples=experiment.train.batch_size * 1000)
     train = dataclasses.replace(experiment.train, init_from="")
     run = setup.prepare(dataclasses.replace(experiment, data=data, train=train))
@@ -70,7 +70,9 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
         try:
             Path(workdir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Mistake(f"--workdir {workdir}: {error.strerror or error}; give another folder") from None
+            raise Mistake(
+                f"--workdir {workdir}: cannot be created ({error.strerror or error}); choose another folder"
+            ) from None
     run = step_lib.with_checked_kernels(run)
     begin = time.perf_counter()
     compiled = step_lib.compile_step(run)

@@ -7,6 +7,7 @@
     --model vit           ViT of timm: initialises the spatial part of the video encoder
     --model bloom         BLOOM and BLOOMZ in the Hugging Face layout, with or without LoRA adapters
     --model qwen          Qwen2, Qwen2.5 and Qwen3 (dense) in the Hugging Face layout; needs the model's config.json
+    --model mplug_chat    the released chat model: vision tower with adapters, abstractor and BLOOMZ in one file or shards
     --model bert          BERT in the Hugging Face layout: text and fusion encoder of ALPRO
 
 The source is one or more files, an index of shards, or a folder that holds one model.
@@ -28,8 +29,8 @@ EXTRA = ("torch", "safetensors")  # what the extra `convert` installs
 HEADS = ("llm", "vision", "text")
 # With --to torch there is no journal: an interrupted conversion removes its files.
 STOPPED = {
-    "orbax": "stopped; repeat the command to continue",
-    "torch": "stopped; no file was written, repeat the command to start again",
+    "orbax": "stopped; run the same command again to continue",
+    "torch": "stopped; no file was written, run the same command again to start over",
 }
 TYPES = ("float32", "bfloat16", "float16")
 
@@ -37,7 +38,7 @@ TYPES = ("float32", "bfloat16", "float16")
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line without the usage text, and exit."""
-        self.exit(exits.MISTAKE, f"error: {message}; --help lists all flags\n")
+        self.exit(exits.MISTAKE, f"error: {message}; --help lists the flags\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,7 +155,7 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0; give an integer such as 8")
     return int(text)
 
 
@@ -162,21 +163,23 @@ def _regex(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a regular expression ({error}); correct the pattern"
+        ) from None
     return text
 
 
 def _heads(text: str) -> tuple[str, int]:
     name, _, count = text.partition("=")
     if name not in HEADS or not re.fullmatch(r"0*[1-9][0-9]*", count):
-        raise exits.Mistake(f"--heads {text}: not NAME=NUMBER; give one of {', '.join(HEADS)}, e.g. llm=32")
+        raise exits.Mistake(f"--heads {text}: not NAME=NUMBER; choose one of {', '.join(HEADS)}, e.g. llm=32")
     return name, int(count)
 
 
 def _dtype(text: str) -> tuple[str, str]:
     subtree, _, name = text.rpartition("=")
     if not subtree or name not in TYPES:
-        raise exits.Mistake(f"--dtype {text}: not SUBTREE=TYPE; give one of {', '.join(TYPES)}, e.g. frozen=bfloat16")
+        raise exits.Mistake(f"--dtype {text}: not SUBTREE=TYPE; choose one of {', '.join(TYPES)}, e.g. frozen=bfloat16")
     return subtree, name
 
 

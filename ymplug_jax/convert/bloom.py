@@ -66,7 +66,7 @@ def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], co
     if config:
         count = config.size("n_head", "num_attention_heads")
         if heads.get("llm", count) != count:
-            raise UnknownModel(f"--heads llm={heads['llm']}: {config.file} says {count}; leave the flag out")
+            raise UnknownModel(f"--heads llm={heads['llm']}: {config.file} says {count}; leave it out")
         config.agree({"vocab_size": vocab, "hidden_size": width, "n_embed": width, "n_layer": depth})
         if config.values.get("apply_residual_connection_post_layernorm"):
             raise UnknownModel(

@@ -24,9 +24,7 @@ class HubConfig(NamedTuple):
         """
         value = next((self.values[name] for name in names if self.values.get(name) is not None), None)
         if type(value) is not int or value < 1:
-            raise UnknownModel(
-                f"{self.file}: {names[0]} is {value!r}, not a whole number above 0; download the file again"
-            )
+            raise UnknownModel(f"{self.file}: {names[0]} is {value!r}, not a whole number above 0; download it again")
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -37,7 +35,7 @@ class HubConfig(NamedTuple):
         """
         value = self.values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UnknownModel(f"{self.file}: {name} is {value!r}, not a number above 0; download the file again")
+            raise UnknownModel(f"{self.file}: {name} is {value!r}, not a number above 0; download it again")
         return float(value)
 
     def agree(self, found: Mapping[str, int]) -> None:

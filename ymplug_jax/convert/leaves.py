@@ -50,11 +50,11 @@ def verified(folder: Path) -> dict[str, tensorstore.TensorStore]:
     """
     if not folder.is_dir():
         raise exits.Mistake(
-            f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give the folder of a run or of a conversion"
+            f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}; give the --workdir of a run or the --out of a conversion"
         )
     places = checkpoint_files.places(str(folder))
     if not places:
-        raise exits.Mistake(f"{folder}: has no checkpoint; give the folder of a run or of a conversion (its --out)")
+        raise exits.Mistake(f"{folder}: no checkpoint here; give the --workdir of a run or the --out of a conversion")
     found: dict[str, tensorstore.TensorStore] = {}
     step = checkpoint_files.step_folder(checkpoint_files.whole(str(folder)), checkpoint_files.latest_step(str(folder)))
     for place in places:

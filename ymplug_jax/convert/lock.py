@@ -35,7 +35,7 @@ def held(folder: Path) -> Iterator[None]:
         _take(file, owner)
     except OSError as error:
         _remove_empty(created)
-        raise exits.Mistake(f"--out {folder}: cannot be written: {error.strerror}; give another folder") from None
+        raise exits.Mistake(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
     try:
         yield
     finally:

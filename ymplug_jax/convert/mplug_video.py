@@ -84,7 +84,7 @@ def timesformer_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Ma
     """The TimeSformer module for the tensors whose names begin with `prefix`.
 
     Raises:
-      UnknownModel: there are none.
+      UnknownModel: there are no such tensors.
     """
     patch, width = need(shapes, f"{prefix}patch_embed.proj.weight"), need(shapes, f"{prefix}cls_token")[-1]
     return TimeSformer(

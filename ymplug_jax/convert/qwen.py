@@ -53,7 +53,7 @@ def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], con
     _refuse(config, qk_norm)
     count, rows = config.size("num_attention_heads"), need(shapes, f"{attn}.q_proj.weight")[0]
     if heads.get("llm", count) != count:
-        raise UnknownModel(f"--heads llm={heads['llm']}: {config.file} says {count}; leave the flag out")
+        raise UnknownModel(f"--heads llm={heads['llm']}: {config.file} says {count}; leave it out")
     if rows % count:
         raise UnknownModel(
             f"{config.file}: num_attention_heads is {count}, but q_proj has {rows} rows; download both again"

@@ -99,12 +99,12 @@ def refuse_stand_ins(file: Path) -> None:
     if not file.is_file():
         if file.is_symlink():
             raise SourceError(f"{file}: broken link to {file.readlink()}; download it again")
-        raise SourceError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}; check the path")
+        raise SourceError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}; correct the path")
     try:
         with file.open("rb") as stream:
             head = stream.read(4096)
     except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror}; check its permissions") from None
+        raise SourceError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     if not head:
         raise SourceError(f"{file}: empty; download it again")
     said = text_files.lfs_pointer(head) or text_files.web_page(head)

@@ -54,7 +54,7 @@ class Store:
         """
         self._final = out / "checkpoints" / "converted"
         if os.path.exists(self._final):
-            raise exits.Mistake(f"--out {out}: {self._final} exists; remove it or give another folder")
+            raise exits.Mistake(f"--out {out}: {self._final} exists; remove it or choose another folder")
         self._folder = self._final.with_name("converted.partial")
         self._made = [path for path in (self._final.parent, out, *out.parents) if not os.path.exists(path)]
         try:
@@ -67,7 +67,7 @@ class Store:
             self._journal = journal.open("a", encoding="utf-8")
         except OSError as error:
             self._remove()
-            raise exits.Mistake(f"--out {out}: cannot be written: {error.strerror}; give another folder") from None
+            raise exits.Mistake(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
         self.done = {line["tensor"] for line in lines[1:]}
         self._sums: dict[str, list[int]] = {}
         self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype and shape
@@ -131,7 +131,7 @@ class Store:
             raise exits.PlaceFailed(self._failed(found[1].strip())) from None
 
     def _failed(self, reason: str) -> str:
-        return f"{self._folder}: cannot be written: {reason}; free some space or repair the disk, then repeat the command to continue"
+        return f"{self._folder}: cannot be written ({reason}); free some space or repair the disk, then run the same command again to continue"
 
     def write(self, path: str, layer: int | None, value: np.ndarray, shape: tuple[int, ...]) -> None:
         """Start writing a parameter or one of its layers. The call returns before the data is on disk; `wrote` waits for it.
@@ -263,5 +263,5 @@ def check_room(out: Path, size: int) -> None:
     free = shutil.disk_usage(there).free
     if size > free:
         raise exits.Mistake(
-            f"--out {out}: needs {size:,} bytes, but only {free:,} are free; free some space or give another folder"
+            f"--out {out}: needs {size:,} bytes, but only {free:,} are free; free some space or choose another folder"
         )

@@ -227,7 +227,7 @@ def read(name: str, stored: Stored) -> np.ndarray:
             flat = np.fromfile(stored.file, dtype, count, offset=stored.offset)
         except OSError as error:
             raise exits.PlaceFailed(
-                f"{stored.file}: cannot be read: {error.strerror}; repair the disk and repeat the command to continue"
+                f"{stored.file}: cannot be read ({error.strerror}); repair the disk, then run the same command again to continue"
             ) from None
         if flat.size != count:
             raise SourceError(

@@ -310,7 +310,7 @@ def _resized(module: ModuleType, plan: Plan, wish: Wish) -> Iterator[tuple[str, 
             raise SourceError(
                 f"--image_size {wish.image_size}: not a multiple of the patch size {patch}; give a multiple"
                 if patch
-                else f"--image_size {wish.image_size}: this model has no vision encoder; leave the flag out"
+                else f"--image_size {wish.image_size}: this model has no vision encoder; leave it out"
             )
         rows["vision/pos_embed"] = 1 + (wish.image_size // patch) ** 2
     if wish.frames:
@@ -319,7 +319,7 @@ def _resized(module: ModuleType, plan: Plan, wish: Wish) -> Iterator[tuple[str, 
     for path, count in rows.items():
         if path not in flat or path not in extra(module, "RESIZE"):
             flag = "--image_size" if path == "vision/pos_embed" else "--frames"
-            raise SourceError(f"{flag}: this model has no {path} to resize; leave the flag out")
+            raise SourceError(f"{flag}: this model has no {path} to resize; leave it out")
         if flat[path].shape[0] != count:
             yield path, ((count, *flat[path].shape[1:]), module.RESIZE[path])
 
@@ -334,7 +334,7 @@ def _casts(module: ModuleType, shapes: Mapping[str, Any], wanted: Mapping[str, s
             found = [path for path in shapes if path == subtree or path.startswith(subtree + "/")]
         if not found:
             tops = ", ".join(sorted({path.split("/")[0] for path in shapes}))
-            raise SourceError(f"--dtype {subtree}: the model has no such subtree; give one of {tops}")
+            raise SourceError(f"--dtype {subtree}: unknown subtree; choose one of {tops}")
         casts |= dict.fromkeys(found, jnp.dtype(dtype))
     return casts
 

@@ -45,7 +45,9 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
     facts = read if isinstance(read, dict) and read.get("model") == model else {}
     layout = layout or facts.get("layout") or next(iter(module.LAYOUTS))
     if layout not in module.LAYOUTS:
-        raise SourceError(f"--layout {layout}: unknown for model {model}; give one of {', '.join(module.LAYOUTS)}")
+        raise SourceError(
+            f"--layout {layout}: unknown layout of model {model}; choose one of {', '.join(module.LAYOUTS)}"
+        )
     named: Layout = module.LAYOUTS[layout]
     leaves = verified(folder)
     wanted = {path for rule in named.rules for path in rule.targets if path} & set(leaves)
@@ -105,7 +107,7 @@ def _removed_on_error(out: Path, files: Iterable[Path]) -> Iterator[None]:
     """
     for path in files:
         if os.path.exists(path):
-            raise exits.Mistake(f"--out {out}: {path} exists; remove it or give another folder")
+            raise exits.Mistake(f"--out {out}: {path} exists; remove it or choose another folder")
     try:
         yield
     except BaseException:
@@ -173,7 +175,7 @@ def _write(
         partial.rename(file)
     except OSError as error:
         raise exits.PlaceFailed(
-            f"{file}: cannot be written: {error.strerror}; free some space and repeat the command"
+            f"{file}: cannot be written ({error.strerror}); free some space, then run the same command again"
         ) from None
     finally:
         partial.unlink(missing_ok=True)

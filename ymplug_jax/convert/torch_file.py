@@ -207,7 +207,7 @@ class Source:
                         digest.update(block)
             except OSError as error:
                 raise exits.PlaceFailed(
-                    f"{file}: cannot be read: {error.strerror}; repair the disk and repeat the command to continue"
+                    f"{file}: cannot be read ({error.strerror}); repair the disk, then run the same command again to continue"
                 ) from None
             found[name] = digest.hexdigest()
         return found

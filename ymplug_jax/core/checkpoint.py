@@ -257,12 +257,10 @@ def load_params(
     }
     if not wanted:
         tops = sorted({path.split("/")[0] for path in state_lib.flatten(abstract)})
-        raise CheckpointError(
-            f"config.train.init_from: the model has no subtree {subtree!r}; valid names: {', '.join(tops)}"
-        )
+        raise CheckpointError(f"config.train.init_from: unknown subtree {subtree!r}; choose one of {', '.join(tops)}")
     if not places(workdir):
         raise CheckpointError(
-            f"{workdir}: no checkpoint here (looked in {folder / 'checkpoints'}); give the folder of a run or of a conversion"
+            f"{workdir}: no checkpoint here (looked in {folder / 'checkpoints'}); give the --workdir of a run or the --out of a conversion"
         )
     names = (subtree, subtree if stored_as is None else stored_as)
 

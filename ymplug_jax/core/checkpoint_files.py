@@ -131,11 +131,11 @@ def sources(init_from: str) -> list[tuple[str, str, str]]:
         pairs.append((subtree, stored_as if other else subtree, part[head.end() :]))
     if len(pairs) > 1 and any(not subtree for subtree, _, _ in pairs):
         raise CheckpointError(
-            f'config.train.init_from is {init_from!r}; give one "DIR", or a subtree name for each folder: "llm=DIR,vision=DIR"'
+            f'config.train.init_from: several folders, but not each has a subtree name, in {init_from!r}; write "llm=DIR,vision=DIR"'
         )
     if empty := [subtree for subtree, _, folder in pairs if not folder]:
         raise CheckpointError(
-            f"config.train.init_from is {init_from!r}: {empty[0]}= has no folder; write {empty[0]}=DIR"
+            f"config.train.init_from: {empty[0]}= has no folder, in {init_from!r}; write {empty[0]}=DIR"
         )
     return pairs
 
@@ -155,7 +155,9 @@ def fingerprint(workdir: str) -> str:
     """
     lines = []
     if not (found := places(workdir)):
-        raise CheckpointError(f"{workdir}: no checkpoint here; give the folder of a run or of a conversion")
+        raise CheckpointError(
+            f"{workdir}: no checkpoint here; give the --workdir of a run or the --out of a conversion"
+        )
     for place in found:
         if (sums := sums_in(place, step_folder(whole(workdir), latest_step(workdir)))) is not None:
             lines += [f"{path} {value}\n" for path, value in sums.items()]

@@ -156,7 +156,8 @@ def settings_of(value: Any) -> Any:
     return value
 
 
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}  # type names in messages
+NAMES = {bool: "true or false; write True or False", int: "a whole number; give an integer such as 8",
+         float: "a number; give one such as 0.5", str: "a string; write it in quotes"}  # fmt: skip
 # Minimum values. Anything smaller would fail late in the run or train nothing.
 LEAST: Mapping[str, Mapping[str, float]] = {
     "config.data": {"examples": 0, "frames": 1, "image_size": 1, "max_tokens": 2, "max_words": 1, "threads": 1, "workers": 0},
@@ -243,7 +244,7 @@ def build(
     made = {name: checked(value, hints[name], f"{where}.{name}") for name, value in values.items()}
     for name, low in lows.items():
         if made.get(name, low) < low:
-            below = "it must be above 0" if 0 < low < 1 else f"give {low} or more"
+            below = "give more than 0" if 0 < low < 1 else f"give {low} or more"
             raise Mistake(f"{where}.{name}: {made[name]!r} is too small; {below}")
     for name, high in highs.items():
         beta = name in ("b1", "b2")
@@ -256,9 +257,9 @@ def build(
 
 def unknown(name: str, known: Iterable[str], where: str) -> str:
     """Return the message for an unknown setting: it suggests the closest name, or lists all names."""
-    near = difflib.get_close_matches(name, known, 1)
-    names = f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(sorted(known)) or 'none'}"
-    return f"{where}: no setting named {name!r}; {names}"
+    near = difflib.get_close_matches(name, known := sorted(known), 1)
+    names = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known) or '(none)'}"
+    return f"{where}: unknown setting {name!r}; {names}"
 
 
 def checked(value: Any, kind: Any, where: str) -> Any:

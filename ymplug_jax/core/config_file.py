@@ -71,9 +71,7 @@ def _missing(file: Path) -> str:
     if file.with_name(file.name + ".py").is_file():
         return f"no such file; did you mean {str(file) + '.py'!r}?"
     if file.is_dir():
-        return (
-            f"a folder; give a file in it: {', '.join(sorted(p.name for p in file.glob('*.py'))) or 'it has no *.py'}"
-        )
+        return f"a folder, not a file; give a file in it: {', '.join(sorted(p.name for p in file.glob('*.py'))) or 'it has no *.py'}"
     if not file.parent.is_dir():
         return f"no such file, and no folder {file.parent}; correct the path"
     names = sorted(other.name for other in file.parent.glob("*.py"))

@@ -64,21 +64,21 @@ def read(path: str | Path, keys: tuple[str, ...], *, setting: str) -> dict[str, 
       Mistake: the file is missing or damaged, lacks one of `keys`, or holds non-finite values.
     """
     if Path(path).is_dir():
-        raise Mistake(f"{path}: {setting} is a folder; give the index file in it (index.npz)")
+        raise Mistake(f"{setting} {path}: a folder, not a file; give the index file in it (index.npz)")
     if not Path(path).exists():
-        raise Mistake(f"{path}: {setting} does not exist; give the path of an existing index")
+        raise Mistake(f"{setting} {path}: no such file; correct the path")
     try:
         with np.load(path, allow_pickle=False) as index:
             arrays = dict(index)
     # A text file, a single array, a truncated archive and a flipped bit each raise a different error.
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Mistake(f"{path}: {setting} cannot be read as an index ({reason}); write it again") from None
+        raise Mistake(f"{setting} {path}: cannot be read as an index ({reason}); write it again") from None
     if missing := [key for key in keys if key not in arrays]:
-        raise Mistake(f"{path}: {setting} is not an index of this kind (no {', '.join(missing)}); write it again")
+        raise Mistake(f"{setting} {path}: not an index of this kind (no {', '.join(missing)}); write it again")
     for key, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise Mistake(f"{path}: {setting} holds non-finite values in {key!r}; write it again")
+            raise Mistake(f"{setting} {path}: holds non-finite values in {key!r}; write it again")
     return arrays
 
 

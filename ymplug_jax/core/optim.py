@@ -56,10 +56,12 @@ def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], 
     """
     if not 0 <= warmup <= total:
         raise ValueError(
-            f"config.optim.warmup is {warmup} steps but the run has {total}; shorten the warm-up or train longer"
+            f"config.optim.warmup: {warmup} steps, but the run has {total}; shorten the warm-up or train longer"
         )
     if optim.schedule not in ("cosine", "linear", "bert"):
-        raise ValueError(f'config.optim.schedule is {optim.schedule!r}; write "cosine", "linear" or "bert"')
+        raise ValueError(
+            f"config.optim.schedule: unknown schedule {optim.schedule!r}; choose one of cosine, linear, bert"
+        )
     rest = max(total - warmup, 1)
     peak, low = optim.lr, optim.min_lr
 

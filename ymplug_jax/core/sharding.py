@@ -36,7 +36,7 @@ def make_mesh(
         data = count // (fsdp * tensor)
     if data * fsdp * tensor != count:
         raise ValueError(
-            f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} is not the number of devices ({count}); change config.mesh"
+            f"config.mesh: data={data} x fsdp={fsdp} x tensor={tensor} is not the number of devices ({count}); change one of them"
         )
     kinds = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices or jax.devices()})
@@ -44,7 +44,7 @@ def make_mesh(
         return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=kinds, devices=devices)
     if data % slices:
         raise ValueError(
-            f"mesh: data={data} is not a multiple of the {slices} slices, but only data may span slices; change config.mesh"
+            f"config.mesh: data={data} is not a multiple of the {slices} slices, but only data may span slices; change it"
         )
     inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(inside, across, list(devices or jax.devices()))
@@ -98,7 +98,7 @@ def param_shardings(params: Mapping, axes: AxisRules, rules: Mapping[str, str], 
       ValueError: a rule names an unknown mesh axis.
     """
     if unknown := [axis for axis in rules.values() if axis not in MESH_AXES]:
-        raise ValueError(f"config.mesh.rules: no mesh axis {unknown[0]!r}; valid names: {', '.join(MESH_AXES)}")
+        raise ValueError(f"config.mesh.rules: unknown mesh axis {unknown[0]!r}; choose one of {', '.join(MESH_AXES)}")
     flat = flatten_dict(params, sep="/")
     return unflatten_dict(
         {k: NamedSharding(mesh, spec_of(k, v.shape, axes, rules, mesh)) for k, v in flat.items()}, sep="/"

@@ -35,7 +35,7 @@ def read_text(file: Path | epath.Path) -> str:
     try:
         data = file.read_bytes()
     except IsADirectoryError:
-        raise exits.Mistake(f"{file}: a folder; give a file") from None
+        raise exits.Mistake(f"{file}: a folder, not a file; give a file in it") from None
     if found := lfs_pointer(data):
         raise exits.Mistake(f"{file}: {found}")
     try:

@@ -29,7 +29,7 @@ class Stream(Protocol):
 class Feed(Generic[Batch]):
     """Transfers batches to the devices, two ahead of the consumer, in its own thread.
 
-    With a separate thread, neither a late batch nor its transfer blocks the training loop while another batch is ready.
+    Because of the separate thread, the training loop never waits for a late batch or its transfer while another batch is ready.
     """
 
     def __init__(self, stream: Stream, put: Callable[[Example], Batch]):

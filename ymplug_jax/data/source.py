@@ -22,7 +22,7 @@ class Texts:
         """
         file = Path(path)
         if not file.is_file():
-            raise FileNotFoundError(f"{path}: no such text file; correct config.data.path")
+            raise FileNotFoundError(f"{path}: no such file; correct config.data.path")
         self._lines = [line.strip() for line in text_files.read_lines(file) if line.strip()]
         if not self._lines:
             raise ValueError(f"{path}: no text in it; write one text per line")

@@ -100,7 +100,7 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     except Exception as error:  # the libraries raise bare Exception, RuntimeError and others on damaged files
         what = {".model": "a sentencepiece model", ".json": "a tokenizer.json", ".txt": "a BERT vocab.txt"}[file.suffix]
         raise ValueError(
-            f"tokenizer {path}: cannot be read as {what} ({' '.join(str(error).split())}); give another file"
+            f"tokenizer {path}: cannot be read as {what} ({' '.join(str(error).split())}); choose another file"
         ) from error
 
 
@@ -206,7 +206,7 @@ class _BertWordPiece(_HuggingFace):
             if token:
                 vocab[token] = i
         if "[UNK]" not in vocab:
-            raise _Unfit("has no [UNK], so it is not a BERT vocabulary; give another file")
+            raise _Unfit("has no [UNK], so it is not a BERT vocabulary; choose another file")
         model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
         # Each Chinese character becomes a word of its own.
         model.normalizer = tokenizers.normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=self._lower_case)

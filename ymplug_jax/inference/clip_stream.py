@@ -76,7 +76,7 @@ def files_of(names: Sequence[str]) -> list[File]:
 
 def _files_in(folder: str) -> list[File]:
     def stop(error: OSError) -> None:
-        raise Mistake(f"--video {error.filename}: cannot list this folder ({error.strerror}); change its permissions")
+        raise Mistake(f"--video {error.filename}: cannot be listed ({error.strerror}); check its permissions")
 
     found: list[str] = []
     for place, folders, names in os.walk(folder, onerror=stop):
@@ -93,7 +93,7 @@ def _files_in(folder: str) -> list[File]:
 def left_out(read: Read) -> bool:
     """Whether to skip a file silently: it was found in a folder, cannot be read, and is not named like a video.
 
-    The reader decides what is a video, not the name. Subtitles, pictures and notes in a folder are no errors.
+    A file counts as a video by its content, not its name, so subtitles, pictures and notes in a folder cause no errors.
     """
     claims = read.file.name.lower().endswith(VIDEO_NAMES)
     return isinstance(read.clip, Reject) and not read.file.named and read.clip.reason in NO_VIDEO and not claims
@@ -111,7 +111,7 @@ def read_all(files: Sequence[File], size: int, processes: int) -> Iterator[list[
     files before it.
 
     Args:
-      files: to read. Reading starts when the first list is requested.
+      files: files to read. Reading starts when the first list is requested.
       size: length of a full list.
       processes: number of decoding processes. Each decodes one file at a time, within TIME_LIMIT seconds.
 
@@ -192,7 +192,9 @@ def _work(tasks: queue.SimpleQueue) -> None:
                 future.set_result(_read(reader, name))
             except (OSError, RuntimeError) as error:  # the decoding process failed, not the file
                 future.set_exception(
-                    PlaceFailed(f"{name}: the decoding process failed ({error}); free some memory and run again")
+                    PlaceFailed(
+                        f"{name}: the decoding process failed ({error}); free some memory, then run the same command again"
+                    )
                 )
             except BaseException as error:
                 future.set_exception(error)

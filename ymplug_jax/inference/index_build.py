@@ -170,5 +170,5 @@ def _place(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise PlaceFailed(
-            f"{path}: {error.strerror or error}; free some space or give --export another place, then run again"
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another --export, then run the same command again"
         ) from None

@@ -28,7 +28,7 @@ class Predictor:
     """The task and model of a checkpoint. Creating it checks the settings; `load` reads the weights and compiles."""
 
     def __init__(self, source: Source):
-        """Lay out the model of the settings.
+        """Check the settings and make the abstract model; no weights are read.
 
         Args:
           source: folder, settings, tokenizer and class names, see `ymplug_jax.inference.settings`.
@@ -166,7 +166,7 @@ def blank(text: str) -> Record:
 
 
 def _check_finite(values: np.ndarray, name: str) -> np.ndarray:
-    """The values themselves.
+    """Return the values if all of them are finite.
 
     Raises:
       Mistake: one of them is not finite.

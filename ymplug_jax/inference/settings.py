@@ -124,17 +124,17 @@ def _stored_settings(folder: epath.Path) -> Experiment:
     Raises:
       Mistake: the folder is not that of a run (the message says what it is), or its settings cannot be read.
     """
-    asked = "give the folder of a run (its --workdir)"
+    asked = "give the --workdir of a run"
     try:
         there = (folder / run_folder.CONFIG).exists()
     except OSError as error:
-        raise Mistake(f"{folder}: cannot be read ({error.strerror or error}); change its permissions") from None
+        raise Mistake(f"{folder}: cannot be read ({error.strerror or error}); check its permissions") from None
     if there:
         return run_folder.read_settings(folder)
     if not folder.exists():
-        raise Mistake(f"{folder}: no config.json here, the folder does not exist; {asked}")
+        raise Mistake(f"{folder}: no such folder; {asked}")
     if not folder.is_dir():
-        raise Mistake(f"{folder}: a file; {asked}")
+        raise Mistake(f"{folder}: a file, not a folder; {asked}")
     if seeds := sorted(part.name for part in folder.iterdir() if (part / run_folder.CONFIG).exists()):
         raise Mistake(f"{folder}: no config.json here, but runs {', '.join(seeds)}; give one of them")
     above = next((place for place in folder.parents if (place / run_folder.CONFIG).exists()), None)

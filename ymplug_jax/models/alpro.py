@@ -103,7 +103,9 @@ class ALPRO(nn.Module):
     def setup(self) -> None:
         """Create the connector and the heads that the fields ask for; the encoders are fields."""
         if self.variant not in VARIANTS:
-            raise ValueError(f"config.model.variant: {self.variant!r} is unknown; choose {' or '.join(VARIANTS)}")
+            raise ValueError(
+                f"config.model.variant: unknown variant {self.variant!r}; choose one of {', '.join(VARIANTS)}"
+            )
         width, dtype = self.text.width, self.text.dtype
 
         def linear(size: int, fan_in: int) -> nn.Dense:
@@ -270,11 +272,13 @@ def sized(
     Raises:
       ValueError: a size or the variant is unknown.
     """
-    if vision not in VISIONS or text not in TEXTS or variant not in VARIANTS:
-        raise ValueError(
-            f"size {vision!r} x {text!r}, variant {variant!r} is unknown; choose vision from {', '.join(VISIONS)}, text "
-            f"from {', '.join(TEXTS)}, and variant from {', '.join(VARIANTS)}"
-        )
+    for what, name, known in (
+        ("vision tower", vision, VISIONS),
+        ("text encoder", text, TEXTS),
+        ("variant", variant, VARIANTS),
+    ):
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(known)}")
     tower = VISIONS[vision].clone(frames=frames)
     return ALPRO(
         vision=tower.clone(heads=12, drop_path=0.1) if variant == "salesforce" and vision == "b16" else tower,

@@ -93,7 +93,7 @@ class ClipViT(nn.Module):
         size, d, dtype = self.image_size, self.width, jnp.dtype(self.dtype)
         if media.shape[2:] != (size, size, 3):
             raise ValueError(
-                f"media has shape {media.shape} but the vision tower expects [media, frames, {size}, {size}, 3]; "
+                f"config.data.image_size: the frames have shape {media.shape}, but the vision tower expects [media, frames, {size}, {size}, 3]; "
                 "change data.image_size or the model's image_size"
             )
         normal = nn.initializers.normal(STD)

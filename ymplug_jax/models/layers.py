@@ -296,7 +296,7 @@ def stack(
     """
     if remat != "none":
         if remat not in REMAT:
-            raise ValueError(f'config.model: remat {remat!r} is unknown; choose "none", "full" or "dots"')
+            raise ValueError(f"config.model: unknown remat policy {remat!r}; choose one of none, full, dots")
         block = nn.remat(block, policy=REMAT[remat], prevent_cse=False, static_argnums=tuple(static_argnums))
     return nn.scan(
         block,

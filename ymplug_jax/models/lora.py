@@ -55,11 +55,11 @@ def targets_of(settings: Settings, linears: tuple[str, ...], fused: bool) -> tup
         found = {path for path in linears if re.fullmatch(target, path)}
         if not found:
             raise ValueError(
-                f"config.model.llm.lora_targets: {target!r} matches no linear layer; choose from {', '.join(linears)}"
+                f"config.model.llm.lora_targets: {target!r} matches no linear layer; choose one of {', '.join(linears)}"
             )
         chosen |= found
     if not chosen:
-        raise ValueError(f"config.model.llm.lora_targets: empty; choose from {', '.join(linears)}")
+        raise ValueError(f"config.model.llm.lora_targets: empty; choose one of {', '.join(linears)}")
     if fused and 0 < len(chosen & set(QKV)) < len(QKV):
         raise ValueError(
             "config.model.llm.lora_targets: this decoder keeps q, k and v in one matrix; write 'attn/[qkv]' for all three"

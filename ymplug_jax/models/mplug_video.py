@@ -234,10 +234,10 @@ def sized(
       ValueError: a size is unknown.
     """
     llms = language_models.SIZES
-    if llm not in llms or vision not in VISIONS:
-        raise ValueError(
-            f"size {llm!r} x {vision!r} is unknown; language models: {', '.join(llms)}; vision towers: {', '.join(VISIONS)}"
-        )
+    if llm not in llms:
+        raise ValueError(f"unknown language model {llm!r}; choose one of {', '.join(llms)}")
+    if vision not in VISIONS:
+        raise ValueError(f"unknown vision tower {vision!r}; choose one of {', '.join(VISIONS)}")
     pool = Abstractor(queries=queries, heads=VISIONS[vision].heads, mlp_ratio=VISIONS[vision].mlp_ratio)
     return MPLUGVideo(
         vision=VISIONS[vision].clone(frames=frames),

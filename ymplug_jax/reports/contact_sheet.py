@@ -37,11 +37,11 @@ def check(path: Path) -> None:
         named = path.suffix or "no suffix"
         raise Mistake(f"--sheet {path}: cannot draw {named}; name a file that ends in {', '.join(SUFFIXES)}")
     if path.is_dir():
-        raise Mistake(f"--sheet {path}: is a folder; name a file in it")
+        raise Mistake(f"--sheet {path}: a folder, not a file; give a file in it")
     if not path.parent.is_dir():
-        raise Mistake(f"--sheet {path}: no such folder {path.parent}; make it first")
+        raise Mistake(f"--sheet {path}: no such folder {path.parent}; create it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise Mistake(f"--sheet {path}: no permission to write there; give another path")
+        raise Mistake(f"--sheet {path}: no permission to write there; check its permissions, or choose another file")
 
 
 def draw(path: Path, records: Sequence[Any], texts: Sequence[str | Sequence[str]], frames: int) -> int:
@@ -157,4 +157,4 @@ def _replace(path: Path, data: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise Mistake(f"--sheet {path}: cannot be written: {error.strerror or error}; give another path") from None
+        raise Mistake(f"--sheet {path}: cannot be written ({error.strerror or error}); choose another file") from None

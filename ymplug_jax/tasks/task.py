@@ -48,7 +48,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task on one model, as the programs (train, evaluate, predict) see it."""
+    """The functions and properties of one task on one model that training, evaluation and prediction use."""
 
     kinds: tuple[str, ...]  # kinds of shards (schema.COLUMNS) that `example` can read; "text" is a text file
     axes: AxisRules  # partition rules of the parameters: AXES of the model module
@@ -85,8 +85,8 @@ class Task:
             known = [score.name for score in self.scores]
             near = difflib.get_close_matches(name, known, 1)
             raise Mistake(
-                f"config.train.best: this task has no score {name!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+                f"config.train.best: unknown score {name!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}")
             )
         return found
 
@@ -181,11 +181,11 @@ def _check_sizes(module: nn.Module, where: str) -> None:
         if field.name == "dtype" and value not in DTYPES:
             raise Mistake(f"{name}: unknown dtype {value!r}; choose one of {', '.join(DTYPES)}")
         if field.name == "remat" and value not in ("none", *layers.REMAT):
-            raise Mistake(f"{name}: unknown policy {value!r}; choose one of none, {', '.join(layers.REMAT)}")
+            raise Mistake(f"{name}: unknown remat policy {value!r}; choose one of none, {', '.join(layers.REMAT)}")
         if field.name in SHARES and not 0 <= value < 1:
             raise Mistake(f"{name}: {value!r} is out of range; give 0 or more and less than 1")
         if field.name in ABOVE_ZERO and value <= 0:
-            raise Mistake(f"{name}: {value!r} is too small; it must be above 0")
+            raise Mistake(f"{name}: {value!r} is too small; give more than 0")
         if type(value) is int and value < (least := int(field.name in SIZES)):
             raise Mistake(f"{name}: {value} is too small; give {least} or more")
     heads, width, kv_heads = getattr(module, "heads", 1), getattr(module, "width", None), getattr(module, "kv_heads", 1)

@@ -65,9 +65,7 @@ class Best:
         value = scores.get(self._name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             numbers = sorted(name for name, value in scores.items() if isinstance(value, float))
-            raise Mistake(
-                f"config.train.best: this evaluation has no score {self._name!r}; choose one of {', '.join(numbers)}"
-            )
+            raise Mistake(f"config.train.best: unknown score {self._name!r}; choose one of {', '.join(numbers)}")
         if not (math.isnan(self._value) or self._better(value)):
             return False
         with contextlib.closing(Checkpoints(str(self._folder), keep=1, frozen_sums=frozen_sums)) as checkpoints:

@@ -27,7 +27,7 @@ class HostsError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Meeting:
-    """The coordinator address of a run, its number of processes and the index of this process."""
+    """Rendezvous of the processes of a run: the coordinator's address, the number of processes and the index of this one."""
 
     address: str  # host:port of process 0
     count: int
@@ -37,7 +37,7 @@ class Meeting:
 
 
 def find(coordinator: str | None, processes: int | None, process_id: int | None, timeout: float) -> Meeting | None:
-    """Return the meeting given by the flags or else detected from SLURM or a TPU slice; None for a single process.
+    """Return the rendezvous of the processes, from the flags or else from SLURM or a TPU slice; None for a single process.
 
     Args:
       coordinator: value of `--coordinator`, host:port of process 0.
@@ -73,7 +73,7 @@ def find(coordinator: str | None, processes: int | None, process_id: int | None,
 
 
 def _of_platform(timeout: float) -> Meeting | None:
-    """Return the meeting detected from SLURM or a TPU slice; None for a single process.
+    """Return the rendezvous detected from SLURM or a TPU slice; None for a single process.
 
     Raises:
       OSError: the host has TPU chips, but no metadata server answers.
@@ -128,7 +128,7 @@ def _has_tpu() -> bool:
 
 
 def _slice(workers: list[str], number: int, timeout: float) -> Meeting | None:
-    """Return the meeting of a TPU slice, or of several slices joined by Megascale; None for a single host.
+    """Return the rendezvous of a TPU slice, or of several slices joined by Megascale; None for a single host.
 
     Args:
       workers: host addresses of this slice, by worker index.

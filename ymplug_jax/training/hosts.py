@@ -60,7 +60,9 @@ def join(meeting: Meeting, timeout: float, heartbeat: float) -> None:
     import jax
 
     begin = time.monotonic()
-    logging.info("process %d of %d: waiting for the others at %s", meeting.number, meeting.count, meeting.address)
+    logging.info(
+        "process %d of %d: waiting for the other processes at %s", meeting.number, meeting.count, meeting.address
+    )
     peers = _RollCall(meeting, timeout).hear() if meeting.number == 0 else [_answer(meeting, timeout)]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     left = max(30, timeout - (time.monotonic() - begin))

@@ -34,7 +34,7 @@ DURING = "### During training"
 SIZES = (
     "kind", "vocab", "width", "depth", "heads", "kv_heads", "head_dim", "hidden", "lora_rank", "image_size", "patch_size", "frames",
     "queries",
-)  # fmt: skip  # settings of a part of the model that its line shows
+)  # fmt: skip  # settings shown in the line of each part of the model
 
 
 def begin(run: Run, workdir: epath.Path, origin: Mapping[str, str], step: int) -> None:
@@ -324,12 +324,10 @@ def _read(workdir: epath.Path) -> dict[str, str]:
 
 
 def _write(workdir: epath.Path, sections: Mapping[str, str]) -> None:
-    """Replace the card: the old text or the new, never a part of it."""
+    """Replace the card atomically."""
     parts = [sections.get("", ""), *(f"## {title}\n\n{body}" for title, body in sections.items() if title)]
     content, path = ("\n\n".join(parts) + "\n").encode("utf-8", "backslashreplace"), workdir / NAME
-    partial = (
-        path if "://" in str(path) else path.with_name(f".{NAME}.partial")
-    )  # an object of a bucket is written whole
+    partial = path if "://" in str(path) else path.with_name(f".{NAME}.partial")  # buckets write an object atomically
     try:
         with place_of(path):
             partial.write_bytes(content)

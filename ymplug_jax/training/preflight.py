@@ -112,7 +112,7 @@ def _check_files(experiment: Experiment) -> None:
 def missing(file: Path) -> str:
     """Return the rest of a message about a missing file: it is a folder, or the closest name in its folder."""
     if file.is_dir():
-        return "is a folder, not a file; give a file in it"
+        return "a folder, not a file; give a file in it"
     if not file.parent.is_dir():
         return f"no such file, and no folder {file.parent}; correct the path"
     near = difflib.get_close_matches(file.name, [other.name for other in file.parent.iterdir()], 1)

@@ -45,7 +45,7 @@ def read_settings(workdir: str | epath.Path) -> Experiment:
     except (FileNotFoundError, NotADirectoryError):
         raise Mistake(f"{path.parent}: no {CONFIG} here; give the --workdir of a run") from None
     except OSError as error:
-        raise Mistake(f"{path}: cannot be read ({error.strerror or error}); check the file's permissions") from None
+        raise Mistake(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
     fix = "restore a copy, or delete the file and pass --config and all settings again"
     try:
         plain = json.loads(text.decode("utf-8-sig"))
@@ -112,13 +112,13 @@ def _check_place(folder: epath.Path) -> None:
         there = next(place for place in (path, *path.parents) if place.exists())
     except OSError as error:
         raise Mistake(
-            f"--workdir {name}: cannot create it ({error.strerror or error}); choose another folder"
+            f"--workdir {name}: cannot be created ({error.strerror or error}); choose another folder"
         ) from None
     if not there.is_dir():
         raise Mistake(f"--workdir {name}: {there} is a file, not a folder; choose another folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Mistake(
-            f"--workdir {name}: no permission to write in {there}; choose another folder or change its permissions"
+            f"--workdir {name}: no permission to write in {there}; check its permissions, or choose another folder"
         )
 
 
@@ -216,7 +216,7 @@ def _check_decoder(experiment: Experiment, folder: epath.Path, given: str) -> No
     Raises:
       Mistake: such a setting differs.
     """
-    after = config.settings_of(experiment.model).get("llm")
+    after = json.loads(json.dumps(config.settings_of(experiment.model))).get("llm")  # lists, as in the stored settings
     before = _decoder_in(folder)
     if not after or any(before.get(name) != after.get(name) for name in ("vocab", "width", "depth")):
         return  # the shapes will differ; a conversion without a language model stores placeholder sizes
@@ -227,7 +227,7 @@ def _check_decoder(experiment: Experiment, folder: epath.Path, given: str) -> No
         if dropped or (old != new and not size):
             raise Mistake(
                 f"config.train.init_from: {given}: its language model has {setting}={old!r}, but config.model.llm.{setting} is "
-                f"{new!r}; set the same value, or give another folder"
+                f"{new!r}; set the same value, or choose another folder"
             )
 
 

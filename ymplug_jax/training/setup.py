@@ -130,7 +130,7 @@ def _check_rules(rules: Mapping[str, str], task: Task) -> None:
     for word, axis in rules.items():
         if word not in words:
             raise Mistake(
-                f"config.mesh.rules: no parameter of this model has an axis {word!r}; choose from {', '.join(sorted(words))}"
+                f"config.mesh.rules: unknown parameter axis {word!r}; choose one of {', '.join(sorted(words))}"
             )
         if axis not in sharding.MESH_AXES:
             raise Mistake(

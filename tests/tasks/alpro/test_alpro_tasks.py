@@ -201,7 +201,7 @@ def test_the_teacher_is_frozen_and_its_entities_come_from_the_file(data: Data, t
     params, _ = setup.fresh_params(run)
     stored = np.load(Path(data.path).parent / "entities.npz")["entity_features"]
     np.testing.assert_array_equal(params["prompter"]["entities"], stored)
-    with pytest.raises(ValueError, match=r"config\.options\.entities is empty"):
+    with pytest.raises(ValueError, match=r"config\.options\.entities: empty"):
         task_lib.get(experiment("alpro_pretrain", data, entities=""))
     np.savez(tmp_path / "other.npz", entity_features=stored[:2])
     with pytest.raises(ValueError, match=r"has 2 entities of width 8; config\.model\.entities is 3"):
@@ -298,7 +298,7 @@ def test_questions_are_answered_from_a_list(data: Data, tmp_path: Path) -> None:
     (tmp_path / "answers.txt").write_text("猫\n猫\n", encoding="utf-8")
     with pytest.raises(ValueError, match="answer '猫' repeats line 1"):
         task_lib.get(settings)
-    with pytest.raises(ValueError, match=r"config\.options\.answers nowhere\.txt: No such file"):
+    with pytest.raises(ValueError, match=r"config\.options\.answers nowhere\.txt: no such file"):
         task_lib.get(experiment("alpro_classify", data, model, answers="nowhere.txt"))
 
 
@@ -386,8 +386,8 @@ def test_errors_name_the_setting(data: Data) -> None:
     for name, model, message in (
         ("alpro_pretrain", BASE.clone(masked=False), "needs contrastive_width, matching and masked"),
         ("alpro_retrieve", BASE.clone(contrastive_width=0), "needs contrastive_width and matching"),
-        ("alpro_classify", BASE, "config.model.classes is 0"),
-        ("alpro_classify", BASE.clone(classes=44), "config.model.classes is 44, but there are 45 names"),
+        ("alpro_classify", BASE, "config.model.classes: 0 classes"),
+        ("alpro_classify", BASE.clone(classes=44), "config.model.classes: 44 classes, but there are 45 names"),
         ("alpro_prompter", BASE, "contrastive heads only"),
         (
             "alpro_retrieve",
@@ -406,7 +406,7 @@ def test_errors_name_the_setting(data: Data) -> None:
     sentencepiece = shards.tokenizer(Path(data.path).parent / "t.model")
     with pytest.raises(ValueError, match=r"has no \[MASK\]"):
         make("alpro_retrieve", BASE, data=dataclasses.replace(data, tokenizer=str(sentencepiece)))
-    with pytest.raises(ValueError, match="vision: b16, clip_b16"):
+    with pytest.raises(ValueError, match="unknown vision tower 'h14'; choose one of b16, clip_b16"):
         alpro.sized("h14")
 
 

@@ -129,23 +129,23 @@ def names_of(data: Data, answers: str, classes: int) -> Sequence[str]:
     """
     if not classes:
         raise ValueError(
-            f"config.model.classes is 0; set it to the number of categories, {len(preprocess.class_names(data))}"
+            f"config.model.classes: 0 classes; set it to the number of categories, {len(preprocess.class_names(data))}"
         )
     if answers and data.classes:
         raise Mistake(
-            "config.options.answers and config.data.classes are both set; set answers for questions or classes for videos"
+            "config.options.answers, config.data.classes: both are set; set answers for questions or classes for videos"
         )
     names = class_names(answers, classes if not data.path else 0) if answers else preprocess.class_names(data)
     if not answers:
         preprocess.check_classes(data, names)
     if data.classes and len(names) != classes:
         raise Mistake(
-            f"config.model.classes is {classes}; the names in {data.classes} (config.data.classes) are {len(names)}: set "
+            f"config.model.classes: {classes} classes, but there are {len(names)} names in {data.classes} (config.data.classes); set "
             f"config.model.classes={len(names)}"
         )
     if len(names) > classes:
         raise ValueError(
-            f"config.model.classes is {classes}, but there are {len(names)} names; set it to {len(names)} or more"
+            f"config.model.classes: {classes} classes, but there are {len(names)} names; set it to {len(names)} or more"
         )
     return names
 

@@ -200,13 +200,13 @@ def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> np.ndar
     if not path:
         if experiment.data.path and (not train.init_from or "=" in train.init_from):
             raise ValueError(
-                "config.options.entities is empty; evaluate a run of task alpro_prompter and give its index.npz"
+                "config.options.entities: empty; evaluate a run of task alpro_prompter and give its index.npz"
             )
         return None
     index = index_file.read(path, (), setting="config.options.entities")
     if "entity_features" not in index:
         raise ValueError(
-            f"{path} (config.options.entities) has no entity_features; give the index.npz of task alpro_prompter, evaluated with "
+            f"config.options.entities {path}: has no entity_features; give the index.npz of task alpro_prompter, evaluated with "
             "config.options.prompts"
         )
     found = index["entity_features"].astype(np.float32)
@@ -217,8 +217,8 @@ def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> np.ndar
             index_file.check_origin(path, index, own, f"{folder} (config.train.init_from)")
     if found.shape != (model.entities, model.contrastive_width):
         raise ValueError(
-            f"{path} (config.options.entities) has {found.shape[0]} entities of width {found.shape[1]}; "
-            f"config.model.entities is {model.entities} and contrastive_width {model.contrastive_width}; set them to the table's "
+            f"config.options.entities {path}: has {found.shape[0]} entities of width {found.shape[1]}; "
+            f"config.model.entities is {model.entities} and config.model.contrastive_width {model.contrastive_width}; set them to the table's "
             "sizes or give the table of another prompter"
         )
     return found

@@ -156,17 +156,17 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; set config.options.prompts to what data_prep.entity_prompts wrote"
+            f"config.options.prompts {path}: no such file; give the file that data_prep.entity_prompts wrote"
         )
     try:
         made = json.loads(file.read_text(encoding="utf-8"))
         entities, templates = list(made["entities"]), list(made["templates"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} (config.options.prompts): not readable as entity prompts ({error}); write it with data_prep.entity_prompts"
+            f"config.options.prompts {path}: not a file of entity prompts ({error}); write it with data_prep.entity_prompts"
         ) from None
     if not entities or not templates or any("{}" not in template for template in templates):
         raise ValueError(
-            f"{path} (config.options.prompts): no entities, or a template without {{}}; write both lists again"
+            f"config.options.prompts {path}: no entities, or a template without {{}}; write it with data_prep.entity_prompts"
         )
     return entities, [template.replace("{}", entity) for template in templates for entity in entities]

@@ -150,8 +150,12 @@ def names_in(path: str, setting: str, what: str = "class name") -> tuple[str, ..
         return schema.parse_class_names(
             text_files.read_text(checkpoint_files.folder_of(path)), f"{setting} {path}", what
         )
+    except FileNotFoundError:
+        raise Mistake(f"{setting} {path}: no such file; give a file with one {what} per line") from None
     except OSError as error:
-        raise Mistake(f"{setting} {path}: {error.strerror or error}; give a file with one {what} per line") from None
+        raise Mistake(
+            f"{setting} {path}: cannot be read ({error.strerror or error}); give a file with one {what} per line"
+        ) from None
     except ValueError as error:
         raise Mistake(str(error)) from None
 

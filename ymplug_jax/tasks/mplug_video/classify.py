@@ -47,7 +47,7 @@ def make(experiment: Experiment) -> Task:
     if model.classes != len(names):
         where = f"names in {data.classes} (config.data.classes)" if data.classes else "categories"
         raise Mistake(
-            f"config.model.classes is {model.classes}; the {where} are {len(names)}: set config.model.classes={len(names)}"
+            f"config.model.classes: {model.classes} classes, but there are {len(names)} {where}; set config.model.classes={len(names)}"
         )
     preprocess.check_classes(data, names)
     passes.check_room(model, length + room_for(names, tokenizer, length))
@@ -120,7 +120,7 @@ def room_for(names: Sequence[str], tokenizer: Tokenizer | None, length: int) -> 
     tokens = len(tokenizer.encode(longest))
     if tokens + 2 > length:
         raise Mistake(
-            f"config.data.max_tokens is {length}, but the class {longest!r} has {tokens} tokens plus start and end token; "
+            f"config.data.max_tokens: {length} tokens, but the class {longest!r} has {tokens} tokens plus start and end token; "
             "raise it or shorten the name"
         )
     return max(NAME, tokens + 1)

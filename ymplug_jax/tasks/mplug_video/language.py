@@ -1,7 +1,7 @@
 """Language modelling on titles, which trains the tiny decoders before they are frozen; large decoders are converted instead.
 
-A sequence is one title repeated, starting at a random token. It therefore uses every position of the table, and the model learns to
-condition on what precedes the text, as it must for the visual prefix later.
+A sequence is one title repeated, starting at a random token. All position embeddings are therefore trained, and the model learns to
+use what precedes the text, which later is the visual prefix.
 """
 
 import jax

@@ -128,7 +128,7 @@ def make(experiment: Experiment) -> Task:
     passes.check_room(model, length)
     if model.classes != 2:
         raise ValueError(
-            f"config.model.classes is {model.classes}, but matching has two, no and yes; set config.model.classes=2"
+            f"config.model.classes: {model.classes} classes, but matching has two, no and yes; set config.model.classes=2"
         )
     if experiment.train.accumulate > 1 or experiment.train.batch_size < 2:
         raise ValueError(
@@ -232,21 +232,19 @@ def _from_index(options: Options, videos: list[np.ndarray], clip: np.ndarray) ->
     Raises:
       Mistake: The index is of another split or holds a vector that is not finite.
     """
-    file = f"{options.candidates} (config.options.candidates)"
+    file = f"config.options.candidates {options.candidates}"
     with np.load(options.candidates, allow_pickle=False) as index:
         known = {name: index[name] for name in ("video", "text", "video_id", "text_clip") if name in index}
     there, texts = known["video"], known["text"]
     if (len(there), len(texts)) != (len(videos), len(clip)):
         raise Mistake(
-            f"{file} has {len(there)} videos and {len(texts)} texts, this split "
+            f"{file}: has {len(there)} videos and {len(texts)} texts, this split "
             f"{len(videos)} and {len(clip)}; evaluate the retrieval run on the same split"
         )
     ours = [tuple(part.tolist()) for part in videos]
     theirs = [tuple(preprocess.hash_of(str(name)).tolist()) for name in known.get("video_id", ())]
     if (theirs and theirs != ours) or not np.array_equal(known.get("text_clip", clip), clip):
-        raise Mistake(
-            f"{file} is of other videos or texts than this split; evaluate the retrieval run on the same split"
-        )
+        raise Mistake(f"{file}: of other videos or texts than this split; evaluate the retrieval run on the same split")
     for name, part in (("video", there), ("text", texts)):
         task_metrics.check_finite(part, f"the vector in {file}", f"{name} {{}}".format)
     similarity = there @ texts.T

@@ -34,7 +34,7 @@ def make(experiment: Experiment) -> Task:
     passes.check_room(model, length)
     if not model.contrastive_width:
         raise ValueError(
-            "config.model.contrastive_width is 0, but retrieval needs contrastive heads; set 256 as the published recipe does"
+            "config.model.contrastive_width: 0, but retrieval needs contrastive heads; set it to 256, as the published recipe does"
         )
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
