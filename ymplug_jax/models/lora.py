@@ -95,7 +95,8 @@ class LowRank(nn.Module):
         low = jnp.tensordot(x, a, axes=len(inner)) * self.settings.scale  # [..., R]
         updated = []
         for name, y in zip(self.parts, outputs, strict=True):
-            b = self.param(name, nn.initializers.zeros, (self.settings.rank, *y.shape[low.ndim - 1 :])).astype(dtype)
+            b = self.param(name, nn.initializers.zeros, (self.settings.rank, *y.shape[low.ndim - 1 :]))
+            b = quantize.matrix(b).astype(dtype)
             updated.append(y + jnp.tensordot(low, b, axes=1).astype(y.dtype))
         return tuple(updated)
 
