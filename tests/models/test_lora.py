@@ -121,6 +121,7 @@ def test_counts_of_bloomz_7b1(targets: tuple[str, ...], trained: int) -> None:
         ("bloom", ("attn/q",), "keeps q, k and v in one matrix; write 'attn/\\[qkv\\]'"),
         ("gpt3", ("mlp/gate",), "'mlp/gate' matches no linear layer; choose from attn/q, attn/k"),
         ("qwen", (), "lora_targets: empty; choose from attn/q"),
+        ("gpt3", ("(",), "lora_targets: '\\(' is not a regex"),
     ],
 )
 def test_targets_without_a_layer_are_refused(kind: str, targets: tuple[str, ...], message: str) -> None:

@@ -46,13 +46,18 @@ def targets_of(settings: Settings, linears: tuple[str, ...], fused: bool) -> tup
       fused: the checkpoint keeps q, k and v in one matrix, so their adapters share the factor A.
 
     Raises:
-      ValueError: a target matches no layer, or a part of a fused matrix only.
+      ValueError: a target is not a regex, matches no layer, or a part of a fused matrix only.
     """
     if not settings.rank:
         return ()
     chosen: set[str] = set()
     for target in settings.targets:
-        found = {path for path in linears if re.fullmatch(target, path)}
+        try:
+            found = {path for path in linears if re.fullmatch(target, path)}
+        except re.error as error:
+            raise ValueError(
+                f"config.model.llm.lora_targets: {target!r} is not a regex ({error}); choose from {', '.join(linears)}"
+            ) from None
         if not found:
             raise ValueError(
                 f"config.model.llm.lora_targets: {target!r} matches no linear layer; choose from {', '.join(linears)}"
