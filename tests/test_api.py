@@ -1,12 +1,13 @@
 """The Python API on tiny runs: its answers are those of `predict`, its errors are one line, and its documentation runs."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -122,7 +123,20 @@ def test_mistakes_are_one_line_with_the_name() -> None:
     refused("^paths: 'clips/kitten.mp4' is a single value; give a list", model.caption, CLIPS[0])
     titled = ymplug_jax.load("runs/classify")
     refused("^titles: 1 titles for 2 files; give one for each", titled.classify, CLIPS, ["小猫"])
-    refused("^best=0: too small; give 1 or more", titled.classify, CLIPS, best=0)
+    for best in (0, 2.5, "3", None):
+        refused("^best=.*: not a whole number of at least 1; give 1 or more", titled.classify, CLIPS, best=best)
+    refused("^titles: None: not a str", titled.classify, CLIPS[:1], [None])
+    searched = ymplug_jax.load("runs/retrieve")
+    for texts in ([1], [None], ["红色", b"red"]):
+        refused("^texts: .*: not a str; give texts", searched.embed_texts, texts)
+    refused("^texts: '.ud800': holds a character that is not Unicode", searched.embed_texts, ["\ud800"])
+    for values in ({"红色", "蓝色"}, {"红色": 1}, None, 3):
+        refused("^texts: a .*, whose order is not that of the answers; give a list", searched.embed_texts, values)
+    for path in ("", None, 3):
+        refused("^paths: .*: not the path of a file", model.caption, [path])
+    refused("^paths: .* is a single value; give a list", model.caption, PurePath(CLIPS[0]))
+    assert model.caption([os.fsencode(CLIPS[0])]) == model.caption(CLIPS[:1])
+    refused("^needs='search': unknown; give one of caption, classify, retrieve", ymplug_jax.load, ".", needs="search")
     refused("^texts: ' ': nothing is left", ymplug_jax.load("runs/retrieve").embed_texts, ["红色", " "])
     refused(
         "runs/caption is a run of task 'caption'; classify needs a run of task",

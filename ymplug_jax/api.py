@@ -8,8 +8,7 @@ The answers are those of `python -m ymplug_jax.predict`, which is built on this 
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -84,7 +83,9 @@ def load(
     from ymplug_jax.inference import settings
     from ymplug_jax.inference.predictor import Predictor
 
-    place = checkpoint_files.folder_of(os.fspath(folder))
+    if needs and needs not in METHODS:
+        raise Mistake(f"needs={needs!r}: unknown; give one of {', '.join(METHODS)}")
+    place = checkpoint_files.folder_of(os.fsdecode(folder))
     if settings.is_conversion(place):
         given = config if config is None or isinstance(config, Mapping) else _plain(config)
         vocabulary, listed = ("" if file is None else os.fspath(file) for file in (tokenizer, classes))
@@ -165,8 +166,8 @@ class VideoModel:
           PlaceFailed: the decoder cannot start.
         """
         self._must_offer("classify")
-        if best < 1:
-            raise Mistake(f"best={best}: too small; give 1 or more")
+        if not isinstance(best, int) or best < 1:
+            raise Mistake(f"best={best!r}: not a whole number of at least 1; give 1 or more")
         found = (answer.json for answer in self._answers("classify", paths, titles, best))
         return [
             Classification(answer["video"], answer["class"], answer["best"], answer["head"], answer["shown"])
@@ -205,7 +206,7 @@ class VideoModel:
         from ymplug_jax.data.text import clean_text
 
         self._must_offer("embed_texts")
-        texts = _listed(texts, "texts")
+        texts = _words(texts, "texts")
         for text in texts:
             if not clean_text(text, 30):
                 raise Mistake(f"texts: {text!r}: nothing is left after cleaning; give words")
@@ -235,8 +236,8 @@ class VideoModel:
         from ymplug_jax.inference import clip_stream
         from ymplug_jax.inference.predictor import BATCH
 
-        names = [os.fspath(path) for path in _listed(paths, "paths")]
-        given = [""] * len(names) if titles is None else _listed(titles, "titles")
+        names = _names(paths)
+        given = [""] * len(names) if titles is None else _words(titles, "titles")
         if len(given) != len(names):
             raise Mistake(f"titles: {len(given)} titles for {len(names)} files; give one for each, in their order")
         if folder := next((name for name in names if os.path.isdir(name)), None):
@@ -255,8 +256,38 @@ def _listed(values: Sequence[Any], name: str) -> list[Any]:
     """The values as a list.
 
     Raises:
-      Mistake: a single one was given, whose characters would be taken for names.
+      Mistake: not a sequence, but a single value, whose characters would be taken for names, or a set, which has no order.
     """
-    if isinstance(values, str | bytes | Path):
+    if isinstance(values, str | bytes | os.PathLike):
         raise Mistake(f"{name}: {values!r} is a single value; give a list, such as [{values!r}]")
+    if isinstance(values, Set | Mapping) or not isinstance(values, Iterable):
+        raise Mistake(f"{name}: a {type(values).__name__}, whose order is not that of the answers; give a list")
     return list(values)
+
+
+def _names(paths: Sequence[Name]) -> list[str]:
+    """Names of files.
+
+    Raises:
+      Mistake: as `_listed`, or an element is empty or no path.
+    """
+    listed = _listed(paths, "paths")
+    for path in listed:
+        if not path or not isinstance(path, str | bytes | os.PathLike):
+            raise Mistake(f"paths: {path!r}: not the path of a file; give the paths of video files")
+    return [os.fsdecode(path) for path in listed]
+
+
+def _words(texts: Sequence[str], name: str) -> list[str]:
+    """Texts that a tokenizer takes.
+
+    Raises:
+      Mistake: as `_listed`, or an element is no text.
+    """
+    listed = _listed(texts, name)
+    for text in listed:
+        if not isinstance(text, str):
+            raise Mistake(f"{name}: {text!r}: not a str; give texts")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise Mistake(f"{name}: {text!r}: holds a character that is not Unicode; decode the text again")
+    return listed

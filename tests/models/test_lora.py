@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ymplug_jax.core import quantize
 from ymplug_jax.models import language_model, language_models
 from ymplug_jax.models.language_model import LanguageModel
 
@@ -120,11 +121,21 @@ def test_counts_of_bloomz_7b1(targets: tuple[str, ...], trained: int) -> None:
         ("bloom", ("attn/q",), "keeps q, k and v in one matrix; write 'attn/\\[qkv\\]'"),
         ("gpt3", ("mlp/gate",), "'mlp/gate' matches no linear layer; choose one of attn/q, attn/k"),
         ("qwen", (), "lora_targets: empty; choose one of attn/q"),
+        ("gpt3", ("(",), "lora_targets: '\\(' is not a regex"),
     ],
 )
 def test_targets_without_a_layer_are_refused(kind: str, targets: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         language_model.init(decoder(kind, lora_targets=targets), jax.random.key(0))
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_frozen_adapters_may_be_quantised(kind: str) -> None:
+    model = decoder(kind, lora_targets=ALL)
+    params, ids = filled(model), np.arange(6)[None]
+    np.testing.assert_allclose(
+        logits(model, quantize.hold(params, language_models.axes_of(model)), ids), logits(model, params, ids), atol=0.1
+    )
 
 
 def test_qwen_may_adapt_queries_and_values_alone() -> None:

@@ -109,6 +109,8 @@ def test_an_older_run_gets_a_card_on_resume(tmp_path: Path) -> None:
     assert not (tmp_path / "data" / model_card.NAME).exists(), "no run, no card"
     model_card.begin(run, folder, {}, 7)
     assert "first written at step 7" in section(tmp_path, "Weights")
+    data = section(tmp_path, "Data")
+    assert "| `manifest.json` | missing or damaged" in data and "None" not in data
     model_card.add_scores(run, folder, 8, {"loss": 1.25, "odd | name": 0.5}, best=False)
     model_card.add_scores(run, folder, 9, {"loss": 1.0}, best=False)
     rows = [line for line in section(tmp_path, "Scores").splitlines() if line.endswith(("| 8 |", "| 9 |"))]

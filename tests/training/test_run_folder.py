@@ -221,6 +221,12 @@ def llm(**settings: object) -> dict:
         ({"tied": False}, {}, "its language model has tied=False, but config.model.llm.tied is True"),
         ({"lora_rank": 4}, {}, "its language model has lora_rank=4, but config.model.llm.lora_rank is 0"),
         ({"kind": "bloom"}, {}, "its language model has kind='bloom', but config.model.llm.kind is 'qwen'"),
+        ({"lora_rank": 4, "lora_scale": 2.0}, {"lora_rank": 4, "lora_scale": 1.0}, "has lora_scale=2.0"),
+        (
+            {"lora_rank": 4, "lora_targets": ("mlp/up",)},
+            {"lora_rank": 4, "lora_targets": ("attn/q",)},
+            "has lora_targets=['mlp/up'], but config.model.llm.lora_targets is ['attn/q']",
+        ),
     ],
 )
 def test_a_decoder_that_computes_something_else(folder: Path, stored: dict, wanted: dict, message: str):
@@ -235,6 +241,16 @@ def test_a_decoder_that_computes_the_same(folder: Path, stored: dict):
     """A different vocabulary is left to the later comparison of shapes."""
     decoder("before", **stored)
     run_folder.check_init_from(experiment(model=llm(remat="none", max_positions=7), init_from="llm=before"))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_decoder_with_or_without_adapters(folder: Path, rank: int):
+    """A folder without adapters accepts any settings of new ones. The tuple of targets is a list in config.json."""
+    targets = {"lora_scale": 1.0, "lora_targets": ("attn/[qkv]",), "lora_dropout": 0.0}
+    decoder("before", lora_rank=rank, **targets)
+    new = targets if rank else {"lora_scale": 2.0, "lora_targets": ("mlp/up",)}
+    for wanted in ({"lora_rank": rank, **targets}, {"lora_rank": 4, **new, "lora_dropout": 0.1}):
+        run_folder.check_init_from(experiment(model=llm(**wanted), init_from="llm=before"))
 
 
 def test_the_decoder_of_a_conversion(folder: Path):

@@ -1,11 +1,15 @@
 """Preparing a run: steps and warm-up from durations, and settings that contradict each other."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 import tiny
+from ymplug_jax.core import checkpoint, state
 from ymplug_jax.core.exits import Mistake
+from ymplug_jax.training import setup
 
 
 def peaks(rate, steps: int, lr: float) -> list[int]:
@@ -82,3 +86,23 @@ def test_patterns_that_are_not_regular_expressions(setting: str, group: str):
     value = (("a(", 0.1),) if setting == "lr_scales" else ("a(",)
     with pytest.raises(Mistake, match=f"^config.{group}.{setting}: 'a\\(' is not a regular expression"):
         tiny.prepare(**{group: {setting: value}})
+
+
+def test_adapters_start_fresh_on_weights_without_adapters(tmp_path: Path):
+    """A LoRA run starts from a run without adapters; all other parameters must still be there."""
+    first = tiny.prepare()
+    now, frozen, _ = setup.fresh_state(first)
+    params = state.merge(now.trainable, frozen)
+    checkpoints = checkpoint.Checkpoints(str(tmp_path))
+    checkpoints.save_frozen(frozen)
+    checkpoints.save(now, 1, 8)
+    checkpoints.close()
+
+    model = tiny.MODEL.clone(llm=tiny.MODEL.llm.clone(lora_rank=2, lora_targets=("attn/.*", "mlp/.*")))
+    second = setup.prepare(tiny.experiment(model, train={"init_from": str(tmp_path)}), jax.devices()[:1])
+    found, origin = setup.fresh_params(second)
+    fresh = {path for path, where in origin.items() if where == "fresh"}
+    assert fresh and all(path.startswith("llm/blocks/lora/") for path in fresh)
+    for path, leaf in state.flatten(params).items():
+        np.testing.assert_array_equal(state.flatten(found)[path], leaf, err_msg=path)
+    assert fresh <= set(state.flatten(second.state.trainable))

@@ -54,7 +54,12 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
     if not wanted:
         raise SourceError(f"{folder}: no parameter belongs to model {model}; give the right --model")
     decoder = any(path.startswith("llm/") for path in wanted)
-    if decoder and (others := sorted(path for path in set(leaves) - wanted if path.startswith("llm/"))):
+    others = sorted(path for path in set(leaves) - wanted if path.startswith("llm/"))
+    if decoder and others and all("/lora/" in path for path in others):
+        raise SourceError(
+            f"{folder}: holds adapters ({others[0]}), which the layout of model {model} cannot store; give a run without adapters"
+        )
+    if decoder and others:
         raise SourceError(
             f"{folder}: holds {others[0]}, which model {model} does not have; give the --model of its language model"
         )

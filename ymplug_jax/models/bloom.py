@@ -21,7 +21,7 @@ AXES = (
     ("token_embed", "vocab embed"),
     ("(embed_norm|norm)/(scale|bias)", "embed"),
     *layers.BLOCK_AXES,
-    *lora.AXES,
+    *lora.FUSED_AXES,
 )
 
 LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down")  # Layers that may have adapters.

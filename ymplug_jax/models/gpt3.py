@@ -19,7 +19,7 @@ AXES = (
     ("pos_embed", "pos embed"),
     ("norm/(scale|bias)", "embed"),
     *layers.BLOCK_AXES,
-    *lora.AXES,
+    *lora.FUSED_AXES,
 )
 LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down")  # Layers that may have adapters.
 

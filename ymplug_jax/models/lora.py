@@ -14,17 +14,27 @@ from flax import linen as nn
 from ymplug_jax.core import quantize
 from ymplug_jax.models import layers
 
+PARAMETERS = "llm/blocks/lora/.*"  # Path regex of the adapters in a model with a language model.
 QKV = ("attn/q", "attn/k", "attn/v")
 
-AXES = (
-    ("blocks/lora/(qkv|q|k|v|gate|up)/a", "layers embed rank"),
-    ("blocks/lora/qkv/[qkv]", "layers rank heads head_dim"),
-    ("blocks/lora/q/b", "layers rank heads head_dim"),
-    ("blocks/lora/[kv]/b", "layers rank kv_heads head_dim"),
+_COMMON = (
     ("blocks/lora/o/a", "layers heads head_dim rank"),
-    ("blocks/lora/(gate|up)/b", "layers rank mlp"),
     ("blocks/lora/down/a", "layers mlp rank"),
     ("blocks/lora/(o|down)/b", "layers rank embed"),
+)
+# Axis words of the adapters, with q, k and v in one matrix or in matrices of their own.
+FUSED_AXES = (
+    ("blocks/lora/(qkv|up)/a", "layers embed rank"),
+    ("blocks/lora/qkv/[qkv]", "layers rank heads head_dim"),
+    ("blocks/lora/up/b", "layers rank mlp"),
+    *_COMMON,
+)
+AXES = (
+    ("blocks/lora/(q|k|v|gate|up)/a", "layers embed rank"),
+    ("blocks/lora/q/b", "layers rank heads head_dim"),
+    ("blocks/lora/[kv]/b", "layers rank kv_heads head_dim"),
+    ("blocks/lora/(gate|up)/b", "layers rank mlp"),
+    *_COMMON,
 )
 
 
@@ -46,13 +56,18 @@ def targets_of(settings: Settings, linears: tuple[str, ...], fused: bool) -> tup
       fused: the checkpoint keeps q, k and v in one matrix, so their adapters share the factor A.
 
     Raises:
-      ValueError: a target matches no layer, or a part of a fused matrix only.
+      ValueError: a target is not a regex, matches no layer, or a part of a fused matrix only.
     """
     if not settings.rank:
         return ()
     chosen: set[str] = set()
     for target in settings.targets:
-        found = {path for path in linears if re.fullmatch(target, path)}
+        try:
+            found = {path for path in linears if re.fullmatch(target, path)}
+        except re.error as error:
+            raise ValueError(
+                f"config.model.llm.lora_targets: {target!r} is not a regex ({error}); choose one of {', '.join(linears)}"
+            ) from None
         if not found:
             raise ValueError(
                 f"config.model.llm.lora_targets: {target!r} matches no linear layer; choose one of {', '.join(linears)}"
@@ -95,7 +110,8 @@ class LowRank(nn.Module):
         low = jnp.tensordot(x, a, axes=len(inner)) * self.settings.scale  # [..., R]
         updated = []
         for name, y in zip(self.parts, outputs, strict=True):
-            b = self.param(name, nn.initializers.zeros, (self.settings.rank, *y.shape[low.ndim - 1 :])).astype(dtype)
+            b = self.param(name, nn.initializers.zeros, (self.settings.rank, *y.shape[low.ndim - 1 :]))
+            b = quantize.matrix(b).astype(dtype)
             updated.append(y + jnp.tensordot(low, b, axes=1).astype(y.dtype))
         return tuple(updated)
 

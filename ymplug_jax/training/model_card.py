@@ -173,6 +173,9 @@ def _data(experiment: Experiment) -> str:
     if file.name != schema.MANIFEST:
         return _table(("", ""), rows)
     manifest = _json_in(file)
+    if not manifest:
+        rows.append((f"`{file.name}`", "missing or damaged: kind, splits and counts are unknown"))
+        return _table(("", ""), rows)
     rows.append(("Kind", f"`{manifest.get('kind')}`"))
     if isinstance(frames := manifest.get("frames"), dict):
         rows.append(("Stored frames", ", ".join(f"{name} {value}" for name, value in frames.items())))

@@ -30,7 +30,7 @@ TOKENIZER = "tokenizer"
 # Orbax globs the full path for the parts of a checkpoint, so these characters would act as patterns or escapes.
 UNREADABLE = "[*?\\\0"
 # Model settings that may change on resume: they affect computation or regularization, not the meaning of parameters.
-FREE = ("remat", "dropout", "dtype")
+FREE = ("remat", "dropout", "dtype", "lora_dropout")
 
 
 def read_settings(workdir: str | epath.Path) -> Experiment:
@@ -216,11 +216,13 @@ def _check_decoder(experiment: Experiment, folder: epath.Path, given: str) -> No
     Raises:
       Mistake: such a setting differs.
     """
-    after = json.loads(json.dumps(config.settings_of(experiment.model))).get("llm")  # lists, as in the stored settings
+    after = _plain(experiment.model).get("llm")
     before = _decoder_in(folder)
     if not after or any(before.get(name) != after.get(name) for name in ("vocab", "width", "depth")):
         return  # the shapes will differ; a conversion without a language model stores placeholder sizes
-    for setting in sorted(before.keys() & after.keys() - {*FREE, "max_positions"}):
+    # Without adapters in the folder, the new run starts its own with any settings.
+    unused = () if before.get("lora_rank") else ("lora_scale", "lora_targets")
+    for setting in sorted(before.keys() & after.keys() - {*FREE, *unused, "max_positions"}):
         old, new = before[setting], after[setting]
         dropped = setting == "lora_rank" and old and not new  # the new run would ignore the adapters
         size = isinstance(old, int) and not isinstance(old, bool)
@@ -234,7 +236,7 @@ def _check_decoder(experiment: Experiment, folder: epath.Path, given: str) -> No
 def _decoder_in(folder: epath.Path) -> dict[str, Any]:
     """Return the language model settings of a run or a conversion; empty if the folder does not record them."""
     if (folder / CONFIG).exists():
-        return dict(config.settings_of(read_settings(folder).model).get("llm") or {})
+        return dict(_plain(read_settings(folder).model).get("llm") or {})
     record = folder / "conversion.json"
     try:
         sizes = list(json.loads(record.read_text(encoding="utf-8"))["sizes"].values()) if record.exists() else []

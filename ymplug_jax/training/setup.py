@@ -17,7 +17,7 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.state import Params, TrainState
 from ymplug_jax.data.source import open_split
-from ymplug_jax.models import kernels
+from ymplug_jax.models import kernels, lora
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
 
@@ -271,7 +271,8 @@ def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], d
             abstract,
             subtree=subtree,
             stored_as=stored_as,
-            allow_missing=run.task.fresh,
+            # Weights without adapters are what adapters start from.
+            allow_missing=(*run.task.fresh, lora.PARAMETERS),
             resize=run.task.resize,
             values=values,
         )
