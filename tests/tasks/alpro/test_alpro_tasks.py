@@ -341,7 +341,9 @@ def test_init_from_can_load_a_run_into_a_subtree(data: Data, tmp_path: Path) -> 
     assert entities.any() and origin["prompter/entities"] == "fresh" and origin["text/token_embed"] == "fresh"
     for path, value in state_lib.flatten(params).items():
         np.testing.assert_array_equal(state_lib.flatten(found["prompter"])[path], value)
-    with pytest.raises(checkpoint_files.CheckpointError, match="no parameter below 'prompter/' fits the subtree 'prompter'"):
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match="no parameter below 'prompter/' fits the subtree 'prompter'"
+    ):
         setup.fresh_params(
             setup.prepare(
                 dataclasses.replace(
@@ -375,7 +377,9 @@ def test_temporal_attention_can_start_from_spatial_attention(data: Data, tmp_pat
     assert {path for path, name in origin.items() if name == "first"} == {
         path for path in origin if path.startswith("vision/blocks/temporal_attn/")
     }
-    with pytest.raises(checkpoint_files.CheckpointError, match="no parameter below 'vision/blocks/atn/' fits the subtree"):
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match="no parameter below 'vision/blocks/atn/' fits the subtree"
+    ):
         start("vision/blocks/temporal_attn:vision/blocks/atn")
 
 
