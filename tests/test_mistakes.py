@@ -254,7 +254,7 @@ def test_own_config_files(refused: Refused, name: str):
 
 def test_a_text_for_a_group(refused: Refused):
     line = refused(f"--config={runs.ROOT}/configs/tiny/pretrain.py", "--config.train=fast", "--mode=plan")
-    assert line == "config.train: 'fast' is not a group of settings"
+    assert line == "config.train: 'fast' is not a group of settings; set each one by name"
     assert "--config.model is provided after --config.model." in refused("--config.model=fast", task="pretrain")
 
 
