@@ -150,7 +150,7 @@ def test_mistakes_are_one_line_with_the_name() -> None:
         "runs/caption",
         config="x.py",
     )
-    refused("^nowhere: no config.json here", ymplug_jax.load, "nowhere")
+    refused("^nowhere: no such folder; give the --workdir of a run", ymplug_jax.load, "nowhere")
     refused("^runs: no config.json here, but runs caption, classify, retrieve", ymplug_jax.load, "runs")
 
 

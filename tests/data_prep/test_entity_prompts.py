@@ -66,7 +66,7 @@ def test_entities_are_counted_and_templates_written(tmp_path: Path) -> None:
     error = command("entity_prompts", "--entities", tmp_path / "none.txt", "--out", tmp_path / "x.json", code=2)
     assert "no entity in it" in error and "Traceback" not in error
     (tmp_path / "none.txt").write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"not readable as entity prompts"):
+    with pytest.raises(ValueError, match=r"not a file of entity prompts"):
         read_prompts(str(tmp_path / "none.txt"))
 
 
