@@ -500,7 +500,7 @@ def test_an_index_of_another_run_is_refused(home: Path, ask: Callable) -> None:
         (arrays | {"video": nan}, "non-finite values"),
         (arrays | {"video": arrays["video"][:1]}, "2 names and vectors of shape (1, "),
         (arrays | {"frames": 4}, "4 frames"),
-        ({"text": arrays["video"]}, "lacks video, video_id"),
+        ({"text": arrays["video"]}, "no video, video_id"),
     ):
         np.savez(home / "changed.npz", **changed)
         code, out, err = ask(*run, "--index", home / "changed.npz", "--text", "红色")
@@ -628,5 +628,5 @@ def test_a_checkpoint_without_training_is_scored_as_it_stands(home: Path) -> Non
     shards.call(home / "data", "captioning")
     flags = ["ymplug_jax.main", "--config=configs/tiny/caption.py", f"--workdir={home / 'fresh'}", *SMALL, *data]
     done = python(*flags, "--mode=eval")
-    assert "scoring config.train.init_from as it stands" in done.stderr
+    assert "no checkpoint; scoring the parameters of config.train.init_from without training" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["step"] == 0
