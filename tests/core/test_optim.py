@@ -52,5 +52,5 @@ def test_schedule_ends():
 
 
 def test_warmup_longer_than_the_run():
-    with pytest.raises(ValueError, match="warmup is 30 steps but the run has 20"):
+    with pytest.raises(ValueError, match="warmup: 30 steps, but the run has 20"):
         optim.schedule(SETTINGS, warmup=30, total=20)

@@ -50,7 +50,7 @@ def test_mistakes_name_the_file(tmp_path: Path):
         file.write_bytes(data)
         with pytest.raises(exits.Mistake, match=message):
             text_files.read_lines(file)
-    with pytest.raises(exits.Mistake, match="a folder; give a file"):
+    with pytest.raises(exits.Mistake, match="a folder, not a file; give a file in it"):
         text_files.read_lines(tmp_path)
     with pytest.raises(FileNotFoundError):
         text_files.read_lines(tmp_path / "gone.txt")
