@@ -57,7 +57,7 @@ def logits(model: LanguageModel, params: dict, ids: np.ndarray, **how) -> jax.Ar
         return model.apply({"params": params}, method=run, rngs={"dropout": jax.random.key(7)})
 
 
-@pytest.mark.parametrize("targets", [("attn/[qkv]",), ("attn/o", "mlp/down"), ALL])
+@pytest.mark.parametrize("targets", [("attn/[qkv]",), ALL])
 @pytest.mark.parametrize("kind", TINY)
 def test_adapters_equal_merged_weights(kind: str, targets: tuple[str, ...]) -> None:
     model = decoder(kind, lora_targets=targets)
@@ -94,8 +94,7 @@ def test_cached_reading_has_the_adapters(kind: str) -> None:
     assert np.abs(cached - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize(("kind", "remat"), [("gpt3", "none"), ("bloom", "full"), ("qwen", "full")])
 def test_dropout_acts_in_training_only(kind: str, remat: str) -> None:
     model = decoder(kind, lora_targets=ALL, lora_dropout=0.5, remat=remat)
     params, ids = filled(model), np.arange(2, 9)[None]

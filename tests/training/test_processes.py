@@ -1,4 +1,4 @@
-"""Runs of two and four local processes: the losses equal those of one process, and only process 0 writes files."""
+"""Runs of four local processes: the losses equal those of one process, and only process 0 writes files."""
 
 import json
 from pathlib import Path
@@ -38,19 +38,9 @@ def one(place: Path, flags: list[str]) -> Group:
 
 
 @pytest.fixture(scope="module")
-def two(place: Path, flags: list[str]) -> Group:
-    """Two SLURM tasks, which find the coordinator from SLURM's variables."""
-    return finished(Group(place / "two", flags, 2, slurm=True))
-
-
-@pytest.fixture(scope="module")
-def four(place: Path, flags: list[str]) -> Group:
-    return finished(Group(place / "four", flags, 4))
-
-
-@pytest.fixture(params=["two", "four"])
-def several(request: pytest.FixtureRequest) -> Group:
-    return request.getfixturevalue(request.param)
+def several(place: Path, flags: list[str]) -> Group:
+    """Four SLURM tasks, which find the coordinator from SLURM's variables. Other tests start processes with flags."""
+    return finished(Group(place / "four", flags, 4, slurm=True))
 
 
 def test_losses_and_parameters_are_those_of_one_process(one: Group, several: Group):
