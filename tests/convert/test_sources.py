@@ -209,6 +209,9 @@ def test_adapters_are_added_or_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
         run(*argv, "--out", tmp_path / folder, "--check")
         assert float(capsys.readouterr().out.split()[-1]) < 1e-5
         run("--model", model, "--source", tmp_path / folder, "--out", tmp_path / f"{folder}-back", "--to", "torch")
+    facts = json.loads((tmp_path / "kept" / "conversion.json").read_text())
+    (llm,) = facts["sizes"].values()
+    assert (llm["lora_rank"], llm["lora_scale"], llm["lora_targets"]) == (4, 16 / 4, ["attn/[qkv]"])
     back = load_file(tmp_path / "kept-back" / "adapter_model.safetensors")
     stored = {
         n.removeprefix("base_model.model."): v for n, v in load_file(adapter / "adapter_model.safetensors").items()
@@ -218,6 +221,10 @@ def test_adapters_are_added_or_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(torch.equal(kept[name], plain[name]) for name in kept)
     changed = [name for name in merged if not torch.equal(merged[name], plain[name])]
     assert sorted(changed) == [f"transformer.h.{i}.self_attention.query_key_value.weight" for i in range(3)]
+    # An adapter among the weights has no scale, and a guess would change the model.
+    save_file(plain | back, tmp_path / "both.safetensors")
+    run("--model", model, "--source", tmp_path / "both.safetensors", *HEADS, "--out", tmp_path / "both", code=2)
+    assert "without its scale" in capsys.readouterr().err and not (tmp_path / "both").exists()
     (adapter / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16, "use_dora": True})
     )

@@ -1,6 +1,5 @@
 """`--check` of the chat model: plain torch for the tower and the abstractor, Hugging Face's BLOOM behind them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +9,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from ymplug_jax.convert.oracles import EAGER, Read
 from ymplug_jax.models.mplug_chat import MPLUGChat
 
-Read = Callable[[str], torch.Tensor]  # float32 tensor of a name
 FRAMES = 2
-EAGER: dict[str, Any] = {"attn_implementation": "eager"}  # every config takes it, but their types do not say so
 
 
 def _linear(read: Read, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -132,8 +132,6 @@ def _ids(rng: np.random.Generator, vocab: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _bloom(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
     model = _decoder(opened)
-    if opened.adapter:
-        model = model.clone(lora_scale=opened.adapter.scale)
     ids, mask = _ids(rng, model.vocab)
     return lambda: oracles.bloom(read, model, ids, mask), partial(_decoder_ours, model, ids, mask)
 

@@ -65,12 +65,19 @@ def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
         source.join(adapter.source)
     elif adapter:
         lora.merge(source, adapter)
+    elif found := next((name for name in source.shapes() if ".lora_" in name), None):
+        raise SourceError(
+            f"{files[0]}: holds the adapter {found} without its scale, which adapter_config.json states; give weights without "
+            "adapters as --source, and the adapter's folder as --lora"
+        )
     try:
         config = hub_config.beside(source.files, module.MODEL_TYPES) if hasattr(module, "MODEL_TYPES") else None
         plan = _planned(module, source, wish.heads, config)
     except UnknownModel as error:
         likely = [other for other in MODELS if other != model and _fits(other, files)]
         raise UnknownModel(f"{files[0]}: {error}" + (f"; try --model {likely[0]}" if likely else "")) from None
+    if adapter and wish.keep_adapter and not isinstance(plan.model, tuple):
+        plan = plan._replace(model=plan.model.clone(lora_scale=adapter.scale))  # no tensor holds it
     layout: Layout = module.LAYOUTS[plan.layout]
     return Opened(source, adapter, plan, layout, rules.expand(layout.rules, plan.like), config)
 
