@@ -53,16 +53,7 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
     wanted = {path for rule in named.rules for path in rule.targets if path} & set(leaves)
     if not wanted:
         raise SourceError(f"{folder}: no parameter belongs to model {model}; give the right --model")
-    decoder = any(path.startswith("llm/") for path in wanted)
-    others = sorted(path for path in set(leaves) - wanted if path.startswith("llm/"))
-    if decoder and others and all("/lora/" in path for path in others):
-        raise SourceError(
-            f"{folder}: holds adapters ({others[0]}), which the layout of model {model} cannot store; give a run without adapters"
-        )
-    if decoder and others:
-        raise SourceError(
-            f"{folder}: holds {others[0]}, which model {model} does not have; give the --model of its language model"
-        )
+    _refuse_left_out(folder, model, wanted, set(leaves))
     like = state.unflatten(
         {p: jax.ShapeDtypeStruct(leaves[p].shape, leaves[p].dtype.numpy_dtype) for p in sorted(wanted)}
     )
@@ -101,6 +92,24 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None) -> 
         for path in beside:
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return outputs
+
+
+def _refuse_left_out(folder: Path, model: str, wanted: set[str], stored: set[str]) -> None:
+    """Check that a language model is written whole.
+
+    Raises:
+      SourceError: some of its parameters have no place in the layout.
+    """
+    others = sorted(path for path in stored - wanted if path.startswith("llm/"))
+    if not others or not any(path.startswith("llm/") for path in wanted):
+        return
+    if all("/lora/" in path for path in others):
+        raise SourceError(
+            f"{folder}: holds adapters ({others[0]}), which the layout of model {model} cannot store; give a run without adapters"
+        )
+    raise SourceError(
+        f"{folder}: holds {others[0]}, which model {model} does not have; give the --model of its language model"
+    )
 
 
 @contextlib.contextmanager
