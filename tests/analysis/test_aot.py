@@ -166,7 +166,7 @@ def test_compile_mode_on_a_slice() -> None:
 
 
 def test_compile_mode_reports_a_step_that_does_not_fit() -> None:
-    done = _compile("--topology", "v5e:2x2", "--config.train.batch_size=16384", "--config.data.examples=99999")
+    done = _compile("--topology", "v5e:2x2", "--config.train.batch_size=262144", "--config.data.examples=999999")
     facts = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 3 and not facts["fits"] and "remat" in facts["advice"]
 
