@@ -1,1 +1,1 @@
-"""Tasks of the chat model; see docs/models/mplug_chat.md."""
+"""Tasks of the chat model."""
