@@ -25,9 +25,7 @@ def record(
     return record_of(media, text, task_type, options)
 
 
-def record_of(
-    media: Sequence[Medium], text: str, task_type: str = "colour_sft", options: Sequence[str] = ()
-) -> Record:
+def record_of(media: Sequence[Medium], text: str, task_type: str = "colour_sft", options: Sequence[str] = ()) -> Record:
     """A record of a whole conversation."""
     frames = [frame for medium in media for frame in medium.frames]
     times = np.concatenate([np.arange(len(medium.frames)) for medium in media] or [np.zeros(0)]).astype(np.int64)

@@ -34,6 +34,9 @@ def test_exact_and_contains(answer: str, reference: str, exact: bool, contains: 
 def test_majority_counts_questions_and_ties_keep_the_first() -> None:
     assert open_answers.majority([["红"], ["蓝。"], ["蓝"]]) == ("蓝。", 2 / 3)
     assert open_answers.majority([["红"], ["蓝"]]) == ("红", 0.5)
-    assert open_answers.majority([["红", "红。"], ["蓝"], ["蓝", "绿"]]) == ("蓝", 2 / 3)  # repeats of one question count once
+    assert open_answers.majority([["红", "红。"], ["蓝"], ["蓝", "绿"]]) == (
+        "蓝",
+        2 / 3,
+    )  # repeats of one question count once
     assert open_answers.majority([]) == ("", 0.0)
     assert open_answers.mean([]) is None and open_answers.mean([None, True, False]) == 0.5

@@ -13,8 +13,9 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import conversation
 from ymplug_jax.models import language_model
 from ymplug_jax.models.bloom import Bloom
+from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.reports import evaluation_report
-from ymplug_jax.tasks.mplug_chat import answer_page, answer_scores, answering, questions
+from ymplug_jax.tasks.mplug_chat import answer_page, answer_scores, answering
 from ymplug_jax.tasks.mplug_chat.questions import Questions
 from ymplug_jax.training import evaluation_files
 
@@ -48,7 +49,9 @@ def said(text: str) -> np.ndarray:
     return np.array(ids + [KNOWN.eos] * (NEW - len(ids)), np.int32)
 
 
-def row(index: int, answers: dict[str, str], votes: dict[str, list[float]] | None = None, asked: bool = True, tokens=None):
+def row(
+    index: int, answers: dict[str, str], votes: dict[str, list[float]] | None = None, asked: bool = True, tokens=None
+):
     """Predictions of one example: answers and log-probabilities of the options by control."""
     made = {"index": np.int64(index)}
     for name, text in answers.items():
@@ -104,11 +107,14 @@ def test_generation_and_likelihood_of_a_batch_are_those_of_single_rows() -> None
     branches, targets = rng.integers(4, 40, (3, 2, 4)).astype(np.int32), np.ones((3, 2, 4), bool)
     targets[1, 1] = False  # an option that does not exist
     targets[0, 0, 2:] = False
-    ids = jax.jit(lambda e, m: answering.generate(lm, params, e, m, 4, 2))(embeds, mask)
-    found = jax.jit(lambda e, m: answering.likelihoods(lm, params, e, m, branches, targets))(embeds, mask)
+    true = np.ones(3, bool)
+    batch = {"prompt_mask": mask, "branches": branches, "targets": targets, "asked": true, "valid": true}
+    found = jax.jit(lambda e, batch: answering.answers(lm, params, e, batch, 4, 2))(embeds, batch)
     for i, prompt in enumerate(prompts):
-        alone = answering.generate(lm, params, prompt[None], jnp.ones((1, len(prompt)), bool), 4, 2)
-        assert alone[0].tolist() == ids[i].tolist()
+        one = {"prompt_mask": jnp.ones((1, len(prompt)), bool), "asked": true[:1], "valid": true[:1]}
+        alone = answering.answers(lm, params, prompt[None], one, 4, 2)
+        assert set(alone) == {"generated", "asked", "valid"}
+        assert alone["generated"][0].tolist() == found["generated"][i].tolist()
         for k in range(2):
             words = branches[i, k][targets[i, k]]
             whole = jnp.concatenate([prompt, lm.apply({"params": params}, jnp.asarray(words), method="embed")])[None]
@@ -117,6 +123,18 @@ def test_generation_and_likelihood_of_a_batch_are_those_of_single_rows() -> None
             total = sum(float(logs[len(prompt) - 1 + t, word]) for t, word in enumerate(words))
             assert float(found["likelihood"][i, k]) == pytest.approx(total, abs=1e-4)
     assert found["tokens"].tolist() == [[2, 4], [4, 0], [4, 4]]
+
+
+def test_answers_must_fit_after_the_longest_prompt() -> None:
+    lm = GPT3(vocab=64, width=32, depth=2, heads=2, max_positions=32)
+    answering.check_room(lm, 24, 8, 8)
+    answering.check_room(Bloom(vocab=40, width=16, depth=2, heads=2), 5000, 8, 8)
+    with pytest.raises(
+        Mistake, match=r"^config.options.new_tokens: 9 after a prompt of config.data.max_tokens 24 exceeds"
+    ):
+        answering.check_room(lm, 24, 9, 8)
+    with pytest.raises(Mistake, match=r"^config.options.choice_tokens: 9 after"):
+        answering.check_room(lm, 24, 8, 9)
 
 
 def split() -> tuple[Questions, list[dict]]:
@@ -162,8 +180,12 @@ def test_scores_overall_by_kind_and_under_the_controls() -> None:
     # Options: row 0 prefers blue; row 1 dark blue; row 3 ties; row 4 by mean -4 < -1.5, by sum -4 < -3.
     assert [answers[i]["choice"] for i in (0, 1, 3, 4)] == [False, True, False, True]
     assert answers[3]["chosen"] != "红色" and answers[4]["chosen"] == "3"
-    assert answers[4]["chosen/black"] == "2" and not answers[4]["choice/black"]  # -1 / 1 against -2 / 2: a tie counts as wrong
-    assert answers[4]["choice/other"] and not answers[4]["choice_total/other"]  # -1.5 / 1 against -2 / 2, but -1.5 against -2
+    assert (
+        answers[4]["chosen/black"] == "2" and not answers[4]["choice/black"]
+    )  # -1 / 1 against -2 / 2: a tie counts as wrong
+    assert (
+        answers[4]["choice/other"] and not answers[4]["choice_total/other"]
+    )  # -1.5 / 1 against -2 / 2, but -1.5 against -2
     assert "choice" not in answers[5] and "answer/black" not in answers[5]
     assert scores["cider"] > 0 and "cider/black" in scores and "bleu4/other" in scores
     evaluation_files.check({"split": "validation"} | scores, report, held)
@@ -176,7 +198,9 @@ def test_nothing_to_score_is_no_error(tmp_path) -> None:
     held = Questions(Held([record_of([], "Human: a"), record_of([clip(0)], "Human: b")]), K)
     report = answering.report([row(0, same("x", "", "")), row(1, same("x", "", ""))], held, KNOWN)
     assert report.rows == [] and report.scores["questions"] == 0 and report.scores["kinds"] == {}
-    assert "nothing is scored" in report.scores["note"] and not [v for v in report.scores.values() if isinstance(v, float)]
+    assert "nothing is scored" in report.scores["note"] and not [
+        v for v in report.scores.values() if isinstance(v, float)
+    ]
     evaluation_report.write(
         epath.Path(tmp_path) / "a.html", report.scores, [], None, known=answer_scores.known(), page=answer_page.page()
     )
@@ -194,7 +218,9 @@ def test_long_prompts_and_missing_other_clips_are_counted() -> None:
 def test_a_likelihood_that_is_not_finite_names_its_example() -> None:
     held, rows = split()
     rows[3]["likelihood/other"][1] = np.nan
-    with pytest.raises(Mistake, match=r"^videos/2.mp4 \(example 3 of the split\): the model's 'likelihood/other' is nan"):
+    with pytest.raises(
+        Mistake, match=r"^videos/2.mp4 \(example 3 of the split\): the model's 'likelihood/other' is nan"
+    ):
         answering.report(rows, held, KNOWN)
 
 
@@ -209,9 +235,19 @@ def test_the_page_shows_the_answers_side_by_side_and_the_table_of_kinds(tmp_path
     card = html[html.index("Not exact") :]
     card = card[: card.index("options ")]
     assert [card.count(word) for word in ("true media", "black frames", "another clip")] == [1, 1, 1]
-    assert "是深蓝" in card and card.count("data:image/jpeg") == 2 + 2  # the frames of the clip, and one of each run but black
+    assert (
+        "是深蓝" in card and card.count("data:image/jpeg") == 2 + 2
+    )  # the frames of the clip, and one of each run but black
     exact, contains, choice = page.breakdowns(report.scores)
-    assert exact.columns == ("kind", "questions", "all", "with media", "black frames", "another clip", "most frequent answer")
+    assert exact.columns == (
+        "kind",
+        "questions",
+        "all",
+        "with media",
+        "black frames",
+        "another clip",
+        "most frequent answer",
+    )
     assert [cell[0] for cell in exact.rows[1]] == ["chat", "1", "100.0 %", "–", "–", "–", "–"]
     assert [cell[0] for cell in exact.rows[0]] == ["all", "5", "60.0 %", "50.0 %", "50.0 %", "25.0 %", "75.0 %"]
     assert contains.rows[0][-1][0] == "75.0 %" and [row[0][0] for row in choice.rows] == ["all", "colour", "number"]
@@ -231,6 +267,8 @@ def test_a_model_without_eyes_scores_the_same_under_the_controls() -> None:
     told = {kind: max(set(texts), key=texts.count) for kind, texts in answers.items()}
     scores = answering.report([row(i, same(*[told[kinds[i]]] * 3)) for i in range(40)], held, KNOWN).scores
     assert scores["exact/media"] == scores["exact/black"] == scores["exact/other"] == scores["exact/majority"]
-    seeing = [row(i, {"": rows[i].text.rpartition("AI: ")[2], "black": told[kinds[i]], "other": "?"}) for i in range(40)]
+    seeing = [
+        row(i, {"": rows[i].text.rpartition("AI: ")[2], "black": told[kinds[i]], "other": "?"}) for i in range(40)
+    ]
     better = answering.report(seeing, held, KNOWN).scores
     assert better["exact/media"] == 1 and better["exact/black"] == scores["exact/black"] and better["exact/other"] == 0

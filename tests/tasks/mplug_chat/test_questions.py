@@ -122,5 +122,9 @@ def test_a_corrupt_record_is_no_donor() -> None:
 def test_the_fingerprint_tells_how_frames_are_cut() -> None:
     a, b = shards.jpeg(1), shards.jpeg(2)
     one = questions.fingerprint(clip(0)._replace(frames=[a, b]))
-    assert one == questions.fingerprint(clip(5)._replace(frames=[a, b])) != questions.fingerprint(clip(0)._replace(frames=[a + b]))
+    assert (
+        one
+        == questions.fingerprint(clip(5)._replace(frames=[a, b]))
+        != questions.fingerprint(clip(0)._replace(frames=[a + b]))
+    )
     assert one != questions.fingerprint(clip(0, still=True)._replace(frames=[a, b]))

@@ -20,7 +20,7 @@ from ymplug_jax.tasks.common import open_answers, task_metrics
 from ymplug_jax.tasks.mplug_chat import answer_scores
 from ymplug_jax.tasks.mplug_chat import questions as questions_lib
 from ymplug_jax.tasks.mplug_chat.questions import BLACK, OTHER, Others, Question, Questions
-from ymplug_jax.tasks.task import Example, Report, Row
+from ymplug_jax.tasks.task import Batch, Example, Report, Row
 
 Place = Callable[[np.ndarray], np.ndarray]  # ids of a row with IMAGE and VIDEO at the slots -> int32[n], its `index`
 
@@ -84,11 +84,42 @@ def options_of(record: Record, tokenizer: Tokenizer, choices: int, tokens: int) 
     return {"branches": branches, "targets": targets}
 
 
-def generate(
-    lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, new_tokens: int, eos: int
-) -> jax.Array:
-    """Greedy answers: f[B, L, H], bool[B, L] -> int32[B, new_tokens], to be cut at the end token."""
-    return decode.greedy(lm, params, embeds, mask, new_tokens=new_tokens, eos=eos).ids
+def check_room(lm: LanguageModel, length: int, new_tokens: int, choice_tokens: int) -> None:
+    """Check that answers and options fit after a prompt of `length` tokens.
+
+    Raises:
+      Mistake: The model has fewer positions.
+    """
+    for name, tokens in (("new_tokens", new_tokens), ("choice_tokens", choice_tokens)):
+        if lm.max_positions is not None and length + tokens > lm.max_positions:
+            raise Mistake(
+                f"config.options.{name}: {tokens} after a prompt of config.data.max_tokens {length} exceeds "
+                f"config.model.llm.max_positions {lm.max_positions}; lower one of the first two"
+            )
+
+
+def answers(
+    lm: LanguageModel, params: dict, embeds: jax.Array, batch: Batch, new_tokens: int, eos: int
+) -> dict[str, jax.Array]:
+    """Predictions of a batch: the greedy answer, and the likelihood of each option.
+
+    Args:
+      lm: The language model, unbound.
+      params: Its parameters.
+      embeds: f[B, L, H], the prompts with their media.
+      batch: prompt_mask bool[B, L] and asked bool[B]; branches int32[B, K, W] and targets bool[B, K, W] if options are scored.
+      new_tokens: N, most tokens of an answer.
+      eos: The end token.
+
+    Returns:
+      generated int32[B, N], to be cut at the end token; likelihood f32[B, K] and tokens int32[B, K] of `likelihoods`; asked and
+      valid bool[B].
+    """
+    mask = batch["prompt_mask"]
+    made = {"generated": decode.greedy(lm, params, embeds, mask, new_tokens=new_tokens, eos=eos).ids}
+    if "branches" in batch:
+        made |= likelihoods(lm, params, embeds, mask, batch["branches"], batch["targets"])
+    return made | {"asked": batch["asked"], "valid": batch["valid"]}
 
 
 def likelihoods(
