@@ -30,7 +30,8 @@ class Change(NamedTuple):
 class Order(Protocol):
     """Position of an example in a run -> its records, as numbers in the joined split. Thread-safe and picklable."""
 
-    def __call__(self, example: int, /) -> tuple[int, ...]: ...
+    def __call__(self, example: int, /) -> tuple[int, ...]:
+        """Return the records of an example."""
 
 
 class Draws(Protocol):
@@ -201,9 +202,8 @@ class Stream:
         self._usable = usable
         # Hash the seed and the folder first, else neighbouring seeds or folders would share permutations.
         self._keys = [int(np.random.SeedSequence((seed, one)).generate_state(1)[0]) for one in range(len(usable))]
-        self._parts: list[
-            tuple[int, Draws, np.ndarray]
-        ] = []  # (first position, schedule, draws of each folder before it)
+        # (first position, schedule, draws of each folder before it)
+        self._parts: list[tuple[int, Draws, np.ndarray]] = []
 
     def change(self, start: int, draws: Draws) -> None:
         """Use another schedule from position `start` on; changes come in ascending order."""
