@@ -79,6 +79,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
         help="compile: topology of the TPU slice, e.g. v5e:4x8, v5p:4x4x4, v6e:8x8 (default: v5e:4x4)",
     )  # fmt: skip
     add(
+        "--program", choices=("train", "predict"), default="train",
+        help="compile: the training step, or the predictions of an evaluation, such as generated answers (default: train)",
+    )  # fmt: skip
+    add(
         "--slices", type=_whole, default=1, metavar="N",
         help="compile: number of slices; the data axis of the mesh spans them over the data-centre network (default: 1)",
     )  # fmt: skip

@@ -149,7 +149,12 @@ def _result_of(
     if flags.mode == "compile":
         from ymplug_jax.analysis import aot
 
-        result = aot.compile_for(experiment, flags.topology, flags.slices)
+        if flags.program == "predict":
+            if flags.slices != 1:
+                raise exits.Mistake("--slices: --program predict answers on one slice; leave it out")
+            result = aot.compile_answers(experiment, flags.topology)
+        else:
+            result = aot.compile_for(experiment, flags.topology, flags.slices)
         logging.info("%s", aot.render(result))
         return result
     if flags.mode == "bench":

@@ -8,7 +8,7 @@ a roofline model.
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from ymplug_jax.analysis import chips, flops, hlo
 from ymplug_jax.core import config
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.text_table import columns, human
 from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
@@ -54,6 +55,49 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
     Raises:
       ValueError: the topology is unknown, or the settings do not fit it.
     """
+    run, chip, facts = _prepared(experiment, topology, slices)
+    facts |= {
+        "model_flops_per_device": model_flops(run) / run.mesh.size,
+        "program_flops_per_device": program_flops(run) / run.mesh.size,
+    }
+    compiled, more = _compiled(lambda: step_lib.compile_step(run), chip)
+    facts |= more
+    if compiled is None:
+        return facts
+    moved = hlo.traffic(compiled.as_text() or "", run.mesh.shape)
+    return facts | _prediction(facts, moved, chip, slices)
+
+
+def compile_answers(experiment: Experiment, topology: str) -> dict[str, Any]:
+    """Compile the predictions of an evaluation, such as generated answers, for a TPU topology and report their memory.
+
+    Args:
+      experiment: resolved settings; `config.train.batch_size` rows are answered at a time.
+      topology: of one slice, e.g. "v5e:1x1".
+
+    Returns:
+      Those of `compile_for` up to compile_seconds, without FLOPs.
+
+    Raises:
+      Mistake: the task predicts nothing.
+      ValueError: the topology is unknown, or the settings do not fit it.
+    """
+    from ymplug_jax.training import evaluate  # imported here: it imports Orbax
+
+    run, chip, facts = _prepared(experiment, topology, 1)
+    if run.task.predict is None:
+        raise Mistake(f"--program predict: the task {experiment.task} predicts nothing; use --program train")
+    batch = setup.abstract_batch(run, run.task.asked_spec)
+
+    def compile_it() -> jax.stages.Compiled:
+        with run.tracing():
+            return evaluate.predictor(run).lower(run.state.trainable, run.held, batch).compile()
+
+    return facts | _compiled(compile_it, chip)[1]
+
+
+def _prepared(experiment: Experiment, topology: str, slices: int) -> tuple[Run, chips.Chip, dict[str, Any]]:
+    """The run on the topology, its chip, and the facts that need no compilation."""
     run = setup.prepare(experiment, devices_of(topology, slices))
     kind = run.mesh.devices.flat[0].device_kind
     chip = chips.of(kind)
@@ -70,23 +114,24 @@ def compile_for(experiment: Experiment, topology: str, slices: int = 1) -> dict[
         "mesh": dict(run.mesh.shape),
         "batch_size": experiment.train.batch_size,
         "hbm_capacity": int(chip.hbm),
-        "model_flops_per_device": model_flops(run) / run.mesh.size,
-        "program_flops_per_device": program_flops(run) / run.mesh.size,
     }
+    return run, chip, facts
+
+
+def _compiled(
+    compile_it: Callable[[], jax.stages.Compiled], chip: chips.Chip
+) -> tuple[jax.stages.Compiled | None, dict[str, Any]]:
+    """Compile a program; (None if it does not fit, facts about its memory)."""
     begin = time.perf_counter()
     try:
-        compiled = step_lib.compile_step(run)
+        compiled = compile_it()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return facts | {"fits": False, "hbm_bytes_per_device": _wanted(str(error)), "advice": ADVICE}
-    facts["compile_seconds"] = round(time.perf_counter() - begin, 1)
-    facts |= _memory(compiled)
+        return None, {"fits": False, "hbm_bytes_per_device": _wanted(str(error)), "advice": ADVICE}
+    facts = {"compile_seconds": round(time.perf_counter() - begin, 1)} | _memory(compiled)
     facts["fits"] = facts["hbm_bytes_per_device"] <= chip.hbm
-    if not facts["fits"]:
-        facts["advice"] = ADVICE
-    moved = hlo.traffic(compiled.as_text() or "", run.mesh.shape)
-    return facts | _prediction(facts, moved, chip, slices)
+    return compiled, facts | ({} if facts["fits"] else {"advice": ADVICE})
 
 
 def _wanted(message: str) -> int | None:
@@ -156,6 +201,8 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
     more: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if topology.startswith("v4:"):
         more["chip_config_name"] = "megacore"  # one device per chip
+    if set(topology.partition(":")[2].split("x")) == {"1"}:
+        more["chips_per_host_bounds"] = (1, 1, 1)  # a single chip; by default hosts have four
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
     except RuntimeError as error:

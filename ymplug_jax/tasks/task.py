@@ -62,6 +62,8 @@ class Task:
     # (params, batch, key; None in evaluation) -> (scalar loss, metrics); micro-batches are weighted by metrics["loss"].weight
     loss: Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
     predict: Callable[[Params, Batch], dict[str, jax.Array]] | None = None  # arrays with leading axis B
+    # Shapes and dtypes of the arrays that an example has in evaluation only, without B.
+    asked_spec: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
     # Second model pass for scoring pairs: (params, rows, kept predictions) -> rows, the same on every host. None: not needed.
     rescore: Callable[[Params, list[Row], KeptRows], list[Row]] | None = None
     kept: tuple[str, ...] = ()  # predictions that stay on the devices for `rescore`, too large to gather to hosts

@@ -59,7 +59,7 @@ class Scorer:
     def __init__(self, run: Run):
         self._run = run
         self._loss_step = make_loss_step(run)
-        self._predict = _predictor(run) if run.task.predict else None
+        self._predict = predictor(run) if run.task.predict else None
         self._compared = False
         self._views: tuple[Split, Mapping[str, Split]] | None = None
 
@@ -67,10 +67,10 @@ class Scorer:
         """Turn off the kernels whose predictions differ from plain XLA; unlike training, predictions have padded rows."""
         self._compared = True
         checked = step_lib.with_checked_kernels(
-            self._run, lambda run: _traced(_predictor(run), run, trainable, frozen, batch)
+            self._run, lambda run: _traced(predictor(run), run, trainable, frozen, batch)
         )
         if checked.kernels_off != self._run.kernels_off:
-            self._run, self._predict = checked, _predictor(checked)
+            self._run, self._predict = checked, predictor(checked)
             self._loss_step = make_loss_step(checked)
 
     def _views_of(self, records: Split) -> Mapping[str, Split]:
@@ -165,7 +165,7 @@ def _traced(
         jax.eval_shape(step, trainable, frozen, batch)
 
 
-def _predictor(run: Run) -> Callable[[Params, Params, Batch], tuple[Arrays, Arrays, Arrays]]:
+def predictor(run: Run) -> Callable[[Params, Params, Batch], tuple[Arrays, Arrays, Arrays]]:
     """Return the jitted `(trainable, frozen, batch) -> (predicted, large, odd)`.
 
     `predicted` is replicated. `large` holds the arrays of `task.kept`, which stay sharded. `odd` holds, for each of them, the
@@ -298,7 +298,7 @@ def _checked(rows: list[Row], records: Split) -> list[Row]:
 
 
 def _check_kept(rows: list[Row], records: Split) -> None:
-    """Check the rows of `odd` (see `_predictor`): every array that stays on the devices is finite."""
+    """Check the rows of `odd` (see `predictor`): every array that stays on the devices is finite."""
     if rows:
         metrics_lib.check_rows(rows, records, *(key for key in rows[0] if key != "index"))
 

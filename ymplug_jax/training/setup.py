@@ -218,13 +218,18 @@ def _placed(tree: Params, shardings: Params) -> Params:
     )
 
 
-def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes, dtypes and sharding of a global batch as the loader yields it."""
+def abstract_batch(run: Run, more: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes, dtypes and sharding of a global batch as the loader yields it.
+
+    Args:
+      run: the prepared run.
+      more: arrays of an example beside those of `Task.spec`.
+    """
     place = sharding.batch_sharding(run.mesh)
     size = run.experiment.train.batch_size
     spec = {
         key: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=place)
-        for key, leaf in run.task.spec.items()
+        for key, leaf in (*run.task.spec.items(), *(more or {}).items())
     }
     return spec | {"valid": jax.ShapeDtypeStruct((size,), "bool", sharding=place)}
 

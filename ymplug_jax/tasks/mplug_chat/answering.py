@@ -84,6 +84,20 @@ def options_of(record: Record, tokenizer: Tokenizer, choices: int, tokens: int) 
     return {"branches": branches, "targets": targets}
 
 
+def spec(length: int, choices: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `prompt_of` and, with `choices` above 0, of `options_of`: L, K and W as there."""
+    made = {
+        "prompt_ids": jax.ShapeDtypeStruct((length,), jnp.int32),
+        "prompt_index": jax.ShapeDtypeStruct((length,), jnp.int32),
+        "prompt_mask": jax.ShapeDtypeStruct((length,), jnp.bool_),
+        "asked": jax.ShapeDtypeStruct((), jnp.bool_),
+    }
+    if choices:
+        made["branches"] = jax.ShapeDtypeStruct((choices, tokens), jnp.int32)
+        made["targets"] = jax.ShapeDtypeStruct((choices, tokens), jnp.bool_)
+    return made
+
+
 def check_room(lm: LanguageModel, length: int, new_tokens: int, choice_tokens: int) -> None:
     """Check that answers and options fit after a prompt of `length` tokens.
 

@@ -74,7 +74,7 @@ def make(experiment: Experiment) -> Task:
             return run.embed_rows(batch["prompt_ids"], passes.slots_of(run, batch), batch["prompt_index"])
 
         embeds = within(model, params, read)  # [B, L, H]
-        eos = preprocess.given(tokenizer).eos
+        eos = passes.end_of(model, tokenizer)
         return answering.answers(model.llm, params["llm"], embeds, batch, options.new_tokens, eos)
 
     return passes.task_of(
@@ -85,6 +85,7 @@ def make(experiment: Experiment) -> Task:
         example=example,
         measure=measure,
         predict=predict,
+        asked_spec=answering.spec(shape.length, options.choices, options.choice_tokens),
         views=lambda records: answering.views(
             records, preprocess.given(tokenizer), options.choices, options.choice_tokens
         ),

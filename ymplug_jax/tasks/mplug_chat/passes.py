@@ -103,6 +103,16 @@ def _check_marks(model: MPLUGChat, data: Data, tokenizer: Tokenizer) -> None:
         )
 
 
+def end_of(model: MPLUGChat, tokenizer: Tokenizer | None) -> int:
+    """The end token of the tokenizer, or that of a released decoder where the settings name no tokenizer, as to plan a run.
+
+    Raises:
+      ValueError: There is no tokenizer, and the decoder is not a released one.
+    """
+    marks = MARKS.get((language_models.kind_of(model.llm), model.llm.vocab))
+    return marks[1] if tokenizer is None and marks else preprocess.given(tokenizer).eos
+
+
 def slots_of(run: MPLUGChat, batch: Batch, *, deterministic: bool = True) -> jax.Array | None:
     """Vectors of the images and clips of a batch, each row its own: f[B, (images + videos) * (Q + 1), H].
 
