@@ -165,7 +165,7 @@ def _traced(
         jax.eval_shape(step, trainable, frozen, batch)
 
 
-def predictor(run: Run) -> Callable[[Params, Params, Batch], tuple[Arrays, Arrays, Arrays]]:
+def predictor(run: Run) -> jax.stages.Wrapped:
     """Return the jitted `(trainable, frozen, batch) -> (predicted, large, odd)`.
 
     `predicted` is replicated. `large` holds the arrays of `task.kept`, which stay sharded. `odd` holds, for each of them, the
