@@ -178,7 +178,6 @@ def task_of(model: MPLUGChat, experiment: Experiment, shape: Shape, **own: Any) 
         "frozen": mplug_chat.PARTITIONS["adapters_abstractor_lora" if has_adapters else "adapters_abstractor"],
         "init": lambda key: mplug_chat.init(model, key),
         "spec": shape.spec,
-        "room": shape.room,
         "loss": lambda params, batch, key: loss_of(model, params, batch, key, keep_logits=keep),
         "resize": mplug_chat.RESIZE,
         "fresh": mplug_chat.TEMPORAL,
