@@ -12,12 +12,15 @@ import chat
 import shards
 from configs.mplug_chat import instruct as instruct_config
 from ymplug_jax.analysis import hlo
+from ymplug_jax.convert import vit
 from ymplug_jax.core import config, state
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import chat_media, conversation, frames
 from ymplug_jax.data.packing import Size
 from ymplug_jax.data.records import Record
 from ymplug_jax.models import mplug_chat
+from ymplug_jax.models.clip_vit import SIZES
+from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.mplug_chat import packed_rows, passes
 from ymplug_jax.training import parameter_table, setup
@@ -48,6 +51,17 @@ def test_trained_parameters(partition: str) -> None:
     count, share = COUNTS[partition]
     assert state.count(run.state.trainable) == count
     assert f"trained {count:,} ({share})" in parameter_table.table(run)
+
+
+def test_a_clip_conversion_fills_the_tower_but_for_its_temporal_parts() -> None:
+    """`init_from=llm=BLOOM_DIR,vision=CLIP_DIR`: what a conversion of CLIP L/14 lacks may start fresh, and nothing else."""
+    made = chat.MODEL.clone(vision=SIZES["l14"].clone(depth=2))
+    ours = state.flatten({"vision": jax.eval_shape(lambda: mplug_chat.init(made, jax.random.key(0)))["vision"]})
+    clip = TimeSformer(image_size=224, patch_size=14, depth=2, width=1024, heads=16, mlp_ratio=4.0, frames=1)
+    theirs = state.flatten({"vision": vit.spatial_like(clip)})
+    assert {path: leaf.shape for path, leaf in theirs.items()} == {path: ours[path].shape for path in theirs}
+    missing = ours.keys() - theirs.keys()
+    assert missing == {path for path in ours for pattern in mplug_chat.FRESH if re.fullmatch(pattern, path)}
 
 
 def test_packed_examples(tokenizer: str) -> None:

@@ -205,7 +205,7 @@ def task_of(model: MPLUGChat, experiment: Experiment, shape: Shape, **own: Any) 
         "spec": shape.spec,
         "loss": lambda params, batch, key: loss_of(model, params, batch, key, keep_logits=keep),
         "resize": mplug_chat.RESIZE,
-        "fresh": mplug_chat.TEMPORAL,
+        "fresh": mplug_chat.FRESH,
         "scores": SCORES,
     }
     return Task(**(fields | own))
