@@ -158,7 +158,7 @@ def with_columns(
     fall behind a query's own by at least that, and later ones are causally hidden. Padding of packed rows gets finite results.
     """
     if key_mask is None and slopes is None and segments is None:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+        return _of_even_length(q, k, v, causal, q.shape[-1] ** -0.5, implementation)
     heads, width = q.shape[2:]
     of_query, of_key = [], []  # [N] each; [B, S] each
     seen = None if key_mask is None else key_mask.astype(bool)
@@ -187,13 +187,13 @@ def with_columns(
     of_key += [jnp.zeros(k.shape[:2])] * (8 - len(of_key))
     more_q = jnp.broadcast_to(jnp.stack(of_query, -1).astype(q.dtype), (*q.shape[:3], 8))
     more_k = jnp.broadcast_to(jnp.stack(of_key, -1).astype(k.dtype)[:, :, None], (*k.shape[:3], 8))
-    out = jax.nn.dot_product_attention(
+    out = _of_even_length(
         jnp.concatenate([q, more_q], -1),
         jnp.concatenate([k, more_k], -1),
         jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 8))),
-        is_causal=causal,
-        scale=width**-0.5,
-        implementation=implementation,
+        causal,
+        width**-0.5,
+        implementation,
     )[..., :width]
     if seen is None:
         return out
@@ -202,6 +202,32 @@ def with_columns(
         jnp.mean(v, axis=1, keepdims=True, dtype=jnp.float32).astype(v.dtype), heads // v.shape[2], axis=2
     )
     return jnp.where(some[..., None, None], out, mean)
+
+
+def _of_even_length(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, scale: float, implementation: Literal["cudnn", "xla"]
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`, with one more query or key where their number is odd.
+
+    Its cuDNN implementation has no gradient for an odd number of queries or keys, as the 197 of a frame.
+    """
+    (rows, length), keys = q.shape[:2], k.shape[1]
+    if length % 2 == 0 and keys % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation=implementation)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    # Under a causal mask no query sees the key behind it.
+    lengths = (None, None) if causal else (jnp.full(rows, length, jnp.int32), jnp.full(rows, keys, jnp.int32))
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=causal,
+        query_seq_lengths=lengths[0],
+        key_value_seq_lengths=lengths[1],
+        implementation=implementation,
+    )
+    return out[:, :length]
 
 
 def _widest() -> int:
