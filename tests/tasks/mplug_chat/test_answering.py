@@ -2,8 +2,6 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -11,7 +9,6 @@ from etils import epath
 from conversations import Held, clip, record, record_of
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import conversation
-from ymplug_jax.models import language_model
 from ymplug_jax.models.bloom import Bloom
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.reports import evaluation_report
@@ -93,36 +90,6 @@ def test_options_are_answers_with_their_end_token_or_are_refused() -> None:
         answering.options_of(record([], "q", "红", options=["红", "一二三四五六"]), KNOWN, K, W)
     views = answering.views(Held([record([], "q", "红"), record([], "q", "一二三四五六")]), KNOWN, K, W)
     assert views[""][0].options == ()  # an answer of this kind is too long to be an option
-
-
-def test_generation_and_likelihood_of_a_batch_are_those_of_single_rows() -> None:
-    lm = Bloom(vocab=40, width=16, depth=2, heads=2)
-    shapes = jax.eval_shape(lambda: language_model.init(lm, jax.random.key(0)))
-    params = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), shapes)
-    rng = np.random.default_rng(0)
-    lengths, width = (3, 8, 5), 8
-    prompts = [jnp.asarray(rng.normal(size=(n, 16)), jnp.float32) for n in lengths]
-    embeds = jnp.stack([jnp.pad(one, ((width - len(one), 0), (0, 0))) for one in prompts])
-    mask = jnp.arange(width) >= width - jnp.array(lengths)[:, None]
-    branches, targets = rng.integers(4, 40, (3, 2, 4)).astype(np.int32), np.ones((3, 2, 4), bool)
-    targets[1, 1] = False  # an option that does not exist
-    targets[0, 0, 2:] = False
-    true = np.ones(3, bool)
-    batch = {"prompt_mask": mask, "branches": branches, "targets": targets, "asked": true, "valid": true}
-    found = jax.jit(lambda e, batch: answering.answers(lm, params, e, batch, 4, 2))(embeds, batch)
-    for i, prompt in enumerate(prompts):
-        one = {"prompt_mask": jnp.ones((1, len(prompt)), bool), "asked": true[:1], "valid": true[:1]}
-        alone = answering.answers(lm, params, prompt[None], one, 4, 2)
-        assert set(alone) == {"generated", "asked", "valid"}
-        assert alone["generated"][0].tolist() == found["generated"][i].tolist()
-        for k in range(2):
-            words = branches[i, k][targets[i, k]]
-            whole = jnp.concatenate([prompt, lm.apply({"params": params}, jnp.asarray(words), method="embed")])[None]
-            hidden = lm.apply({"params": params}, whole)
-            logs = jax.nn.log_softmax(lm.apply({"params": params}, hidden, method="logits"))[0]
-            total = sum(float(logs[len(prompt) - 1 + t, word]) for t, word in enumerate(words))
-            assert float(found["likelihood"][i, k]) == pytest.approx(total, abs=1e-4)
-    assert found["tokens"].tolist() == [[2, 4], [4, 0], [4, 4]]
 
 
 def test_answers_must_fit_after_the_longest_prompt() -> None:
