@@ -91,11 +91,15 @@ class Task:
         """The score that `config.train.best` names.
 
         Raises:
-          Mistake: The task has no such score; the message suggests the closest name or lists all.
+          Mistake: The task has no such score, or it is that of a control; the message suggests the closest name or lists all.
         """
         found = next((score for score in self.scores if score.name == name), None)
+        known = [score.name for score in self.scores if score.higher_is_better is not None]
+        if found is not None and found.higher_is_better is None:
+            raise Mistake(
+                f"config.train.best: neither a high nor a low {name!r} is better; choose one of {', '.join(known)}"
+            )
         if found is None:
-            known = [score.name for score in self.scores]
             near = difflib.get_close_matches(name, known, 1)
             raise Mistake(
                 f"config.train.best: unknown score {name!r}; "

@@ -159,6 +159,8 @@ def test_scores_overall_by_kind_and_under_the_controls() -> None:
     known = {score.name for score in answer_scores.known()}
     floats = {name for name, value in scores.items() if isinstance(value, float)}
     assert floats <= known, floats - known
+    better = {score.name: score.higher_is_better for score in answer_scores.known()}
+    assert better["exact"] and better["cider/media"] and better["exact/black"] is better["cider/other"] is None
 
 
 def test_nothing_to_score_is_no_error(tmp_path) -> None:
@@ -218,7 +220,11 @@ def test_the_page_shows_the_answers_side_by_side_and_the_table_of_kinds(tmp_path
     assert [cell[0] for cell in exact.rows[1]] == ["chat", "1", "100.0 %", "–", "–", "–", "–"]
     assert [cell[0] for cell in exact.rows[0]] == ["all", "5", "60.0 %", "50.0 %", "50.0 %", "25.0 %", "75.0 %"]
     assert contains.rows[0][-1][0] == "75.0 %" and [row[0][0] for row in choice.rows] == ["all", "colour", "number"]
-    assert "Exact answers by kind of question" in html and "uniform guess" in html
+    assert (
+        "Exact answers by kind of question" in html
+        and "5 questions, 1 of them without media" in html
+        and "uniform guess" in html
+    )
     summary = evaluation_report.summary(facts, report.rows, known=answer_scores.known(), page=page)
     assert "questions with media: exact  " in summary and "chance 75.0 %" in summary
     json.dumps(report.rows)

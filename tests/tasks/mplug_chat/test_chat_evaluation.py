@@ -9,6 +9,7 @@ import chat
 import shards
 from conversations import Held
 from ymplug_jax.core import state as state_lib
+from ymplug_jax.core.exits import Mistake
 from ymplug_jax.reports import evaluation_report
 from ymplug_jax.tasks.common import preprocess
 from ymplug_jax.tasks.mplug_chat import answering, questions
@@ -77,6 +78,10 @@ def test_the_scores_have_controls_and_the_page_is_written(scored, tmp_path) -> N
     assert scores["exact/majority"] == 2 / 3 and set(scores["kinds"]) == {"shape", "text"} and scores["loss"] > 0
     known = {score.name for score in run.task.scores}
     assert {name for name, value in scores.items() if isinstance(value, float)} <= known
+    with pytest.raises(
+        Mistake, match=r"^config.train.best: neither a high nor a low 'exact/black' is better; choose one of exact, "
+    ):
+        run.task.score_named("exact/black")
     path = epath.Path(tmp_path) / "report.html"
     evaluation_report.write(path, scores, report.rows, ROWS, known=run.task.scores, page=run.task.page)
     html = path.read_text()
