@@ -16,11 +16,20 @@ from ymplug_jax.models.query_abstractor import QueryAbstractor
 
 # What an image tower lacks: a run that starts from one leaves it at its start values.
 TEMPORAL = (f"vision/{clip_vit.TEMPORAL}", "abstractor/temporal_.*")
-# Frozen parameters of each partition that a config may name: path regexes, full match.
+_TOWER, _DECODER = r"vision/(?!blocks/temporal/).*", r"llm/(?!blocks/lora/).*"
+# Frozen parameters of each partition that a config may name: path regexes, full match. `LORA` says which adapters a decoder needs.
 PARTITIONS = {
-    "adapters_abstractor": (r"vision/(?!blocks/temporal/).*", "llm/.*"),
-    "lora": ("vision/.*", "abstractor/.*", r"llm/(?!blocks/lora/).*"),
-    "adapters_abstractor_lora": (r"vision/(?!blocks/temporal/).*", r"llm/(?!blocks/lora/).*"),
+    "adapters_abstractor": (_TOWER, "llm/.*"),
+    "lora": ("vision/.*", "abstractor/.*", _DECODER),
+    "adapters_abstractor_lora": (_TOWER, _DECODER),
+    "all_linears": (_TOWER, _DECODER),
+}
+# Linear layers of a block of the decoder that get LoRA adapters in a partition; none: the decoder has no adapters.
+LORA = {
+    "adapters_abstractor": (),
+    "lora": ("attn/[qkv]",),
+    "adapters_abstractor_lora": ("attn/[qkv]",),
+    "all_linears": ("attn/.*", "mlp/.*"),
 }
 RESIZE = {"vision/pos_embed": lambda table, shape: layers.resize_pos_embed(table, shape[0] - 1)}
 
@@ -68,6 +77,24 @@ class MPLUGChat(nn.Module):
         flat = slots.reshape(-1, slots.shape[-1]).astype(embeds.dtype)
         vectors = jnp.take(flat, jnp.maximum(index, 0), axis=0, mode="fill", fill_value=jnp.nan)
         return jnp.where((index < 0)[..., None], embeds, vectors)
+
+    def embed_rows(self, ids: jax.Array, slots: jax.Array | None, index: jax.Array) -> jax.Array:
+        """`embed` where every row has media of its own, so that no vector leaves the device of its row.
+
+        Args:
+          ids: int[B, L]; what stands at a media position is not read.
+          slots: f[B, K, H], the vectors of each row; None: no row has any.
+          index: int32[B, L], a row of `slots` of the same b, or -1 for text.
+
+        Returns:
+          f[B, L, H]. A row of `slots` that does not exist is NaN.
+        """
+        embeds = self.llm.embed(jnp.where(index < 0, ids, 0))  # [B, L, H]
+        if slots is None:
+            return embeds
+        at = jnp.maximum(index, 0)[..., None]  # [B, L, 1]
+        vectors = jnp.take_along_axis(slots.astype(embeds.dtype), at, axis=1, mode="fill", fill_value=jnp.nan)
+        return constrain(jnp.where((index < 0)[..., None], embeds, vectors), "batch", None, None)
 
     def hidden(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
         """Hidden states after the final norm: f[B, L, H], int or bool[B, L] (1 where there is a token) -> f[B, L, H]."""

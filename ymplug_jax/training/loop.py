@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax.core import checkpoint_files, config, progress, sharding
+from ymplug_jax.core import checkpoint_files, durations, progress, sharding
 from ymplug_jax.core.checkpoint import Checkpoints
 from ymplug_jax.core.checkpoint_files import BEST, place_of
 from ymplug_jax.core.config import Experiment
@@ -223,7 +223,7 @@ class _Evaluation:
 
 def steps_in(run: Run, duration: str) -> int:
     """Convert an interval of the settings, such as "2 epochs", to whole steps, at least 1."""
-    return max(1, config.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
+    return max(1, durations.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
 
 
 class _Log:

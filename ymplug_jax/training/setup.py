@@ -11,7 +11,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from ymplug_jax.core import config, optim, quantize, sharding
+from ymplug_jax.core import config, durations, optim, quantize, sharding
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
@@ -161,7 +161,7 @@ def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
         raise Mistake(
             f'config.train.duration: {train.duration!r} is relative to itself; write "2000 steps" or "10 epochs"'
         )
-    total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
+    total = durations.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
     if not total:
         raise Mistake(
             f"config.train.duration: {train.duration!r} is less than one step of this data; train for 1 step or more"
@@ -170,10 +170,10 @@ def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
         value, setting = getattr(train, name), f"config.train.{name}"
         if name == "eval_scores_every" and not value:
             continue
-        config.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
-        if config.is_zero(value):  # a positive interval below one step means every step
+        durations.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
+        if durations.is_zero(value):  # a positive interval below one step means every step
             raise Mistake(f"{setting}: {value!r} is not an interval; write 1 step or more")
-    warmup = config.steps_in(
+    warmup = durations.steps_in(
         experiment.optim.warmup, steps_per_epoch=per_epoch, total=total, setting="config.optim.warmup"
     )
     return examples, per_epoch, total, warmup
