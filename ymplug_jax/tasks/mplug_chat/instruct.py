@@ -19,6 +19,7 @@ from ymplug_jax.tasks.mplug_chat.packed_rows import Piece
 from ymplug_jax.tasks.options import build, option
 from ymplug_jax.tasks.task import Example, Task
 
+ANSWERS = ("chat",)
 SCORES = passes.SCORES
 
 
@@ -47,4 +48,4 @@ def make(experiment: Experiment) -> Task:
         pieces = [Piece(record.media_id, tokens_of(record), record.media) for record in records]
         return packed_rows.packed(pieces, shape, preprocess.given(tokenizer).pad)
 
-    return passes.task_of(model, experiment, shape, kinds=("instruct",), example=example, measure=measure)
+    return passes.task_of(model, experiment, shape, kinds=("instruct",), example=example, measure=measure, chats=True)
