@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 
 from ymplug_jax.core import checkpoint, config
-from ymplug_jax.core.config import Data, Experiment, Train
+from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.core.state import merge, split
 from ymplug_jax.models.bloom import Bloom
 from ymplug_jax.models.clip_vit import ClipViT
@@ -50,7 +50,7 @@ def experiment(llm: LanguageModel, vocabulary: Path) -> Experiment:
     )
     data = Data(frames=2, image_size=16, max_tokens=CONTEXT, augment=False, tokenizer=str(vocabulary), examples=8)
     train = Train(batch_size=8, duration="1 steps", frozen_dtype="float32")
-    return options.completed(Experiment("mplug_chat_instruct", model, data=data, train=train))
+    return options.completed(Experiment("mplug_chat_instruct", model, data=data, train=train, optim=Optim(warmup="0 steps")))
 
 
 def run_folder(home: Path, llm: LanguageModel = LMS["bloom"]) -> Path:
@@ -60,14 +60,15 @@ def run_folder(home: Path, llm: LanguageModel = LMS["bloom"]) -> Path:
     run = setup.prepare(made, jax.devices()[:1])
     rng = np.random.default_rng(0)
 
-    def value(path: tuple, leaf: jax.Array) -> np.ndarray:
+    def value(path: tuple, leaf: jax.Array) -> jax.Array:
         kind = path[-1].key
         spread = {"scale": 0.1, "bias": 0.1}.get(kind, 0.5)  # large enough for answers to depend on the picture
-        return (float(kind == "scale") + rng.normal(0, spread, leaf.shape)).astype(leaf.dtype)
+        made = float(kind == "scale") + rng.normal(0, spread, leaf.shape)
+        return jax.device_put(made.astype(leaf.dtype), leaf.sharding)
 
     params = jax.tree.map_with_path(value, merge(run.state.trainable, run.frozen))
     trainable, frozen = split(params, run.frozen_patterns)
-    state = run.state.replace(step=np.int32(1), trainable=trainable, opt_state=run.tx.init(trainable))
+    state = run.state.replace(step=jax.numpy.int32(1), trainable=trainable, opt_state=jax.jit(run.tx.init)(trainable))
     stored = checkpoint.Checkpoints(str(folder))
     stored.save_frozen(frozen)
     stored.save(state, 1, 8)
