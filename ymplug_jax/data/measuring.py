@@ -43,14 +43,10 @@ def measure(
     """
     source = _Chunks(records, size, skip_corrupt)
     stream = in_processes(source, 1, threads, workers) if workers else in_threads(source, 1, threads)
-    parts = []
-    with (
-        closing(stream),
-        progress.bar(total=len(records), desc="measure records", unit="record", hidden=hidden) as bar,
-    ):
-        for chunk in stream:
-            parts.append(chunk["sizes"][0])
-            bar.update(min(CHUNK, len(records) - CHUNK * (len(parts) - 1)))
+    title, unit = "measure records", f"{CHUNK} records"
+    with closing(stream):
+        shown = progress.bar(stream, total=len(source), desc=title, unit=unit, hidden=hidden)
+        parts = [chunk["sizes"][0] for chunk in shown]
     return np.concatenate(parts)[: len(records)]
 
 

@@ -30,7 +30,8 @@ class Change(NamedTuple):
 class Order(Protocol):
     """Position of an example in a run -> its records, as numbers in the joined split. Thread-safe and picklable."""
 
-    def __call__(self, example: int, /) -> tuple[int, ...]: ...
+    def __call__(self, example: int, /) -> tuple[int, ...]:
+        """Return the records of an example."""
 
 
 class Draws(Protocol):
@@ -59,7 +60,9 @@ def whole_weights(weights: Sequence[float], sizes: Sequence[int]) -> tuple[int, 
             "folder, in their order, or leave it empty"
         )
     if any(weight < 0 for weight in weights) or (weights and not any(weights)):
-        raise Mistake(f"config.data.weights: {tuple(weights)!r} has no meaning; give 0 or more, and more than 0 at least once")
+        raise Mistake(
+            f"config.data.weights: {tuple(weights)!r} has no meaning; give 0 or more, and more than 0 at least once"
+        )
     exact = [Fraction(str(weight)) for weight in weights or sizes]  # str: 0.1 is a tenth
     for number, (weight, size) in enumerate(zip(exact, sizes, strict=True)):
         if not size and (weight or not any(sizes)):
@@ -171,7 +174,9 @@ class BatchDraws:
     def counts(self, position: int) -> np.ndarray:
         """Counts before a position, the start of a batch; see `Draws`."""
         chunk, place = divmod(position // self._batch, CHUNK)
-        return (self._counts(chunk) + np.bincount(self._chunk(chunk)[:place], minlength=len(self._limits))) * self._batch
+        return (
+            self._counts(chunk) + np.bincount(self._chunk(chunk)[:place], minlength=len(self._limits))
+        ) * self._batch
 
     def _counts(self, chunk: int) -> np.ndarray:
         while len(self._before) <= chunk:
@@ -197,7 +202,8 @@ class Stream:
         self._usable = usable
         # Hash the seed and the folder first, else neighbouring seeds or folders would share permutations.
         self._keys = [int(np.random.SeedSequence((seed, one)).generate_state(1)[0]) for one in range(len(usable))]
-        self._parts: list[tuple[int, Draws, np.ndarray]] = []  # (first position, schedule, draws of each folder before it)
+        # (first position, schedule, draws of each folder before it)
+        self._parts: list[tuple[int, Draws, np.ndarray]] = []
 
     def change(self, start: int, draws: Draws) -> None:
         """Use another schedule from position `start` on; changes come in ascending order."""

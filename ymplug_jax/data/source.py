@@ -79,7 +79,9 @@ def folders_of(path: str) -> tuple[str, ...]:
         raise Mistake(f"config.data.path: {path!r} has an empty name between commas; write DIR1,DIR2")
     keys = [name.rstrip("/") for name in names]
     if twice := next((name for name in keys if keys.count(name) > 1), None):
-        raise Mistake(f"config.data.path: names {twice} twice; name it once, with a larger weight in config.data.weights")
+        raise Mistake(
+            f"config.data.path: names {twice} twice; name it once, with a larger weight in config.data.weights"
+        )
     return names
 
 
