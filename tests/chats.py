@@ -50,13 +50,13 @@ def experiment(llm: LanguageModel, vocabulary: Path) -> Experiment:
     )
     data = Data(frames=2, image_size=16, max_tokens=CONTEXT, augment=False, tokenizer=str(vocabulary), examples=8)
     train = Train(batch_size=8, duration="1 steps", frozen_dtype="float32")
-    return options.completed(Experiment("mplug_chat_instruct", model, data=data, train=train, optim=Optim(warmup="0 steps")))
+    return options.completed(
+        Experiment("mplug_chat_instruct", model, data=data, train=train, optim=Optim(warmup="0 steps"))
+    )
 
 
-def run_folder(home: Path, llm: LanguageModel = LMS["bloom"]) -> Path:
-    """A run after one step, in `home`/chat."""
-    folder, vocabulary = home / "chat", tokenizer(home / "tokenizer.json")
-    made = experiment(llm, vocabulary)
+def run_of(made: Experiment) -> tuple[setup.Run, dict]:
+    """The prepared run and random parameters."""
     run = setup.prepare(made, jax.devices()[:1])
     rng = np.random.default_rng(0)
 
@@ -66,7 +66,14 @@ def run_folder(home: Path, llm: LanguageModel = LMS["bloom"]) -> Path:
         made = float(kind == "scale") + rng.normal(0, spread, leaf.shape)
         return jax.device_put(made.astype(leaf.dtype), leaf.sharding)
 
-    params = jax.tree.map_with_path(value, merge(run.state.trainable, run.frozen))
+    return run, jax.tree.map_with_path(value, merge(run.state.trainable, run.frozen))
+
+
+def run_folder(home: Path, llm: LanguageModel = LMS["bloom"]) -> Path:
+    """A run after one step, in `home`/chat."""
+    folder, vocabulary = home / "chat", tokenizer(home / "tokenizer.json")
+    made = experiment(llm, vocabulary)
+    run, params = run_of(made)
     trainable, frozen = split(params, run.frozen_patterns)
     state = run.state.replace(step=jax.numpy.int32(1), trainable=trainable, opt_state=jax.jit(run.tx.init)(trainable))
     stored = checkpoint.Checkpoints(str(folder))

@@ -43,6 +43,10 @@ class Medium(NamedTuple):
     slots: jax.Array  # f[1, Q + 1, H]
 
 
+class Broken(Mistake):
+    """The model computes numbers that are not finite, whatever is asked."""
+
+
 class ChatModel:
     """Model, tokenizer and compiled programs. Weights are read at the first use."""
 
@@ -103,7 +107,7 @@ class ChatModel:
         """Vectors of a decoded image or clip, f[1, Q + 1, H].
 
         Raises:
-          Mistake: they are not finite.
+          Broken: they are not finite.
         """
         size, frames = self._data.image_size, self._data.frames
         if still:
@@ -113,7 +117,7 @@ class ChatModel:
         with self._predictor.tracing():
             slots = self._encode(self._predictor.params(), pixels[None])
         if not np.isfinite(slots).all():
-            raise Mistake(f"{shown(name)}: its vectors are not finite; this checkpoint is broken, use an earlier one")
+            raise Broken(f"{shown(name)}: its vectors are not finite; this checkpoint is broken, use an earlier one")
         return slots
 
     def close(self) -> None:
@@ -162,7 +166,7 @@ class ChatModel:
         return llm
 
     def _embedded(self, params: Params, stream: Stream, at: jax.Array, ids: jax.Array, count: jax.Array) -> Stream:
-        embeds = within(self.model.llm, params, lambda llm: llm.embed(ids))
+        embeds = self.model.llm.apply({"params": params}, ids, method="embed")
         return decode_stream.read(self.model.llm, params, stream, at, embeds, count)
 
     def _encoded(self, params: Params, pixels: jax.Array) -> jax.Array:

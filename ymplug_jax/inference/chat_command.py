@@ -61,4 +61,3 @@ def _lines() -> Iterator[str]:
             yield line.decode("utf-8")
         except UnicodeDecodeError:
             raise Mistake(f"line {number} of stdin: not UTF-8; convert the questions") from None
-

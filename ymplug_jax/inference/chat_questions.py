@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ymplug_jax.core import progress
+from ymplug_jax.core import checkpoint_files, progress
 from ymplug_jax.core.exits import Mistake, PlaceFailed
 from ymplug_jax.data import conversation
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_path import resolve
-from ymplug_jax.inference.chat import ChatModel
+from ymplug_jax.inference.chat import Broken, ChatModel
 from ymplug_jax.inference.chat_session import Session, Style
 from ymplug_jax.inference.wording import shown
 
@@ -53,14 +53,16 @@ def answer_all(args: argparse.Namespace, style: Style, model: ChatModel) -> int:
         raise Mistake(f"--video_root {root}: no such folder; give the folder of the files")
     session = Session(model, style, context=args.context)
     identity = {
-        "checkpoint": str(model.folder), "step": model.step, "questions": len(rows), "context": session.context,
+        "checkpoint": str(model.folder), "step": checkpoint_files.latest_step(str(model.folder)), "questions": len(rows), "context": session.context,
         "style": dataclasses.asdict(style.rules) | {"beams": style.beams, "new_tokens": style.new_tokens, "seed": style.seed},
     }  # fmt: skip
     rejected: Counter[str] = Counter()
     with _Part(out, identity) as part:
         for row, kept in zip(rows, part.lines, strict=False):
             if kept.get("line") != row.line or any(kept.get(key) != row.given.get(key) for key in KEYS):
-                raise Mistake(f"{part.path}: answers other questions than {args.questions}; remove it, or give another --out")
+                raise Mistake(
+                    f"{part.path}: answers other questions than {args.questions}; remove it, or give another --out"
+                )
         if part.lines:
             print(f"{part.path}: {len(part.lines)} rows are already answered", file=sys.stderr)
         bar: progress.Bar[None] = progress.bar(total=len(rows), desc="answer", unit="row", initial=len(part.lines))
@@ -114,7 +116,11 @@ def _row(number: int, line: bytes) -> Row:
     if not isinstance(question, str) or not conversation.plain(question):
         return Row(number, given, problem='bad_row: "question" is missing or empty')
     if taken := [key for key in ("line", "answer", "ended", "error") if key in given]:
-        return Row(number, {key: given.get(key) for key in KEYS if key in given}, problem=f'bad_row: "{taken[0]}" is written by this command')
+        return Row(
+            number,
+            {key: given.get(key) for key in KEYS if key in given},
+            problem=f'bad_row: "{taken[0]}" is written by this command',
+        )
     return Row(number, given, media["video"], media["image"], question)
 
 
@@ -130,6 +136,8 @@ def _answered(session: Session, row: Row, root: Path) -> dict[str, str]:
     try:
         session.show(*files)
         answer = session.ask(row.question)
+    except Broken:
+        raise
     except Mistake as error:  # a file cannot be decoded, or the row is too long
         return {"error": _reason(str(error), files)}
     answer.whole()
@@ -209,9 +217,8 @@ class _Part:
             whole = content[: content.rfind(b"\n") + 1]
             self._file.truncate(len(whole))
         try:
-            found = [json.loads(line) for line in whole.splitlines()]
-            assert all(isinstance(line, dict) for line in found)
-        except (ValueError, AssertionError):
+            found = [dict(json.loads(line)) for line in whole.splitlines()]
+        except (ValueError, TypeError):
             raise Mistake(f"{self.path}: not written by this command; remove it, or give another --out") from None
         if not found:
             self._write(self._identity)
@@ -245,4 +252,6 @@ def _place(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PlaceFailed(f"{path}: {error.strerror}; free some space or repair the disk, then run the same command again") from None
+        raise PlaceFailed(
+            f"{path}: {error.strerror}; free some space or repair the disk, then run the same command again"
+        ) from None

@@ -10,7 +10,7 @@ import numpy as np
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import conversation
 from ymplug_jax.data.conversation import IMAGE, PLACEHOLDERS, VIDEO
-from ymplug_jax.inference.chat import ChatModel, Medium
+from ymplug_jax.inference.chat import Broken, ChatModel, Medium
 from ymplug_jax.inference.chat_text import Spoken, Turn, asked, transcript
 from ymplug_jax.models.decode_sampling import Rules
 from ymplug_jax.models.decode_stream import Stream
@@ -105,21 +105,21 @@ class Session:
       media: images and clips of the conversation, in order.
     """
 
-    def __init__(self, model: ChatModel, style: Style = Style(), *, context: int | None = None):
+    def __init__(self, model: ChatModel, style: Style | None = None, *, context: int | None = None):
         """Begin a conversation.
 
         Args:
           model: shared by any number of sessions.
-          style: how answers are generated.
+          style: how answers are generated; None: the likeliest tokens.
           context: tokens that the conversation may take; None: those of the model's training.
 
         Raises:
           Mistake: the model cannot hold `context`, or the decoder has too few tokens for the beams.
         """
-        self.model, self._style = model, style
+        self.model, self._style = model, style or Style()
         self.context = model.checked_context(context)
-        if style.beams > 1 and 2 * style.beams > model.model.llm.vocab:
-            raise Mistake(f"beams {style.beams}: too many for {model.model.llm.vocab} tokens; give fewer")
+        if self._style.beams > 1 and 2 * self._style.beams > model.model.llm.vocab:
+            raise Mistake(f"beams {self._style.beams}: too many for {model.model.llm.vocab} tokens; give fewer")
         self._stream: Stream | None = None
         self._answer: Answer | None = None
         self.reset()
@@ -240,8 +240,8 @@ class Session:
         full = "context" if room < style.new_tokens else "length"
         if style.beams > 1:
             found = self.model.beams(self._held(), at, style.rules, style.beams, style.new_tokens, room)
-            if not np.isfinite(found.scores).all():
-                raise Mistake(_broken(self.model))
+            if not np.isfinite(np.asarray(found.scores)).all():
+                raise Broken(_broken(self.model))
             said = found.ids[0, : int(found.lengths[0])].tolist()
             answer.ended = full if len(said) >= room else "end"
             yield from said
@@ -252,7 +252,7 @@ class Session:
             token, following = following, self._step(at, count + 1, key) if count + 1 < room else following
             chosen = int(token[0])
             if chosen < 0:
-                raise Mistake(_broken(self.model))
+                raise Broken(_broken(self.model))
             if chosen == self.model.tokenizer.eos:
                 answer.ended = "end"
                 return

@@ -175,7 +175,9 @@ def save(session: Session, name: str, *, replace: bool) -> None:
     except PermissionError:
         raise Mistake(f"/save {shown(name)}: no permission to write there; choose another file") from None
     except OSError as error:
-        raise PlaceFailed(f"/save {shown(name)}: cannot be written ({error.strerror}); free some space, then save again") from None
+        raise PlaceFailed(
+            f"/save {shown(name)}: cannot be written ({error.strerror}); free some space, then save again"
+        ) from None
     _note(f"saved: {shown(name)}")
 
 

@@ -1,7 +1,5 @@
 """Answers on stdout."""
 
-import sys
-
 from ymplug_jax.core.exits import PlaceFailed
 
 

@@ -143,6 +143,31 @@ def check_chat(args: argparse.Namespace) -> "Style":
       Mistake: flags exclude each other, or a value is out of range.
     """
     _check_flags(args)
+    _check_source(args)
+    args.question = [_as_text("question", text) for text in args.question or []]
+    from ymplug_jax.data import conversation
+    from ymplug_jax.inference import chat_session
+
+    for text in args.question:
+        if not conversation.plain(text):
+            raise Mistake(f"--question {text!r}: nothing is left of it; give words")
+    if args.context is not None and args.context < 1:
+        raise Mistake(f"--context {args.context}: too small; give 1 or more")
+    given = {
+        name: value for name in (*RULES, "beams", "new_tokens", "seed") if (value := getattr(args, name)) is not None
+    }
+    try:
+        return chat_session.style_of({name: given.pop(name) for name in RULES if name in given}, **given)
+    except Mistake as error:
+        raise Mistake(f"--{error}") from None
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    """Check where the questions of a chat come from.
+
+    Raises:
+      Mistake: flags exclude each other.
+    """
     for flag in ("best", "sheet", "decoders"):
         if getattr(args, flag) is not None:
             raise Mistake(f"--{flag}: chat does not use it; leave it out")
@@ -155,20 +180,6 @@ def check_chat(args: argparse.Namespace) -> "Style":
     for flag in ("out", "video_root"):
         if getattr(args, flag) is not None and not args.questions:
             raise Mistake(f"--{flag}: belongs to --questions; give both, or leave it out")
-    args.question = [_as_text("question", text) for text in args.question or []]
-    from ymplug_jax.data import conversation
-    from ymplug_jax.inference import chat_session
-
-    for text in args.question:
-        if not conversation.plain(text):
-            raise Mistake(f"--question {text!r}: nothing is left of it; give words")
-    if args.context is not None and args.context < 1:
-        raise Mistake(f"--context {args.context}: too small; give 1 or more")
-    given = {name: value for name in (*RULES, "beams", "new_tokens", "seed") if (value := getattr(args, name)) is not None}
-    try:
-        return chat_session.style_of({name: given.pop(name) for name in RULES if name in given}, **given)
-    except Mistake as error:
-        raise Mistake(f"--{error}") from None
 
 
 def _check_search(args: argparse.Namespace) -> None:
@@ -226,5 +237,3 @@ def _check_places(args: argparse.Namespace) -> None:
             index_file.read(args.export, ("video", "video_id"), setting="--export")
         except Mistake:
             raise Mistake(f"--export {args.export}: the existing file is not an index; choose another file") from None
-
-
