@@ -21,11 +21,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 from data_prep.conversations import Talk
 from data_prep.index_shards import frame
 from data_prep.rows import Row
-from data_prep.video_path import resolve
 from ymplug_jax.data import conversation, schema
 from ymplug_jax.data.text import Tokenizer, load_tokenizer
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_file import Clip, DecoderFailed, Reader
+from ymplug_jax.data.video_path import resolve
 
 KEPT = 64  # decoded files that a partition keeps for further rows with the same file
 
