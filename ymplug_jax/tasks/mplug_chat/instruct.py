@@ -85,6 +85,7 @@ def make(experiment: Experiment) -> Task:
         kinds=("instruct",),
         example=example,
         measure=measure,
+        room=shape.room,
         chats=True,
         predict=predict,
         views=lambda records: answering.views(
