@@ -76,9 +76,12 @@ class Records:
         self._folder = _Bucket(self.path) if "://" in path else _Disk(self.path)
         names = self._folder.names()
         self.kind = ""  # stays empty without a manifest
+        self._entry: Any = None  # entry of the split in the manifest
         if schema.MANIFEST in names:
             manifest = _manifest(f"{self.path}/{schema.MANIFEST}", self._folder.read_all([schema.MANIFEST])[0])
             self.kind = _kind(manifest, split)
+            splits = manifest.get("splits")
+            self._entry = splits.get(split) if isinstance(splits, dict) else None
         self._shards = _shards_of(self.path, split, names)
         indices = _indices_of(self.path, self._shards, names, self._folder)  # int64[n, 2] each
         self._places = np.concatenate(indices)  # int64[records, 2]: 16 bytes of memory per record
@@ -86,6 +89,11 @@ class Records:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def facts(self) -> bytes:
+        """Return what identifies the split without reading its records: place and size of each, and the entry in the manifest."""
+        entry = json.dumps(self._entry, sort_keys=True)
+        return json.dumps([self.kind, self._ends.tolist(), entry]).encode() + self._places.tobytes()
 
     def __getitem__(self, i: int) -> Record:
         """Read record i of the split, 0 <= i < len.
