@@ -7,6 +7,7 @@ import re
 
 from data_prep.flags import Parser, local_path
 from ymplug_jax.data import schema
+from ymplug_jax.data.text import load_tokenizer
 
 
 class BuildError(ValueError):
@@ -16,10 +17,15 @@ class BuildError(ValueError):
 def parser(description: str = "") -> Parser:
     """Return the parser of the flags of `build_shards`, without those of Beam."""
     parser = Parser("build_shards", description)
-    parser.add_argument("--config", required=True, choices=sorted(schema.COLUMNS), help="kind of the CSV")
-    parser.add_argument("--csv", required=True, type=local_path, help="CSV file with one row per clip")
+    parser.add_argument("--config", required=True, choices=sorted(schema.KINDS), help="kind of the rows")
     parser.add_argument(
-        "--video_root", required=True, type=local_path, help="folder to which the FILE column is relative"
+        "--csv",
+        required=True,
+        type=local_path,
+        help="CSV file with one row per clip; instruct: one JSON object per line, with text, video and image",
+    )
+    parser.add_argument(
+        "--video_root", required=True, type=local_path, help="folder to which the paths of the rows are relative"
     )
     parser.add_argument("--out", required=True, type=local_path, help="folder of the data set to write")
     parser.add_argument(
@@ -32,6 +38,13 @@ def parser(description: str = "") -> Parser:
         type=local_path,
         help="classification: file of class names, one per line; default: the 45 categories of Youku-mPLUG",
     )
+    parser.add_argument(
+        "--tokenizer",
+        type=local_path,
+        help="instruct: file of the model's tokenizer; with --max_tokens, rows without room for an answer are rejected",
+    )
+    parser.add_argument("--max_tokens", type=int, help="instruct: tokens of a row of the model, with --tokenizer")
+    parser.add_argument("--slots", type=int, help="instruct: tokens of an image or clip, with --tokenizer (default 65)")
     parser.add_argument(
         "--allow_links_to",
         type=local_path,
@@ -81,6 +94,8 @@ def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
         ("num_frames", args.num_frames, 1),
         ("partition_rows", 1 if args.partition_rows is None else args.partition_rows, 1),
         ("workers", args.workers, 1),
+        ("max_tokens", 1 if args.max_tokens is None else args.max_tokens, 1),
+        ("slots", 1 if args.slots is None else args.slots, 1),
         ("max_rejects", args.max_rejects, 0),
     ):
         if not value >= least:
@@ -89,7 +104,30 @@ def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
         raise BuildError(f"--time_limit {args.time_limit:g}: too small; give more than 0 seconds")
     if args.classes and args.config != "classification":
         raise BuildError(f"--classes: applies to --config classification only, not to {args.config}; leave it out")
+    _check_lengths(args)
     _check_beam_flags(beam_flags)
+
+
+def _check_lengths(args: argparse.Namespace) -> None:
+    """Raise BuildError unless the tokenizer and the length are given together, for conversations."""
+    for name in ("tokenizer", "max_tokens", "slots"):
+        if getattr(args, name) is not None and args.config != schema.INSTRUCT:
+            raise BuildError(f"--{name}: applies to --config instruct only, not to {args.config}; leave it out")
+    if (args.tokenizer is None) != (args.max_tokens is None):
+        given, other = ("tokenizer", "max_tokens") if args.tokenizer else ("max_tokens", "tokenizer")
+        raise BuildError(f"--{given}: needs --{other} too, to measure the rows; give both or neither")
+    if args.slots is not None and args.tokenizer is None:
+        raise BuildError(
+            "--slots: needs --tokenizer and --max_tokens too, to measure the rows; give them or leave it out"
+        )
+    if args.tokenizer is not None:
+        args.slots = 65 if args.slots is None else args.slots
+        try:
+            load_tokenizer(str(args.tokenizer))
+        except FileNotFoundError:
+            raise BuildError(f"--tokenizer {args.tokenizer}: no such file; correct the path") from None
+        except ValueError as error:
+            raise BuildError(f"--{error}") from None
 
 
 def _check_beam_flags(flags: list[str]) -> None:

@@ -1,6 +1,7 @@
-"""Build TFRecord shards from videos and a CSV.
+"""Build TFRecord shards from videos and a CSV, or from conversations in JSON lines with videos and images.
 
     python -m data_prep.build_shards --config pretrain --csv pretrain.csv --video_root VIDEOS --out SHARDS
+    python -m data_prep.build_shards --config instruct --csv instruct.jsonl --video_root VIDEOS --out CHATS
 
 Flags of Beam may follow (`--runner=DataflowRunner --project=...`); by default the build uses all cores of this machine.
 To resume a killed build, run the same command again. To add a split, run the command with its CSV and the same --out.
@@ -16,17 +17,16 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from data_prep import conversations
 from data_prep import rows as rows_lib
 from data_prep.build_flags import BuildError, check, parse
-from data_prep.flags import PLACE, Ticks, bar, run, say
+from data_prep.build_progress import Progress
+from data_prep.flags import PLACE, run, say
 from data_prep.publish import BUILDING, PLAN, finish, publish
 from ymplug_jax.data import schema
 from ymplug_jax.data.video_container import REASONS
@@ -53,7 +53,8 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
     classes = schema.CLASS_NAMES
     if args.classes:
         classes = schema.parse_class_names(_text(args.classes), f"--classes {args.classes}")
-    rows = rows_lib.read_rows(args.csv, args.config, classes)
+    talks = conversations.read_talks(args.csv) if args.config == schema.INSTRUCT else None
+    rows = rows_lib.read_rows(args.csv, args.config, classes) if talks is None else talks
     size = args.partition_rows or min(1024, max(16, -(-len(rows) // 16)))
     facts = {
         "csv": args.csv.name,
@@ -62,6 +63,9 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
         "num_frames": args.num_frames,
         "partition_rows": size,
     }
+    if talks is not None:
+        facts["tokenizer_sha256"] = rows_lib.sha256(args.tokenizer) if args.tokenizer else None
+        facts["max_tokens"], facts["slots"] = args.max_tokens, args.slots
     manifest = _old_manifest(args.out)
     _check_fits(manifest, args, classes)
     if split in manifest.get("splits", {}) and not args.overwrite:
@@ -87,12 +91,11 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
             raise BuildError(
                 f"all {len(rows)} rows were rejected and nothing was published; fix the rows (reasons above)"
             )
-        repeated = rows_lib.duplicates(rows)
-        if repeated:
-            examples = ", ".join(f"{name} ({count} times)" for name, count in list(repeated.items())[:3])
-            print(f"{len(repeated)} files occur in more than one row (all rows are kept): {examples}", file=sys.stderr)
+        more = _repeated(rows, talks)
+        if talks is not None:
+            more["cut"] = sum(part.get("cut", 0) for part in done)
         try:
-            return publish(args.out, work, split, facts, done, manifest, {"duplicated_ids": len(repeated)})
+            return publish(args.out, work, split, facts, done, manifest, more)
         except ValueError as error:
             raise BuildError(str(error)) from None
     except OSError as error:
@@ -102,9 +105,19 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
         ) from None
 
 
+def _repeated(rows: list, talks: list[conversations.Talk] | None) -> dict[str, int]:
+    """Report what occurs in more than one row: a file, or a whole conversation with its files."""
+    repeated = rows_lib.duplicates(rows) if talks is None else conversations.duplicates(talks)
+    if repeated:
+        what = "files" if talks is None else "conversations"
+        examples = ", ".join(f"{name} ({count} times)" for name, count in list(repeated.items())[:3])
+        print(f"{len(repeated)} {what} occur in more than one row (all rows are kept): {examples}", file=sys.stderr)
+    return {"duplicated_ids": len(repeated)}
+
+
 def _check_built(out: Path, split: str, old: dict[str, Any], facts: dict[str, Any]) -> None:
     """Report that the split already exists. Raises BuildError if it was built with other settings."""
-    if any(old[key] != value for key, value in facts.items()):
+    if any(old.get(key) != value for key, value in facts.items()):
         raise BuildError(
             f"{out}: split {split!r} was built from another CSV or with other settings; give --overwrite, or choose another --out"
         )
@@ -135,7 +148,11 @@ def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, row
     if todo:
         links = tuple(str(folder.absolute()) for folder in args.allow_links_to)
         settings = Settings(args.config, args.num_frames, args.time_limit, links)
-        with _Progress(work, parts):
+        if args.tokenizer:
+            settings = settings._replace(
+                tokenizer=str(args.tokenizer.absolute()), max_tokens=args.max_tokens, slots=args.slots
+            )
+        with Progress(work, parts):
             _run_beam([(i, [tuple(row) for row in parts[i]]) for i in todo], settings, args, work, beam_flags)
     return [json.loads((work / f"part-{i:05d}.json").read_text(encoding="utf-8")) for i in range(len(parts))]
 
@@ -164,47 +181,6 @@ def _run_beam(
         if found := FAILED.search(f"{type(error).__name__}: {error}"):
             raise PlaceError(f"{found[1]}; fix this and run the same command again") from None
         raise
-
-
-class _Progress:
-    """Shows progress over all rows, from the small files that the partitions write."""
-
-    def __init__(self, work: Path, parts: list):
-        self._work, self._parts, self._end = work, parts, threading.Event()
-
-    def __enter__(self) -> "_Progress":
-        total = sum(map(len, self._parts))
-        self._bar: tqdm[None] = bar(None, "build", "clip", total=total, initial=self._count(), mininterval=0.5)
-        self._ticks = Ticks("build", "clip", total)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-        self._update()
-        self._bar.close()
-
-    def _watch(self) -> None:
-        while not self._end.wait(0.5):
-            self._update()
-
-    def _update(self) -> None:
-        count = self._count()
-        if self._bar.disable:
-            self._ticks.tell(count)
-        else:
-            self._bar.update(count - self._bar.n)
-
-    def _count(self) -> int:
-        count = sum(len(self._parts[int(p.stem[5:])]) for p in self._work.glob("part-*.json"))
-        for path in self._work.glob("part-*.progress"):
-            try:
-                count += int(path.read_text() or 0)
-            except (FileNotFoundError, ValueError):  # just renamed, or being written
-                continue
-        return count
 
 
 def _old_manifest(out: Path) -> dict:
@@ -281,8 +257,11 @@ def _print_summary(split: str, done: list[dict], rows: int) -> None:
     rejects = Counter(reject["reason"] for part in done for reject in part["rejects"])
     written = sum(part["written"] for part in done)
     print(f"{split}: {rows:,} rows: {written:,} written, {rejects.total():,} rejected", file=sys.stderr)
+    reasons = {**REASONS, **conversations.REASONS}
     for reason, count in rejects.most_common():
-        print(f"  {count:>9,}  {reason:<16} {REASONS[reason]}", file=sys.stderr)
+        print(f"  {count:>9,}  {reason:<16} {reasons[reason]}", file=sys.stderr)
+    if cut := sum(part.get("cut", 0) for part in done):
+        print(f"{cut:,} conversations are longer than --max_tokens and will be cut (they are kept)", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def finish(out: Path, work: Path) -> dict:
             if (work / (part + suffix)).exists():  # else it is already moved
                 (work / (part + suffix)).rename(out / (name + suffix))
     _write_rejects(out, split, plan["rejects"])
-    _write_tfds(out, manifest["splits"], manifest["frames"]["per_clip"])
+    _write_tfds(out, manifest)
     write_text(out / schema.MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(work)
     if not any((out / BUILDING).iterdir()):
@@ -117,7 +117,7 @@ def _write_rejects(out: Path, split: str, rejects: list[dict]) -> None:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept + rejects))
 
 
-def _write_tfds(out: Path, splits: dict, num_frames: int) -> None:
+def _write_tfds(out: Path, manifest: dict) -> None:
     """Write dataset_info.json and features.json, which make the folder a TFDS data set."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow_datasets as tfds
@@ -137,11 +137,11 @@ def _write_tfds(out: Path, splits: dict, num_frames: int) -> None:
             num_bytes=entry["bytes"],
             filename_template=template.replace(split=name),
         )
-        for name, entry in splits.items()
+        for name, entry in manifest["splits"].items()
     ]
     tfds.folder_dataset.write_metadata(
         data_dir=out,
-        features=features(num_frames),
+        features=features(manifest["kind"], manifest["frames"]["per_clip"]),
         split_infos=infos,
         version=schema.SCHEMA_VERSION,
         filename_template=template,

@@ -21,10 +21,10 @@ def read_lines(path: Path) -> Iterator[str]:
             for line in stream:
                 yield line.removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError:
-            raise ValueError(_not_utf8(path)) from None
+            raise ValueError(not_utf8(path)) from None
 
 
-def _not_utf8(path: Path) -> str:
+def not_utf8(path: Path) -> str:
     """Return the error for a file that is not UTF-8: the line and the likely encoding."""
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):

@@ -1,4 +1,4 @@
-"""Resolution of the FILE column to a file below the video root, with symbolic links and Unicode normalisation."""
+"""Resolution of the file names of rows to files below the video root, with symbolic links and Unicode normalisation."""
 
 import functools
 import os
@@ -17,14 +17,14 @@ def resolve(video_root: str, name: str, allow_links_to: Sequence[str] = ()) -> P
 
     Args:
       video_root: folder of the videos.
-      name: path relative to it, from the CSV.
+      name: path relative to it, from the row.
       allow_links_to: further folders that symbolic links may point to.
 
     Raises:
       Reject: hostile_path or missing_file.
     """
     if not name or "\x00" in name or os.path.isabs(name) or ".." in Path(name).parts:
-        raise Reject("hostile_path", "the FILE column must be a path below the video root, without '..'")
+        raise Reject("hostile_path", "must be a path below the video root, without '..'")
     root = Path(video_root).resolve()
     try:
         path = _spelled(root, name).resolve()

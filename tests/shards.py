@@ -1,6 +1,7 @@
 """Write small shards in the format of data_prep.build_shards, for tests that need shards but no videos."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -34,6 +35,32 @@ def example(i: int, frames: int = 4) -> bytes:
     return message.SerializeToString()
 
 
+def talk(
+    text: str, media: Sequence[tuple[bool, str, list[bytes]]] = (), media_id: str = "", task_type: str = ""
+) -> bytes:
+    """Return a record of kind "instruct". `media`: (still image, file name, JPEGs) in the order of the placeholders of `text`."""
+    message = tf_example_pb2.Example()
+    feature = message.features.feature
+    feature[schema.CHAT_TEXT].bytes_list.value.append(text.encode())
+    feature[schema.CHAT_TASK].bytes_list.value.append(task_type.encode())
+    feature[schema.MEDIA_ID].bytes_list.value.append((media_id or (media[0][1] if media else "talks.jsonl:1")).encode())
+    for still, name, jpegs in media:
+        feature[schema.MEDIUM_NAME].bytes_list.value.append(name.encode())
+        feature[schema.MEDIUM_STILL].int64_list.value.append(int(still))
+        feature[schema.MEDIUM_FRAMES].int64_list.value.append(len(jpegs))
+        feature[schema.IMAGE].bytes_list.value.extend(jpegs)
+        feature[schema.TIMESTAMP].int64_list.value.extend(range(0, len(jpegs) * 100_000, 100_000))
+    return message.SerializeToString()
+
+
+def write_talks(folder: Path, talks: Sequence[bytes], split: str = "train") -> Path:
+    """Write one shard of conversations made by `talk`, its index and a manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(folder / schema.shard_name("clips", split, 0, 1), talks)
+    call(folder, schema.INSTRUCT)
+    return folder
+
+
 def title(i: int) -> str:
     return f"{COLOURS[i % 4]}的{SHAPES[i % 3]}在移动"
 
@@ -56,16 +83,20 @@ def write(
     i = first
     for number, count in enumerate(counts):
         file = folder / schema.shard_name("clips", split, number, len(counts))
-        data, index = b"", []
-        for _ in range(count):
-            payload = example(i)
-            index.append((len(data), len(payload)))
-            data += frame(payload)
-            i += 1
-        file.write_bytes(data)
-        np.save(file.with_name(file.name + schema.INDEX_SUFFIX), np.array(index, np.int64).reshape(-1, 2))
+        _put(file, [example(place) for place in range(i, i + count)])
+        i += count
     call(folder, kind)
     return folder
+
+
+def _put(file: Path, payloads: Sequence[bytes]) -> None:
+    """Write a shard and its index."""
+    data, index = b"", []
+    for payload in payloads:
+        index.append((len(data), len(payload)))
+        data += frame(payload)
+    file.write_bytes(data)
+    np.save(file.with_name(file.name + schema.INDEX_SUFFIX), np.array(index, np.int64).reshape(-1, 2))
 
 
 def call(folder: Path, kind: str) -> None:

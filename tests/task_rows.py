@@ -10,7 +10,7 @@ from ymplug_jax.tasks.task import Task
 
 
 def batch_of(task: Task, records: Records, rng: np.random.Generator | None, indices: range) -> dict[str, np.ndarray]:
-    examples = [task.example(records[i], rng) | {"valid": np.bool_(True)} for i in indices]
+    examples = [task.one(records[i], rng) | {"valid": np.bool_(True)} for i in indices]
     return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 

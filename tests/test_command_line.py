@@ -11,7 +11,7 @@ import pytest
 
 import runs
 from ymplug_jax import command_line, main
-from ymplug_jax.core import config, config_file
+from ymplug_jax.core import config, config_file, durations
 from ymplug_jax.core.config import Data, Experiment, Mesh, Optim, Train
 from ymplug_jax.core.exits import Mistake, PlaceFailed
 
@@ -229,7 +229,7 @@ def test_exit_codes():
     """Errors raised by a `raise` statement of the package are user errors; those that Python raises there are bugs."""
     code = main._code
     assert code(Mistake("x"), False) == 2 and code(PlaceFailed("x"), True) == 5
-    assert code(raised(lambda: config.steps_in("x", steps_per_epoch=1)), False) == 2
+    assert code(raised(lambda: durations.steps_in("x", steps_per_epoch=1)), False) == 2
     assert code(raised(lambda: place(ValueError("of a test"))), False) is None
     assert code(raised(lambda: config.checked((1,), tuple[()], "x")), False) is None  # an IndexError inside the package
     denied = PermissionError(13, "Permission denied", "/closed/run")

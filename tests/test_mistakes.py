@@ -350,7 +350,7 @@ def test_splits_of_two_kinds_in_one_folder(home: Path, tmp_path: Path, refused: 
         ("", "manifest.json: not a manifest of data_prep ("),
         ("[1]", "manifest.json: not a manifest of data_prep ("),
         ("\udc80", "manifest.json: not a manifest of data_prep ("),
-        ('{"schema_version": "2.0.0", "kind": "pretrain"}', "manifest.json: schema_version 2.0.0, but this version reads 1.0.0"),
+        ('{"schema_version": "2.0.0", "kind": "pretrain"}', "manifest.json: schema_version 2.0.0, but this version reads 1.1.0"),
     ],
 )  # fmt: skip
 def test_manifests(home: Path, tmp_path: Path, refused: Refused, manifest: str | None, message: str):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ymplug_jax.core import config, exits
+from ymplug_jax.core import config, durations, exits
 from ymplug_jax.core.config import Experiment, Train
 from ymplug_jax.models import gpt3, language_models, mplug_video
 from ymplug_jax.tasks import task
@@ -61,7 +61,7 @@ def test_override_reaches_the_dataclass():
     ],
 )
 def test_durations(text: str, steps: int):
-    assert config.steps_in(text, steps_per_epoch=7, total=200) == steps
+    assert durations.steps_in(text, steps_per_epoch=7, total=200) == steps
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_durations(text: str, steps: int):
     ],
 )
 def test_a_share_is_cut_off_to_whole_steps(share: str, total: int, steps: int):
-    assert config.steps_in(share, steps_per_epoch=1, total=total) == steps
+    assert durations.steps_in(share, steps_per_epoch=1, total=total) == steps
 
 
 def test_part_of_an_epoch_is_exact():
-    assert config.steps_in("0.29 epochs", steps_per_epoch=100) == 29
-    assert config.steps_in("1.1 epochs", steps_per_epoch=10) == 11
+    assert durations.steps_in("0.29 epochs", steps_per_epoch=100) == 29
+    assert durations.steps_in("1.1 epochs", steps_per_epoch=10) == 11
 
 
 @pytest.mark.parametrize(
@@ -105,19 +105,19 @@ def test_part_of_an_epoch_is_exact():
 )
 def test_unreadable_durations(text: str):
     with pytest.raises(ValueError, match="cannot read the duration"):
-        config.steps_in(text, steps_per_epoch=7)
+        durations.steps_in(text, steps_per_epoch=7)
 
 
 def test_a_share_above_the_whole_run_is_refused():
     with pytest.raises(
         exits.Mistake, match=r"^config.optim.warmup: '101%' is more than the whole run; give at most 100%$"
     ):
-        config.steps_in("101%", steps_per_epoch=7, total=200, setting="config.optim.warmup")
+        durations.steps_in("101%", steps_per_epoch=7, total=200, setting="config.optim.warmup")
 
 
 @pytest.mark.parametrize(("text", "zero"), [("0 steps", True), ("0.0 epochs", True), ("0%", True), ("1%", False)])
 def test_no_duration_at_all(text: str, zero: bool):
-    assert config.is_zero(text) == zero
+    assert durations.is_zero(text) == zero
 
 
 def settings(**groups) -> dict:

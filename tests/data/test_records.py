@@ -59,6 +59,47 @@ def test_a_bare_record_has_defaults(tmp_path: Path):
     assert record.label_index == -1 and record.timestamps.size == 0
 
 
+def test_conversations_with_and_without_media(tmp_path: Path):
+    picture, clip, short = [shards.jpeg(1)], [shards.jpeg(2), shards.jpeg(3)], [shards.jpeg(4, side=16)]
+    media = [(True, "a.png", picture), (False, "b.mp4", clip), (False, "c.mp4", short)]
+    talks = [shards.talk("Human: 你好\nAI: 你好。", media_id="x.jsonl:7"), shards.talk("看", media, task_type="sft")]
+    records = Records(str(shards.write_talks(tmp_path, talks)), "train")
+    assert records.kind == "instruct" and len(records) == 2
+    words, both = pickle.loads(pickle.dumps(records))[0], records[1]
+    assert (words.text, words.media, len(words.frames), words.media_id) == (
+        "Human: 你好\nAI: 你好。",
+        (),
+        0,
+        "x.jsonl:7",
+    )
+    assert [(m.still, m.name, list(m.frames)) for m in both.media] == media, "a clip of one frame is not an image"
+    assert both.frames == [*picture, *clip, *short] and both.timestamps.tolist() == [0, 0, 100_000, 0]
+    assert (both.text, both.task_type, both.media_id, both.title, both.captions) == ("看", "sft", "a.png", "", [])
+    assert records[0].timestamps.dtype == np.int64
+
+
+@pytest.mark.parametrize("key", [schema.MEDIUM_NAME, schema.MEDIUM_STILL, schema.MEDIUM_FRAMES, schema.IMAGE])
+def test_a_conversation_whose_media_do_not_agree(tmp_path: Path, key: str):
+    message = shards.tf_example_pb2.Example.FromString(
+        shards.talk("看", [(True, "a.png", [shards.jpeg(1)]), (False, "b.mp4", [shards.jpeg(2), shards.jpeg(3)])])
+    )
+    kept = message.features.feature[key]
+    del (kept.bytes_list if kept.bytes_list.value else kept.int64_list).value[-1]
+    records = Records(str(shards.write_talks(tmp_path, [message.SerializeToString()])), "train")
+    with pytest.raises(CorruptRecord, match="record 0 at byte 0: its frames do not agree with its images and clips"):
+        records[0]
+
+
+def test_clips_of_other_kinds_keep_their_frames(tmp_path: Path):
+    """A record without frames is damaged unless it is a conversation; a still image has one frame."""
+    two = shards.talk("看", [(True, "a.png", [shards.jpeg(1), shards.jpeg(2)])])
+    with pytest.raises(CorruptRecord, match="do not agree"):
+        Records(str(shards.write_talks(tmp_path, [two])), "train")[0]
+    assert all(
+        record.media == () and record.text == "" for record in Records(str(shards.write(tmp_path / "p")), "train")
+    )
+
+
 def put(folder: Path, payload: bytes) -> None:
     """Write a data set with one record."""
     shard = folder / schema.shard_name("clips", "train", 0, 1)

@@ -36,9 +36,10 @@ def test_each_clip_is_below_its_own_lines(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unusual_texts_and_broken_frames_are_drawn(tmp_path: Path):
     broken = record(3)
     broken = broken._replace(frames=[b"", b"no picture", *broken.frames[2:]])
-    texts = [["a $ sign, 100 % and \\frac{", "两行\t制表符\x07"], [], ["很长的名字" * 60]]
+    words = Record("x.jsonl:1", [], np.zeros(0, np.int64), "", [], "", -1, "Human: 你好\nAI: 你好。")  # without media
+    texts = [["a $ sign, 100 % and \\frac{", "两行\t制表符\x07"], [], ["你好。"], ["很长的名字" * 60]]
     for suffix in contact_sheet.SUFFIXES:
-        assert contact_sheet.draw(tmp_path / f"s{suffix}", [record(1), broken, record(2, 1)], texts, 3) == 3
+        assert contact_sheet.draw(tmp_path / f"s{suffix}", [record(1), broken, words, record(2, 1)], texts, 3) == 4
     image = cv2.imread(str(tmp_path / "s.png"))
     assert image.shape[1] == 2 * contact_sheet.MARGIN + 3 * contact_sheet.FRAME[0]
     assert contact_sheet.draw(tmp_path / "BIG.PNG", [record(1)], ["x"], 16) == 1

@@ -79,6 +79,18 @@ def latest_step(workdir: str) -> int | None:
     return max(steps_of(whole(workdir)), default=None)
 
 
+def examples_seen(workdir: str) -> int:
+    """Return the number of training examples before the newest step; 0 for a new run, or if the step is damaged."""
+    if (step := latest_step(workdir)) is None:
+        return 0
+    try:
+        return int(
+            json_in(whole(workdir) / "checkpoints" / STEPS / str(step) / "progress", "its progress")["examples_seen"]
+        )
+    except (Damaged, KeyError, TypeError, ValueError):
+        return 0
+
+
 def steps_of(workdir: epath.Path) -> list[int]:
     """Return the steps whose checkpoints are complete."""
     folder = workdir / "checkpoints" / STEPS

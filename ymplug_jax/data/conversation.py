@@ -125,6 +125,11 @@ def for_answering(text: str, tokenizer: Tokenizer, slots: int, *, piecewise: boo
     return np.array(ids, np.int32)
 
 
+def pieces(text: str) -> list[str]:
+    """The delimiters and placeholders of a conversation and the texts between them, in order; joined they are the text."""
+    return [piece for _, piece in _pieces(text, False)]
+
+
 def _pieces(text: str, reference: bool) -> Iterator[tuple[int, str]]:
     """(position, piece) of delimiters, placeholders and the texts between them; empty texts are left out."""
     position = 0

@@ -2,7 +2,8 @@
 
 Position p of a run is a record in a permutation of the split, keyed by seed and epoch. Global batch b holds `batch_size`
 consecutive positions from `start + b * batch_size`; each host loads the rows that its devices need. The data state of a run is
-therefore one integer, the number of examples seen, and a run can resume on any number of hosts.
+therefore one integer, the number of examples seen, and a run can resume on any number of hosts. A mixture or packing replaces the
+permutation by an `Order`, a function of (seed, position, history of the weights).
 """
 
 import multiprocessing
@@ -13,14 +14,16 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ymplug_jax.data.records import CorruptRecord, Record, Split
+from ymplug_jax.data.mixture import Order
+from ymplug_jax.data.records import CorruptRecord, Split
 
 Example = dict[str, np.ndarray]
-MakeExample = Callable[[Record, np.random.Generator | None], Example]
+# (record, rng) -> example, or (records, rng) -> example where several records are packed into one
+MakeExample = Callable[[Any, np.random.Generator | None], Example]
 
 
 def batches(
@@ -36,6 +39,8 @@ def batches(
     threads: int = 8,
     workers: int = 0,
     skip_corrupt: bool = False,
+    order: Order | None = None,
+    packed: bool = False,
 ) -> "Batches":
     """Iterate over this host's rows of every global batch, as dicts of arrays [len(rows), ...] with the key `valid`, bool.
 
@@ -55,6 +60,8 @@ def batches(
       threads: threads that read and decode, per worker process if there are any.
       workers: number of worker processes; 0: none. Batches do not depend on it. `example` must be picklable with cloudpickle.
       skip_corrupt: turn a corrupt record into an example with `valid` False instead of raising an error.
+      order: with shuffle, the records of each position. None: permutations of the split, one record each.
+      packed: call `example` with a tuple of records: those of the position with shuffle, otherwise a single one.
 
     Raises:
       ValueError: the split has no records, or `rows` are outside the batch.
@@ -66,13 +73,21 @@ def batches(
     if rows.size == 0 or rows.min() < 0 or rows.max() >= batch_size:
         raise ValueError(f"rows: {rows.tolist()} is empty or outside the batch; give rows from 0 to {batch_size - 1}")
     size = 2**62 if shuffle else min(num_examples or len(records), len(records))
-    source = _Source(records, example, seed, batch_size, rows, shuffle, start, size, skip_corrupt)
-    stream = _in_processes(source, len(rows), threads, workers) if workers else _in_threads(source, len(rows), threads)
+    source = _Source(records, example, seed, batch_size, rows, shuffle, start, size, skip_corrupt, order, packed)
+    stream = in_processes(source, len(rows), threads, workers) if workers else in_threads(source, len(rows), threads)
     return Batches(stream, start + rows, batch_size, size)
 
 
-def _in_threads(source: "_Source", width: int, threads: int) -> Generator[Example]:
-    """Yield batches of `width` examples, made by threads.
+class Source(Protocol):
+    """Random access to examples. Thread-safe and picklable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, k: int, /) -> Example: ...
+
+
+def in_threads(source: Source, width: int, threads: int) -> Generator[Example]:
+    """Yield batches of `width` examples, made by threads; examples beyond the last whole batch are left out.
 
     The thread that makes an example also copies it into its row, so that the consumer does no work and the memory of an example
     is allocated and freed by the same thread.
@@ -105,7 +120,7 @@ class _Rows:
         self.arrays: Example = {}
         self._width, self._lock = width, threading.Lock()
 
-    def fill(self, row: int, source: "_Source", k: int) -> None:
+    def fill(self, row: int, source: Source, k: int) -> None:
         example = {key: np.asarray(value) for key, value in source[k].items()}
         with self._lock:
             if not self.arrays:
@@ -122,7 +137,7 @@ class _Rows:
             array[row] = value
 
 
-def _in_processes(source: "_Source", width: int, threads: int, workers: int) -> Generator[Example]:
+def in_processes(source: Source, width: int, threads: int, workers: int) -> Generator[Example]:
     """Yield batches of `width` examples, made by `workers` processes with `threads` threads each."""
     import grain
     from absl import flags
@@ -180,7 +195,10 @@ class _Source:
         start: int,
         size: int,
         skip: bool,
+        order: Order | None,
+        packed: bool,
     ):
+        self._order, self._packed = order or self._shuffled, packed
         self._records, self._example, self._seed, self._shuffle = records, example, seed, shuffle
         self._batch_size, self._rows, self._start, self._size, self._skip = batch_size, rows, start, size, skip
         # Epoch e uses key + e. Hash the seed first, else runs with neighbouring seeds would share permutations.
@@ -209,29 +227,34 @@ class _Source:
         position = self._start + batch * self._batch_size + int(self._rows[row])
         if position >= self._size:
             return self._invalid()
-        index, rng = position, None
+        indices: tuple[int, ...] = (position,)
+        rng = None
         if self._shuffle:
-            index, rng = self._shuffled(position), np.random.default_rng((self._seed, position))
+            indices, rng = self._order(position), np.random.default_rng((self._seed, position))
         try:
-            return self._make(index, rng) | {"valid": np.array(True)}
+            return self._make(indices, rng) | {"valid": np.array(True)}
         except CorruptRecord:
             if not self._skip:
                 raise
             return self._invalid()
 
-    def _shuffled(self, position: int) -> int:
+    def _shuffled(self, position: int) -> tuple[int, ...]:
         """Return the record index at a position. The permutation is computed per item and never stored."""
         from grain.experimental import index_shuffle
 
         epoch, place = divmod(position, len(self._records))
-        return index_shuffle(place, max_index=len(self._records) - 1, seed=(self._key + epoch) % 2**32, rounds=4)
+        key = (self._key + epoch) % 2**32
+        return (int(index_shuffle(place, max_index=len(self._records) - 1, seed=key, rounds=4)),)
 
-    def _make(self, index: int, rng: np.random.Generator | None) -> Example:
-        record = self._records[index]
+    def _make(self, indices: tuple[int, ...], rng: np.random.Generator | None) -> Example:
+        records = tuple(self._records[index] for index in indices)
         try:
-            return self._example(record, rng)
+            return self._example(records if self._packed else records[0], rng)
         except Exception as error:
-            error.add_note(f"record {index} of {self._records.path}, split {self._records.split!r}: {record.media_id}")
+            for index, record in zip(indices, records, strict=True):
+                error.add_note(
+                    f"record {index} of {self._records.path}, split {self._records.split!r}: {record.media_id}"
+                )
             raise
 
     def _invalid(self) -> Example:
@@ -244,7 +267,7 @@ class _Source:
     def _first_readable(self) -> Example:
         for index in range(len(self._records)):
             try:
-                return self._make(index, None)
+                return self._make((index,), None)
             except CorruptRecord:
                 continue
         raise CorruptRecord(

@@ -18,16 +18,27 @@ if TYPE_CHECKING:
 SHARD = re.compile(r"([^/]+)-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
 
 
-class Record(NamedTuple):
-    """One clip as stored."""
+class Medium(NamedTuple):
+    """One image or clip of a conversation."""
 
-    media_id: str  # FILE column of the CSV
-    frames: Sequence[bytes]  # JPEG, in time order; a frame is copied out of the record on access
-    timestamps: np.ndarray  # int64[T], microseconds from the start of the clip
+    still: bool  # a still image, with one frame; a clip may have one frame too
+    name: str  # its file, as the row names it
+    frames: Sequence[bytes]  # JPEG, in time order, one or more
+
+
+class Record(NamedTuple):
+    """One clip, or one conversation with any number of images and clips, as stored."""
+
+    media_id: str  # FILE column of the CSV; of a conversation its first file, or FILE.jsonl:LINE without media
+    frames: Sequence[bytes]  # JPEG, in time order; a frame is copied out of the record on access; of all media in order
+    timestamps: np.ndarray  # int64[T], microseconds from the start of the clip; each medium starts at 0
     title: str
     captions: list[str]
     label_text: str
     label_index: int  # -1: unknown or withheld
+    text: str = ""  # the conversation with its placeholders; "" for other kinds
+    media: tuple[Medium, ...] = ()  # of a conversation, in the order of its placeholders
+    task_type: str = ""  # of a conversation
 
 
 class Split(Protocol):
@@ -35,7 +46,7 @@ class Split(Protocol):
 
     path: str
     split: str
-    kind: str  # kind of the CSV, see schema.COLUMNS; "text" for a text file; "" if unknown
+    kind: str  # one of schema.KINDS; "text" for a text file; "" if unknown
 
     def __len__(self) -> int: ...
 
@@ -64,9 +75,12 @@ class Records:
         self._folder = _Bucket(self.path) if "://" in path else _Disk(self.path)
         names = self._folder.names()
         self.kind = ""  # stays empty without a manifest
+        self._entry: Any = None  # entry of the split in the manifest
         if schema.MANIFEST in names:
             manifest = _manifest(f"{self.path}/{schema.MANIFEST}", self._folder.read_all([schema.MANIFEST])[0])
             self.kind = _kind(manifest, split)
+            splits = manifest.get("splits")
+            self._entry = splits.get(split) if isinstance(splits, dict) else None
         self._shards = _shards_of(self.path, split, names)
         indices = _indices_of(self.path, self._shards, names, self._folder)  # int64[n, 2] each
         self._places = np.concatenate(indices)  # int64[records, 2]: 16 bytes of memory per record
@@ -74,6 +88,11 @@ class Records:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def facts(self) -> bytes:
+        """Return what identifies the split without reading its records: place and size of each, and the entry in the manifest."""
+        entry = json.dumps(self._entry, sort_keys=True)
+        return json.dumps([self.kind, self._ends.tolist(), entry]).encode() + self._places.tobytes()
 
     def __getitem__(self, i: int) -> Record:
         """Read record i of the split, 0 <= i < len.
@@ -264,18 +283,41 @@ def _parse(framed: bytes, size: int, where: str) -> Record:
     def integers(key: str) -> list[int]:
         return features[key].integers if key in features else []
 
-    frames = features[schema.IMAGE].slices if schema.IMAGE in features else []
-    if not frames:
+    frames = tf_example.Slices(framed, features[schema.IMAGE].slices if schema.IMAGE in features else [])
+    if not len(frames) and schema.CHAT_TEXT not in features:  # conversations may have no media
         raise CorruptRecord(f"{where}: no {schema.IMAGE} in it; use shards written by data_prep")
     try:
         return Record(
             media_id=b"".join(values(schema.MEDIA_ID)[:1]).decode(),
-            frames=tf_example.Slices(framed, frames),
+            frames=frames,
             timestamps=np.array(integers(schema.TIMESTAMP), np.int64),
             title=b"".join(values(schema.TITLE)[:1]).decode(),
             captions=[value.decode() for value in values(schema.CAPTION)],
             label_text=b"".join(values(schema.LABEL_TEXT)[:1]).decode(),
             label_index=next(iter(integers(schema.LABEL_INDEX)), -1),
+            text=b"".join(values(schema.CHAT_TEXT)[:1]).decode(),
+            media=_media(
+                [name.decode() for name in values(schema.MEDIUM_NAME)],
+                integers(schema.MEDIUM_STILL),
+                integers(schema.MEDIUM_FRAMES),
+                frames if schema.CHAT_TEXT in features else (),
+                where,
+            ),
+            task_type=b"".join(values(schema.CHAT_TASK)[:1]).decode(),
         )
     except UnicodeDecodeError as error:
         raise CorruptRecord(f"{where}: text is not UTF-8 ({error}); use shards written by data_prep") from None
+
+
+def _media(
+    names: list[str], still: list[int], counts: list[int], frames: Sequence[bytes], where: str
+) -> tuple[Medium, ...]:
+    """Divide the frames of a conversation among its media."""
+    whole = len(names) == len(still) == len(counts) and sum(counts) == len(frames)
+    if not whole or any(count < 1 or (count > 1 and image) for image, count in zip(still, counts, strict=True)):
+        raise CorruptRecord(f"{where}: its frames do not agree with its images and clips; build the shards again")
+    ends = np.cumsum(counts, dtype=np.int64).tolist()
+    return tuple(
+        Medium(bool(image), name, frames[end - count : end])
+        for name, image, count, end in zip(names, still, counts, ends, strict=True)
+    )

@@ -5,14 +5,16 @@ A data set is a folder of TFRecord shards `<name>-<split>.tfrecord-00000-of-0001
 MediaPipe, so that other video readers can read it too.
 """
 
-SCHEMA_VERSION = "1.0.0"
+SCHEMA_VERSION = "1.1.0"  # 1.1 added conversations; readers of 1.x read all other kinds
 
 # Keys of the Example.
-IMAGE = "image/encoded"  # bytes[T]: stored frames as JPEG, in time order; T is constant in a data set
+IMAGE = "image/encoded"  # bytes[T]: stored frames as JPEG, in time order; T is constant in a data set, except in conversations
 TIMESTAMP = "image/timestamp"  # int64[T]: time of each stored frame in microseconds from the start of the clip
-HEIGHT = "image/height"  # int64: height of the stored frames, pixels
-WIDTH = "image/width"  # int64: width of the stored frames, pixels
-MEDIA_ID = "clip/media_id"  # bytes: FILE column of the CSV with its extension, UTF-8
+HEIGHT = "image/height"  # int64: height of the stored frames, pixels; conversations: int64[M]
+WIDTH = "image/width"  # int64: width of the stored frames, pixels; conversations: int64[M]
+MEDIA_ID = (
+    "clip/media_id"  # bytes: FILE column of the CSV with its extension, UTF-8; conversations: see `Record.media_id`
+)
 ROW = "clip/row"  # int64: row of the CSV, 0-based without the header; evaluation keeps this order
 TITLE = "clip/title"  # bytes: title or question of the CSV, UTF-8; may be empty
 CAPTION = (
@@ -20,6 +22,14 @@ CAPTION = (
 )
 LABEL_TEXT = "clip/label/text"  # bytes: class name or answer to a question, UTF-8; empty if unknown or withheld
 LABEL_INDEX = "clip/label/index"  # int64: index of the class name; -1 if unknown or withheld
+
+# Keys of conversations only (kind "instruct"). M: images and clips of the record, 0 or more, in the order of their placeholders.
+# `image/encoded` and `image/timestamp` hold the frames of all of them one after the other.
+CHAT_TEXT = "chat/text"  # bytes: the conversation with its placeholders, UTF-8
+CHAT_TASK = "chat/task_type"  # bytes: task_type of the row, UTF-8; may be empty
+MEDIUM_NAME = "medium/name"  # bytes[M]: file of each, UTF-8
+MEDIUM_STILL = "medium/still"  # int64[M]: 1 for a still image, 0 for a clip
+MEDIUM_FRAMES = "medium/frames"  # int64[M]: stored frames of each; 1 for a still image
 
 # Kinds of CSV: the four of the Youku-mPLUG release, and questions. Kind -> (column of the video file, columns of text).
 COLUMNS = {
@@ -29,6 +39,8 @@ COLUMNS = {
     "captioning": ("video_id:FILE", ("golden_caption",)),
     "question": ("video_id:FILE", ("question", "answer")),
 }
+INSTRUCT = "instruct"  # conversations, from JSON lines instead of a CSV
+KINDS = (*COLUMNS, INSTRUCT)
 
 # The 45 categories of Youku-mPLUG, in the order of its classname.json.
 CLASS_NAMES = tuple(

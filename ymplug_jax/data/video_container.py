@@ -18,14 +18,15 @@ REASONS = {
     "missing_file": "the file does not exist below the video root",
     "empty_file": "the file has zero bytes",
     "not_a_video": "the content is not a known video container",
+    "not_an_image": "the content is not a still image of a known format",
     "no_video_stream": "the container has no video, only audio or cover art",
-    "unreadable": "the video cannot be opened or decoded",
-    "truncated": "the data ends before the end of the video",
+    "unreadable": "the video or image cannot be opened or decoded",
+    "truncated": "the data ends before the end of the video or image",
     "too_small": f"width or height is below {MIN_SIDE} pixels",
     "too_large": "the picture or the file is larger than the limit",
     "timed_out": "decoding took longer than --time_limit",
     "hostile_path": "the path is absolute or leads outside the video root",
-    "bad_row": "the CSV row has invalid text or a wrong number of fields",
+    "bad_row": "the row has invalid text, or its fields are wrong in number or type",
     "unknown_label": "the label is not among the class names",
 }
 

@@ -20,6 +20,7 @@ import av.logging
 import cv2
 import numpy as np
 
+from ymplug_jax.data.still_file import read_still
 from ymplug_jax.data.video_container import (
     FILE_ERRORS,
     MAX_PIXELS,
@@ -85,6 +86,12 @@ def read_clip(path: str, num_frames: int) -> Clip:
             raise Reject("unreadable", "no frame decodes")
         count = decoded
     raise Reject("unreadable", "the number of frames differs between two decodings")
+
+
+def read_image(path: str) -> Clip:
+    """Read a still image as a clip of one frame. Raises Reject: the file is unusable."""
+    jpeg, height, width = read_still(path, SHORT_SIDE, JPEG_QUALITY, MAX_BYTES)
+    return Clip([jpeg], [0], height, width, 1)
 
 
 def spaced(num_frames: int, count: int) -> list[int]:
@@ -217,10 +224,10 @@ def _serve(pipe: "multiprocessing.connection.Connection") -> None:
         except Exception:
             pipe.send(("bug", traceback.format_exc()))
         while True:
-            path, num_frames = pipe.recv()
+            path, num_frames, still = pipe.recv()
             answer: tuple[object, ...]
             try:
-                answer = ("clip", tuple(read_clip(path, num_frames)))
+                answer = ("clip", tuple(read_image(path) if still else read_clip(path, num_frames)))
             except Reject as reject:
                 answer = ("reject", *reject.args)
             except FILE_ERRORS as error:
@@ -239,14 +246,14 @@ class Reader:
         self._ready = False
         self._deaths = 0  # consecutive files on which the child died
 
-    def read(self, path: Path, num_frames: int) -> Clip:
-        """Read a clip as `read_clip` does.
+    def read(self, path: Path, num_frames: int, *, still: bool = False) -> Clip:
+        """Read a clip as `read_clip` does, or a still image as `read_image` does.
 
         Raises:
           Reject: any reason, including timed_out and a crash of the decoder.
           DecoderFailed: the decoder cannot start, or crashed on many consecutive files.
         """
-        answer = self._ask(str(path), num_frames)
+        answer = self._ask(str(path), num_frames, still)
         if answer[0] == "died":
             self._deaths += 1
             if self._deaths >= DEATHS:
@@ -261,12 +268,12 @@ class Reader:
             raise Reject(*answer[1:])
         return Clip(*answer[1])
 
-    def _ask(self, path: str, num_frames: int) -> tuple[Any, ...]:
+    def _ask(self, path: str, num_frames: int, still: bool) -> tuple[Any, ...]:
         """Return the child's answer for a file, or ("died", reason)."""
         if self._child is None or not self._child.is_alive() or not self._ready:
             self._begin()
         try:
-            self._pipe.send((path, num_frames))
+            self._pipe.send((path, num_frames, still))
             if not self._pipe.poll(self._limit):
                 self.close()
                 raise Reject("timed_out", f"no result after {self._limit:g} s")

@@ -145,7 +145,7 @@ class Predictor:
     def _batch(self, records: Sequence[Record]) -> Example:
         # Only training compares the names of clips, and a file's name may hold bytes that are not UTF-8.
         records = [record._replace(media_id="") for record in records]
-        examples = [self.task.example(record, None) | {"valid": np.array(True)} for record in records]
+        examples = [self.task.one(record, None) | {"valid": np.array(True)} for record in records]
         examples += [examples[0] | {"valid": np.array(False)}] * (BATCH - len(records))
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 

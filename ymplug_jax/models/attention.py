@@ -4,14 +4,13 @@ Logits and softmax are float32. In half precision one fused kernel computes atte
 """
 
 import math
-from functools import reduce
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from ymplug_jax.core import sharding
-from ymplug_jax.models import kernels
+from ymplug_jax.models import kernels, plain_attention
 
 HALF = ("bfloat16", "float16")
 HIDDEN = 3e4  # subtracted from the unscaled logits of masked keys; float16 can hold it
@@ -29,13 +28,15 @@ def attend(
     slopes: jax.Array | None = None,
     key_positions: jax.Array | None = None,
     bias: jax.Array | None = None,
+    segments: jax.Array | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention, for all uses except branches and frames.
 
     In half precision, without `mask`, `bias` and dropout, one fused kernel computes it if the row fits: this package's on
-    TPU, cuDNN's on NVIDIA. A query that sees no key attends to all S keys alike, so its result is the mean of `v`.
+    TPU, cuDNN's on NVIDIA. Elsewhere plain XLA computes long rows in blocks of queries, so that no array holds all logits of a
+    row. A query that sees no key attends to all S keys alike, so its result is the mean of `v`.
 
     Args:
       q: f[B, L, N, H].
@@ -47,6 +48,8 @@ def attend(
       slopes: f32[N]; adds slopes[n] * key_positions[b, s] to the logits (ALiBi, Press et al., 2022).
       key_positions: int[B, S], 0 to 65535, for `slopes`.
       bias: f32, broadcastable to [B, N, L, S]; added to the logits.
+      segments: int[B, L] of packed rows, L == S, rising along the row; 0 at padding, which may stand anywhere. A query sees the
+        keys of its own segment only, and the result at padding is zero. Needs `causal`, and excludes `key_mask`.
       dropout: rate on the probabilities; applied only if `key` is given.
       key: random key of the dropout.
 
@@ -54,7 +57,8 @@ def attend(
       f[B, L, N, H] in the type of `v`. `slopes` and the masks get no gradients.
 
     Raises:
-      ValueError: K does not divide N, or only one of `slopes` and `key_positions` is given.
+      ValueError: K does not divide N, only one of `slopes` and `key_positions` is given, or `segments` without `causal` or with
+        `key_mask`.
     """
     heads, groups = q.shape[2], k.shape[2]
     if heads % groups:
@@ -63,8 +67,10 @@ def attend(
         )
     if (slopes is None) != (key_positions is None):
         raise ValueError("attend: slopes and key_positions need each other; give both or neither")
+    if segments is not None and (key_mask is not None or not causal):
+        raise ValueError("attend: segments need causal and exclude key_mask; mark padding by segment 0")
     slopes = None if slopes is None else jax.lax.stop_gradient(slopes.astype(jnp.float32))
-    if mask is None and bias is None and (key is None or dropout == 0) and v.dtype in HALF:
+    if mask is None and bias is None and segments is None and (key is None or dropout == 0) and v.dtype in HALF:
         use = kernels.Use(
             "",
             q.shape[1],
@@ -84,41 +90,17 @@ def attend(
         if kernels.uses("cudnn") and q.shape[-1] % 8 == 0 and q.shape[-1] + extra <= _widest():
             kernels.note(use._replace(kernel="cudnn"))
             return with_columns(q, k, v, causal, key_mask, slopes, key_positions, implementation="cudnn")
-    return _plain(q, k, v, causal, mask, key_mask, slopes, key_positions, bias, dropout, key)
+    return plain_attention.attend(
+        q, k, v, plain_attention.Given(causal, mask, key_mask, slopes, key_positions, bias, segments, dropout, key)
+    )
 
 
-def _plain(
-    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, mask: jax.Array | None, key_mask: jax.Array | None,
-    slopes: jax.Array | None, key_positions: jax.Array | None, bias: jax.Array | None, dropout: float, key: jax.Array | None,
-) -> jax.Array:  # fmt: skip
-    b, length, heads, width = q.shape
-    keys, groups = k.shape[1:3]
-    if groups == heads:
-        logits = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32)
-    else:
-        split = q.reshape(b, length, groups, heads // groups, width)  # [B, L, K, N / K, H]
-        logits = jnp.einsum("blkgh,bskh->bkgls", split, k, preferred_element_type=jnp.float32)
-        logits = logits.reshape(b, heads, length, keys)
-    logits = logits * width**-0.5
-    if slopes is not None and key_positions is not None:
-        logits = logits + (slopes[:, None] * key_positions[:, None].astype(jnp.float32))[:, :, None]
-    if bias is not None:
-        logits = logits + bias
-    seen = [] if mask is None else [mask]
-    if causal:
-        seen.append(jnp.tri(length, keys, dtype=bool))
-    if key_mask is not None:
-        seen.append(key_mask.astype(bool)[:, None, None])
-    if seen:
-        logits = jnp.where(reduce(jnp.logical_and, seen), logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if key is not None and dropout > 0:
-        weights = jnp.where(jax.random.bernoulli(key, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
-    weights = weights.astype(v.dtype)
-    if groups == heads:
-        return jnp.einsum("bnls,bsnh->blnh", weights, v)
-    weights = weights.reshape(b, groups, heads // groups, length, keys)
-    return jnp.einsum("bkgls,bskh->blkgh", weights, v).reshape(q.shape)
+def starts(segments: jax.Array) -> jax.Array:
+    """Number of tokens before the first of each token's segment: int[B, L], rising, 0 at padding -> int32[B, L]."""
+    token = segments > 0
+    highest = jnp.pad(jax.lax.cummax(segments, axis=1), ((0, 0), (1, 0)))[:, :-1]
+    before = jnp.cumsum(token, axis=1, dtype=jnp.int32) - 1
+    return jax.lax.cummax(jnp.where(token & (segments > highest), before, 0), axis=1)
 
 
 def _on_tpu(

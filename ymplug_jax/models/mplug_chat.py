@@ -16,11 +16,20 @@ from ymplug_jax.models.query_abstractor import QueryAbstractor
 
 # What an image tower lacks: a run that starts from one leaves it at its start values.
 TEMPORAL = (f"vision/{clip_vit.TEMPORAL}", "abstractor/temporal_.*")
-# Frozen parameters of each partition that a config may name: path regexes, full match.
+_TOWER, _DECODER = r"vision/(?!blocks/temporal/).*", r"llm/(?!blocks/lora/).*"
+# Frozen parameters of each partition that a config may name: path regexes, full match. `LORA` says which adapters a decoder needs.
 PARTITIONS = {
-    "adapters_abstractor": (r"vision/(?!blocks/temporal/).*", "llm/.*"),
-    "lora": ("vision/.*", "abstractor/.*", r"llm/(?!blocks/lora/).*"),
-    "adapters_abstractor_lora": (r"vision/(?!blocks/temporal/).*", r"llm/(?!blocks/lora/).*"),
+    "adapters_abstractor": (_TOWER, "llm/.*"),
+    "lora": ("vision/.*", "abstractor/.*", _DECODER),
+    "adapters_abstractor_lora": (_TOWER, _DECODER),
+    "all_linears": (_TOWER, _DECODER),
+}
+# Linear layers of a block of the decoder that get LoRA adapters in a partition; none: the decoder has no adapters.
+LORA = {
+    "adapters_abstractor": (),
+    "lora": ("attn/[qkv]",),
+    "adapters_abstractor_lora": ("attn/[qkv]",),
+    "all_linears": ("attn/.*", "mlp/.*"),
 }
 RESIZE = {"vision/pos_embed": lambda table, shape: layers.resize_pos_embed(table, shape[0] - 1)}
 
@@ -69,9 +78,42 @@ class MPLUGChat(nn.Module):
         vectors = jnp.take(flat, jnp.maximum(index, 0), axis=0, mode="fill", fill_value=jnp.nan)
         return jnp.where((index < 0)[..., None], embeds, vectors)
 
-    def hidden(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
-        """Hidden states after the final norm: f[B, L, H], int or bool[B, L] (1 where there is a token) -> f[B, L, H]."""
-        return constrain(self.llm(embeds, mask, deterministic=deterministic), "batch", None, None)
+    def embed_rows(self, ids: jax.Array, slots: jax.Array | None, index: jax.Array) -> jax.Array:
+        """`embed` where every row has media of its own, so that no vector leaves the device of its row.
+
+        Args:
+          ids: int[B, L]; what stands at a media position is not read.
+          slots: f[B, K, H], the vectors of each row; None: no row has any.
+          index: int32[B, L], a row of `slots` of the same b, or -1 for text.
+
+        Returns:
+          f[B, L, H]. A row of `slots` that does not exist is NaN.
+        """
+        embeds = self.llm.embed(jnp.where(index < 0, ids, 0))  # [B, L, H]
+        if slots is None:
+            return embeds
+        at = jnp.maximum(index, 0)[..., None]  # [B, L, 1]
+        vectors = jnp.take_along_axis(slots.astype(embeds.dtype), at, axis=1, mode="fill", fill_value=jnp.nan)
+        return constrain(jnp.where((index < 0)[..., None], embeds, vectors), "batch", None, None)
+
+    def hidden(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None = None,
+        *,
+        segments: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Hidden states after the final norm, f[B, L, H] -> f[B, L, H].
+
+        Args:
+          embeds: f[B, L, H].
+          mask: int or bool[B, L], 1 where there is a token. None: no padding.
+          segments: int[B, L], texts packed into one row, 0 at padding; see `LanguageModel`.
+          deterministic: False applies dropout.
+        """
+        hidden = self.llm(embeds, mask, segments=segments, deterministic=deterministic)
+        return constrain(hidden, "batch", None, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f[..., H] -> f32[..., V]; pass only the positions that predict an answer."""

@@ -70,8 +70,9 @@ def draw(path: Path, records: Sequence[Any], texts: Sequence[str | Sequence[str]
     count = 0
     for record, text in zip(records[:MOST], texts, strict=False):
         lines = wrap(text.split("\n") if isinstance(text, str) else text, width - 2 * MARGIN)
-        chosen = frames_lib.choose_frames(frames, len(record.frames), None)
-        rows = [chosen[i : i + across] for i in range(0, frames, across)]
+        # A conversation without media is its text alone.
+        chosen = frames_lib.choose_frames(frames, len(record.frames), None) if len(record.frames) else ()
+        rows = [chosen[i : i + across] for i in range(0, len(chosen), across)]
         images = [[_fit(record.frames[stored]) for stored in row] for row in rows]
         tall = [max(image.shape[0] for image in row) + 2 for row in images]
         height = MARGIN + LINE * max(1, len(lines)) + sum(tall) + STAMP * len(rows)

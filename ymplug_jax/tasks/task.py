@@ -19,6 +19,7 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.sharding import AxisRules
 from ymplug_jax.core.state import Params
+from ymplug_jax.data.packing import Size
 from ymplug_jax.data.records import Record, Split
 from ymplug_jax.models import language_models, layers
 from ymplug_jax.models.language_model import LanguageModel
@@ -54,8 +55,9 @@ class Task:
     axes: AxisRules  # partition rules of the parameters: AXES of the model module
     frozen: tuple[str, ...]  # regexes that match whole paths of frozen parameters
     init: Callable[[jax.Array], Params]  # key -> initial parameters, float32
-    # (record, rng; None in evaluation) -> arrays of fixed shape
-    example: Callable[[Record, np.random.Generator | None], Example]
+    # (record, rng; None in evaluation) -> arrays of fixed shape. With `measure`, the first argument is a sequence of records, which
+    # are packed into one example; in evaluation it holds exactly one.
+    example: Callable[[Any, np.random.Generator | None], Example]
     spec: Mapping[str, jax.ShapeDtypeStruct]  # shapes and dtypes of one training example, without B and `valid`
     # (params, batch, key; None in evaluation) -> (scalar loss, metrics); micro-batches are weighted by metrics["loss"].weight
     loss: Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
@@ -73,6 +75,14 @@ class Task:
     resize: Mapping[str, Resize] = dataclasses.field(default_factory=dict)
     # path -> (low, high) that a trained parameter is clipped to after each update
     bounds: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    # Size of a record in an example; 0 tokens: it has no target and is never drawn. None: no packing. Comes with `room`.
+    measure: Callable[[Record], Size] | None = None
+    room: Size | None = None  # capacity of an example
+    apart: bool = False  # with several folders, every batch of training comes from one of them
+
+    def one(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """Return the example of a single record."""
+        return self.example((record,) if self.measure else record, rng)
 
     def score_named(self, name: str) -> Score:
         """The score that `config.train.best` names.

@@ -328,6 +328,7 @@ def _batches(run: Run, records: Split, examples: int, title: str) -> Iterator[tu
     stream = loader.batches(
         records, run.task.example, seed=0, batch_size=size, rows=rows, shuffle=False,
         num_examples=_size(records, examples), threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
+        packed=run.task.measure is not None,
     )  # fmt: skip
     steps = -(-_size(records, examples) // size)
     hidden = jax.process_index() != 0

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax.core import checkpoint_files, config, progress, sharding
+from ymplug_jax.core import checkpoint_files, durations, progress, sharding
 from ymplug_jax.core.checkpoint import Checkpoints
 from ymplug_jax.core.checkpoint_files import BEST, place_of
 from ymplug_jax.core.config import Experiment
@@ -22,7 +22,7 @@ from ymplug_jax.data.records import CorruptRecord
 from ymplug_jax.data.source import open_split
 from ymplug_jax.reports.curves import draw_curve
 from ymplug_jax.tasks.task import Batch
-from ymplug_jax.training import evaluate, model_card, parameter_table, run_folder, setup
+from ymplug_jax.training import evaluate, mixing, model_card, parameter_table, run_folder, setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.best_step import Best
 from ymplug_jax.training.setup import Run
@@ -56,7 +56,7 @@ def train(experiment: Experiment, workdir: epath.Path, describe: Describe | None
     if checkpoint_files.latest_step(str(workdir)) is None:
         run_folder.check_init_from(experiment)
     with Stop() as stop:
-        run = setup.prepare(experiment)
+        run = setup.prepare(experiment, workdir=workdir)
         with contextlib.closing(Checkpoints(str(workdir), keep=experiment.train.keep)) as checkpoints:
             scores = _Training(run, workdir, checkpoints, stop, describe).go()
         with place_of(workdir):
@@ -75,6 +75,7 @@ class _Training:
         self._state, frozen, self._seen, origin = setup.initialise(run, checkpoints)
         self._start = int(self._state.step)
         logging.info("\n%s", parameter_table.table(run, origin))
+        self._mixture = mixing.begin(run.mixture, workdir, self._seen)
         self._run = run = step_lib.with_checked_kernels(run)
         self._compiled = step_lib.compile_step(run)
         if describe is not None:
@@ -88,12 +89,16 @@ class _Training:
         if first:
             with place_of(workdir):
                 run_folder.write(run.experiment, workdir)
+                if self._mixture:
+                    self._mixture.write(workdir)
         model_card.begin(run, workdir, origin, self._start)
         checkpoints.save_frozen(frozen)
         self._frozen = setup.hold(run, frozen)
         with place_of(workdir):
             self._writer = Writer(workdir, active=first)
         self._log = _Log(run, self._writer, checkpoints, self._start)
+        if run.mixture and (counts := run.mixture.counts()):
+            self._log.write(self._start, counts)
         self._evaluation = _Evaluation(run, workdir) if data.eval_split else None
         self._scores: dict[str, float] = {}
         self._key = sharding.on_all_hosts(lambda: jax.random.key(settings.seed), sharding.replicated(run.mesh))
@@ -132,6 +137,7 @@ class _Training:
         stream = loader.batches(
             records, run.task.example, seed=settings.seed, batch_size=settings.batch_size, rows=rows, start=self._seen, shuffle=True,
             threads=data.threads, workers=data.workers, skip_corrupt=data.skip_corrupt,
+            order=self._mixture.order if self._mixture else None, packed=run.task.measure is not None,
         )  # fmt: skip
         return Feed(stream, lambda local: sharding.put_batch(local, rows, settings.batch_size, run.mesh))
 
@@ -223,7 +229,7 @@ class _Evaluation:
 
 def steps_in(run: Run, duration: str) -> int:
     """Convert an interval of the settings, such as "2 epochs", to whole steps, at least 1."""
-    return max(1, config.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
+    return max(1, durations.steps_in(duration, steps_per_epoch=run.steps_per_epoch, total=run.total_steps))
 
 
 class _Log:

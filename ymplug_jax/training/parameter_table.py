@@ -30,4 +30,4 @@ def table(run: Run, origin: Mapping[str, str] | None = None) -> str:
     trained, frozen = state_lib.count(run.state.trainable), state_lib.count(run.frozen)
     text = columns([head, *body], right=2)
     share = 100 * trained / (trained + frozen)
-    return f"{text}\ntrained {trained:,} ({share:.1f} %), frozen {frozen:,}, together {trained + frozen:,}"
+    return f"{text}\ntrained {trained:,} ({share:.3g} %), frozen {frozen:,}, together {trained + frozen:,}"

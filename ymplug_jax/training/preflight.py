@@ -11,10 +11,10 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import schema
 from ymplug_jax.data.records import Split
-from ymplug_jax.data.source import open_split
+from ymplug_jax.data.source import open_split, parts_of
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks import task as task_lib
-from ymplug_jax.training import run_folder, setup
+from ymplug_jax.training import mixing, run_folder, setup
 
 
 def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
@@ -39,14 +39,7 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
             f"{workdir}: no checkpoint here; give the --workdir of a trained run, or set config.train.init_from to score other "
             "parameters without training"
         )
-    if not data.path:
-        raise Mistake("config.data.path: empty; give the folder that data_prep.build_shards wrote")
-    if not data.tokenizer:
-        raise Mistake("config.data.tokenizer: empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt")
-    if mode == "eval" and not data.eval_split:
-        raise Mistake(
-            "config.data.eval_split: empty; name the split to score, e.g. --config.data.eval_split=validation"
-        )
+    _check_named(experiment, mode)
     if train.eval_scores_every and not data.eval_split:
         raise Mistake(
             "config.train.eval_scores_every: needs a split, but config.data.eval_split is empty; name the split to score, e.g. "
@@ -67,14 +60,35 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         task.score_named(train.best)
     for split, found in records.items():
         _check_split(experiment, split, found, task.kinds)
-    run = setup.prepare(experiment, training=mode == "train")  # traces the model; the slowest check comes last
+    # Measures the records and traces the model; the slowest checks come last.
+    run = setup.prepare(experiment, training=mode == "train", workdir=workdir)
     if not begun:
         setup.init_from(run, values=False)
+    elif mode == "train":
+        mixing.check(run.mixture, workdir, checkpoint_files.examples_seen(str(workdir)))
+
+
+def _check_named(experiment: Experiment, mode: str) -> None:
+    """Check that the data, the tokenizer and the split to score are named."""
+    data = experiment.data
+    if not data.path:
+        raise Mistake("config.data.path: empty; give the folder that data_prep.build_shards wrote")
+    if not data.tokenizer:
+        raise Mistake("config.data.tokenizer: empty; give a sentencepiece *.model, a tokenizer.json or a vocab.txt")
+    if mode == "eval" and not data.eval_split:
+        raise Mistake(
+            "config.data.eval_split: empty; name the split to score, e.g. --config.data.eval_split=validation"
+        )
 
 
 def _check_split(experiment: Experiment, split: str, records: Split, kinds: tuple[str, ...]) -> None:
-    """Check that a split has records of a kind that the task can read."""
-    path = experiment.data.path
+    """Check that a split has records of a kind that the task can read, in every folder."""
+    for part in parts_of(records):
+        _check_part(experiment, split, part, kinds)
+
+
+def _check_part(experiment: Experiment, split: str, records: Split, kinds: tuple[str, ...]) -> None:
+    path = records.path
     if not len(records):
         raise Mistake(f"{path}: split {split!r} has no records; build it again or choose another split")
     if not records.kind:

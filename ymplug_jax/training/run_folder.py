@@ -295,17 +295,17 @@ def write(experiment: Experiment, workdir: str | epath.Path) -> None:
         _copy(source, folder / TOKENIZER / source.name)
     if experiment.data.classes:
         _copy(checkpoint_files.folder_of(experiment.data.classes), folder / CLASSES)
-    _write_whole(folder / ENVIRONMENT, (json.dumps(_facts(), indent=2) + "\n").encode())
-    _write_whole(path, text.encode())
+    write_whole(folder / ENVIRONMENT, (json.dumps(_facts(), indent=2) + "\n").encode())
+    write_whole(path, text.encode())
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
     """Copy the file unless `target` exists: the first copy is the one the parameters were trained with."""
     if not target.exists():
-        _write_whole(target, source.read_bytes())
+        write_whole(target, source.read_bytes())
 
 
-def _write_whole(path: epath.Path, content: bytes) -> None:
+def write_whole(path: epath.Path, content: bytes) -> None:
     """Write the file atomically. Objects in a bucket already are written atomically."""
     if "://" in str(path):
         path.write_bytes(content)

@@ -11,7 +11,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from ymplug_jax.core import config, optim, quantize, sharding
+from ymplug_jax.core import config, durations, optim, quantize, sharding
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
@@ -20,6 +20,7 @@ from ymplug_jax.data.source import open_split
 from ymplug_jax.models import kernels, lora
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
+from ymplug_jax.training import mixing
 
 if TYPE_CHECKING:
     from ymplug_jax.core import checkpoint
@@ -37,13 +38,14 @@ class Run:
     frozen_patterns: tuple[str, ...]
     tx: optax.GradientTransformation
     rate: Callable[[jax.Array], jax.Array]
-    examples: int  # number of examples in the training split
+    examples: int  # number of examples of an epoch: the training split, or one pass over a packed mixture
     steps_per_epoch: int
     total_steps: int
     state: TrainState  # abstract
     frozen: Params  # abstract frozen parameters as stored in checkpoints
     held: Params  # abstract frozen parameters as held on the devices; differs from `frozen` for int8
     kernels_off: frozenset[str] = frozenset()  # fused kernels replaced by plain XLA
+    mixture: mixing.Plan | None = None  # None: one folder without packing
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
@@ -72,13 +74,20 @@ def seeds(experiment: Experiment, workdir: epath.Path, count: int) -> list[tuple
     ]
 
 
-def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None, *, training: bool = True) -> Run:
+def prepare(
+    experiment: Experiment,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    training: bool = True,
+    workdir: epath.Path | None = None,
+) -> Run:
     """Check the settings for consistency and return the abstract run.
 
     Args:
       experiment: resolved settings.
       devices: devices of the mesh; None: all devices.
       training: False for an evaluation, which does not read the training split; `examples` and all step counts are then 0.
+      workdir: folder of the run, whose stored sizes of the records save measuring them again.
 
     Raises:
       ValueError: settings contradict each other; the message names the one to change.
@@ -98,7 +107,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None,
             f"config.train.batch_size: {train.batch_size} is not a multiple of config.train.accumulate x mesh data x fsdp = "
             f"{train.accumulate} x {mesh.shape['data']} x {mesh.shape['fsdp']}; change one of them"
         )
-    examples, per_epoch, total, warmup = _steps(experiment) if training else (0, 0, 0, 0)
+    mixture = _mixture(experiment, task, workdir) if training else None
+    examples, per_epoch, total, warmup = _steps(experiment, mixture) if training else (0, 0, 0, 0)
 
     patterns = task.frozen if train.frozen is None else train.frozen
     # Create the key inside eval_shape as well, so that nothing is compiled here.
@@ -121,7 +131,16 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None,
     rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
     held = quantize.abstract(frozen, task.axes) if train.frozen_dtype == "int8" else frozen
     off = frozenset() if train.fused_kernels else frozenset(kernels.KERNELS)
-    return Run(experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held, off)
+    return Run(
+        experiment, task, mesh, patterns, tx, rate, examples, per_epoch, total, state, frozen, held, off, mixture
+    )
+
+
+def _mixture(experiment: Experiment, task: Task, workdir: epath.Path | None) -> mixing.Plan | None:
+    if not experiment.data.path:
+        return None
+    records = open_split(experiment.data.path, experiment.data.train_split)
+    return mixing.plan(experiment, task, records, workdir)
 
 
 def _check_rules(rules: Mapping[str, str], task: Task) -> None:
@@ -138,7 +157,7 @@ def _check_rules(rules: Mapping[str, str], task: Task) -> None:
             )
 
 
-def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
+def _steps(experiment: Experiment, mixture: mixing.Plan | None) -> tuple[int, int, int, int]:
     """Return (training examples, steps per epoch, total steps, warm-up steps).
 
     Parses every duration of the settings, so that a wrong one fails before the step is compiled.
@@ -147,7 +166,9 @@ def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
       ValueError: a duration or interval is invalid, or the training split is smaller than a batch.
     """
     train = experiment.train
-    if experiment.data.path:
+    if mixture is not None:
+        examples = mixture.examples
+    elif experiment.data.path:
         examples = len(open_split(experiment.data.path, experiment.data.train_split))
     elif not (examples := experiment.data.examples):
         raise Mistake(
@@ -161,7 +182,7 @@ def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
         raise Mistake(
             f'config.train.duration: {train.duration!r} is relative to itself; write "2000 steps" or "10 epochs"'
         )
-    total = config.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
+    total = durations.steps_in(train.duration, steps_per_epoch=per_epoch, setting="config.train.duration")
     if not total:
         raise Mistake(
             f"config.train.duration: {train.duration!r} is less than one step of this data; train for 1 step or more"
@@ -170,10 +191,10 @@ def _steps(experiment: Experiment) -> tuple[int, int, int, int]:
         value, setting = getattr(train, name), f"config.train.{name}"
         if name == "eval_scores_every" and not value:
             continue
-        config.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
-        if config.is_zero(value):  # a positive interval below one step means every step
+        durations.steps_in(value, steps_per_epoch=per_epoch, total=total, setting=setting)
+        if durations.is_zero(value):  # a positive interval below one step means every step
             raise Mistake(f"{setting}: {value!r} is not an interval; write 1 step or more")
-    warmup = config.steps_in(
+    warmup = durations.steps_in(
         experiment.optim.warmup, steps_per_epoch=per_epoch, total=total, setting="config.optim.warmup"
     )
     return examples, per_epoch, total, warmup
