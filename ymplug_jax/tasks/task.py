@@ -65,7 +65,10 @@ class Task:
     # Second model pass for scoring pairs: (params, rows, kept predictions) -> rows, the same on every host. None: not needed.
     rescore: Callable[[Params, list[Row], KeptRows], list[Row]] | None = None
     kept: tuple[str, ...] = ()  # predictions that stay on the devices for `rescore`, too large to gather to hosts
-    score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split) -> report
+    score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split, or views[""]) -> report
+    # Split -> the splits that evaluation predicts: "" is the split as it is evaluated, all others are the same examples with
+    # changed media, for control runs. Their predictions reach `score` as "KEY/NAME" in the rows of "". None: the split alone.
+    views: Callable[[Split], Mapping[str, Split]] | None = None
     scores: tuple[Score, ...] = ()  # scores that an evaluation may report, in display order
     page: Page = dataclasses.field(default_factory=Page)  # how the report shows the readable rows
     describe: Mapping[str, Describe] = dataclasses.field(default_factory=dict)  # command of `predict` -> its answer
