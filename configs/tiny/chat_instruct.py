@@ -9,8 +9,8 @@ from ymplug_jax.tasks.mplug_chat.instruct import Options
 def get_config(partition: str = "vision") -> ConfigDict:
     """Settings by partition.
 
-    "vision" (tower and abstractor), "adapters_abstractor", "lora", "adapters_abstractor_lora" and "all_linears" start from a run of
-    configs/tiny/chat_pretrain.py, --config.train.init_from=DIR. "decoder" trains the language model alone on rows of text, before the first
+    "vision" (tower and abstractor), "vision_lora", "adapters_abstractor", "lora", "adapters_abstractor_lora" and "all_linears" start from a run
+    of configs/tiny/chat_pretrain.py, --config.train.init_from=DIR. "decoder" trains the language model alone on rows of text, before the first
     stage, and starts from a run of configs/tiny/language.py:bloom, --config.train.init_from=llm=DIR. Also set --config.data.path and
     --config.data.tokenizer.
     """
@@ -18,7 +18,7 @@ def get_config(partition: str = "vision") -> ConfigDict:
     return recipe.settings(
         "mplug_chat_instruct",
         recipe.chat_model(partition),
-        Options(images_per_row=0, videos_per_row=0) if text else Options(images_per_row=1, videos_per_row=4),
+        Options(0 if text else 1, 0 if text else 4, new_tokens=12, choices=0),
         max_tokens=256,
         lr=2e-3,
         warmup="50 steps",

@@ -7,7 +7,7 @@ from ymplug_jax.tasks.mplug_chat.pretrain import Options
 
 
 def get_config(partition: str = "vision") -> ConfigDict:
-    """Settings by partition: "vision" (tower and abstractor), "adapters_abstractor", "lora", "adapters_abstractor_lora" or "all_linears".
+    """Settings by partition: "vision" (tower and abstractor), "vision_lora" or one of `mplug_chat.PARTITIONS`.
 
     Set --config.data.path, --config.data.tokenizer and --config.train.init_from=llm=DIR (a run of configs/tiny/chat_instruct.py:decoder).
     """

@@ -10,10 +10,15 @@ from ymplug_jax.models import clip_vit, language_models, mplug_chat
 from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.models.query_abstractor import QueryAbstractor
 
-# Frozen parameters of the partitions that only a model without converted weights needs: "vision" also trains the tower, as there are
-# no CLIP weights of this size; "decoder" trains the language model alone, on rows of text.
+# Frozen parameters of the partitions that only a model without converted weights needs: "vision" and
+# "vision_lora" also train the tower, as there are no CLIP weights of this size; "decoder" trains the language model alone, on rows of text.
+CHAT_DECODER = {"width": 64, "depth": 2}  # smaller than that of the other tiny configs, because texts are longer
 CHAT_NO_DECAY = (r".*/bias", r".*norm.*/scale")
-CHAT_PARTITIONS = {"vision": ("llm/.*",), "decoder": ("vision/.*", "abstractor/.*")}
+CHAT_PARTITIONS = {
+    "vision": ("llm/.*",),
+    "vision_lora": (r"llm/(?!blocks/lora/).*",),
+    "decoder": ("vision/.*", "abstractor/.*"),
+}
 
 
 def settings(
@@ -76,9 +81,10 @@ def chat_model(partition: str) -> MPLUGChat:
     model = MPLUGChat(
         vision=clip_vit.SIZES["tiny"].clone(depth=3, std=0.12, table_std=1.0),
         abstractor=QueryAbstractor(queries=8, depth=2, heads=4, mlp=128, dropout=0.0, std=0.12),
-        llm=language_models.SIZES[recipe.TINY["bloom"]],
+        llm=language_models.SIZES[recipe.TINY["bloom"]].clone(**CHAT_DECODER),
     )
-    if targets := mplug_chat.LORA.get(partition, ()):
+    adapters = {"vision_lora": mplug_chat.LORA["lora"], **mplug_chat.LORA}
+    if targets := adapters.get(partition, ()):
         model = model.clone(llm=model.llm.clone(lora_rank=8, lora_scale=4.0, lora_targets=targets))
     return model
 
