@@ -70,7 +70,8 @@ def test_a_clip_conversion_fills_the_tower_but_for_its_temporal_parts() -> None:
 def test_packed_examples(tokenizer: str) -> None:
     task = task_lib.get(chat.experiment(tokenizer))
     example = task.example(
-        [TEXT, IMAGE, BOTH._replace(text="\n".join(BOTH.text.split("\n")[:2]), media=BOTH.media[:2])], None
+        [TEXT, IMAGE, BOTH._replace(text="\n".join(BOTH.text.split("\n")[:2]), media=BOTH.media[:2])],
+        np.random.default_rng(0),
     )
     assert {key: (value.shape, value.dtype) for key, value in example.items()} == {
         key: (leaf.shape, leaf.dtype) for key, leaf in task.spec.items()
