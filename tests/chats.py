@@ -23,8 +23,8 @@ from ymplug_jax.training import setup
 VOCAB, CONTEXT = 300, 384
 LMS = {
     "bloom": Bloom(vocab=VOCAB, width=32, depth=2, heads=4),
-    "gpt3": GPT3(vocab=VOCAB, width=32, depth=2, heads=4, max_positions=CONTEXT),
-    "qwen": Qwen(vocab=VOCAB, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=CONTEXT),
+    "gpt3": GPT3(vocab=VOCAB, width=32, depth=2, heads=4, max_positions=CONTEXT + 128),
+    "qwen": Qwen(vocab=VOCAB, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=CONTEXT + 128),
 }
 
 

@@ -65,7 +65,7 @@ def whole_weights(weights: Sequence[float], sizes: Sequence[int]) -> tuple[int, 
         )
     exact = [Fraction(str(weight)) for weight in weights or sizes]  # str: 0.1 is a tenth
     for number, (weight, size) in enumerate(zip(exact, sizes, strict=True)):
-        if not size and (weight or not any(sizes)):
+        if not size and (weight or not weights):
             raise Mistake(
                 f"config.data.path: folder {number + 1} has no record with a target, so nothing can be drawn from it; leave it out, or "
                 "set its weight in config.data.weights to 0"

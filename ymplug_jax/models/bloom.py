@@ -114,9 +114,16 @@ class Bloom(nn.Module):
         """See `LanguageModel.embed`. Word embeddings are normalised here, so visual vectors are not."""
         return self.embed_norm(layers.look_up(self.token_embed, ids, self.dtype))
 
-    def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None = None,
+        *,
+        segments: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
         """See `LanguageModel`; the only dropout is that of the adapters."""
-        return self.read(embeds, mask, None, None, deterministic)[0]
+        return self.read(embeds, mask, None, None, deterministic, segments)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """See `LanguageModel.logits`."""
@@ -134,9 +141,10 @@ class Bloom(nn.Module):
         cache: Cache | None,
         past: Past | None,
         deterministic: bool = True,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `language_model.Cached.read`."""
-        context = language_model.context_of(embeds.shape[-2], mask, past)
+        context = language_model.context_of(embeds.shape[-2], mask, past, segments)
         carry = embeds.astype(jnp.dtype(self.dtype)), cache
         (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context, deterministic)
         return self.norm(x), filled

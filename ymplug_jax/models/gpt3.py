@@ -105,9 +105,16 @@ class GPT3(nn.Module):
         """See `LanguageModel.embed`. Positions are added later, because visual vectors get them too."""
         return layers.look_up(self.token_embed, ids, self.dtype)
 
-    def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None = None,
+        *,
+        segments: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
         """See `LanguageModel`."""
-        return self.read(embeds, mask, None, None, deterministic)[0]
+        return self.read(embeds, mask, None, None, deterministic, segments)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """See `LanguageModel.logits`."""
@@ -125,12 +132,13 @@ class GPT3(nn.Module):
         cache: Cache | None,
         past: Past | None,
         deterministic: bool = True,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `language_model.Cached.read`."""
         length, dtype = embeds.shape[-2], jnp.dtype(self.dtype)
-        language_model.check_positions(length, self.max_positions)
-        context = language_model.context_of(length, mask, past)
-        if past is None and mask is None:
+        language_model.check_positions(language_model.longest(length, segments), self.max_positions)
+        context = language_model.context_of(length, mask, past, segments)
+        if past is None and mask is None and segments is None:
             rows = self.pos_embed[:length]  # [L, D]
         else:
             rows = jnp.take(self.pos_embed, context.positions, axis=0, mode="clip")  # [B, L, D]

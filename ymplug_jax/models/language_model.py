@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ymplug_jax.models import attention
 
@@ -51,6 +52,7 @@ class Context(NamedTuple):
     mask: jax.Array | None  # bool[B, L], False at padding; None without padding and in branches
     past: Past | None
     past_positions: jax.Array | None  # int32[B, S], of the keys of the past
+    segments: jax.Array | None = None  # int32[B, L] of packed rows, 0 at padding; then `mask` is None
 
 
 @runtime_checkable
@@ -80,18 +82,28 @@ class LanguageModel(Protocol):
 
     @property
     def max_positions(self) -> int | None:
-        """Longest row, or None without a limit. A longer row raises ValueError while tracing."""
+        """Longest row, or None without a limit. A longer row raises ValueError while tracing; see `longest`."""
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Embeddings of ids, int[..., L] -> f[..., L, D]. Callers may put vectors of videos or images between them."""
 
-    def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None = None,
+        *,
+        segments: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
         """Hidden states after the final norm.
 
         Args:
           embeds: f[B, L, D].
           mask: int or bool[B, L], 1 at tokens and 0 at padding, which may stand anywhere. None means no padding. Rows padded
             on the right need no mask: attention is causal, so only padding sees the padding.
+          segments: int[B, L], several texts packed into one row: 1, 2, .. at the tokens of each text, rising along the row, and 0
+            at padding. Each text is read as if it were alone: positions restart, and a token sees the earlier tokens of its own
+            text only. With a mask as well, padding of either is padding.
           deterministic: False applies dropout, which needs the random stream "dropout", if the decoder has any.
 
         Returns:
@@ -183,6 +195,14 @@ def check_positions(needed: int, limit: int | None, what: str = "the tokens") ->
         )
 
 
+def longest(length: int, segments: jax.Array | None) -> int:
+    """Number of positions that packed rows of L tokens need: the longest text if `segments` is known, else L."""
+    if segments is None or isinstance(segments, jax.core.Tracer):
+        return length
+    counts = [np.unique(row[row > 0], return_counts=True)[1] for row in np.asarray(segments)]
+    return max((int(count.max()) for count in counts if count.size), default=0)
+
+
 def positions(mask: jax.Array) -> jax.Array:
     """Number of tokens before each token that are not padding: int or bool[B, S] -> int32[B, S], 0 at padding."""
     mask = mask.astype(jnp.int32)
@@ -212,11 +232,15 @@ def with_media(embeds: jax.Array, places: jax.Array, media: jax.Array) -> jax.Ar
     return jnp.where(places[..., None], chosen, embeds)
 
 
-def context_of(length: int, mask: jax.Array | None, past: Past | None) -> Context:
-    """Context of a pass over L tokens: of a prompt with its mask, bool[B, L] or None, or of branches of a past."""
+def context_of(length: int, mask: jax.Array | None, past: Past | None, segments: jax.Array | None = None) -> Context:
+    """Context of a pass over L tokens: of a prompt or packed rows (see `LanguageModel`), or of branches of a past."""
     if past is not None:
         here = past.length[:, None] + past.read + jnp.arange(length)
         return Context(here, None, past, positions(past.mask))
+    if segments is not None:
+        segments = jnp.maximum(segments if mask is None else jnp.where(mask.astype(bool), segments, 0), 0)
+        at = jnp.where(segments > 0, positions(segments > 0) - attention.starts(segments), 0)
+        return Context(at, None, None, None, segments)
     if mask is None:
         return Context(jnp.arange(length)[None], None, None, None)
     return Context(positions(mask), mask.astype(bool), None, None)
@@ -268,8 +292,9 @@ def attend(
     if past is None or cache is None:
         at = None if slopes is None else jnp.broadcast_to(context.positions, k.shape[:2])
         y = attention.attend(
-            q, k, v, causal=True, key_mask=context.mask, slopes=slopes, key_positions=at, dropout=dropout, key=key
-        )
+            q, k, v, causal=True, key_mask=context.mask, segments=context.segments, slopes=slopes, key_positions=at,
+            dropout=dropout, key=key,
+        )  # fmt: skip
         return y, cache
     width = cache.k.shape[-2]
     y = attention.attend_branches(

@@ -16,6 +16,8 @@ from ymplug_jax.models.query_abstractor import QueryAbstractor
 
 # What an image tower lacks: a run that starts from one leaves it at its start values.
 TEMPORAL = (f"vision/{clip_vit.TEMPORAL}", "abstractor/temporal_.*")
+# Conversions of CLIP hold no key bias either: it adds the same value to all logits of a query, which softmax cancels. It starts at zero.
+FRESH = (*TEMPORAL, "vision/blocks/attn/k/bias")
 _TOWER, _DECODER = r"vision/(?!blocks/temporal/).*", r"llm/(?!blocks/lora/).*"
 # Frozen parameters of each partition that a config may name: path regexes, full match. `LORA` says which adapters a decoder needs.
 PARTITIONS = {
@@ -96,9 +98,24 @@ class MPLUGChat(nn.Module):
         vectors = jnp.take_along_axis(slots.astype(embeds.dtype), at, axis=1, mode="fill", fill_value=jnp.nan)
         return constrain(jnp.where((index < 0)[..., None], embeds, vectors), "batch", None, None)
 
-    def hidden(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
-        """Hidden states after the final norm: f[B, L, H], int or bool[B, L] (1 where there is a token) -> f[B, L, H]."""
-        return constrain(self.llm(embeds, mask, deterministic=deterministic), "batch", None, None)
+    def hidden(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None = None,
+        *,
+        segments: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Hidden states after the final norm, f[B, L, H] -> f[B, L, H].
+
+        Args:
+          embeds: f[B, L, H].
+          mask: int or bool[B, L], 1 where there is a token. None: no padding.
+          segments: int[B, L], texts packed into one row, 0 at padding; see `LanguageModel`.
+          deterministic: False applies dropout.
+        """
+        hidden = self.llm(embeds, mask, segments=segments, deterministic=deterministic)
+        return constrain(hidden, "batch", None, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f[..., H] -> f32[..., V]; pass only the positions that predict an answer."""

@@ -132,9 +132,16 @@ class Qwen(nn.Module):
         """See `LanguageModel.embed`."""
         return layers.look_up(self.token_embed, ids, self.dtype)
 
-    def __call__(self, embeds: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None = None,
+        *,
+        segments: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
         """See `LanguageModel`; the only dropout is that of the adapters."""
-        return self.read(embeds, mask, None, None, deterministic)[0]
+        return self.read(embeds, mask, None, None, deterministic, segments)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """See `LanguageModel.logits`."""
@@ -151,11 +158,12 @@ class Qwen(nn.Module):
         cache: Cache | None,
         past: Past | None,
         deterministic: bool = True,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `language_model.Cached.read`."""
         length = embeds.shape[-2]
-        language_model.check_positions(length, self.max_positions)
-        context = language_model.context_of(length, mask, past)
+        language_model.check_positions(language_model.longest(length, segments), self.max_positions)
+        context = language_model.context_of(length, mask, past, segments)
         rotation = layers.rotation_of(context.positions, self.head_dim, self.rope_theta)  # [B or 1, L, H / 2] each
         if past is not None:
             rotation = rotation[0][:, None], rotation[1][:, None]  # the same in all branches

@@ -48,4 +48,6 @@ def make(experiment: Experiment) -> Task:
         pieces = [Piece(record.media_id, tokens_of(record), record.media) for record in records]
         return packed_rows.packed(pieces, shape, preprocess.given(tokenizer).pad)
 
-    return passes.task_of(model, experiment, shape, kinds=("instruct",), example=example, measure=measure, chats=True)
+    return passes.task_of(
+        model, experiment, shape, kinds=("instruct",), example=example, measure=measure, room=shape.room, chats=True
+    )

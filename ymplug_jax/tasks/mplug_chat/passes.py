@@ -1,14 +1,18 @@
 """Code shared by the tasks of the chat model: making and checking the model, forward passes and the loss of packed rows."""
 
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from ymplug_jax.core.config import Data, Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
+from ymplug_jax.data import schema
+from ymplug_jax.data.source import folders_of
 from ymplug_jax.data.text import Tokenizer
 from ymplug_jax.models import language_models, mplug_chat
 from ymplug_jax.models.mplug_chat import MPLUGChat
@@ -47,6 +51,8 @@ def model_of(experiment: Experiment, *, images: int, videos: int) -> tuple[MPLUG
     model: MPLUGChat = build(MPLUGChat, experiment.model)
     shape = Shape(data.max_tokens, model.abstractor.slots, images, videos, data.frames, data.image_size)
     _check_model(model, data, shape)
+    if videos:
+        _check_stored(data)
     tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
     if tokenizer is not None:
         _check_marks(model, data, tokenizer)
@@ -87,6 +93,25 @@ def _check_model(model: MPLUGChat, data: Data, shape: Shape) -> None:
             f"config.data.max_tokens: {data.max_tokens} cannot hold the {shape.slots} slots of an image or clip (config.model.abstractor.queries "
             f"+ 1) and an answer; give {least} or more"
         )
+
+
+def _check_stored(data: Data) -> None:
+    """Check that the shards hold as many frames of a clip as the run shows, as far as their manifests say.
+
+    Raises:
+      Mistake: They hold fewer, so that every clip would repeat some.
+    """
+    for folder in folders_of(data.path) if data.path else ():
+        try:
+            manifest = json.loads((epath.Path(folder) / schema.MANIFEST).read_text(encoding="utf-8"))
+            stored = int(manifest["frames"]["per_clip"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # predictions need no shards; the record reader reports a damaged manifest
+        if stored < data.frames:
+            raise Mistake(
+                f"config.data.frames: {data.frames}, but {folder} holds {stored} frames per clip; lower it, or build the shards with "
+                f"--num_frames={data.frames}"
+            )
 
 
 def _check_marks(model: MPLUGChat, data: Data, tokenizer: Tokenizer) -> None:
@@ -178,10 +203,9 @@ def task_of(model: MPLUGChat, experiment: Experiment, shape: Shape, **own: Any) 
         "frozen": mplug_chat.PARTITIONS["adapters_abstractor_lora" if has_adapters else "adapters_abstractor"],
         "init": lambda key: mplug_chat.init(model, key),
         "spec": shape.spec,
-        "room": shape.room,
         "loss": lambda params, batch, key: loss_of(model, params, batch, key, keep_logits=keep),
         "resize": mplug_chat.RESIZE,
-        "fresh": mplug_chat.TEMPORAL,
+        "fresh": mplug_chat.FRESH,
         "scores": SCORES,
     }
     return Task(**(fields | own))
