@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,7 +99,7 @@ def compare(lm: Bloom, batches: list[int], *, prompt: int, new_tokens: int, roun
         for number in range(rounds):
             for name in list(both)[:: -1 if number % 2 else 1]:
                 for new in (1, new_tokens):
-                    times[name][new].append(timed(lambda name=name, new=new: both[name](new)))
+                    times[name][new].append(timed(partial(both[name], new)))
         speed = {
             name: [batch * (new_tokens - 1) / (t - f) for f, t in zip(kept[1], kept[new_tokens], strict=True)]
             for name, kept in times.items()
