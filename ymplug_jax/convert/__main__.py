@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     from ymplug_jax.convert.to_torch import to_torch
 
     if args.to == "torch":
-        for file in to_torch(args.model, args.source[0], args.out, args.layout):
+        for file in to_torch(args.model, args.source[0], args.out, args.layout, args.merge_lora):
             print(file)
         return 0
     if args.check:
@@ -131,7 +131,11 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help="attention heads, for models of unknown size: llm=N vision=N text=N",
     )
-    parser.add_argument("--layout", help="with --to torch: naming scheme to write, e.g. openai; default: the source's")
+    parser.add_argument(
+        "--layout",
+        help="with --to torch: naming scheme to write, e.g. openai, or peft for the adapters; default: the source's",
+    )
+    parser.add_argument("--merge_lora", action="store_true", help="with --to torch: add the adapters to the weights")
     args = parser.parse_args(argv)
     if ":/" in str(args.out):  # pathlib turns gs:// into gs:/
         bucket = str(args.out).replace(":/", "://", 1)
@@ -144,6 +148,12 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{used[0]}: does not apply to --to torch; leave it out")
         if len(args.source) > 1:
             parser.error("--source: --to torch takes one folder; give that of a run or of a conversion")
+        if args.merge_lora and args.layout == "peft":
+            parser.error("--merge_lora: the layout peft holds adapters without weights; leave out one of the two")
+    elif args.merge_lora:
+        parser.error(
+            "--merge_lora: applies to --to torch only; an adapter of --lora is merged without it; leave it out"
+        )
     elif args.layout:
         parser.error(f"--layout {args.layout}: applies to --to torch only, a source's layout is detected; leave it out")
     if args.keep_lora and not args.lora:

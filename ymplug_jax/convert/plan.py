@@ -24,6 +24,7 @@ _BESIDE = (
         "hub_config",
         "lock",
         "chat_check",
+        "peft_layout",
     ),
 )
 MODELS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _BESIDE)

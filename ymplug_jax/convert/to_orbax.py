@@ -77,7 +77,7 @@ def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
         likely = [other for other in MODELS if other != model and _fits(other, files)]
         raise UnknownModel(f"{files[0]}: {error}" + (f"; try --model {likely[0]}" if likely else "")) from None
     if adapter and wish.keep_adapter and not isinstance(plan.model, tuple):
-        plan = plan._replace(model=plan.model.clone(lora_scale=adapter.scale))  # no tensor holds it
+        plan = plan._replace(model=lora.scaled(plan.model, adapter.scale))
     layout: Layout = module.LAYOUTS[plan.layout]
     return Opened(source, adapter, plan, layout, rules.expand(layout.rules, plan.like), config)
 
