@@ -57,8 +57,7 @@ def logits(lm: LanguageModel, params: dict, ids: np.ndarray) -> np.ndarray:
         return np.asarray(lm.apply({"params": params}, ids, method=lambda lm, ids: lm.logits(lm(lm.embed(ids)))))
 
 
-@pytest.mark.parametrize("targets", [("attn/[qkv]",), ALL], ids=["qkv", "all"])
-@pytest.mark.parametrize("kind", ["bloom", "qwen"])
+@pytest.mark.parametrize(("kind", "targets"), [("bloom", ("attn/[qkv]",)), ("bloom", ALL), ("qwen", ALL)])
 def test_peft_loads_adapters_of_a_decoder(tmp_path: Path, kind: str, targets: tuple[str, ...]) -> None:
     lm = decoder(kind, targets)
     params = {"llm": random(like_of(lm))}
@@ -234,6 +233,11 @@ def test_a_run_without_adapters_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "holds no adapters of model bloom; leave it out" in capsys.readouterr().err
     run("--model", "clip", *argv[2:], "--layout", "peft", code=2)
     assert "--layout peft: unknown layout of model clip" in capsys.readouterr().err
+    # Adapters of the output projection have the same paths in every decoder.
+    qwen = decoder("qwen", ("attn/o",))
+    folder = stored(tmp_path / "qwen", {"llm": random(like_of(qwen))}, qwen, "qwen")
+    run("--model", "bloom", "--source", folder, *argv[4:], "--layout", "peft", code=2)
+    assert "which model bloom does not have; give the --model of its language model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

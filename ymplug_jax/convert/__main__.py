@@ -4,6 +4,7 @@
     --model alpro         ALPRO: Youku-mPLUG's checkpoints, and Salesforce's release, prompter and QA model
     --model gpt3          ModelScope's nlp_gpt3_text-generation_*: all tensor-parallel pieces model/mp_rank_*_model_states.pt
     --model clip          CLIP, OpenAI's file or the Hugging Face layout: initialises the spatial part of the video encoder
+    --model clip_chat     the same files: initialises the vision tower of the chat model
     --model vit           ViT of timm: initialises the spatial part of the video encoder
     --model bloom         BLOOM and BLOOMZ in the Hugging Face layout, with or without LoRA adapters
     --model qwen          Qwen2, Qwen2.5 and Qwen3 (dense) in the Hugging Face layout; needs the model's config.json
@@ -26,7 +27,7 @@ from ymplug_jax.convert.plan import MODELS
 from ymplug_jax.core import checkpoint_files, exits
 
 EXTRA = ("torch", "safetensors")  # what the extra `convert` installs
-HEADS = ("llm", "vision", "text")
+HEADS = ("llm", "vision", "text", "abstractor")
 # With --to torch there is no journal: an interrupted conversion removes its files.
 STOPPED = {
     "orbax": "stopped; run the same command again to continue",
@@ -129,7 +130,7 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
         nargs="*",
         metavar="NAME=N",
         default=[],
-        help="attention heads, for models of unknown size: llm=N vision=N text=N",
+        help="attention heads, for models of unknown size: llm=N vision=N text=N abstractor=N",
     )
     parser.add_argument(
         "--layout",

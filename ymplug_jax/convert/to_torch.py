@@ -55,8 +55,9 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None, mer
             if alone
             else f"{folder}: no parameter belongs to model {model}; give the right --model"
         )
-    if not alone:
-        _refuse_left_out(folder, model, wanted, set(leaves))
+    whole = _layout(module, model, None, facts)  # the adapters of another decoder may have the same paths
+    placed = wanted if not alone else {path for rule in whole.rules for path in rule.targets if path}
+    _refuse_left_out(folder, model, placed, set(leaves))
     like = state.unflatten(
         {p: jax.ShapeDtypeStruct(leaves[p].shape, leaves[p].dtype.numpy_dtype) for p in sorted(wanted)}
     )
@@ -94,9 +95,7 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None, mer
         return leaves[next(p for p in entry.rule.targets if p)].dtype.name, entry.shape
 
     if alone:
-        config = peft_layout.config_of(
-            _settings(folder, read), adapters, _layout(module, model, None, facts), str(folder)
-        )
+        config = peft_layout.config_of(_settings(folder, read), adapters, whole, str(folder))
         beside = [file.with_name(peft_layout.FILES[1])]
     else:
         config = _config(module, folder, read, facts, {form(name)[0] for name in files[0][1]})

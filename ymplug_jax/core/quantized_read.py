@@ -117,6 +117,7 @@ def _passed(stored: Stored, leaf: Any) -> tuple[Any, np.ndarray]:
     for first, value in _slices(stored, leaf, _rows(leaf)):
         arrays, sums = _put(over, places)(arrays, value, jnp.int32(first))
         total += np.asarray(sums)  # waits, so that slices do not pile up
+        del value  # on a CPU it is a view of the block, which ends before the next one is read
     return jax.tree.unflatten(form, arrays), total
 
 
