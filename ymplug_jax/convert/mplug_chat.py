@@ -73,7 +73,9 @@ LACKS = (
     r".*temporal.*",
     "this is the image-only model; give the video model, or --allow_missing '.*temporal.*' for a run that starts with fresh temporal parts",
 )
-__all__ = ["FROZEN", "LAYOUTS", "RESIZE", "plan"]
+# The release was used with four frames and prompts that are tokenised line by line, see `data.conversation.for_answering`.
+CHAT = {"whole_lines": True, "frames": 4, "max_tokens": 2048}
+__all__ = ["CHAT", "FROZEN", "LAYOUTS", "RESIZE", "plan"]
 
 
 def model_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> MPLUGChat:

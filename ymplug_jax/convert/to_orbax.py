@@ -16,7 +16,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 import ymplug_jax
-from ymplug_jax.convert import hub_config, lock, lora, rules
+from ymplug_jax.convert import hub_config, lock, lora, rules, tokenizer_copy
 from ymplug_jax.convert.plan import MODELS, Layout, Plan, UnknownModel, extra, map_of
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.store import Store
@@ -182,7 +182,10 @@ def _written(model: str, opened: Opened, table: "Table", resized: "Resized", out
             "dtype": dict(wish.dtype),
             "adapter": opened.adapter.config | {"kept": wish.keep_adapter} if opened.adapter else None,
             "config": dict(opened.config.values) if opened.config else None,
+            "chat": extra(map_of(model), "CHAT", None),
         }
+        if facts["chat"]:
+            print(tokenizer_copy.keep(source.files, out), file=sys.stderr)
     return store.finish(sorted(written), facts)
 
 
