@@ -48,7 +48,9 @@ def test_the_turn_behind_an_empty_answer_is_not_its_text() -> None:
     text = "S.\nHuman: q\nAI: \nHuman: r\nAI: "
     assert answers(conversation.for_training(f"{text}b", WORDS, SLOTS, 64)) == "b$"
     ids = conversation.for_answering(text, WORDS, SLOTS)
-    assert "".join("$" if i == WORDS.eos else WORDS.decode([i]) for i in ids[1:]) == "S.\nHuman: q\nAI: $\nHuman: r\nAI: "
+    assert (
+        "".join("$" if i == WORDS.eos else WORDS.decode([i]) for i in ids[1:]) == "S.\nHuman: q\nAI: $\nHuman: r\nAI: "
+    )
 
 
 def test_two_media_side_by_side_are_two() -> None:
