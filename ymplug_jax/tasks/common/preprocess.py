@@ -30,6 +30,14 @@ def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.
     return transforms.eval_transform(clip, data.image_size)
 
 
+def still_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.ndarray:
+    """Still image of a record as a video, uint8[T, S, S, 3]: the same frame T times, augmented as an image."""
+    if rng is None or not data.augment:
+        return video_of(record, data, rng)
+    image = transforms.still_transform(frames.Decoded(record.frames, [0])[0], data.image_size, rng)
+    return np.broadcast_to(image, (data.frames, *image.shape)).copy()
+
+
 def check_video(data: Data, vision: TimeSformer) -> None:
     """Check that the data and the vision tower agree.
 
