@@ -14,6 +14,7 @@ from ymplug_jax.core.config import Data
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import frames, schema, text, transforms
 from ymplug_jax.data.records import Record
+from ymplug_jax.data.source import folders_of
 from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.tasks.task import Example
 
@@ -174,9 +175,12 @@ def check_classes(data: Data, names: Sequence[str]) -> None:
     Raises:
       Mistake: The names or their order differ.
     """
-    if not data.path:
-        return
-    file = epath.Path(data.path) / schema.MANIFEST
+    for folder in folders_of(data.path) if data.path else ():
+        _check_classes_of(folder, data, names)
+
+
+def _check_classes_of(folder: str, data: Data, names: Sequence[str]) -> None:
+    file = epath.Path(folder) / schema.MANIFEST
     if not file.exists():
         return  # `label_of` still checks each record
     try:
@@ -198,7 +202,7 @@ def check_classes(data: Data, names: Sequence[str]) -> None:
         else "the 45 categories, because config.data.classes is empty"
     )
     raise Mistake(
-        f"{data.path}: built with {len(theirs)} classes, class {place} is {there!r}, but the run has {what}: {len(names)}, class "
+        f"{folder}: built with {len(theirs)} classes, class {place} is {there!r}, but the run has {what}: {len(names)}, class "
         f"{place} is {ours!r}; set config.data.classes to the names that the shards were built with"
     )
 
