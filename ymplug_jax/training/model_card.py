@@ -342,12 +342,9 @@ def _read(workdir: epath.Path) -> dict[str, str]:
 def _write(workdir: epath.Path, sections: Mapping[str, str]) -> None:
     """Replace the card atomically."""
     parts = [sections.get("", ""), *(f"## {title}\n\n{body}" for title, body in sections.items() if title)]
-    content, path = ("\n\n".join(parts) + "\n").encode("utf-8", "backslashreplace"), workdir / NAME
-    partial = path if "://" in str(path) else path.with_name(f".{NAME}.partial")  # buckets write an object atomically
+    path = workdir / NAME
     try:
         with place_of(path):
-            partial.write_bytes(content)
-            if partial != path:
-                partial.replace(path)
+            run_folder.write_whole(path, ("\n\n".join(parts) + "\n").encode("utf-8", "backslashreplace"))
     except PlaceFailed as error:
         logging.warning("%s", error)
