@@ -39,6 +39,7 @@ class Record(NamedTuple):
     text: str = ""  # the conversation with its placeholders; "" for other kinds
     media: tuple[Medium, ...] = ()  # of a conversation, in the order of its placeholders
     task_type: str = ""  # of a conversation
+    options: tuple[str, ...] = ()  # of a conversation: answers to choose from in evaluation; (): none are given
 
 
 class Split(Protocol):
@@ -304,6 +305,7 @@ def _parse(framed: bytes, size: int, where: str) -> Record:
                 where,
             ),
             task_type=b"".join(values(schema.CHAT_TASK)[:1]).decode(),
+            options=tuple(value.decode() for value in values(schema.CHAT_OPTIONS)),
         )
     except UnicodeDecodeError as error:
         raise CorruptRecord(f"{where}: text is not UTF-8 ({error}); use shards written by data_prep") from None

@@ -27,6 +27,7 @@ LABEL_INDEX = "clip/label/index"  # int64: index of the class name; -1 if unknow
 # `image/encoded` and `image/timestamp` hold the frames of all of them one after the other.
 CHAT_TEXT = "chat/text"  # bytes: the conversation with its placeholders, UTF-8
 CHAT_TASK = "chat/task_type"  # bytes: task_type of the row, UTF-8; may be empty
+CHAT_OPTIONS = "chat/options"  # bytes[K]: answers to choose from in evaluation, UTF-8; none if the row gives none
 MEDIUM_NAME = "medium/name"  # bytes[M]: file of each, UTF-8
 MEDIUM_STILL = "medium/still"  # int64[M]: 1 for a still image, 0 for a clip
 MEDIUM_FRAMES = "medium/frames"  # int64[M]: stored frames of each; 1 for a still image
