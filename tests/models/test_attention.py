@@ -1,6 +1,7 @@
 """`attention.attend` equals independent computations."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,31 @@ def test_groups_padding_and_alibi_equal_float64_loops(causal: bool, groups: int)
     np.testing.assert_allclose(columns, expected, atol=1e-4)
     alone = attention.attend(*map(jnp.asarray, (q, k, v)), causal=causal)
     np.testing.assert_allclose(alone, by_hand(q, k, v, causal, seen | True, 0 * slopes, at), atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_fused_attention_gets_even_numbers_of_queries_and_keys(
+    causal: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN has no gradient for odd ones; the added query and key change nothing."""
+    real, lengths = jax.nn.dot_product_attention, []
+
+    def seen_by_kernel(q: jax.Array, k: jax.Array, *rest: jax.Array, **settings: Any) -> jax.Array:
+        lengths.append((q.shape[1], k.shape[1]))
+        return real(q, k, *rest, **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", seen_by_kernel)
+    q, k, v = (x.astype(np.float32) for x in qkv(4, 2, 9, 9 if causal else 11, 4, 8))
+    mask = jnp.arange(k.shape[1]) >= jnp.asarray([2, 0])[:, None] if masked else None
+    plain = lambda *x: attention.attend(*x, causal=causal, key_mask=mask)  # noqa: E731
+    fused = lambda *x: attention.with_columns(*x, causal, mask, None, None, "xla")  # noqa: E731
+    expected, back = jax.vjp(plain, q, k, v)
+    made, made_back = jax.vjp(fused, q, k, v)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+    for ours, right in zip(made_back(q + 1), back(q + 1), strict=True):
+        np.testing.assert_allclose(ours, right, atol=1e-4)
+    assert lengths == [(10, 10 if causal else 12)]
 
 
 def test_columns_have_the_gradients_of_plain_attention() -> None:

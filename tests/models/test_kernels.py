@@ -1,5 +1,6 @@
 """Fused attention kernels equal plain attention in values and gradients, also sharded; and when each kernel is chosen."""
 
+import itertools
 import subprocess
 import sys
 
@@ -65,11 +66,50 @@ def test_decoder_rows(
     slopes = 0.5 ** jnp.arange(1.0, n + 1) if alibi else None
     given = {"slopes": slopes, "key_positions": at} if alibi else {}
     agree(
-        lambda *x: kernels.attention(*x, per_key, slopes, causal, True, block),
+        lambda *x: kernels.attention(*x, per_key, slopes, None, causal, True, block),
         lambda *x: attention.attend(*x, causal=causal, key_mask=jnp.asarray(seen), **given),
         (q, k, v),
         grad,
     )
+
+
+# (L, N, K, H, ALiBi, block); with 640 queries a program reads one, two, four or all five blocks of keys
+PACKED = [
+    (40, 4, 2, 16, True, None),
+    (150, 2, 1, 16, True, kernels.Block(1, 128)),
+    (384, 2, 2, 16, True, kernels.Block(2, 128)),
+    (640, 1, 1, 96, False, kernels.Block(1, 128)),
+]
+
+
+@pytest.mark.parametrize(("length", "n", "groups", "h", "alibi", "block"), PACKED)
+def test_packed_rows(length: int, n: int, groups: int, h: int, alibi: bool, block: kernels.Block) -> None:
+    """Long and short texts, and padding between and behind them, against plain attention and columns."""
+    q, grad = normal(2, length, n, h, count=2)
+    k, v = normal(2, length, groups, h, count=2)
+    segments = np.zeros((2, length), np.int32)
+    ends = [0, length // 20, length // 20 + 1, length * 3 // 4, length - 4]
+    for number, (begin, end) in enumerate(itertools.pairwise(ends), 1):
+        segments[0, begin:end] = number
+    segments[1] = np.where(np.arange(length) % 9, 1 + np.arange(length) // 9, 0)
+    segments = jnp.asarray(segments)
+    before = jnp.cumsum(segments > 0, axis=1) - 1 - attention.starts(segments)
+    at = jnp.where(segments > 0, before, 0)
+    slopes = 0.5 ** jnp.arange(1.0, n + 1) if alibi else None
+    per_key = attention.per_key(2, length, None, at) if alibi else None
+    given = {"slopes": slopes, "key_positions": at} if alibi else {}
+
+    def plain(*x: jax.Array) -> jax.Array:
+        return attention.attend(*x, causal=True, segments=segments, **given)
+
+    def fused(*x: jax.Array) -> jax.Array:
+        made = kernels.attention(*x, per_key, slopes, segments, True, True, block)
+        return attention.tokens_only(made, segments)
+
+    agree(fused, plain, (q, k, v), grad)
+    if length <= 150:  # more segments cost digits of the logits
+        columns = attention.with_columns(q, k, v, True, None, slopes, at if alibi else None, "xla", segments)
+        np.testing.assert_allclose(attention.tokens_only(columns, segments), plain(q, k, v), atol=0.01)
 
 
 @pytest.mark.parametrize(("b", "t", "p", "n", "h"), FRAMES)

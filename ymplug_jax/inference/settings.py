@@ -24,6 +24,7 @@ class Source(NamedTuple):
     tokenizer: epath.Path | None  # None: the task uses none
     classes: epath.Path | None  # None: the 45 categories of Youku-mPLUG
     converted: bool = False  # from another program's checkpoint, not trained here
+    whole_lines: bool = False  # chat: prompts are tokenised as the published weights' program does
 
 
 def is_conversion(folder: epath.Path) -> bool:

@@ -16,6 +16,8 @@ from ymplug_jax.models.query_abstractor import QueryAbstractor
 
 # What an image tower lacks: a run that starts from one leaves it at its start values.
 TEMPORAL = (f"vision/{clip_vit.TEMPORAL}", "abstractor/temporal_.*")
+# Conversions of CLIP hold no key bias either: it adds the same value to all logits of a query, which softmax cancels. It starts at zero.
+FRESH = (*TEMPORAL, "vision/blocks/attn/k/bias")
 _TOWER, _DECODER = r"vision/(?!blocks/temporal/).*", r"llm/(?!blocks/lora/).*"
 # Frozen parameters of each partition that a config may name: path regexes, full match. `LORA` says which adapters a decoder needs.
 PARTITIONS = {

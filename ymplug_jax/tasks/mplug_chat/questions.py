@@ -5,7 +5,6 @@ Evaluation asks for the last answer of each conversation; what stands before it 
 
 import functools
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ from ymplug_jax.tasks.common import open_answers
 BLACK, OTHER = "black", "other"  # the controls
 CONTROLS = {BLACK: "black frames", OTHER: "another clip"}
 WITHOUT_KIND = "other"  # kind of a record without a task type
-_MEDIA = "|".join(map(re.escape, conversation.PLACEHOLDERS))
-_DELIMITER = re.compile(rf"({_MEDIA}|{conversation.HUMAN}|^{conversation.AI})", re.MULTILINE)
+DELIMITERS = (conversation.HUMAN, conversation.AI, *conversation.PLACEHOLDERS)
 
 
 class Asked(NamedTuple):
@@ -49,10 +47,10 @@ class Question(NamedTuple):
 
 def last_answer(text: str) -> Asked | None:
     """Find the last answer of a conversation that is not empty; None if there is none. What follows it is left out."""
-    pieces = [piece for piece in _DELIMITER.split(text) if piece]
+    pieces = conversation.pieces(text)
     for place in range(len(pieces) - 2, -1, -1):
         answer = pieces[place + 1]
-        if pieces[place] == conversation.AI and not _DELIMITER.fullmatch(answer) and answer.strip():
+        if pieces[place] == conversation.AI and answer not in DELIMITERS and answer.strip():
             start = max((i for i in range(place) if pieces[i] == conversation.HUMAN), default=-1) + 1
             words = [piece for piece in pieces[start:place] if piece not in conversation.PLACEHOLDERS]
             question = " ".join("".join(words).removeprefix(conversation.HUMAN.lstrip()).split())
