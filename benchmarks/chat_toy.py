@@ -54,6 +54,7 @@ def data_steps(out: Path, clips: int) -> list[Step]:
         ("instruct", "instruct_train.jsonl", "train", "chat"),
         ("instruct", "instruct_val.jsonl", "validation", "chat"),
         ("instruct", "instruct_backwards.jsonl", "backwards", "chat"),
+        ("instruct", "instruct_scene.jsonl", "scene", "chat"),
     ):
         place = out / "shards" / folder
         flags = [f"--config={kind}", f"--csv={corpus / name}", f"--split={split}"]
@@ -88,7 +89,7 @@ def training_steps(out: Path, seed: int, arm: str) -> list[Step]:
         steps.append(train("chat_pretrain", partition, shards / "titles", titles, start, *last))
         start = str(titles)
     steps.append(train("chat_instruct", partition, shards / "chat", chat, start, *last))
-    for split in ("validation", "backwards"):
+    for split in ("validation", "backwards", "scene"):
         more = (f"--config.data.eval_split={split}", "--mode=eval", *SETTINGS)
         steps.append(train("chat_instruct", partition, shards / "chat", chat, start, *last, *more, name=split))
     return steps
@@ -116,7 +117,7 @@ def overfit_steps(out: Path, file: Path) -> list[Step]:
 
 
 def results(run: Path) -> dict[str, Any]:
-    """Scores of a run in percent, from the files of its two evaluations."""
+    """Scores of a run in percent, from the files of its evaluations."""
 
     def read(split: str) -> dict[str, Any]:
         return json.loads((run / "eval" / split / "scores.json").read_text(encoding="utf-8"))
@@ -129,7 +130,8 @@ def results(run: Path) -> dict[str, Any]:
     views = ("", "majority", "black", "other")
     kinds = {kind: percent(found, *views) for kind, found in scores["kinds"].items()}
     flipped = {kind: percent(backwards[kind], "")["right"] for kind in MOVING}
-    return {"all": percent(scores, *views), "kinds": kinds, "backwards": flipped, "questions": scores["questions"]}
+    made = {"all": percent(scores, *views), "kinds": kinds, "backwards": flipped, "questions": scores["questions"]}
+    return made | {"scene": percent(read("scene"), *views)}
 
 
 def execute(step: Step) -> None:
