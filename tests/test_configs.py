@@ -67,6 +67,13 @@ VARIANTS = {
     ("tiny/retrieve", None): {},
     ("tiny/match", None): {},
     ("tiny/language", None): {},
+    ("tiny/chat_pretrain", "vision"): {},
+    ("tiny/chat_pretrain", "all_linears"): {},
+    ("tiny/chat_instruct", "vision"): {},
+    ("tiny/chat_instruct", "decoder"): {},
+    ("tiny/chat_instruct", "vision_lora"): {},
+    ("tiny/chat_instruct", "adapters_abstractor"): {},
+    ("tiny/chat_instruct", "lora"): {},
 }
 
 
@@ -133,7 +140,7 @@ def arguments(name: str) -> Iterator[str | None]:
             yield size
             yield f"{size},l14"
             yield from (f"{size}@{place}" for place, layout in slices.SLICES.items() if size in layout.sizes(task))
-    elif family == "tiny" and not task.startswith("alpro"):
+    elif family == "tiny" and not task.startswith(("alpro", "chat")):
         yield from recipe.TINY
     else:
         yield from (argument for one, argument in VARIANTS if one == name)
