@@ -33,13 +33,14 @@ class Case(NamedTuple):
     keys: tuple[int, ...]  # shape of k and v
 
 
-def cases(model: MPLUGVideo, batch: int, length: int) -> dict[str, Case]:
-    """The attention layers of a training step.
+def cases(model: MPLUGVideo, batch: int, length: int, long: int) -> dict[str, Case]:
+    """The attention layers of a training step, and those of a decoder with long rows.
 
     Args:
       model: gives the sizes.
       batch: batch size B.
       length: L, tokens of a title.
+      long: tokens of a long row.
     """
     vision, llm, count = model.vision, model.llm, model.abstractor.queries
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -89,7 +90,35 @@ def cases(model: MPLUGVideo, batch: int, length: int) -> dict[str, Case]:
         "video encoder, time": Case(in_time, plain_in_time, frames, frames),
         "abstractor": Case(attention.attend, plain, queries, keys),
         "decoder, causal": Case(causal, plain_causal, row, row),
+        **long_cases(long, llm.heads, row[3]),
     }
+
+
+def long_cases(length: int, heads: int, width: int) -> dict[str, Case]:
+    """Rows of the chat model with ALiBi: one text, and about 20 texts with padding behind them."""
+    shape = (1, length, heads, width)
+    slopes = 2.0 ** -(8 * jnp.arange(1, heads + 1) / heads)
+    share = jnp.arange(length)[None] / length
+    segments = jnp.where(share < 0.95, 1 + (20 * share**2).astype(jnp.int32), 0)
+    starts = attention.starts(segments)
+
+    def case(packed: bool) -> Case:
+        places = jnp.arange(length)[None] - (starts if packed else 0)
+        given = {"segments": segments} if packed else {}
+
+        def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention.attend(q, k, v, causal=True, slopes=slopes, key_positions=places, **given)
+
+        def by_hand(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            mask, bias = jnp.tri(length, dtype=bool), slopes[:, None, None] * places[:, None, None]
+            if packed:
+                mask = mask & (segments[:, None, :, None] == segments[:, None, None])
+            y = plain(q, k, v, mask, bias)
+            return jnp.where((segments > 0)[..., None, None], y, 0) if packed else y
+
+        return Case(fused, by_hand, shape, shape)
+
+    return {"decoder, long, ALiBi": case(False), "decoder, long, packed": case(True)}
 
 
 def plain(

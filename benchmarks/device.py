@@ -85,7 +85,7 @@ class Bench:
 
     def attention(self) -> None:
         """Fused attention against plain XLA, with gradients."""
-        cases = attention_parity.cases(self.size.model, self.size.batch, self.size.length)
+        cases = attention_parity.cases(self.size.model, self.size.batch, self.size.length, self.size.long)
         for name, case in cases.items():
             try:
                 found = attention_parity.measure(case, self.dtype, self.size.rounds)

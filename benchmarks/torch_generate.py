@@ -1,7 +1,7 @@
 """Captions by ymplug_jax's decoder compared with Hugging Face's `generate`: `python -m benchmarks.torch_generate`.
 
 A GPT-2 with 128 visual tokens and a start token as `inputs_embeds`, its own cache, sdpa attention; against `decode.greedy`
-and `decode.beam` of the same sizes and weights. No end token, so both write the same number of tokens. The ids of both
+and `decode_beam.beam` of the same sizes and weights. No end token, so both write the same number of tokens. The ids of both
 sides are compared before anything is timed. The last table sets the bytes that a token has to read (weights once, keys and
 values of every row) against what this machine reads a second.
 """
@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.torch_captioner import decoder_to_jax
-from ymplug_jax.models import decode
+from ymplug_jax.models import decode, decode_beam
 from ymplug_jax.models.gpt3 import GPT3
 
 MODELS = {
@@ -48,7 +48,7 @@ def ours(lm: GPT3, beams: int, new_tokens: int) -> Callable[[dict, jax.Array], j
 
     def run(params: dict, prefix: jax.Array) -> jax.Array:
         begin, ones = jnp.full((len(prefix), 1), START), jnp.ones(len(prefix), jnp.int32)
-        search = decode.greedy if beams == 1 else partial(decode.beam, beams=beams)
+        search = decode.greedy if beams == 1 else partial(decode_beam.beam, beams=beams)
         prompt = decode.prompt_of(lm, params, prefix, begin, ones)
         return search(lm, params, *prompt, new_tokens=new_tokens, eos=-1).ids
 

@@ -34,6 +34,7 @@ REASONS = {
     "media_count": "the text has more or fewer placeholders than the row has files",
     "media_in_answer": "a placeholder stands in or behind an answer, not in a question",
     "no_answer": "no line starts with 'AI: ' and goes on with text, or no answer fits into --max_tokens",
+    "bad_options": "the options are not two or more different texts, one of them the last answer",
     "too_long": f"the line has more than {LONGEST_LINE:,} bytes",
 }
 
@@ -46,12 +47,17 @@ class Talk(NamedTuple):
     text: str  # the whole conversation, introduction included
     media: tuple[tuple[bool, str], ...]  # (still image, file) in the order of the placeholders
     task_type: str
+    options: tuple[str, ...] = ()  # answers to choose from, one of them the last answer
     problem: str = ""
     reason: str = ""
 
 
-class _Unfit(Exception):
+class _Rejected(Exception):
     """The row is rejected: (reason, problem)."""
+
+
+class _RepeatedKey(ValueError):
+    """A JSON object with a key that occurs twice."""
 
 
 def read_talks(file: Path) -> list[Talk]:
@@ -94,7 +100,7 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
             if len(data) > LONGEST_LINE:
                 while data and not data.endswith(b"\n"):
                     data = stream.readline(LONGEST_LINE)
-                yield number, _Unfit("too_long", f"more than {LONGEST_LINE:,} bytes; divide the conversation")
+                yield number, _Rejected("too_long", f"more than {LONGEST_LINE:,} bytes; divide the conversation")
                 continue
             try:
                 text = data.decode("utf-8").lstrip("\ufeff").strip(" \t\r\n")
@@ -108,16 +114,16 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        return _Unfit("bad_json", f"not JSON: {error.msg} at column {error.colno}")
+        return _Rejected("bad_json", f"not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
-        return _Unfit("bad_json", f"not JSON: {error}")
+        return _Rejected("bad_json", f"not JSON: {error}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError if a key is repeated: JSON's own rule, the last one counts, would drop text silently."""
+    """A JSON object. Raises _RepeatedKey if a key is repeated: JSON's own rule, the last one counts, would drop text silently."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"a key occurs twice among {', '.join(key for key, _ in pairs)}")
+        raise _RepeatedKey(f"a key occurs twice among {', '.join(key for key, _ in pairs)}")
     return found
 
 
@@ -143,24 +149,24 @@ def _talk(number: int, place: str, row: Any) -> Talk:
     """Check a row. The problem names its line, since many rows may share a file."""
     name, at = place, place.rpartition(":")[2]
     try:
-        if isinstance(row, _Unfit):
+        if isinstance(row, _Rejected):
             raise row
         if not isinstance(row, dict):
-            raise _Unfit("bad_json", f"not a JSON object but a {type(row).__name__}")
+            raise _Rejected("bad_json", f"not a JSON object but a {type(row).__name__}")
         for wrong, right in FIELDS.items():
             if wrong in row and right not in row:
-                raise _Unfit("bad_row", f"a field {wrong!r}, which is not read; write {right!r}")
+                raise _Rejected("bad_row", f"a field {wrong!r}, which is not read; write {right!r}")
         files = {field: _files(row, field) for field in PLACEHOLDERS}
         name = next(iter(files["video"] + files["image"]), place)
         task_type = _string(row, "task_type")
         text = whole_text(_string(row, "text"), _string(row, "prompt"))
         media = _media(text, files)
-        _check_answers(text)
+        options = _options(row, _answers(text)[-1])
         name = media[0][1] if media else place
-        return Talk(number, name, text.rstrip(), media, task_type)
-    except _Unfit as unfit:
-        reason, problem = unfit.args
-        return Talk(number, name, "", (), "", f"line {at}: {problem}", reason)
+        return Talk(number, name, text.rstrip(), media, task_type, options)
+    except _Rejected as rejected:
+        reason, problem = rejected.args
+        return Talk(number, name, "", (), "", (), f"line {at}: {problem}", reason)
 
 
 def _string(row: dict[str, Any], field: str) -> str:
@@ -169,10 +175,14 @@ def _string(row: dict[str, Any], field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _Unfit("bad_row", f"{field} is a {type(value).__name__}, not a string")
-    value = value.replace("\r\n", "\n")
-    _check_characters(field, value, allowed="\n\t")
-    return value
+        raise _Rejected("bad_row", f"{field} is a {type(value).__name__}, not a string")
+    return _clean(field, value)
+
+
+def _clean(field: str, text: str) -> str:
+    text = text.replace("\r\n", "\n")
+    _check_characters(field, text, allowed="\n\t")
+    return text
 
 
 def _files(row: dict[str, Any], field: str) -> list[str]:
@@ -180,10 +190,10 @@ def _files(row: dict[str, Any], field: str) -> list[str]:
     value = row.get(field)
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _Unfit("bad_row", f"{field} is not a list of paths")
+        raise _Rejected("bad_row", f"{field} is not a list of paths")
     for name in names:
         if not name.strip():
-            raise _Unfit("bad_row", f"{field} holds an empty path")
+            raise _Rejected("bad_row", f"{field} holds an empty path")
         _check_characters(field, name)
     return names
 
@@ -193,7 +203,7 @@ def _check_characters(field: str, text: str, allowed: str = "") -> None:
     for found in UNFIT.finditer(text):
         if found[0] not in allowed:
             what = "half a surrogate pair" if unicodedata.category(found[0]) == "Cs" else "a control character"
-            raise _Unfit("bad_row", f"{field} holds {what} (U+{ord(found[0]):04X})")
+            raise _Rejected("bad_row", f"{field} holds {what} (U+{ord(found[0]):04X})")
 
 
 def whole_text(text: str, prompt: str) -> str:
@@ -203,9 +213,9 @@ def whole_text(text: str, prompt: str) -> str:
     """
     text, prompt = text.lstrip(), prompt.strip()
     if not text.strip():
-        raise _Unfit("empty_text", "text is empty")
+        raise _Rejected("empty_text", "text is empty")
     if len(conversation.pieces(f"\n{prompt}")) > 1:
-        raise _Unfit("bad_row", "prompt holds turns or placeholders; it is the introduction, so move them to text")
+        raise _Rejected("bad_row", "prompt holds turns or placeholders; it is the introduction, so move them to text")
     if not prompt and text.startswith((conversation.HUMAN.lstrip(), conversation.AI, *conversation.PLACEHOLDERS)):
         prompt = conversation.SYSTEM
     return f"{prompt}\n{text}" if prompt else text
@@ -214,10 +224,10 @@ def whole_text(text: str, prompt: str) -> str:
 def _media(text: str, files: dict[str, list[str]]) -> tuple[tuple[bool, str], ...]:
     """(still image, file) of each placeholder of the text, in order."""
     if found := FOREIGN.search(re.sub("|".join(map(re.escape, conversation.PLACEHOLDERS)), "", text)):
-        raise _Unfit("unknown_placeholder", f"{found[0]} is no placeholder; write <image> or <|video|>")
+        raise _Rejected("unknown_placeholder", f"{found[0]} is no placeholder; write <image> or <|video|>")
     for field, placeholder in PLACEHOLDERS.items():
         if text.count(placeholder) != len(files[field]):
-            raise _Unfit(
+            raise _Rejected(
                 "media_count", f"{text.count(placeholder)} {placeholder} in text, {len(files[field])} files in {field}"
             )
     left = {PLACEHOLDERS[field]: iter(names) for field, names in files.items()}
@@ -225,8 +235,8 @@ def _media(text: str, files: dict[str, list[str]]) -> tuple[tuple[bool, str], ..
     return tuple((piece == PLACEHOLDERS["image"], next(left[piece])) for piece in order)
 
 
-def _check_answers(text: str) -> None:
-    """Check that there are answers, each with words and without media."""
+def _answers(text: str) -> list[str]:
+    """The answers, one or more, each with words and without media."""
     answers: list[str] = []
     inside = False
     for piece in conversation.pieces(text):
@@ -236,13 +246,31 @@ def _check_answers(text: str) -> None:
         elif piece == conversation.HUMAN:
             inside = False
         elif inside and piece in conversation.PLACEHOLDERS:
-            raise _Unfit(
+            raise _Rejected(
                 "media_in_answer", f"{piece} in or behind answer {len(answers)}; put it on a line 'Human: {piece}'"
             )
         elif inside:
             answers[-1] += piece
     if not answers:
         hint = ", though one looks so; write 'AI: ' with its space" if LIKE_ANSWER.search(text) else ""
-        raise _Unfit("no_answer", f"no line starts with 'AI: '{hint}")
+        raise _Rejected("no_answer", f"no line starts with 'AI: '{hint}")
     if empty := [number for number, answer in enumerate(answers, 1) if not answer.strip()]:
-        raise _Unfit("no_answer", f"answer {empty[0]} of {len(answers)} is empty")
+        raise _Rejected("no_answer", f"answer {empty[0]} of {len(answers)} is empty")
+    return answers
+
+
+def _options(row: dict[str, Any], answer: str) -> tuple[str, ...]:
+    """The answers to choose from, without blanks around them; () if the field is absent or null."""
+    value = row.get("options")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
+        raise _Rejected("bad_row", "options is not a list of strings")
+    options = tuple(_clean("options", option).strip() for option in value)
+    if len(set(options)) < max(len(options), 2) or not all(options):
+        raise _Rejected("bad_options", "options are not two or more different texts")
+    if any(len(conversation.pieces(f"\n{option}")) > 1 for option in options):
+        raise _Rejected("bad_options", "an option holds turns or placeholders")
+    if answer.strip() not in options:
+        raise _Rejected("bad_options", f"the last answer, {answer.strip()[:40]!r}, is not among the options")
+    return options

@@ -13,9 +13,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs.mplug_chat import recipe as chat_recipe
+from configs.mplug_chat import slices as chat_slices
 from configs.mplug_video import recipe, slices
 from ymplug_jax.core import config
 from ymplug_jax.core import state as state_lib
+from ymplug_jax.models import mplug_chat
 from ymplug_jax.training import setup
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +51,10 @@ VARIANTS = {
     ("alpro/retrieve", "youku"): {"fsdp": 8},
     ("alpro/retrieve", "salesforce"): {"fsdp": 8},
     ("alpro/answer", "salesforce"): {"fsdp": 8},
+    ("mplug_chat/pretrain", "7b-adapters_abstractor"): {"fsdp": 8},
+    ("mplug_chat/instruct", "7b-lora"): {"fsdp": 8},
+    ("mplug_chat/instruct", "7b-all_linears"): {"fsdp": 4, "tensor": 2},
+    ("mplug_chat/instruct", "qwen2.5-1.5b-lora"): {"fsdp": 4, "tensor": 2},
     ("tiny/alpro_pretrain", "youku"): {},
     ("tiny/alpro_pretrain", "salesforce"): {},
     ("tiny/alpro_prompter", None): {},
@@ -61,6 +68,13 @@ VARIANTS = {
     ("tiny/retrieve", None): {},
     ("tiny/match", None): {},
     ("tiny/language", None): {},
+    ("tiny/chat_pretrain", "vision"): {},
+    ("tiny/chat_pretrain", "all_linears"): {},
+    ("tiny/chat_instruct", "vision"): {},
+    ("tiny/chat_instruct", "decoder"): {},
+    ("tiny/chat_instruct", "vision_lora"): {},
+    ("tiny/chat_instruct", "adapters_abstractor"): {},
+    ("tiny/chat_instruct", "lora"): {},
 }
 
 
@@ -118,12 +132,17 @@ def test_parameter_table(name: str, argument: str | None):
 def arguments(name: str) -> Iterator[str | None]:
     """All arguments that a config accepts. The golden file holds the full settings of the first."""
     family, _, task = name.partition("/")
+    if family == "mplug_chat":
+        for size in chat_recipe.LLMS:
+            yield from (f"{size}-{partition}" for partition in mplug_chat.PARTITIONS)
+        yield from (f"7b-{partition}@{place}" for place in chat_slices.SLICES for partition in ("lora", "all_linears"))
+        return
     if family == "mplug_video":
         for size in recipe.LLMS:
             yield size
             yield f"{size},l14"
             yield from (f"{size}@{place}" for place, layout in slices.SLICES.items() if size in layout.sizes(task))
-    elif family == "tiny" and not task.startswith("alpro"):
+    elif family == "tiny" and not task.startswith(("alpro", "chat")):
         yield from recipe.TINY
     else:
         yield from (argument for one, argument in VARIANTS if one == name)
@@ -161,6 +180,10 @@ def test_a_slice_without_a_layout_says_what_there_is():
 
 
 def test_unknown_sizes_are_named():
+    with pytest.raises(
+        ValueError, match=r"unknown argument '7b-all'; give SIZE-PARTITION with a size of 7b, bloomz-1b7"
+    ):
+        load("mplug_chat/instruct", "7b-all")
     with pytest.raises(ValueError, match=r"unknown size '13b'; choose one of 1.3b, 2.7b"):
         load("mplug_video/pretrain", "13b")
     with pytest.raises(ValueError, match="unknown vision tower 'h14'; choose one of b16, l14"):

@@ -62,7 +62,7 @@ def test_every_step_has_a_result_without_libraries_that_read_data(tmp_path: Path
     assert result["steps"].keys() == device.BUDGETS.keys() - {"compiled"} and not result["failed"]
     found = {step: part["results"] for step, part in result["steps"].items()}
     assert not [name for part in found.values() for name, value in part.items() if "error" in value], done.stdout
-    assert len(found["attention"]) == 7 and all(case["agrees"] for case in found["attention"].values())
+    assert len(found["attention"]) == 9 and all(case["agrees"] for case in found["attention"].values())
 
     sides = {"ours", "PyTorch eager, classes", "PyTorch eager"}
     assert found["train"].keys() == found["mfu"].keys() == found["memory"].keys() == sides

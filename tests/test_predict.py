@@ -21,7 +21,7 @@ from answering import ROOT, SMALL, draw_videos, python, train, videos
 from ymplug_jax import predict as predict_lib
 from ymplug_jax.core import checkpoint_files
 from ymplug_jax.data import schema
-from ymplug_jax.inference import clip_stream, predictor
+from ymplug_jax.inference import clip_stream, predict_flags, predictor
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_broken_link_is_reported_as_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_flags_with_several_values_can_be_repeated() -> None:
-    args = predict_lib.parse(
+    args = predict_flags.parse(
         [
             "retrieve",
             "--checkpoint",
@@ -80,7 +80,8 @@ def test_flags_with_several_values_can_be_repeated() -> None:
             "x",
             "--title",
             "y",
-        ]
+        ],
+        "",
     )
     assert (args.video, args.text, args.title) == (["a", "b", "c"], ["一", "二", "三"], ["x", "y"])
 

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from ymplug_jax.data.records import Record
+    from ymplug_jax.inference.chat import ChatModel
+    from ymplug_jax.inference.chat_session import Session
     from ymplug_jax.inference.predictor import Predictor
     from ymplug_jax.tasks.presentation import Answer
 
 Name: TypeAlias = str | os.PathLike[str]
 # Command of `ymplug_jax.predict` -> methods of `VideoModel` that need a task with these answers.
-METHODS = {"caption": ("caption",), "classify": ("classify",), "retrieve": ("embed_videos", "embed_texts")}
+METHODS = {
+    "caption": ("caption",), "classify": ("classify",), "retrieve": ("embed_videos", "embed_texts"), "chat": ("chat",)
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,7 @@ def load(
     tokenizer: Name | None = None,
     classes: Name | None = None,
     needs: str = "",
+    int8: bool = False,
 ) -> "VideoModel":
     """Open a trained run, its best step, or a conversion.
 
@@ -69,7 +74,8 @@ def load(
         `get_config` returns.
       tokenizer: tokenizer file of the source model; default: `config.data.tokenizer` of the settings.
       classes: file of class names, one a line; default: `config.data.classes` of the settings, or the 45 categories.
-      needs: "caption", "classify" or "retrieve" to refuse a folder whose task does not answer it.
+      needs: "caption", "classify", "retrieve" or "chat" to refuse a folder whose task does not answer it.
+      int8: hold frozen matrices in eight bits, which halves their memory, see docs/models/language_models.md.
 
     Returns:
       The model. `model.methods` names what its task offers.
@@ -89,12 +95,13 @@ def load(
     if settings.is_conversion(place):
         given = config if config is None or isinstance(config, Mapping) else _plain(config)
         vocabulary, listed = ("" if file is None else os.fspath(file) for file in (tokenizer, classes))
-        return VideoModel(Predictor(settings.of_conversion(place, given, vocabulary, listed, needs)))
+        converted = settings.of_conversion(place, given, vocabulary, listed, needs)
+        return VideoModel(Predictor(settings.in_int8(converted) if int8 else converted))
     source = settings.of_run(place, needs)
     for name, value in (("config", config), ("tokenizer", tokenizer), ("classes", classes)):
         if value is not None:
             raise Mistake(f"{name}={value!s:.60}: {place} is a run and keeps its own; leave {name} out")
-    return VideoModel(Predictor(source))
+    return VideoModel(Predictor(settings.in_int8(source) if int8 else source))
 
 
 def _plain(config: "Name | ConfigDict") -> str | dict[str, Any]:
@@ -115,6 +122,7 @@ class VideoModel:
     def __init__(self, predictor: "Predictor"):
         """Wrap the predictions of a checkpoint; use `load`."""
         self.predictor = predictor
+        self._chat: ChatModel | None = None
 
     def __repr__(self) -> str:
         offered = ", ".join(f"{name}()" for name in self.methods) or "no methods"
@@ -129,7 +137,7 @@ class VideoModel:
     def methods(self) -> tuple[str, ...]:
         """Names of the methods that the task offers."""
         task = self.predictor.task
-        commands = [*task.describe, *(["retrieve"] if task.embeds else [])]
+        commands = [*task.describe, *(["retrieve"] if task.embeds else []), *(["chat"] if task.chats else [])]
         return tuple(name for command in commands for name in METHODS[command])
 
     def caption(self, paths: Sequence[Name]) -> list[str]:
@@ -212,6 +220,58 @@ class VideoModel:
                 raise Mistake(f"texts: {text!r}: nothing is left after cleaning; give words")
         return self.predictor.embed_texts(texts)
 
+    def chat(
+        self,
+        video: Name | Sequence[Name] = (),
+        image: Name | Sequence[Name] = (),
+        *,
+        beams: int = 1,
+        new_tokens: int = 256,
+        seed: int = 0,
+        context: int | None = None,
+        **rules: float,
+    ) -> "Session":
+        """Begin a conversation about videos and images.
+
+            session = model.chat("clip.mp4")
+            for piece in session.ask("视频里有什么？"):
+                print(piece, end="", flush=True)
+            print(session.ask("它是什么颜色的？").whole())
+
+        Sessions of one model share its weights and programs, and the vectors of files that were shown before.
+
+        Args:
+          video: one video file or several.
+          image: one image file or several.
+          beams: above 1, answers come from a beam search, in one piece.
+          new_tokens: largest number of tokens of an answer.
+          seed: of the draws.
+          context: tokens of the whole conversation, media included; None: those of the training.
+          **rules: fields of `ymplug_jax.models.decode_sampling.Rules`, such as temperature=0.7 and top_p=0.9. None: the likeliest tokens.
+
+        Returns:
+          The session, see `ymplug_jax.inference.chat_session.Session`.
+
+        Raises:
+          Mistake: the task has no conversations, a file cannot be read, or a value is out of range.
+          PlaceFailed: the decoder cannot start.
+        """
+        from ymplug_jax.inference import chat_session
+
+        self._must_offer("chat")
+        style = chat_session.style_of(rules, beams=beams, new_tokens=new_tokens, seed=seed)
+        session = chat_session.Session(self.chat_model(), style, context=context)
+        session.show(_one_or_more(video), _one_or_more(image))
+        return session
+
+    def chat_model(self) -> "ChatModel":
+        """The programs that the sessions of `chat` share."""
+        from ymplug_jax.inference.chat import ChatModel
+
+        if self._chat is None:
+            self._chat = ChatModel(self.predictor)
+        return self._chat
+
     def _must_offer(self, method: str) -> None:
         if method in self.methods:
             return
@@ -276,6 +336,11 @@ def _names(paths: Sequence[Name]) -> list[str]:
         if not path or not isinstance(path, str | bytes | os.PathLike):
             raise Mistake(f"paths: {path!r}: not the path of a file; give the paths of video files")
     return [os.fsdecode(path) for path in listed]
+
+
+def _one_or_more(paths: Name | Sequence[Name]) -> list[str]:
+    """Names of files, from one name or several; errors as `_names`."""
+    return _names([paths] if isinstance(paths, str | bytes | os.PathLike) else paths)
 
 
 def _words(texts: Sequence[str], name: str) -> list[str]:

@@ -5,9 +5,9 @@
     python -m ymplug_jax.grade aggregate --key sheet.key.json --grades grades-*.json --out grades_result.json
 
 `sheet` writes one HTML file for the graders and a key, which they must not see. A system is NAME=FILE, its answers as JSON lines
-{"id": ..., "answer": ...}, or NAME=RUN, the folder of a run of the chat model, which then answers the questions; its answers
-are written beside the sheet. Graders open the sheet in a browser, offline, choose a grade from A to D for every answer, and export their
-grades. `aggregate` needs the files of three or more graders.
+{"id": ..., "answer": ...}, or NAME=RUN, the folder of a run of the chat model. The run then answers the questions as
+`ymplug_jax.predict chat --questions` does, into a file beside the sheet. Graders open the sheet in a browser, offline, choose a grade
+from A to D for every answer, and export their grades. `aggregate` needs the files of three or more graders.
 
 Exit codes: 0; 2 a mistake in the command or in a file; 5 a disk failed; 130 Ctrl-C.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,9 @@ def _sheet(args: argparse.Namespace) -> int:
     files = _videos(questions, args.video_root)
     answers = {}
     for name, path in systems.items():
-        answers[name] = question_sets.read_answers(path, questions)
+        if "://" in path or Path(path).is_dir():
+            path = str(_answer(path, args.questions, args.video_root, args.out.with_suffix(f".{_plain(name)}.jsonl")))
+        answers[name] = question_sets.read_answers(Path(path), questions)
     key = sheets.blind(questions, answers, args.seed or sheets.new_seed())
     html = sheets.page(key, _frames(files, args.frames))
     place = args.out.with_suffix(".key.json")
@@ -146,16 +149,32 @@ def _aggregate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _systems(given: Sequence[str]) -> dict[str, Path]:
+def _answer(run: str, questions: Path, root: Path, out: Path) -> Path:
+    """Let a run of the chat model answer the questions, and return the file of its answers."""
+    from ymplug_jax import predict
+
+    print(f"{run}: answers to {out}", flush=True)
+    flags = ["--checkpoint", run, "--questions", str(questions), "--video_root", str(root), "--out", str(out)]
+    if predict.main(["chat", *flags]):
+        raise Mistake(f"--system {run}: not all questions are answered; see the messages above and the errors in {out}")
+    return out
+
+
+def _plain(name: str) -> str:
+    """A name of a system as part of a file name."""
+    return re.sub(r"[^\w-]+", "_", name)
+
+
+def _systems(given: Sequence[str]) -> dict[str, str]:
     """Name -> answers or run folder of each system."""
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not (name.strip() and equals and path):
             raise Mistake(f"--system {text}: not NAME=PATH; give a name and a file or folder, such as base=base.jsonl")
         if name.strip() in found:
             raise Mistake(f"--system {text}: the name {name.strip()!r} is used twice; give every system its own")
-        found[name.strip()] = Path(path)
+        found[name.strip()] = path
     if len(found) < 2:
         raise Mistake("--system: only one system; give two or more to compare")
     return found

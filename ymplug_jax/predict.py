@@ -1,10 +1,12 @@
-"""Classify, caption and search video files with a trained run.
+"""Classify, caption and search video files with a trained run, or talk about them.
 
     python -m ymplug_jax.predict classify --checkpoint RUN --video clip.mp4 [--title TEXT]
     python -m ymplug_jax.predict caption  --checkpoint RUN --video clip.mp4 other.mkv
     python -m ymplug_jax.predict retrieve --checkpoint RUN --video FOLDER --text "红色的圆形" [--export index.npz]
     python -m ymplug_jax.predict retrieve --checkpoint RUN --index index.npz --text "红色的圆形"
     python -m ymplug_jax.predict retrieve --checkpoint RUN --video clip.mp4 --text TEXT TEXT ... --rank texts
+    python -m ymplug_jax.predict chat     --checkpoint RUN --video clip.mp4 [--question TEXT ...]
+    python -m ymplug_jax.predict chat     --checkpoint RUN --questions questions.jsonl --out answers.jsonl
 
 Files are decoded as data_prep does, so that the model sees what it was trained on. Answers are printed in the order of the
 files while later files are still being decoded; memory does not grow with their number. A folder stands for all files below
@@ -16,6 +18,9 @@ that are not UTF-8 appear as \\udc80 to \\udcff, which os.fsencode decodes. --sh
 saw, with the answers. --export FILE writes an index and replaces an older one when the new one is complete; if the command
 is interrupted, run it again to continue from FILE.part.
 
+chat without --question reads questions from the terminal or from stdin, one a line; /help lists its commands. Answers appear while they
+are generated, and the conversation stays in memory between questions. Ctrl-C stops an answer; at the prompt it ends the program.
+
 Exit codes: 0; 1 some files could not be read; 2 a mistake in the command; 5 a disk failed; 130 Ctrl-C.
 """
 
@@ -23,20 +28,18 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from ymplug_jax.core import exits
 from ymplug_jax.core.exits import Mistake, PlaceFailed
+from ymplug_jax.inference import predict_flags
+from ymplug_jax.inference.output import Closed, say
 from ymplug_jax.inference.wording import as_json, readable, shown
 from ymplug_jax.training import hosts
 
 if TYPE_CHECKING:  # JAX is imported only after the flags were checked
     from ymplug_jax.inference.clip_stream import File, Read
-
-COMMANDS = ("classify", "caption", "retrieve")
-ONLY_FOR = {"title": "classify", "text": "retrieve", "index": "retrieve", "export": "retrieve", "rank": "retrieve"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,11 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     hosts.without_accelerator()
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
-        return run(parse(sys.argv[1:] if argv is None else argv))
+        return run(predict_flags.parse(sys.argv[1:] if argv is None else argv, str(__doc__)))
     except (Mistake, PlaceFailed) as error:
         print("error:", " ".join(shown(line.strip()) for line in str(error).splitlines()), file=sys.stderr)
         return exits.MISTAKE if isinstance(error, Mistake) else exits.PLACE
-    except _Closed:
+    except Closed:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # flushing the buffer at exit must not fail again
@@ -60,153 +63,11 @@ def main(argv: list[str] | None = None) -> int:
         return exits.STOPPED
 
 
-class _Closed(Exception):
-    """The program that reads stdout has ended, such as `head`."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises `Mistake` instead of printing the usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Mistake(f"{message}; --help lists the flags")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises:
-      Mistake: a command or flag is unknown (the message names the nearest one), or a value cannot be parsed.
-    """
-    parser = _Parser(
-        prog="python -m ymplug_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", metavar="{" + ",".join(COMMANDS) + "}")
-    flags = [
-        parser.add_argument("--checkpoint", required=True, help="folder of the run (its --workdir, or best/ in it), local or gs://"),
-        parser.add_argument("--video", nargs="+", action="extend", default=[], help="video files or folders"),
-        parser.add_argument(
-            "--title", nargs="+", action="extend", help='classify: title of each video, in their order; "" for a video without one'
-        ),
-        parser.add_argument("--text", nargs="+", action="extend", help="retrieve: texts to search for"),
-        parser.add_argument("--index", type=Path, help="retrieve: search this index instead of files"),
-        parser.add_argument("--export", type=Path, help="retrieve: write the vectors of the videos to this index (.npz)"),
-        parser.add_argument("--rank", choices=["videos", "texts"], help="retrieve: rank videos for each text, or texts for each video (default videos)"),
-        parser.add_argument("--best", type=int, help="number of classes or ranks in an answer (default 5)"),
-        parser.add_argument("--json", action="store_true", help="print one JSON object per line"),
-        parser.add_argument("--sheet", type=Path, help="draw the frames of at most 64 clips, with the answers, to this PNG"),
-        parser.add_argument("--decoders", type=int, help="number of decoding processes (default: one per core, at most eight)"),
-    ]  # fmt: skip
-    known = ["--help", *(flag.option_strings[0] for flag in flags)]
-    for word in argv:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name != "--" and not any(flag.startswith(name) for flag in known):
-            raise Mistake(f"{name}: unknown flag; {_nearest(name, known) or '--help lists the flags'}")
-    args = parser.parse_args(argv)
-    if args.command not in COMMANDS:
-        raise Mistake(
-            f"{args.command}: unknown command; {_nearest(args.command, COMMANDS) or 'choose one of ' + ', '.join(COMMANDS)}"
-        )
-    return args
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    import difflib
-
-    found = difflib.get_close_matches(word, known, 1, 0.6)
-    return f"did you mean {found[0]}?" if found else ""
-
-
-def check(args: argparse.Namespace) -> "list[File]":
-    """Check everything about the command that needs no model, and list the files to read.
-
-    Raises:
-      Mistake: flags exclude each other, a value is out of range, or an output cannot be written.
-    """
-    from ymplug_jax.inference import clip_stream
-
-    for flag, command in ONLY_FOR.items():
-        if getattr(args, flag) is not None and args.command != command:
-            raise Mistake(f"--{flag}: {args.command} does not use it, only {command} does; leave it out")
-    if args.best is not None and args.command == "caption":
-        raise Mistake("--best: caption gives one answer for each video; leave it out")
-    for flag in ("best", "decoders"):
-        if (number := getattr(args, flag)) is not None and number < 1:
-            raise Mistake(f"--{flag} {number}: too small; give 1 or more")
-    args.best, args.rank = args.best or 5, args.rank or "videos"
-    if not args.checkpoint:
-        raise Mistake("--checkpoint: the name is empty; give the --workdir of a run")
-    _check_texts(args)
-    if args.command == "retrieve":
-        _check_search(args)
-    elif not args.video:
-        raise Mistake(f"--video: missing; give the files to {args.command}")
-    _check_places(args)
-    files = clip_stream.files_of(args.video)
-    if args.title and len(args.title) != len(files):
-        raise Mistake(f"--title: {len(args.title)} titles for {len(files)} files; give one for each, in their order")
-    return files
-
-
-def _check_search(args: argparse.Namespace) -> None:
-    if args.video and args.index:
-        raise Mistake("--video and --index exclude each other; give files or an index")
-    if not args.video and not args.index:
-        raise Mistake("--video: missing; give video files, or an index with --index")
-    if args.index and args.export:
-        raise Mistake("--export and --index exclude each other; give --video with --export")
-    if not args.text and not args.export:
-        raise Mistake("--text: missing; give texts to search for, or --export to write an index")
-
-
-def _check_texts(args: argparse.Namespace) -> None:
-    from ymplug_jax.data.text import clean_text
-
-    for flag in ("text", "title"):
-        if given := getattr(args, flag):
-            setattr(args, flag, [_as_text(flag, text) for text in given])
-    for text in args.text or []:
-        if not clean_text(text, 30):
-            raise Mistake(f"--text {text!r}: nothing is left after cleaning; give words")
-
-
-def _as_text(flag: str, text: str) -> str:
-    """Decode a text as UTF-8 if the locale could not decode it, for example under LC_ALL=C."""
-    try:
-        return os.fsencode(text).decode("utf-8") if any("\udc80" <= c <= "\udcff" for c in text) else text
-    except UnicodeError:
-        raise Mistake(f"--{flag} {text!r}: encoded neither as this terminal nor as UTF-8; give UTF-8") from None
-
-
-def _check_places(args: argparse.Namespace) -> None:
-    from ymplug_jax.core import index_file
-
-    if path := args.export:
-        if path.is_dir():
-            raise Mistake(f"--export {path}: a folder, not a file; give a file in it")
-        if not path.parent.is_dir():
-            raise Mistake(f"--export {path}: no such folder {path.parent}; create it first")
-        if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-            raise Mistake(
-                f"--export {path}: no permission to write there; check its permissions, or choose another file"
-            )
-    if args.sheet and args.index:
-        raise Mistake(
-            "--sheet and --index exclude each other, because an index holds no frames; give files with --video"
-        )
-    if args.sheet:
-        from ymplug_jax.reports import contact_sheet
-
-        contact_sheet.check(args.sheet)
-    if args.export and args.export.exists():
-        try:
-            index_file.read(args.export, ("video", "video_id"), setting="--export")
-        except Mistake:
-            raise Mistake(f"--export {args.export}: the existing file is not an index; choose another file") from None
-
-
 def run(args: argparse.Namespace) -> int:
-    """Check the command, then decode, answer and print the files in a stream. Returns 1 if some could not be read, else 0."""
-    files = check(args)
+    """Check the command, then answer. Returns 1 if some files or questions could not be read, else 0."""
+    if args.command == "chat":
+        return _chat(args)
+    files = predict_flags.check(args)
     from ymplug_jax import api
     from ymplug_jax.inference import answers
 
@@ -216,6 +77,18 @@ def run(args: argparse.Namespace) -> int:
         say(as_json(answer, sys.stdout.encoding) if args.json else readable(answer))
     reading.report()
     return 1 if reading.failed else 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    style = predict_flags.check_chat(args)
+    from ymplug_jax import api
+    from ymplug_jax.inference import chat_command
+
+    model = api.load(args.checkpoint, tokenizer=args.tokenizer, needs="chat", int8=bool(args.int8)).chat_model()
+    try:
+        return chat_command.run(args, style, model)
+    finally:
+        model.close()
 
 
 class Reading:
@@ -271,22 +144,6 @@ class Reading:
             return None
         title = self._titles[read.number] if self._titles else ""
         return clip_stream.record_of(clip, read.file.name, title)
-
-
-def say(text: str) -> None:
-    """Print one answer and flush it.
-
-    Raises:
-      PlaceFailed: stdout is redirected to a disk that is full.
-    """
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        raise _Closed from None
-    except OSError as error:
-        raise PlaceFailed(
-            f"standard output: cannot be written ({error.strerror}); free some space or redirect to another disk, then run the same command again"
-        ) from None
 
 
 if __name__ == "__main__":

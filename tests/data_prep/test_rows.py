@@ -7,9 +7,9 @@ import pytest
 
 from data_prep.captions import captions_of
 from data_prep.rows import read_rows
-from data_prep.video_path import resolve
 from ymplug_jax.data.schema import parse_class_names
 from ymplug_jax.data.video_container import Reject
+from ymplug_jax.data.video_path import resolve
 
 HEADER = "video_id:FILE,title\n"
 

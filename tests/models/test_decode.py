@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ymplug_jax.models import decode, language_model
+from ymplug_jax.models import decode, decode_beam, decode_sampling, language_model
 from ymplug_jax.models.bloom import Bloom
+from ymplug_jax.models.decode_sampling import Rules
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.models.qwen import Qwen
@@ -141,7 +142,7 @@ def test_cached_greedy_equals_recomputation(name: str, place: str) -> None:
 
 @partial(jax.jit, static_argnums=0)
 def sample(lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, keys: jax.Array) -> decode.Generated:
-    return decode.sample(lm, params, embeds, mask, keys, new_tokens=6, eos=-1, top_k=9, temperature=1.5)
+    return decode.generate(lm, params, embeds, mask, Rules(top_k=9, temperature=1.5), keys, new_tokens=6, eos=-1)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -160,7 +161,7 @@ def test_cached_sampling_equals_recomputation(name: str, place: str) -> None:
 
 @partial(jax.jit, static_argnums=0, static_argnames=("beams", "row_length", "visual"))
 def beam(lm: LanguageModel, params: dict, embeds: jax.Array, mask: jax.Array, **settings: int) -> decode.Generated:
-    return decode.beam(lm, params, embeds, mask, new_tokens=10, eos=7, **settings)
+    return decode_beam.beam(lm, params, embeds, mask, new_tokens=10, eos=7, **settings)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -345,7 +346,7 @@ def test_wide_beam_finds_what_brute_force_finds(seed: int, power: float) -> None
         logs[words] = total / len(words) ** power
     best = max(logs, key=logs.get)
     # With as many beams as prefixes nothing is pruned. The vocabulary is large enough for two candidates of each beam.
-    search = partial(decode.beam, SMALL, new_tokens=new, eos=eos, beams=27, length_power=power)
+    search = partial(decode_beam.beam, SMALL, new_tokens=new, eos=eos, beams=27, length_power=power)
     out = jax.jit(search)(params, params["token_embed"][np.array([prompt])], np.ones((1, 2), bool))
     found = out.ids[0, : int(out.lengths[0])].tolist()
     assert found == [word for word in best if word != eos]
@@ -405,22 +406,26 @@ def test_sampling_stays_in_its_set(params: dict) -> None:
     prompt = params["token_embed"][np.array([[5, 6]] * 64)], np.ones((64, 2), bool)
     logits = next_logits("gpt3", prompt[0][0], [])
     best = set(np.argsort(-logits)[:3].tolist())
-    draw = jax.jit(partial(decode.sample, LM, new_tokens=1, eos=0, top_k=3))
-    first = set(draw(params, *prompt, jax.random.key(0)).ids[:, 0].tolist())
+
+    def draw(top_k: int, tokens: int, key: jax.Array) -> jax.Array:
+        run = partial(decode.generate, LM, rules=Rules(temperature=1, top_k=top_k), new_tokens=tokens, eos=0)
+        return jax.jit(run)(params, *prompt, key=key).ids
+
+    first = set(draw(3, 1, jax.random.key(0))[:, 0].tolist())
     assert first <= best and len(first) > 1
-    alone = jax.jit(partial(decode.sample, LM, new_tokens=4, eos=0, top_k=1))(params, *prompt, jax.random.key(1))
+    alone = draw(1, 4, jax.random.key(1))
     greedy = jax.jit(partial(decode.greedy, LM, new_tokens=4, eos=0))(params, *prompt)
-    assert alone.ids.tolist() == greedy.ids.tolist()
+    assert alone.tolist() == greedy.ids.tolist()
 
 
 def test_a_row_with_its_own_key_draws_the_same_in_any_batch(params: dict) -> None:
     prompt = params["token_embed"][np.array([[5, 6]] * 6)], np.ones((6, 2), bool)
     keys = jax.random.split(jax.random.key(3), 6)
-    draw = jax.jit(partial(decode.sample, LM, new_tokens=5, eos=0))
-    drawn = draw(params, *prompt, keys).ids
+    draw = jax.jit(partial(decode.generate, LM, rules=Rules(temperature=1), new_tokens=5, eos=0))
+    drawn = draw(params, *prompt, key=keys).ids
     assert len({tuple(row) for row in drawn.tolist()}) > 1
     order = np.array([4, 0, 5, 2, 2, 1])
-    assert draw(params, *prompt, keys[order]).ids.tolist() == drawn[order].tolist()
+    assert draw(params, *prompt, key=keys[order]).ids.tolist() == drawn[order].tolist()
 
 
 def full_size_results(program: str, shape: str) -> list[str]:
@@ -466,7 +471,7 @@ def full_size_results(program: str, shape: str) -> list[str]:
 def test_no_cache_is_copied_in_the_loop(name: str, branches: int) -> None:
     """Generation never copies the keys and values of the past or of the branches."""
     lm = LMS[name]
-    search = decode.greedy if branches == 1 else partial(decode.beam, beams=branches)
+    search = decode.greedy if branches == 1 else partial(decode_beam.beam, beams=branches)
     run = jax.jit(partial(search, lm, new_tokens=9, eos=0))
     prompt = np.zeros((2, 7, lm.width), np.float32), np.ones((2, 7), bool)
     program = run.lower(params_of(name), *prompt).compile().as_text()
@@ -484,5 +489,5 @@ def test_top_k_by_groups_is_top_k(size: int, k: int) -> None:
     x[0, 1, rng.integers(0, size, size - 1)] = -np.inf
     x[1] = rng.normal(size=(5, size))
     x[2, 0] = np.arange(size)
-    for ours, theirs in zip(jax.jit(decode.top_k, static_argnums=1)(x, k), jax.lax.top_k(x, k), strict=True):
+    for ours, theirs in zip(jax.jit(decode_sampling.top_k, static_argnums=1)(x, k), jax.lax.top_k(x, k), strict=True):
         np.testing.assert_array_equal(ours, theirs)

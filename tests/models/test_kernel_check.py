@@ -13,17 +13,22 @@ from ymplug_jax.models.kernels import Use
 from ymplug_jax.training import step as step_lib
 
 ROWS = Use("tpu_rows", 24, 24, 4, 2, 16, "bfloat16", causal=True, masked=True, alibi=True)
-USES = (ROWS, Use("tpu_frames", 3, 16, 2, 2, 16, "bfloat16"), ROWS._replace(kernel="cudnn"))
+PACKED = ROWS._replace(length=48, keys=48, masked=False, packed=True)
+USES = (
+    *(ROWS, Use("tpu_frames", 3, 16, 2, 2, 16, "bfloat16"), ROWS._replace(kernel="cudnn")),
+    *(PACKED, PACKED._replace(kernel="cudnn")),
+)
 
 
 def test_correct_kernels_stay_enabled(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert kernel_check.differing([*USES, ROWS]) == frozenset()
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 3 and "24 x 24, 4 heads on 2 of 16, bfloat16, causal, masked, alibi" in "".join(lines)
+    assert len(lines) == 5 and "alibi, packed: error" in "".join(lines)
+    assert "24 x 24, 4 heads on 2 of 16, bfloat16, causal, masked, alibi:" in "".join(lines)
 
 
-def without_mask(q, k, v, per_key, slopes, causal, interpret):
+def without_mask(q, k, v, per_key, slopes, segments, causal, interpret):
     return attention.attend(q, k, v, causal=causal)
 
 
@@ -31,7 +36,7 @@ def wrong_gradient(q, k, v, heads, interpret):
     return attention.attend_frames(jax.lax.stop_gradient(q), k, v, heads)
 
 
-def not_finite(q, *rest, implementation):
+def not_finite(q, *rest):
     return q * jnp.nan
 
 
@@ -46,6 +51,7 @@ def refused(*given, **more):
         (USES[0], (kernels, "attention"), refused),
         (USES[1], (kernels, "over_frames"), wrong_gradient),
         (USES[2], (attention, "with_columns"), not_finite),
+        (PACKED, (kernels, "attention"), without_mask),
     ],
 )
 def test_wrong_kernels_are_disabled(monkeypatch, caplog, use: Use, place: tuple, wrong) -> None:

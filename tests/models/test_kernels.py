@@ -1,5 +1,6 @@
 """Fused attention kernels equal plain attention in values and gradients, also sharded; and when each kernel is chosen."""
 
+import itertools
 import subprocess
 import sys
 
@@ -65,11 +66,50 @@ def test_decoder_rows(
     slopes = 0.5 ** jnp.arange(1.0, n + 1) if alibi else None
     given = {"slopes": slopes, "key_positions": at} if alibi else {}
     agree(
-        lambda *x: kernels.attention(*x, per_key, slopes, causal, True, block),
+        lambda *x: kernels.attention(*x, per_key, slopes, None, causal, True, block),
         lambda *x: attention.attend(*x, causal=causal, key_mask=jnp.asarray(seen), **given),
         (q, k, v),
         grad,
     )
+
+
+# (L, N, K, H, ALiBi, block); with 640 queries a program reads one, two, four or all five blocks of keys
+PACKED = [
+    (40, 4, 2, 16, True, None),
+    (150, 2, 1, 16, True, kernels.Block(1, 128)),
+    (384, 2, 2, 16, True, kernels.Block(2, 128)),
+    (640, 1, 1, 96, False, kernels.Block(1, 128)),
+]
+
+
+@pytest.mark.parametrize(("length", "n", "groups", "h", "alibi", "block"), PACKED)
+def test_packed_rows(length: int, n: int, groups: int, h: int, alibi: bool, block: kernels.Block) -> None:
+    """Long and short texts, and padding between and behind them, against plain attention and columns."""
+    q, grad = normal(2, length, n, h, count=2)
+    k, v = normal(2, length, groups, h, count=2)
+    segments = np.zeros((2, length), np.int32)
+    ends = [0, length // 20, length // 20 + 1, length * 3 // 4, length - 4]
+    for number, (begin, end) in enumerate(itertools.pairwise(ends), 1):
+        segments[0, begin:end] = number
+    segments[1] = np.where(np.arange(length) % 9, 1 + np.arange(length) // 9, 0)
+    segments = jnp.asarray(segments)
+    before = jnp.cumsum(segments > 0, axis=1) - 1 - attention.starts(segments)
+    at = jnp.where(segments > 0, before, 0)
+    slopes = 0.5 ** jnp.arange(1.0, n + 1) if alibi else None
+    per_key = attention.per_key(2, length, None, at) if alibi else None
+    given = {"slopes": slopes, "key_positions": at} if alibi else {}
+
+    def plain(*x: jax.Array) -> jax.Array:
+        return attention.attend(*x, causal=True, segments=segments, **given)
+
+    def fused(*x: jax.Array) -> jax.Array:
+        made = kernels.attention(*x, per_key, slopes, segments, True, True, block)
+        return attention.tokens_only(made, segments)
+
+    agree(fused, plain, (q, k, v), grad)
+    if length <= 150:  # more segments cost digits of the logits
+        columns = attention.with_columns(q, k, v, True, None, slopes, at if alibi else None, "xla", segments)
+        np.testing.assert_allclose(attention.tokens_only(columns, segments), plain(q, k, v), atol=0.01)
 
 
 @pytest.mark.parametrize(("b", "t", "p", "n", "h"), FRAMES)
@@ -138,7 +178,7 @@ def test_sharded_decoder_rows(monkeypatch: pytest.MonkeyPatch, groups: int) -> N
 
 
 def test_no_float32_logits_of_long_rows_on_tpu() -> None:
-    """GPT-3, BLOOM (ALiBi and padding) and grouped queries, forward and backward, compiled ahead of time for a TPU."""
+    """GPT-3, grouped queries with padding, and the step of a packed BLOOM, compiled ahead of time for a TPU."""
     script = """
 import os, re
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -146,7 +186,8 @@ import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ymplug_jax.analysis import aot
 from ymplug_jax.core import sharding
-from ymplug_jax.models import attention, kernels
+from ymplug_jax.models import attention, kernels, language_model, plain_attention
+from ymplug_jax.models.bloom import Bloom
 mesh = sharding.make_mesh(4, 1, 1, aot.devices_of("v5e:2x2"))
 place = NamedSharding(mesh, PartitionSpec("data"))
 length = 2048
@@ -164,11 +205,23 @@ def facts(n, groups, h, padding, alibi, off=()):
         made = jax.jit(run).lower(*given).compile()
     square = re.findall(r"\\w+\\[[\\d,]*2048,2048\\]", made.as_text())
     return made.memory_analysis().temp_size_in_bytes, "tpu_custom_call" in made.as_text(), square
-for shape in ((2, 2, 64, False, False), (2, 2, 128, True, True), (4, 2, 128, True, False)):
+for shape in ((2, 2, 64, False, False), (4, 2, 128, True, False)):
     size, fused, square = facts(*shape)
     assert fused and not square and size < 4 * 2**20, (shape, size, square)
-size, fused, square = facts(8, 8, 128, True, True, ["tpu_rows"])  # the comparison without the kernel
-assert not fused and square and size > 8 * length * length * 4, (size, len(square))
+with plain_attention.undivided():  # the comparison without the kernel
+    size, fused, square = facts(2, 2, 128, False, False, ["tpu_rows"])
+assert not fused and square, (size, len(square))
+
+lm = Bloom(vocab=256, width=256, depth=2, heads=2, dtype="bfloat16", remat="dots")
+params = jax.eval_shape(lambda key: language_model.init(lm, key), jax.random.key(0))
+def loss(params, ids, segments):
+    read = lambda lm: lm.logits(lm(lm.embed(ids), segments=segments))
+    return jnp.mean(jax.nn.logsumexp(lm.apply({"params": params}, method=read), axis=-1))
+with sharding.computing(mesh, ()), kernels.recording() as uses:
+    rows = jax.ShapeDtypeStruct((4, length), "int32", sharding=place)
+    text = jax.jit(jax.grad(loss)).lower(params, rows, rows).compile().as_text()
+assert "tpu_custom_call" in text and not re.search(r"\\[[\\d,]*2048,2048\\]", text)
+assert [use[:6] + use[7:] for use in uses] == [("tpu_rows", length, length, 2, 2, 128, True, False, True, True)]
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -18,7 +18,7 @@ from ymplug_jax.convert import bloom as tables
 from ymplug_jax.convert import mplug_chat as chat_tables
 from ymplug_jax.convert import rules, to_orbax
 from ymplug_jax.core import checkpoint
-from ymplug_jax.data import chat_media, conversation
+from ymplug_jax.data import chat_media, conversation, transforms
 from ymplug_jax.models import attention, bloom, layers
 from ymplug_jax.models.bloom import Bloom
 from ymplug_jax.models.clip_vit import ClipViT
@@ -26,6 +26,7 @@ from ymplug_jax.models.language_model import positions
 from ymplug_jax.models.lora import Lora, Settings
 from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.models.query_abstractor import QueryAbstractor
+from ymplug_jax.tasks.mplug_chat import packed_rows, passes
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
@@ -426,6 +427,44 @@ class Bytes:
 
     def encode(self, text: str) -> list[int]:
         return [4 + byte for byte in text.encode()]
+
+
+def test_loss_of_the_task(read) -> None:
+    """The stored batch, with the media of each row beside it as the task packs them, has the stored loss."""
+    file = read("full.npz")
+    config, slots = file.config, file.config["media_slots"]
+    heads = {
+        "vision": config["vision"]["num_attention_heads"],
+        "abstractor": config["abstractor"]["num_attention_heads"],
+        "llm": config["bloom"]["n_head"],
+    }
+    weights = {name: value for name, value in file.group("param").items() if name != "language_model.lm_head.weight"}
+    model = chat_tables.model_of({name: value.shape for name, value in weights.items()}, heads)
+    params = trees.to_tree(chat_tables.WHOLE, weights, chat_tables.like_of(model))
+    ids, mask = file["in/train/input_ids"], file["in/train/attention_mask"]
+    rows, (images, videos) = len(ids), (file[f"in/train/num_{kind}"] for kind in ("images", "videos"))
+    clips = frames_last(file["in/video_pixel_values"])
+    shape = packed_rows.Shape(ids.shape[1], slots, int(images.max()), int(videos.max()), clips.shape[1], clips.shape[2])
+
+    def beside(pixels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Pixels before normalisation, f32[B, most, T, S, S, 3]: the stored ones are all rows' one after the other."""
+        out = np.zeros((rows, counts.max(), *pixels.shape[1:]), np.float32)
+        for row, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
+            out[row, :count] = pixels[end - count : end]
+        return (out * transforms.CLIP_STD + transforms.CLIP_MEAN).astype(np.float32) * 255
+
+    batch = {
+        "ids": np.pad(np.maximum(ids, 0), ((0, 0), (0, 1))),
+        "answer": np.pad(file["out/train/loss_mask"], ((0, 0), (1, 1)))[:, : ids.shape[1] + 1],
+        "segments": np.pad(mask, ((0, 0), (0, 1))),
+        "index": np.stack([packed_rows.index_of(row, shape) for row in ids]),
+        "images": beside(frames_last(file["in/pixel_values"]), images),
+        "videos": beside(clips, videos),
+        "valid": np.ones(rows, bool),
+    }
+    loss, metrics = jax.jit(lambda p, b: passes.loss_of(model, p, b, None, keep_logits=False))(params, batch)
+    assert metrics["loss"].weight == file["out/train/loss_mask"].sum()
+    file.check("out/train/loss", loss, OUTPUT)
 
 
 def test_text_pipeline(read) -> None:

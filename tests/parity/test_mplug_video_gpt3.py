@@ -25,7 +25,7 @@ from ymplug_jax.convert import rules
 from ymplug_jax.core import optim, state
 from ymplug_jax.core.config import Optim, from_config_dict
 from ymplug_jax.data import frames, text, transforms
-from ymplug_jax.models import decode, layers, mplug_video
+from ymplug_jax.models import decode, decode_beam, decode_sampling, layers, mplug_video
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
@@ -321,7 +321,7 @@ def test_beam(read) -> None:
     new = config["generate"]["tokens_to_generate"]
     width = rows.shape[1] + new
     for beams in config["generate"]["beam_sizes"]:
-        search = partial(decode.beam, model, new_tokens=width - 1, eos=eos, beams=beams)
+        search = partial(decode_beam.beam, model, new_tokens=width - 1, eos=eos, beams=beams)
         prompt = decode.prompt_of(model, params, prefix, rows, lengths)
         out = jax.jit(partial(search, row_length=width, visual=prefix.shape[1]))(params, *prompt)
         expected = file[f"out/beam{beams}_sequences"]
@@ -338,9 +338,9 @@ def test_beam(read) -> None:
 
     logits = file["in/filter/logits"]
     for k in config["filter"]["top_k"]:
-        np.testing.assert_array_equal(decode.keep_top_k(logits, k), file[f"out/filter/keep_top_k_{k}"])
+        np.testing.assert_array_equal(decode_sampling.keep_top_k(logits, k), file[f"out/filter/keep_top_k_{k}"])
     for p in config["filter"]["top_p"]:
-        np.testing.assert_array_equal(decode.keep_top_p(logits, p), file[f"out/filter/keep_top_p_{p}"])
+        np.testing.assert_array_equal(decode_sampling.keep_top_p(logits, p), file[f"out/filter/keep_top_p_{p}"])
     file.done()
 
 
@@ -372,7 +372,7 @@ def test_caption(read) -> None:
     prefix = model.apply({"params": trainable | {"llm": llm}}, video, method="encode_video")["prefix"]
     eos, width = generate["stop_token"], rows.shape[1] + generate["tokens_to_generate"]
     for beams in sorted({int(m[1]) for name in file.arrays if (m := re.match(r"out/generate/beam(\d+)_scores", name))}):
-        search = partial(decode.beam, model.llm, new_tokens=width - 1, eos=eos, beams=beams)
+        search = partial(decode_beam.beam, model.llm, new_tokens=width - 1, eos=eos, beams=beams)
         prompt = decode.prompt_of(model.llm, llm, prefix, rows, lengths)
         out = jax.jit(partial(search, row_length=width, visual=prefix.shape[1]))(llm, *prompt)
         check_sequences(f"beam{beams}", out.ids, file[f"out/generate/beam{beams}_sequences"], lengths, eos)

@@ -19,6 +19,7 @@ from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.text_table import columns, human
+from ymplug_jax.models import plain_attention
 from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
@@ -232,7 +233,7 @@ def model_flops(run: Run) -> int:
     inputs = (run.state.trainable, run.frozen, setup.abstract_batch(run))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
     key = jax.random.key(0)  # JAX 0.11 computes nothing under an abstract mesh
-    with jax.sharding.use_abstract_mesh(nowhere):
+    with jax.sharding.use_abstract_mesh(nowhere), plain_attention.undivided():
         return flops.count(gradient, *shapes, key)
 
 

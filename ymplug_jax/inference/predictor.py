@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import cv2
@@ -36,7 +37,7 @@ class Predictor:
         Raises:
           Mistake: settings that contradict each other, or converted parameters that do not fit the model of the settings.
         """
-        self.folder = source.folder
+        self.folder, self.whole_lines = source.folder, source.whole_lines
         self._local = tempfile.TemporaryDirectory(prefix="ymplug_jax_")
         data = dataclasses.replace(
             source.experiment.data,
@@ -54,7 +55,8 @@ class Predictor:
                 checkpoint.load_params(str(self.folder), self._abstract, values=False)
         except (ValueError, FileNotFoundError) as error:
             raise Mistake(f"{self.folder}: {error}") from None
-        self._ready: tuple[Params, Callable[[Params, Example], dict[str, jax.Array]]] | None = None
+        self._params: Params | None = None
+        self._ready: Callable[[Params, Example], dict[str, jax.Array]] | None = None
 
     @property
     def task(self) -> Task:
@@ -66,21 +68,34 @@ class Predictor:
         """All parameters as ShapeDtypeStructs."""
         return state.merge(self._run.state.trainable, self._run.frozen)
 
-    def load(self) -> tuple[Params, Callable[[Params, Example], dict[str, jax.Array]]]:
-        """(parameters, compiled predictions). Both are kept after the first call.
+    def params(self) -> Params:
+        """All parameters on the device, read at the first call.
 
         Raises:
           Mistake: the weights are missing, damaged, or do not fit the settings.
         """
-        if self._ready is None:
+        if self._params is None:
             try:
-                params = evaluate.load(self._run, self.folder)
+                self._params = evaluate.load(self._run, self.folder)
             except (checkpoint_files.CheckpointError, FileNotFoundError) as error:
                 raise Mistake(f"{self.folder}: {error}") from None
-            with self._run.tracing():
-                made = jax.jit(self._predict).lower(params, self._batch([blank("")])).compile()
-            self._ready = params, made
-        return self._ready
+        return self._params
+
+    def tracing(self) -> AbstractContextManager[None]:
+        """Context in which programs of this checkpoint are compiled and run, see `Run.tracing`."""
+        return self._run.tracing()
+
+    def load(self) -> tuple[Params, Callable[[Params, Example], dict[str, jax.Array]]]:
+        """(parameters, compiled predictions). Both are kept after the first call.
+
+        Raises:
+          Mistake: as `params`.
+        """
+        params = self.params()
+        if self._ready is None:
+            with self.tracing():
+                self._ready = jax.jit(self._predict).lower(params, self._batch([blank("")])).compile()
+        return params, self._ready
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         """The task's predictions for each record, in order: arrays without a leading axis B.

@@ -13,6 +13,7 @@ from ymplug_jax.core import sharding
 from ymplug_jax.models import kernels, plain_attention
 
 HALF = ("bfloat16", "float16")
+APART = 2.0**14  # difference of the unscaled logits between adjacent segments of a packed row
 HIDDEN = 3e4  # subtracted from the unscaled logits of masked keys; float16 can hold it
 CUDNN_WIDTH, HOPPER_WIDTH = 128, 256  # largest head size of cuDNN before and since compute capability 9.0
 
@@ -70,7 +71,7 @@ def attend(
     if segments is not None and (key_mask is not None or not causal):
         raise ValueError("attend: segments need causal and exclude key_mask; mark padding by segment 0")
     slopes = None if slopes is None else jax.lax.stop_gradient(slopes.astype(jnp.float32))
-    if mask is None and bias is None and segments is None and (key is None or dropout == 0) and v.dtype in HALF:
+    if mask is None and bias is None and (key is None or dropout == 0) and v.dtype in HALF:
         use = kernels.Use(
             "",
             q.shape[1],
@@ -82,17 +83,23 @@ def attend(
             causal,
             key_mask is not None,
             slopes is not None,
+            segments is not None,
         )
         if kernels.uses("tpu_rows") and kernels.block_of(heads, groups, q.shape[1], k.shape[1], q.shape[3]):
             kernels.note(use._replace(kernel="tpu_rows"))
-            return _on_tpu(q, k, v, causal, key_mask, slopes, key_positions)
-        extra = 0 if key_mask is None and slopes is None else 8
+            return tokens_only(_on_tpu(q, k, v, causal, key_mask, slopes, key_positions, segments), segments)
+        extra = 0 if key_mask is None and slopes is None and segments is None else 8
         if kernels.uses("cudnn") and q.shape[-1] % 8 == 0 and q.shape[-1] + extra <= _widest():
             kernels.note(use._replace(kernel="cudnn"))
-            return with_columns(q, k, v, causal, key_mask, slopes, key_positions, implementation="cudnn")
-    return plain_attention.attend(
-        q, k, v, plain_attention.Given(causal, mask, key_mask, slopes, key_positions, bias, segments, dropout, key)
-    )
+            made = with_columns(q, k, v, causal, key_mask, slopes, key_positions, "cudnn", segments)
+            return tokens_only(made, segments)
+    given = plain_attention.Given(causal, mask, key_mask, slopes, key_positions, bias, segments, dropout, key)
+    return tokens_only(plain_attention.attend(q, k, v, given), segments)
+
+
+def tokens_only(y: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Zeros at the padding of packed rows: f[B, L, N, H], int[B, L] or None -> f[B, L, N, H]."""
+    return y if segments is None else jnp.where((segments > 0)[..., None, None], y, 0)
 
 
 def starts(segments: jax.Array) -> jax.Array:
@@ -105,26 +112,30 @@ def starts(segments: jax.Array) -> jax.Array:
 
 def _on_tpu(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
-    key_positions: jax.Array | None,
+    key_positions: jax.Array | None, segments: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """`kernels.attention` on each device's shard of rows and heads."""
     heads, groups, parts = q.shape[2], k.shape[2], sharding.parts("heads")
     if heads % parts == 0 and groups % parts and heads % math.lcm(groups, parts) == 0:
         # With fewer key/value heads than devices, repeat them, so that the query heads can be sharded.
         k, v = (jnp.repeat(x, math.lcm(groups, parts) // groups, axis=2) for x in (k, v))
-    arrays = [q, k, v]
+    arrays: dict[str, jax.Array] = {}
     axes: list[tuple[str | None, ...]] = [("batch", None, "heads", None)] * 3
     if key_mask is not None or key_positions is not None:
-        arrays.append(per_key(q.shape[0], k.shape[1], key_mask, key_positions))
+        arrays["per_key"] = per_key(q.shape[0], k.shape[1], key_mask, key_positions)
         axes.append(("batch", None, None))
     if slopes is not None:
-        arrays.append(slopes)
+        arrays["slopes"] = slopes
         axes.append(("heads",))
+    if segments is not None:
+        arrays["segments"] = segments
+        axes.append(("batch", None))
 
     def run(*parts: jax.Array) -> jax.Array:
-        return kernels.attention(*parts, *(None,) * (5 - len(parts)), causal)
+        more = dict(zip(arrays, parts[3:], strict=True))
+        return kernels.attention(*parts[:3], more.get("per_key"), more.get("slopes"), more.get("segments"), causal)
 
-    return sharding.by_device(run, *arrays, axes=axes)
+    return sharding.by_device(run, q, k, v, *arrays.values(), axes=axes)
 
 
 def per_key(rows: int, keys: int, key_mask: jax.Array | None, key_positions: jax.Array | None) -> jax.Array:
@@ -137,15 +148,16 @@ def per_key(rows: int, keys: int, key_mask: jax.Array | None, key_positions: jax
 
 def with_columns(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
-    key_positions: jax.Array | None, implementation: Literal["cudnn", "xla"],
+    key_positions: jax.Array | None, implementation: Literal["cudnn", "xla"], segments: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """`attend` through `jax.nn.dot_product_attention`, without the array [B, N, L, S] that it needs for a bias or a mask.
 
     ALiBi and the key mask are products of a number of the query head and a number of the key, so they become eight more
     columns of q and k. A position is split into a multiple of 256 and a rest, and a slope into a sum of three numbers, each of
-    which half precision represents exactly.
+    which half precision represents exactly. In packed rows the logit of a key rises by APART with its segment: earlier segments
+    fall behind a query's own by at least that, and later ones are causally hidden. Padding of packed rows gets finite results.
     """
-    if key_mask is None and slopes is None:
+    if key_mask is None and slopes is None and segments is None:
         return _of_even_length(q, k, v, causal, q.shape[-1] ** -0.5, implementation)
     heads, width = q.shape[2:]
     of_query, of_key = [], []  # [N] each; [B, S] each
@@ -155,6 +167,8 @@ def with_columns(
         of_key.append(jnp.where(seen, 0, -HIDDEN))
     if slopes is not None and key_positions is not None:
         positions = key_positions if seen is None else jnp.where(seen, key_positions, 0)
+        if segments is not None:  # equal differences inside a segment, and no bias against later segments
+            positions = positions + starts(segments)
         rest = slopes * width**0.5  # undoes the scale, which applies to all columns
         for _ in range(3):
             # `reduce_precision` keeps XLA from computing the remainder with the unrounded number.
@@ -166,6 +180,9 @@ def with_columns(
             of_query += [part, part]
             of_key += [positions // 256 * 256, positions % 256]
             rest = rest - part
+    if segments is not None:
+        of_query += [jnp.full(heads, APART)] * 2
+        of_key += [segments // 256 * 256, segments % 256]
     of_query += [jnp.zeros(heads)] * (8 - len(of_query))
     of_key += [jnp.zeros(k.shape[:2])] * (8 - len(of_key))
     more_q = jnp.broadcast_to(jnp.stack(of_query, -1).astype(q.dtype), (*q.shape[:3], 8))

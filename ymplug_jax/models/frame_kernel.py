@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ymplug_jax.models.row_kernel import product
+from ymplug_jax.models.row_program import product
 
 FRAMES = 128 * 768  # elements of one array in a block of `over_frames`; larger blocks take minutes to compile
 

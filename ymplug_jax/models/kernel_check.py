@@ -52,8 +52,8 @@ def differing(uses: Iterable[Use]) -> frozenset[str]:
 
 def difference(use: Use) -> Difference:
     """Compare one use of a kernel, forward and backward, with plain XLA in float32 on a small random input."""
-    arrays, seen, at = _inputs(use)
-    plain, fused = _plain(use, seen, at), _fused(use, seen, at)
+    arrays, row = _inputs(use)
+    plain, fused = _plain(use, row), _fused(use, row)
     exact = _values(plain, [x.astype(jnp.float32) for x in arrays])
     try:
         made = _values(fused, arrays)
@@ -64,8 +64,17 @@ def difference(use: Use) -> Difference:
     return Difference(errors[0], max(errors[1:]))
 
 
-def _inputs(use: Use) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """Random q, k, v and output gradient; a key mask bool[B, S] with padding on either side; positions int[B, S]."""
+class _Row(NamedTuple):
+    """Arguments of a use beside q, k and v; None where it has none."""
+
+    mask: jax.Array | None  # bool[B, S], with padding on either side
+    slopes: jax.Array | None  # f32[N]
+    positions: jax.Array | None  # int32[B, S]
+    segments: jax.Array | None  # int32[B, S]
+
+
+def _inputs(use: Use) -> tuple[list[jax.Array], _Row]:
+    """Random q, k, v and output gradient, and the other arguments."""
     heads, groups = use.heads, use.groups
     if use.kernel != "tpu_frames":
         ratio = heads // groups
@@ -88,38 +97,46 @@ def _inputs(use: Use) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         arrays = [jax.random.normal(key, shape).astype(use.dtype) for key, shape in zip(keys, shapes, strict=True)]
         place = jnp.arange(use.keys)
         seen = jnp.stack([place >= use.keys // 4, place < use.keys - use.keys // 4][:rows])
-        return arrays, seen, jnp.cumsum(seen, axis=1) * seen
+        at = (jnp.cumsum(seen, axis=1) - 1) * seen
+        segments = None
+        if use.packed:  # 24 texts, long ones before short ones or the other way round, and padding at the end
+            share = place / use.keys
+            numbers = 1 + (24 * jnp.stack([share**2, 1 - (1 - share) ** 2][:rows])).astype(jnp.int32)
+            segments = jnp.where(place < use.keys - use.keys // 16, numbers, 0)
+            at = jnp.maximum(jnp.cumsum(segments > 0, axis=1) - 1 - attention.starts(segments), 0)
+        slopes = 2.0 ** (-8 * jnp.arange(1, heads + 1) / heads) if use.alibi else None
+        return arrays, _Row(seen if use.masked else None, slopes, at if use.alibi else None, segments)
 
 
-def _slopes(heads: int) -> jax.Array:
-    return 2.0 ** (-8 * jnp.arange(1, heads + 1) / heads)
-
-
-def _plain(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]:
+def _plain(use: Use, row: _Row) -> Callable[..., jax.Array]:
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         with kernels.without(kernels.KERNELS):
             if use.kernel == "tpu_frames":
                 return attention.attend_frames(q, k, v, use.heads)
-            mask = seen if use.masked else None
-            slopes, positions = (_slopes(q.shape[2]), at) if use.alibi else (None, None)
-            return attention.attend(q, k, v, causal=use.causal, key_mask=mask, slopes=slopes, key_positions=positions)
+            return attention.attend(
+                q, k, v, causal=use.causal, key_mask=row.mask, slopes=row.slopes, key_positions=row.positions,
+                segments=row.segments,
+            )  # fmt: skip
 
     return run
 
 
-def _fused(use: Use, seen: jax.Array, at: jax.Array) -> Callable[..., jax.Array]:
+def _fused(use: Use, row: _Row) -> Callable[..., jax.Array]:
     there = sharding.computes_on_first(kernels.KERNELS[use.kernel])  # other devices run the kernel in interpreter mode
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mask, slopes, positions, segments = row
         if use.kernel == "tpu_frames":
             return kernels.over_frames(q, k, v, use.heads, not there)
-        mask = seen if use.masked else None
-        slopes, positions = (_slopes(q.shape[2]), at) if use.alibi else (None, None)
         if use.kernel == "cudnn":
             name: Literal["cudnn", "xla"] = "cudnn" if there else "xla"
-            return attention.with_columns(q, k, v, use.causal, mask, slopes, positions, implementation=name)
-        per_key = attention.per_key(q.shape[0], k.shape[1], mask, positions)
-        return kernels.attention(q, k, v, per_key, slopes, use.causal, not there)
+            made = attention.with_columns(q, k, v, use.causal, mask, slopes, positions, name, segments)
+        else:
+            keyed = None
+            if mask is not None or positions is not None:
+                keyed = attention.per_key(q.shape[0], k.shape[1], mask, positions)
+            made = kernels.attention(q, k, v, keyed, slopes, segments, use.causal, not there)
+        return attention.tokens_only(made, segments)
 
     return run
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from ymplug_jax.core import sharding
 from ymplug_jax.models.frame_kernel import over_frames
-from ymplug_jax.models.row_kernel import LOWEST, Block, attention, block_of
+from ymplug_jax.models.row_kernel import attention, block_of
+from ymplug_jax.models.row_program import LOWEST, Block
 
 __all__ = [
     "KERNELS",
@@ -39,10 +40,11 @@ class Use(NamedTuple):
     causal: bool = False  # with a causal mask
     masked: bool = False  # with a padding mask
     alibi: bool = False  # with ALiBi
+    packed: bool = False  # with segments
 
     def text(self) -> str:
         """One-line description for the log."""
-        what = ", ".join(name for name in ("causal", "masked", "alibi") if getattr(self, name))
+        what = ", ".join(name for name in ("causal", "masked", "alibi", "packed") if getattr(self, name))
         size = f"{self.length} x {self.keys}, {self.heads} heads"
         size += "" if self.groups == self.heads else f" on {self.groups}"
         return f"{size} of {self.width}, {self.dtype}" + (f", {what}" if what else "")

@@ -16,6 +16,8 @@ from ymplug_jax.models.query_abstractor import QueryAbstractor
 
 # What an image tower lacks: a run that starts from one leaves it at its start values.
 TEMPORAL = (f"vision/{clip_vit.TEMPORAL}", "abstractor/temporal_.*")
+# Conversions of CLIP hold no key bias either: it adds the same value to all logits of a query, which softmax cancels. It starts at zero.
+FRESH = (*TEMPORAL, "vision/blocks/attn/k/bias")
 _TOWER, _DECODER = r"vision/(?!blocks/temporal/).*", r"llm/(?!blocks/lora/).*"
 # Frozen parameters of each partition that a config may name: path regexes, full match. `LORA` says which adapters a decoder needs.
 PARTITIONS = {
@@ -52,7 +54,7 @@ class MPLUGChat(nn.Module):
 
     vision: ClipViT = ClipViT()  # Vision tower.
     abstractor: QueryAbstractor = QueryAbstractor()  # Visual abstractor.
-    llm: LanguageModel = language_models.SIZES["bloomz-7b1"]  # Decoder.
+    llm: LanguageModel = language_models.SIZES["bloomz-7b1"]  # Decoder that reads the text and the slots of the media.
 
     def encode_media(self, media: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Slots of normalised images (T = 1) or clips: f[M, T, S, S, 3] -> f[M, Q + 1, H]. Randomness: "dropout"."""

@@ -4,6 +4,9 @@ Rows of up to `WHOLE` queries are one array of logits. Longer rows are computed 
 causal query of the block can see, and the backward pass recomputes a block's logits. So no array [B, N, L, S] exists.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import reduce
 from typing import NamedTuple
 
@@ -12,6 +15,19 @@ import jax.numpy as jnp
 
 WHOLE = 1024  # largest number of queries that are computed at once
 BLOCK = 512  # number of queries of a block in longer rows
+
+
+_UNDIVIDED: ContextVar[bool] = ContextVar("long rows are not divided into blocks", default=False)
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Compute rows of any length at once in programs traced inside, for counts of FLOPs without recomputation."""
+    token = _UNDIVIDED.set(True)
+    try:
+        yield
+    finally:
+        _UNDIVIDED.reset(token)
 
 
 class Given(NamedTuple):
@@ -29,15 +45,12 @@ class Given(NamedTuple):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: Given) -> jax.Array:
-    """See `attention.attend`."""
+    """See `attention.attend`; the results at padding of packed rows are finite."""
     length, keys = q.shape[1], k.shape[1]
-    if length <= WHOLE:
+    if length <= WHOLE or _UNDIVIDED.get():
         own = None if given.segments is None else (given.segments, given.segments)
-        y = _block(q, k, v, given, jnp.tri(length, keys, dtype=bool), own)
-    else:
-        blocks = [_rows(q, k, v, given, start) for start in range(0, length, BLOCK)]
-        y = jnp.concatenate(blocks, axis=1)
-    return y if given.segments is None else jnp.where((given.segments > 0)[..., None, None], y, 0)
+        return _block(q, k, v, given, jnp.tri(length, keys, dtype=bool), own)
+    return jnp.concatenate([_rows(q, k, v, given, start) for start in range(0, length, BLOCK)], axis=1)
 
 
 def _rows(q: jax.Array, k: jax.Array, v: jax.Array, given: Given, start: int) -> jax.Array:

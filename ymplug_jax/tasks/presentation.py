@@ -27,7 +27,7 @@ class Score(NamedTuple):
     group: str = ""  # heading of its group in the report
     unit: str = ""
     factor: float = 1  # shown value = factor * stored value
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True  # None: neither, e.g. of a control run
 
 
 class Chance(NamedTuple):

@@ -74,6 +74,7 @@ class Task:
     scores: tuple[Score, ...] = ()  # scores that an evaluation may report, in display order
     page: Page = dataclasses.field(default_factory=Page)  # how the report shows the readable rows
     describe: Mapping[str, Describe] = dataclasses.field(default_factory=dict)  # command of `predict` -> its answer
+    chats: bool = False  # the model is an `MPLUGChat`, with which `predict chat` holds conversations
     embeds: bool = False  # "video" and "text" of a row are unit vectors, f32[E], which `predict retrieve` ranks
     fresh: tuple[str, ...] = ()  # path regexes that may be missing from `init_from`, e.g. new heads
     # path -> how to resize a stored table of another size
@@ -93,11 +94,15 @@ class Task:
         """The score that `config.train.best` names.
 
         Raises:
-          Mistake: The task has no such score; the message suggests the closest name or lists all.
+          Mistake: The task has no such score, or it is that of a control; the message suggests the closest name or lists all.
         """
         found = next((score for score in self.scores if score.name == name), None)
+        known = [score.name for score in self.scores if score.higher_is_better is not None]
+        if found is not None and found.higher_is_better is None:
+            raise Mistake(
+                f"config.train.best: neither a high nor a low {name!r} is better; choose one of {', '.join(known)}"
+            )
         if found is None:
-            known = [score.name for score in self.scores]
             near = difflib.get_close_matches(name, known, 1)
             raise Mistake(
                 f"config.train.best: unknown score {name!r}; "

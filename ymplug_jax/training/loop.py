@@ -92,8 +92,9 @@ class _Training:
                 if self._mixture:
                     self._mixture.write(workdir)
         model_card.begin(run, workdir, origin, self._start)
-        checkpoints.save_frozen(frozen)
+        checkpoints.save_frozen(frozen, run.frozen)
         self._frozen = setup.hold(run, frozen)
+        del frozen
         with place_of(workdir):
             self._writer = Writer(workdir, active=first)
         self._log = _Log(run, self._writer, checkpoints, self._start)
@@ -206,7 +207,7 @@ class _Evaluation:
         self._scores_every = steps_in(run, settings.eval_scores_every) if self._scorer else 0
         self.best: Best | None = None
         if settings.best:
-            better = run.task.score_named(settings.best).higher_is_better
+            better = bool(run.task.score_named(settings.best).higher_is_better)
             self.best = Best(run.experiment, workdir, higher_is_better=better)
 
     def due(self, step: int) -> bool:

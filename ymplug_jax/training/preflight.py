@@ -14,7 +14,7 @@ from ymplug_jax.data.records import Split
 from ymplug_jax.data.source import open_split, parts_of
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks import task as task_lib
-from ymplug_jax.training import mixing, run_folder, setup
+from ymplug_jax.training import mixing, run_folder, setup, vision_settings
 
 
 def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
@@ -52,6 +52,7 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         )
     if not begun:
         run_folder.check_init_from(experiment)
+        vision_settings.check(experiment)
     _check_files(experiment)
     splits = (data.train_split, data.eval_split) if mode == "train" else (data.eval_split,)
     records = {split: open_split(data.path, split) for split in splits if split}

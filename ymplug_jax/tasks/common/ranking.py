@@ -119,7 +119,7 @@ def _rank_chunk(
 def _largest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest values of every column and their rows, ties by lower row: f[g, C] -> [C, k] each.
 
-    As `models.decode.top_k` along the major axis: it sorts only the maxima of groups of 128 rows, then the k best groups.
+    As `models.decode_sampling.top_k` along the major axis: it sorts only the maxima of groups of 128 rows, then the k best groups.
     """
     groups, width = scores.shape[0] // WIDE, scores.shape[1]
     if groups <= 2 * k:

@@ -23,7 +23,13 @@ def page() -> Page:
         parts=_parts,
         chance=chance,
         breakdowns=breakdowns,
+        about=_about,
     )
+
+
+def _about(rows: Sequence[ReadableRow]) -> str:
+    without = sum(not row["media"] for row in rows)
+    return f"{len(rows)} questions, {without} of them without media" if without else f"{len(rows)} questions"
 
 
 def breakdowns(scores: Scores) -> list[Breakdown]:

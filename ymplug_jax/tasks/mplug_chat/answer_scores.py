@@ -24,9 +24,12 @@ def known() -> tuple[Score, ...]:
     base = (*(Score(name, LABELS.get(name, name), "", "%", 100) for name in VERDICTS), *scores.captions())
     made = list(base)
     for end in (MEDIA, BLACK, OTHER):
-        made += [score._replace(name=f"{score.name}/{end}", group=GROUPS[end]) for score in base]
+        better = True if end == MEDIA else None
+        made += [
+            score._replace(name=f"{score.name}/{end}", group=GROUPS[end], higher_is_better=better) for score in base
+        ]
     for name, end in (("exact", MAJORITY), ("choice", MAJORITY), ("choice", UNIFORM)):
-        made.append(Score(f"{name}/{end}", name, GROUPS[end], "%", 100))
+        made.append(Score(f"{name}/{end}", name, GROUPS[end], "%", 100, None))
     return tuple(made)
 
 

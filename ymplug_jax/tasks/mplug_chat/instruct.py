@@ -23,6 +23,7 @@ from ymplug_jax.tasks.mplug_chat.packed_rows import Piece
 from ymplug_jax.tasks.options import build, option
 from ymplug_jax.tasks.task import Batch, Example, Task
 
+ANSWERS = ("chat",)
 SCORES = (*answer_scores.known(), *passes.SCORES)
 
 
@@ -84,6 +85,8 @@ def make(experiment: Experiment) -> Task:
         kinds=("instruct",),
         example=example,
         measure=measure,
+        room=shape.room,
+        chats=True,
         predict=predict,
         asked_spec=answering.spec(shape.length, options.choices, options.choice_tokens),
         views=lambda records: answering.views(

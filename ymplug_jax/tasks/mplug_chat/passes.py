@@ -1,28 +1,27 @@
 """Code shared by the tasks of the chat model: making and checking the model, forward passes and the loss of packed rows."""
 
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from ymplug_jax.core.config import Data, Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
+from ymplug_jax.data import schema
+from ymplug_jax.data.source import folders_of
 from ymplug_jax.data.text import Tokenizer
 from ymplug_jax.models import language_models, mplug_chat
 from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.tasks.common import losses, preprocess, scores
 from ymplug_jax.tasks.common.passes import within
 from ymplug_jax.tasks.mplug_chat.packed_rows import Shape
-from ymplug_jax.tasks.presentation import Score
 from ymplug_jax.tasks.task import Batch, Task, build
 
-SCORES = (
-    *scores.losses("loss"),
-    *scores.shares("token_accuracy", "padding"),
-    Score("packed_rows", "conversations per row"),
-)
+SCORES = (*scores.losses("loss"), *scores.shares("token_accuracy"))
 # Start and end token of the released decoders, by kind and rows of the embedding table: a text that begins with another id, or never
 # ends, is not what they were trained on.
 MARKS = {
@@ -47,6 +46,8 @@ def model_of(experiment: Experiment, *, images: int, videos: int) -> tuple[MPLUG
     model: MPLUGChat = build(MPLUGChat, experiment.model)
     shape = Shape(data.max_tokens, model.abstractor.slots, images, videos, data.frames, data.image_size)
     _check_model(model, data, shape)
+    if videos:
+        _check_stored(data)
     tokenizer = preprocess.tokenizer_for(data, model.llm.vocab)
     if tokenizer is not None:
         _check_marks(model, data, tokenizer)
@@ -87,6 +88,25 @@ def _check_model(model: MPLUGChat, data: Data, shape: Shape) -> None:
             f"config.data.max_tokens: {data.max_tokens} cannot hold the {shape.slots} slots of an image or clip (config.model.abstractor.queries "
             f"+ 1) and an answer; give {least} or more"
         )
+
+
+def _check_stored(data: Data) -> None:
+    """Check that the shards hold as many frames of a clip as the run shows, as far as their manifests say.
+
+    Raises:
+      Mistake: They hold fewer, so that every clip would repeat some.
+    """
+    for folder in folders_of(data.path) if data.path else ():
+        try:
+            manifest = json.loads((epath.Path(folder) / schema.MANIFEST).read_text(encoding="utf-8"))
+            stored = int(manifest["frames"]["per_clip"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # predictions need no shards; the record reader reports a damaged manifest
+        if stored < data.frames:
+            raise Mistake(
+                f"config.data.frames: {data.frames}, but {folder} holds {stored} frames per clip; lower it, or build the shards with "
+                f"--num_frames={data.frames}"
+            )
 
 
 def _check_marks(model: MPLUGChat, data: Data, tokenizer: Tokenizer) -> None:
@@ -147,7 +167,7 @@ def hidden_of(run: MPLUGChat, batch: Batch, *, deterministic: bool = True) -> ja
 def loss_of(
     model: MPLUGChat, params: Params, batch: Batch, key: jax.Array | None, *, keep_logits: bool
 ) -> tuple[jax.Array, Metrics]:
-    """Mean cross-entropy of the targets of the global batch, 0 without any, and the metrics of packed rows.
+    """Mean cross-entropy of the targets of the global batch, 0 without any, and the metrics.
 
     Args:
       model: The model.
@@ -168,15 +188,19 @@ def loss_of(
     targets = batch["answer"][:, 1:].astype(bool) & inside
     total, count, right = losses.words_of(logits, hidden, batch["ids"][:, 1:], targets, keep_logits=keep_logits)
     loss = Mean(total, count)
+    metrics = {"loss": loss, "token_accuracy": Mean(right, count)}
+    if key is not None:  # in evaluation every row holds one conversation
+        metrics |= _packing(segments, valid)
+    return losses.ratio(loss), metrics
+
+
+def _packing(segments: jax.Array, valid: jax.Array) -> Metrics:
+    """Conversations per row, and share of the positions that the model reads without a token: int32[B, L + 1], bool[B]."""
     read = segments[:, :-1]
     rows = jnp.sum(valid, dtype=jnp.float32)
     empty = jnp.sum((read == 0) & valid[:, None], dtype=jnp.float32)
-    return losses.ratio(loss), {
-        "loss": loss,
-        "token_accuracy": Mean(right, count),
-        "padding": Mean(empty, rows * read.shape[1]),
-        "packed_rows": Mean(jnp.sum(jnp.where(valid, jnp.max(segments, axis=1), 0), dtype=jnp.float32), rows),
-    }
+    held = jnp.sum(jnp.where(valid, jnp.max(segments, axis=1), 0), dtype=jnp.float32)
+    return {"padding": Mean(empty, rows * read.shape[1]), "packed_rows": Mean(held, rows)}
 
 
 def task_of(model: MPLUGChat, experiment: Experiment, shape: Shape, **own: Any) -> Task:
@@ -188,10 +212,9 @@ def task_of(model: MPLUGChat, experiment: Experiment, shape: Shape, **own: Any) 
         "frozen": mplug_chat.PARTITIONS["adapters_abstractor_lora" if has_adapters else "adapters_abstractor"],
         "init": lambda key: mplug_chat.init(model, key),
         "spec": shape.spec,
-        "room": shape.room,
         "loss": lambda params, batch, key: loss_of(model, params, batch, key, keep_logits=keep),
         "resize": mplug_chat.RESIZE,
-        "fresh": mplug_chat.TEMPORAL,
+        "fresh": mplug_chat.FRESH,
         "scores": SCORES,
     }
     return Task(**(fields | own))

@@ -26,7 +26,8 @@ SCORES = passes.SCORES
 class Options:
     """How titles are packed."""
 
-    # Clips that a row of `config.data.max_tokens` tokens holds at most. Every row takes the memory and time of all of them.
+    # Clips that a row of `config.data.max_tokens` tokens holds at most. Every row takes the memory and time of all of them. 1: rows are
+    # not packed, so the titles need not be measured before the first step.
     videos_per_row: int = option(24, least=1)
 
 
@@ -43,11 +44,13 @@ def make(experiment: Experiment) -> Task:
     def measure(record: Record) -> Size:
         return packed_rows.size_of(tokens_of(record), shape.slots)
 
-    def example(records: Sequence[Record], rng: np.random.Generator | None) -> Example:
+    def example(given: Sequence[Record] | Record, rng: np.random.Generator | None) -> Example:
+        records = [given] if isinstance(given, Record) else given
         pieces = [
             Piece(record.media_id, tokens_of(record), [Medium(False, record.media_id, record.frames)])
             for record in records
         ]
         return packed_rows.packed(pieces, shape, preprocess.given(tokenizer).pad)
 
-    return passes.task_of(model, experiment, shape, kinds=TITLED, example=example, measure=measure)
+    packing = {"measure": measure, "room": shape.room} if options.videos_per_row > 1 else {}
+    return passes.task_of(model, experiment, shape, kinds=TITLED, example=example, **packing)

@@ -5,8 +5,7 @@ Evaluation asks for the last answer of each conversation; what stands before it 
 
 import functools
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,7 @@ from ymplug_jax.tasks.common import open_answers
 BLACK, OTHER = "black", "other"  # the controls
 CONTROLS = {BLACK: "black frames", OTHER: "another clip"}
 WITHOUT_KIND = "other"  # kind of a record without a task type
-_MEDIA = "|".join(map(re.escape, conversation.PLACEHOLDERS))
-_DELIMITER = re.compile(rf"({_MEDIA}|{conversation.HUMAN}|^{conversation.AI})", re.MULTILINE)
+DELIMITERS = (conversation.HUMAN, conversation.AI, *conversation.PLACEHOLDERS)
 
 
 class Asked(NamedTuple):
@@ -49,10 +47,10 @@ class Question(NamedTuple):
 
 def last_answer(text: str) -> Asked | None:
     """Find the last answer of a conversation that is not empty; None if there is none. What follows it is left out."""
-    pieces = [piece for piece in _DELIMITER.split(text) if piece]
+    pieces = conversation.pieces(text)
     for place in range(len(pieces) - 2, -1, -1):
         answer = pieces[place + 1]
-        if pieces[place] == conversation.AI and not _DELIMITER.fullmatch(answer) and answer.strip():
+        if pieces[place] == conversation.AI and answer not in DELIMITERS and answer.strip():
             start = max((i for i in range(place) if pieces[i] == conversation.HUMAN), default=-1) + 1
             words = [piece for piece in pieces[start:place] if piece not in conversation.PLACEHOLDERS]
             question = " ".join("".join(words).removeprefix(conversation.HUMAN.lstrip()).split())
@@ -107,7 +105,7 @@ class Questions:
         for place, content in enumerate(media):
             self.places.setdefault(content, (index, place))
         names = tuple(medium.name for medium in record.media)
-        asked, options = last_answer(record.text), tuple(_written(record.options).values())
+        asked, options = last_answer(record.text), tuple(open_answers.distinct(record.options))
         return Question(asked, kind_of(record.task_type), media, names, options, bool(options))
 
     def _closed(self, most: int, fits: Callable[[str], bool]) -> dict[str, tuple[str, ...]]:
@@ -115,7 +113,7 @@ class Questions:
         for question in self.questions:
             if question and question.asked and not question.given:
                 answers.setdefault(question.kind, []).append(question.asked.answer)
-        closed = {kind: sorted(_written(texts).values()) for kind, texts in answers.items()}
+        closed = {kind: sorted(open_answers.distinct(texts)) for kind, texts in answers.items()}
         return {
             kind: tuple(texts) for kind, texts in closed.items() if 2 <= len(texts) <= most and all(map(fits, texts))
         }
@@ -126,14 +124,6 @@ class Questions:
     def __getitem__(self, index: int) -> Record:
         record, question = self._records[index], self.questions[index]
         return record if question is None else record._replace(options=question.options)
-
-
-def _written(texts: Iterable[str]) -> dict[str, str]:
-    """Normal form -> text as it is first written."""
-    found: dict[str, str] = {}
-    for text in texts:
-        found.setdefault(open_answers.normal(text), text)
-    return found
 
 
 class Changed:

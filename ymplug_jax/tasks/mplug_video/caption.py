@@ -1,6 +1,6 @@
 """Video captioning: train through the frozen decoder on captions, then generate captions by search.
 
-Beam search and metrics follow the reference, see `decode.beam`, `caption_metrics` and docs/models/mplug_video.md, "Captioning".
+Beam search and metrics follow the reference, see `decode_beam.beam`, `caption_metrics` and docs/models/mplug_video.md, "Captioning".
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record, Split
 from ymplug_jax.data.text import clean_caption, clean_text
-from ymplug_jax.models import decode
+from ymplug_jax.models import decode, decode_beam
+from ymplug_jax.models.decode_sampling import Rules
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.tasks.common import caption_metrics, example_pages, losses, preprocess, scores, task_metrics
 from ymplug_jax.tasks.common.passes import within
@@ -181,13 +182,12 @@ def generate(
     if options.search in ("beam", "beam_by_length"):
         reference = options.search == "beam"
         # The reference's row starts with the padded prompt; generated tokens overwrite its padding.
-        return decode.beam(
+        return decode_beam.beam(
             model.llm, lm, *prompt, beams=options.beams, eos=eos, visual=prefix.shape[1],
             new_tokens=width - 1 if reference else options.new_tokens, row_length=width if reference else 0,
         ).ids  # fmt: skip
     if options.search == "greedy":
         return decode.greedy(model.llm, lm, *prompt, new_tokens=options.new_tokens, eos=eos).ids
-    return decode.sample(
-        model.llm, lm, *prompt, keys, new_tokens=options.new_tokens, eos=eos,
-        top_k=options.top_k, top_p=options.top_p, temperature=options.temperature,
-    ).ids  # fmt: skip
+    top_p = 1.0 if options.top_k else options.top_p or 1.0
+    rules = Rules(temperature=options.temperature, top_k=options.top_k, top_p=top_p)
+    return decode.generate(model.llm, lm, *prompt, rules, keys, new_tokens=options.new_tokens, eos=eos).ids
