@@ -45,6 +45,7 @@ def run_of(path: Path, loss=None, score=None, **more) -> Run:
         "rescore": None,
         "kept": (),
         "views": None,
+        "measure": None,
         "score": score or (lambda rows, records: Report({"sum": float(sum(row["y"] for row in rows))}, [])),
         "scores": (),
         "page": Page(),
@@ -109,6 +110,42 @@ def test_all_examples_count_once(folder: Path, tmp_path: Path, monkeypatch) -> N
     assert (scores["examples"], scores["loss"], scores["sum"]) == (1, 0, 0)
     with pytest.raises(exits.Mistake, match=r"^--examples: -1 is negative; give 1 or more, or 0 for the whole split$"):
         scores_of(run_of(folder), tmp_path, monkeypatch, examples=-1)
+
+
+def test_predictions_of_controls_reach_the_score_beside_those_of_their_example(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The control shows record 9 - i in place of record i; views are made once, and losses come from the split itself."""
+    made = []
+
+    class Backwards:
+        path, split, kind = str(folder), "validation", "pretrain"
+
+        def __init__(self, records):
+            self.records = records
+
+        def __len__(self):
+            return len(self.records)
+
+        def __getitem__(self, i):
+            return self.records[9 - i]
+
+    def views(records):
+        made.append(records)
+        return {"": records, "backwards": Backwards(records)}
+
+    def score(rows, records):
+        assert [int(row["index"]) for row in rows] == list(range(len(rows)))
+        return Report({f"row{i}": [float(row["y"]), float(row["y/backwards"])] for i, row in enumerate(rows)}, [])
+
+    run = run_of(folder, score=score, views=views)
+    scores = scores_of(run, tmp_path, monkeypatch, examples=6)
+    assert [scores[f"row{i}"] for i in range(6)] == [[i, 9 - i] for i in range(6)] and scores["loss"] == 2.5
+    scorer, records = evaluate.Scorer(run), Records(str(folder), "validation")
+    made.clear()
+    for _ in range(2):
+        scorer.score(records, {"w": jnp.float32(1)}, {}, 0, 1)
+    assert made == [records]
 
 
 def test_a_loss_that_is_not_finite_names_its_batch(folder: Path, tmp_path: Path, monkeypatch) -> None:
