@@ -45,6 +45,7 @@ def run_of(path: Path, loss=None, score=None, **more) -> Run:
         "rescore": None,
         "kept": (),
         "views": None,
+        "measure": None,
         "score": score or (lambda rows, records: Report({"sum": float(sum(row["y"] for row in rows))}, [])),
         "scores": (),
         "page": Page(),
