@@ -53,13 +53,13 @@ def test_entities_of_another_prompter_are_rejected(tmp_path: Path, monkeypatch: 
         (tmp_path / folder / "weights").write_text(weights)
     monkeypatch.setattr(checkpoint_files, "fingerprint", lambda folder: (Path(folder) / "weights").read_text())
     table = np.arange(6, dtype=np.float32).reshape(3, 2)
-    model = types.SimpleNamespace(entities=3, contrastive_width=2)
+    model = types.SimpleNamespace(entities=3, contrastive_width=2, stills=False)
 
     def load(prompter: str, **more: object) -> np.ndarray:
         np.savez(tmp_path / "index.npz", entity_features=table, **more)
         train = config.Train(init_from=f"prompter:={tmp_path / prompter}")
         settings = config.Experiment("alpro_pretrain", {}, train=train)
-        return pretrain.teacher_entities(settings, str(tmp_path / "index.npz"), model)
+        return pretrain.teacher_entities(settings, str(tmp_path / "index.npz"), model)["entities"]
 
     origin = {"fingerprint": "a" * 64, "step": 5, "task": "alpro_prompter", "frames": 4}
     np.testing.assert_array_equal(load("mine", **origin), table)
