@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import answering
+import chats
 import ymplug_jax
 from configs.tiny import caption as caption_config
 from ymplug_jax import api, predict
@@ -36,6 +37,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in ("classify", "caption", "retrieve"):
         data = answering.train(home, task, f"runs/{task}", data)
     answering.draw_videos(home, *CLIPS)
+    chats.run_folder(home).rename(home / "runs" / "instruct")
+    chats.picture(home / "clips" / "poster.png", 200)
     (home / "clips" / "broken.mp4").write_bytes(b"")
     convert(home / "converted" / "youku", tiny().to_dict())
     return home
@@ -136,7 +139,9 @@ def test_mistakes_are_one_line_with_the_name() -> None:
         refused("^paths: .*: not the path of a file", model.caption, [path])
     refused("^paths: .* is a single value; give a list", model.caption, PurePath(CLIPS[0]))
     assert model.caption([os.fsencode(CLIPS[0])]) == model.caption(CLIPS[:1])
-    refused("^needs='search': unknown; give one of caption, classify, retrieve", ymplug_jax.load, ".", needs="search")
+    refused(
+        "^needs='search': unknown; give one of caption, classify, retrieve, chat", ymplug_jax.load, ".", needs="search"
+    )
     refused("^texts: ' ': nothing is left", ymplug_jax.load("runs/retrieve").embed_texts, ["红色", " "])
     refused(
         "runs/caption is a run of task 'caption'; classify needs a run of task",
@@ -151,7 +156,7 @@ def test_mistakes_are_one_line_with_the_name() -> None:
         config="x.py",
     )
     refused("^nowhere: no such folder; give the --workdir of a run", ymplug_jax.load, "nowhere")
-    refused("^runs: no config.json here, but runs caption, classify, retrieve", ymplug_jax.load, "runs")
+    refused("^runs: no config.json here, but runs caption, classify, instruct, retrieve", ymplug_jax.load, "runs")
 
 
 def test_the_best_step_is_a_run_of_its_own() -> None:

@@ -159,7 +159,7 @@ def test_a_task_lists_its_scores(name: str, data: Data) -> None:
     found = [*means, *(key for key, value in report.scores.items() if isinstance(value, float))]
     assert found == [score.name for score in task.scores]
     assert set(task.scores) <= set(names.scores_of(name))
-    commands = {*task.describe, *(["retrieve"] if task.embeds else [])}
+    commands = {*task.describe, *(["retrieve"] if task.embeds else []), *(["chat"] if task.chats else [])}
     assert commands == set(getattr(names.module_of(name), "ANSWERS", ()))
     assert len(task.page.line(report.rows[0])) == len(task.page.columns) > 0
     with pytest.raises(exits.Mistake, match=r"unknown score 'los'; did you mean 'loss'\?"):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ymplug_jax.core.exits import Mistake, PlaceFailed
 from ymplug_jax.core.state import Params
@@ -128,7 +129,12 @@ class ChatModel:
 
     def begin(self, context: int, new_tokens: int) -> Stream:
         """An empty stream of one row, with room for `context` tokens and the padding of the last chunk."""
-        return self._begin(self._params, 1, context + CHUNKS[-1], new_tokens)
+        with self._predictor.tracing():
+            stream = self._begin(self._params, 1, context + CHUNKS[-1], new_tokens)
+        # Placed like the parameters, as the programs return it: otherwise each of them would be compiled twice.
+        place = jax.tree.leaves(self._params)[0].sharding
+        assert isinstance(place, NamedSharding)
+        return jax.device_put(stream, NamedSharding(place.mesh, PartitionSpec()))
 
     def read_text(self, stream: Stream, at: int, ids: list[int]) -> Stream:
         """Read the first tokens of a text, at most a chunk, see `chunk`; `stream` is used up."""

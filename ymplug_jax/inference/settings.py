@@ -165,7 +165,8 @@ def _of_chat(folder: epath.Path, record: Mapping[str, Any], tokenizer: str, need
         tokenizer=str(own),
     )  # fmt: skip
     train = config.Train(init_from=str(folder))
-    experiment = options.completed(Experiment(task=task, model=model, data=data, train=train))
+    optim = config.Optim(warmup="0 steps")  # of a run that is never trained
+    experiment = options.completed(Experiment(task=task, model=model, data=data, optim=optim, train=train))
     return Source(folder, experiment, own, None, converted=True, whole_lines=chat["whole_lines"])
 
 
