@@ -61,7 +61,7 @@ def test_abstract_and_held_trees_agree() -> None:
         assert wanted.sharding.is_equivalent_to(made.sharding, made.ndim)
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(1, {}), (8, {"fsdp": 2, "tensor": 2})])
+@pytest.mark.parametrize(("devices", "mesh"), [(8, {"fsdp": 2, "tensor": 2})])
 def test_matrices_quantised_while_they_are_read_equal_those_held(
     devices: int, mesh: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

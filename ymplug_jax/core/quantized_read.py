@@ -22,7 +22,7 @@ from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.quantize import Quantized
 from ymplug_jax.core.verified_read import Damaged, call
 
-SLICE = 64 * 2**20  # bytes of a slice in float32, its widest form
+SLICE = 16 * 2**20  # bytes of a slice in float32, its widest form
 Leaf = jax.Array | Quantized
 Stored = tensorstore.TensorStore | np.ndarray
 
@@ -76,7 +76,7 @@ def leaves(
     host = {path: leaf for path, leaf in wanted.items() if leaf.sharding is None}
     rest = {path: leaf for path, leaf in wanted.items() if path not in host}
     entire = {path: leaf for path, leaf in rest.items() if path in unsliced}
-    found = {path: to_host(place, path, leaf, (sums or {}).get(path)) for path, leaf in host.items()}
+    found: dict[str, Any] = {p: to_host(place, p, leaf, (sums or {}).get(p)) for p, leaf in host.items()}
     found |= read(place, {p: leaf for p, leaf in rest.items() if p not in entire}, sums)
     if entire:
         found |= state_lib.flatten(verified_read.read(place, state_lib.unflatten(entire), sums, dtypes))
@@ -137,9 +137,11 @@ def _slices(stored: Stored, leaf: Leaf, rows: int) -> Iterator[tuple[int, jax.Ar
         return
     place, shape = leaf.sharding, (rows, *leaf.shape[1:])
     where = place.addressable_devices_indices_map(shape)
-    columns = {_key(index[1:]): index[1:] for index in where.values()}
+    indices = {device: tuple(index or ()) for device, index in where.items()}  # one slice for each axis
+    columns = {_key(index[1:]): index[1:] for index in indices.values()}
     # A chunk on the disk is decoded whole, so it is read once and cut into slices.
-    chunk = stored.chunk_layout.read_chunk.shape[0] if isinstance(stored, tensorstore.TensorStore) else rows
+    layout = stored.chunk_layout.read_chunk.shape if isinstance(stored, tensorstore.TensorStore) else None
+    chunk = (layout[0] or rows) if layout else rows
     many = rows * max(1, -(-chunk // rows)) if chunk > rows else rows
 
     def begun(first: int) -> dict[Any, Callable[[], np.ndarray]]:
@@ -154,7 +156,7 @@ def _slices(stored: Stored, leaf: Leaf, rows: int) -> Iterator[tuple[int, jax.Ar
         for first in range(0, min(many, leaf.shape[0] - block), rows):
             arrays = [
                 jax.device_put(values[_key(rest)][first + (height.start or 0) : first + (height.stop or rows)], device)
-                for device, (height, *rest) in where.items()
+                for device, (height, *rest) in indices.items()
             ]
             yield block + first, jax.make_array_from_single_device_arrays(shape, place, arrays)
             del arrays
@@ -195,8 +197,10 @@ def _put(
             made: list[jax.Array] = jax.tree.leaves(quantize.quantized(quantize.bfloat16_values(value), over))
         else:
             made = [value.astype(arrays[0].dtype)]
-        start = [(first, *(0,) * (part.ndim - 1))[: part.ndim] for part in made]
-        new = [jax.lax.dynamic_update_slice(*given) for given in zip(arrays, made, start, strict=True)]
+        new = []
+        for array, part in zip(arrays, made, strict=True):
+            start: list[jax.Array | int] = [first, *[0] * (part.ndim - 1)]
+            new.append(jax.lax.dynamic_update_slice(array, part, start[: part.ndim]))
         return new, sums
 
     return put
