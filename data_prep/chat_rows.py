@@ -24,6 +24,8 @@ FIRST = ("它先怎样移动？", "图形一开始在做什么？", "画面里�
 THEN = ("它后来怎样移动？", "图形最后在做什么？", "画面里的图形接着朝哪个方向走？")
 NUMBER = ("画面上写的数字是几？", "视频里出现了哪个数字？", "图中的数字是多少？")
 
+SCENE = ("视频里有什么？", "请描述这段视频。", "这段视频讲了什么？")
+
 
 class Question(NamedTuple):
     """A question about a clip: its kind, the ways to ask it and the only answer."""
@@ -44,6 +46,11 @@ def questions_of(clip: ChatClip, *, still: bool = False) -> list[Question]:
     if len(clip.motions) == 1:
         return [*asked, Question("motion", MOTION, clip.motions[0])]
     return [*asked, Question("order", FIRST, clip.motions[0]), Question("order", THEN, clip.motions[1])]
+
+
+def scene_of(clip: ChatClip) -> Question:
+    """The question for everything that a clip shows; its title is the answer."""
+    return Question("scene", SCENE, clip.title)
 
 
 def conversation_row(field: str, file: str, first: str, turns: list[tuple[str, Question]]) -> dict[str, object]:
@@ -67,19 +74,21 @@ def training_rows(clips: list[ChatClip], seed: int) -> list[dict[str, object]]:
     rng = np.random.default_rng((seed, 5))
     rows = []
     for i, clip in enumerate(clips):
-        rows.append(conversation_row("video", clip.file, "<|video|>", _turns(questions_of(clip), rng)))
+        asked = [*questions_of(clip), scene_of(clip)]
+        rows.append(conversation_row("video", clip.file, "<|video|>", _turns(asked, rng)))
         if i % IMAGE_EVERY == 0:
             turns = _turns(questions_of(clip, still=True), rng)
             rows.append(conversation_row("image", still_of(clip.file), "<image>", turns))
         if i % TEXT_EVERY == TEXT_EVERY // 2:
-            rows.append(conversation_row("", "", clip.title, _turns(questions_of(clip), rng)))
+            rows.append(conversation_row("", "", clip.title, _turns(asked, rng)))
     return rows
 
 
 def text_rows(clips: list[ChatClip], seed: int) -> list[dict[str, object]]:
     """A row of text of each clip, from which a decoder learns what questions ask for before it sees anything."""
     rng = np.random.default_rng((seed, 6))
-    return [conversation_row("", "", clip.title, _turns(questions_of(clip), rng)) for clip in clips]
+    asked = [[*questions_of(clip), scene_of(clip)] for clip in clips]
+    return [conversation_row("", "", clip.title, _turns(one, rng)) for clip, one in zip(clips, asked, strict=True)]
 
 
 def _turns(asked: list[Question], rng: np.random.Generator) -> list[tuple[str, Question]]:
@@ -99,9 +108,18 @@ def test_rows(clips: list[ChatClip]) -> list[dict[str, object]]:
     return rows
 
 
+def scene_rows(clips: list[ChatClip]) -> list[dict[str, object]]:
+    """Rows that ask for everything that a clip shows, one of each clip."""
+    phrasings = [SCENE[i % len(SCENE)] for i in range(len(clips))]
+    return [
+        conversation_row("video", clip.file, "<|video|>", [(phrasing, scene_of(clip))])
+        for clip, phrasing in zip(clips, phrasings, strict=True)
+    ]
+
+
 def texts_of(clips: list[ChatClip]) -> list[str]:
     """Texts for a tokenizer and a language model: all titles, and the lines of all questions and answers."""
-    asked = [question for clip in clips for question in questions_of(clip)]
+    asked = [question for clip in clips for question in (*questions_of(clip), scene_of(clip))]
     lines = {f"Human: {phrasing}" for question in asked for phrasing in question.phrasings}
     answers = {f"AI: {question.answer}" for question in asked}
     return [*sorted({clip.title for clip in clips}), *sorted(lines), *sorted(answers), INTRODUCTION]

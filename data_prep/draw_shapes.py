@@ -16,7 +16,7 @@ training. The test CSV contains every combination once, so that titles carry no 
 
 `--chat` adds clips of one or two motions in a row and of written numbers, with conversations about them (see the module
 `data_prep.chat_clips`): `chat_titles_{train,val}.csv`, `chat_texts.txt`, `instruct_{train,val}.jsonl`, `instruct_backwards.jsonl`
-(the moving clips of validation played backwards, with the answers that are then right) and `instruct_text_{train,val}.jsonl`
+(the moving clips of validation played backwards, with the answers that are then right), `instruct_scene.jsonl` (what a whole validation clip shows) and `instruct_text_{train,val}.jsonl`
 (titles in place of clips).
 """
 
@@ -45,7 +45,7 @@ CHAT_TRAIN_SHARE = 8  # so many training clips of the chat for one of validation
 MIN_CHAT = 80
 CHAT_TABLES = (
     *(f"chat_titles_{split}.csv" for split in ("train", "val")),
-    *(f"instruct_{name}.jsonl" for name in ("train", "val", "backwards", "text_train", "text_val")),
+    *(f"instruct_{name}.jsonl" for name in ("train", "val", "backwards", "scene", "text_train", "text_val")),
     "chat_texts.txt",
 )
 
@@ -92,6 +92,7 @@ def write_chat_tables(chat: Chat, seed: int, root: Path) -> None:
         ("train", chat_rows.training_rows(chat.train, seed)),
         ("val", chat_rows.test_rows(chat.val)),
         ("backwards", chat_rows.test_rows(chat.backwards)),
+        ("scene", chat_rows.scene_rows(chat.val)),
         ("text_train", chat_rows.text_rows(chat.train, seed)),
         ("text_val", chat_rows.text_rows(chat.val, seed)),
     ):

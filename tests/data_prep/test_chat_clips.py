@@ -144,7 +144,9 @@ def test_rows_of_training_are_a_mixture(corpus: Path):
             assert cv2.imread(str(corpus / row["image"][0])).shape == (SIZE, SIZE, 3)
     texts = set((corpus / "chat_texts.txt").read_text(encoding="utf-8").splitlines())
     assert titles <= texts and {f"AI: {answer}" for row in rows for _, answer in turns_of(row)} <= texts
-    assert {f"Human: {asked}" for row in rows_of(corpus, "val") for asked, _ in turns_of(row)} <= texts
+    scenes = rows_of(corpus, "scene")
+    assert [turns_of(row)[0][1] for row in scenes] == [clip.title for clip in chat_clips.plan("val", 10, 3)]
+    assert {f"Human: {asked}" for row in rows_of(corpus, "val") + scenes for asked, _ in turns_of(row)} <= texts
     assert all(
         row["task_type"] and row["prompt"] == chat_rows.INTRODUCTION for row in rows + rows_of(corpus, "text_train")
     )

@@ -70,7 +70,8 @@ def test_a_clip_conversion_fills_the_tower_but_for_its_temporal_parts() -> None:
 def test_packed_examples(tokenizer: str) -> None:
     task = task_lib.get(chat.experiment(tokenizer))
     example = task.example(
-        [TEXT, IMAGE, BOTH._replace(text="\n".join(BOTH.text.split("\n")[:2]), media=BOTH.media[:2])], None
+        [TEXT, IMAGE, BOTH._replace(text="\n".join(BOTH.text.split("\n")[:2]), media=BOTH.media[:2])],
+        np.random.default_rng(0),
     )
     assert {key: (value.shape, value.dtype) for key, value in example.items()} == {
         key: (leaf.shape, leaf.dtype) for key, leaf in task.spec.items()
@@ -217,7 +218,7 @@ def test_micro_batches_on_a_mesh_give_the_same_gradient(packed, tokenizer: str) 
     )  # the first moment of Adam is a tenth of the clipped gradient
     for path, leaf in state.flatten(now.opt_state[1].mu).items():
         expected = share * np.asarray(state.flatten(grads)[path])
-        np.testing.assert_allclose(leaf, expected, atol=2e-5 * max(1e-3, np.abs(expected).max()), err_msg=path)
+        np.testing.assert_allclose(leaf, expected, atol=1e-4 * max(1e-3, np.abs(expected).max()), err_msg=path)
     gathered = [one for one in hlo.collectives(step.as_text(), run.mesh.shape) if one.kind == "all-gather"]
     assert gathered, "the weights"
     shapes = " ".join(shape for one in gathered for shape in one.shapes)
