@@ -34,16 +34,16 @@ def test_steps_fit_together(tmp_path: Path, arm: str):
 
 
 def test_figures_come_from_the_evaluations(tmp_path: Path):
-    def write(split: str, scores: dict) -> None:
-        folder = tmp_path / "eval" / split
+    def write(run: str, scores: dict) -> None:
+        folder = tmp_path / f"{run}_lora" / "eval" / "validation"
         folder.mkdir(parents=True)
         (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
 
     views = {"exact": 0.95, "exact/majority": 0.25, "exact/black": 0.3, "exact/other": 0.2}
-    write("validation", {**views, "questions": 560, "kinds": {"motion": views}})
+    write("chat", {**views, "questions": 560, "kinds": {"motion": views}})
     write("backwards", {"kinds": {"motion": {"exact": 0.91}, "order": {"exact": 0.8}}})
     write("scene", views)
-    found = chat_toy.results(tmp_path)
+    found = chat_toy.results(tmp_path, "lora")
     assert found["all"] == {"right": 95.0, "majority": 25.0, "black": 30.0, "other": 20.0} == found["kinds"]["motion"]
     assert found["backwards"] == {"motion": 91.0, "order": 80.0} and found["questions"] == 560
 
