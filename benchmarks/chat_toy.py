@@ -108,8 +108,10 @@ def overfit_steps(out: Path, file: Path) -> list[Step]:
         texts.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     build = ["--config=instruct", f"--csv={file}", f"--video_root={file.parent}", f"--out={shards}", "--split=train"]
     language, run = out / "language", out / "overfit"
-    start, same = f"llm={language}", ("--config.model.llm.vocab=1024", "--config.options.images_per_row=0")
-    last = ("--config.data.eval_split=train", "--config.options.new_tokens=80")
+    start, last = f"llm={language}", ("--config.data.eval_split=train", "--config.options.new_tokens=80")
+    # A row holds one conversation: the introduction of the large model alone takes 100 tokens of a small tokenizer.
+    same = ("--config.data.max_tokens=192", "--config.options.videos_per_row=1", "--config.options.images_per_row=0")
+    same = (*same, "--config.model.llm.vocab=1024")
     wide = (*LANGUAGE, "--config.model.llm.vocab=1024", "--config.data.max_tokens=96")
     return [
         Step(["data_prep.train_tokenizer", f"--csv={texts}", f"--out={tokenizer}", "--vocab=1024"], tokenizer),
