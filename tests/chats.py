@@ -10,6 +10,7 @@ import tokenizers
 from ymplug_jax.core import checkpoint, config
 from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.core.state import merge, split
+from ymplug_jax.data.conversation import SYSTEM
 from ymplug_jax.models.bloom import Bloom
 from ymplug_jax.models.clip_vit import ClipViT
 from ymplug_jax.models.gpt3 import GPT3
@@ -23,21 +24,23 @@ from ymplug_jax.training import setup
 VOCAB, CONTEXT = 300, 384
 LMS = {
     "bloom": Bloom(vocab=VOCAB, width=32, depth=2, heads=4),
-    "gpt3": GPT3(vocab=VOCAB, width=32, depth=2, heads=4, max_positions=CONTEXT),
-    "qwen": Qwen(vocab=VOCAB, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=CONTEXT),
+    "gpt3": GPT3(vocab=VOCAB, width=32, depth=2, heads=4, max_positions=CONTEXT + 128),
+    "qwen": Qwen(vocab=VOCAB, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=CONTEXT + 128),
 }
 
 
-def tokenizer(file: Path) -> Path:
+def tokenizer(file: Path, vocab: int = VOCAB) -> Path:
     """A byte-level tokenizer like BLOOM's, with a few Chinese words; a character may take three tokens."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<unk>", "<s>", "</s>", "<pad>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab, special_tokens=["<unk>", "<s>", "</s>", "<pad>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet() if vocab > 260 else [],
     )  # fmt: skip
-    made.train_from_iterator(["视频里有一只猫在地上走。", "一个红色的圆形。", "Human: AI: "] * 3, trainer)
+    texts = ["视频里有什么？", SYSTEM, "\nHuman: ", "AI: "]
+    texts += ["视频里有一只猫在地上走。", "一个红色的圆形。"] if vocab > 260 else []
+    made.train_from_iterator(texts * 3, trainer)
     made.save(str(file))
     return file
 

@@ -58,6 +58,7 @@ def load(
     tokenizer: Name | None = None,
     classes: Name | None = None,
     needs: str = "",
+    int8: bool = False,
 ) -> "VideoModel":
     """Open a trained run, its best step, or a conversion.
 
@@ -74,6 +75,7 @@ def load(
       tokenizer: tokenizer file of the source model; default: `config.data.tokenizer` of the settings.
       classes: file of class names, one a line; default: `config.data.classes` of the settings, or the 45 categories.
       needs: "caption", "classify", "retrieve" or "chat" to refuse a folder whose task does not answer it.
+      int8: hold frozen matrices in eight bits, which halves their memory, see docs/models/language_models.md.
 
     Returns:
       The model. `model.methods` names what its task offers.
@@ -93,12 +95,13 @@ def load(
     if settings.is_conversion(place):
         given = config if config is None or isinstance(config, Mapping) else _plain(config)
         vocabulary, listed = ("" if file is None else os.fspath(file) for file in (tokenizer, classes))
-        return VideoModel(Predictor(settings.of_conversion(place, given, vocabulary, listed, needs)))
+        converted = settings.of_conversion(place, given, vocabulary, listed, needs)
+        return VideoModel(Predictor(settings.in_int8(converted) if int8 else converted))
     source = settings.of_run(place, needs)
     for name, value in (("config", config), ("tokenizer", tokenizer), ("classes", classes)):
         if value is not None:
             raise Mistake(f"{name}={value!s:.60}: {place} is a run and keeps its own; leave {name} out")
-    return VideoModel(Predictor(source))
+    return VideoModel(Predictor(settings.in_int8(source) if int8 else source))
 
 
 def _plain(config: "Name | ConfigDict") -> str | dict[str, Any]:

@@ -84,7 +84,7 @@ def _chat(args: argparse.Namespace) -> int:
     from ymplug_jax import api
     from ymplug_jax.inference import chat_command
 
-    model = api.load(args.checkpoint, tokenizer=args.tokenizer, needs="chat").chat_model()
+    model = api.load(args.checkpoint, tokenizer=args.tokenizer, needs="chat", int8=bool(args.int8)).chat_model()
     try:
         return chat_command.run(args, style, model)
     finally:

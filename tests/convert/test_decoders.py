@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -13,13 +12,10 @@ from test_sources import BLOOM, QWEN2, QWEN3, run
 
 import trees
 from benchmarks import torch_sources
-from ymplug_jax.convert import to_torch
 from ymplug_jax.convert.hub_config import HubConfig
 from ymplug_jax.convert.plan import map_of
-from ymplug_jax.convert.source_files import SourceError
-from ymplug_jax.convert.store import Store
-from ymplug_jax.core import config, state
-from ymplug_jax.models import language_model, language_models
+from ymplug_jax.core import config
+from ymplug_jax.models import language_models
 
 FULL = {
     "qwen2.5-1.5b": ("qwen2", 1_543_714_304, {
@@ -198,19 +194,3 @@ def test_a_run_goes_back_to_hugging_face(made: Path, tmp_path: Path, capsys: pyt
         assert torch.equal(loaded(ids).logits, original(ids).logits)
     run("--model", "qwen", "--source", tmp_path / "run", "--out", tmp_path / "back", "--to", "torch", code=2)
     assert "model.safetensors exists; remove it" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["gpt3", "qwen"])
-def test_adapters_without_a_layout_are_not_left_out(kind: str, tmp_path: Path) -> None:
-    size = {"gpt3": "tiny", "qwen": "qwen-tiny"}[kind]
-    model = language_models.SIZES[size].clone(lora_rank=2)
-    store = Store(tmp_path / "run", {})
-    params = {"llm": language_model.init(model, jax.random.key(0))}
-    leaves = {path: np.asarray(leaf) for path, leaf in state.flatten(params).items()}
-    for path, leaf in leaves.items():
-        store.write(path, None, leaf, leaf.shape)
-        store.wrote(path)
-    store.finish(sorted(leaves), {"model": kind, "sizes": {}})
-    with pytest.raises(SourceError, match=f"holds adapters .llm/blocks/lora/.*the layout of model {kind} cannot store"):
-        to_torch.to_torch(kind, tmp_path / "run", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

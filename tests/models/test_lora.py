@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ymplug_jax.core import quantize
-from ymplug_jax.models import language_model, language_models
+from ymplug_jax.models import language_model, language_models, lora
 from ymplug_jax.models.language_model import LanguageModel
 
 ALL = ("attn/.*", "mlp/.*")
@@ -68,6 +68,34 @@ def test_adapters_equal_merged_weights(kind: str, targets: tuple[str, ...]) -> N
     assert np.abs(with_adapters - expected).max() <= 1e-5 * np.abs(expected).max()
     without = {**params, "blocks": {k: v for k, v in params["blocks"].items() if k != "lora"}}
     assert np.abs(with_adapters - logits(plain, without, ids)).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_merging_is_exact_and_undone_bit_for_bit(kind: str) -> None:
+    """Merged weights are W + scale * A B, rounded once to the type of W; the others and the unmerged tree are untouched."""
+    params = filled(decoder(kind, lora_targets=ALL))
+    flat = flatten_dict(params, sep="/")
+    half = {path: leaf if "/lora/" in path else leaf.astype(jnp.bfloat16) for path, leaf in flat.items()}
+    for given, tolerance in ((flat, 1e-6), (half, 2**-8)):
+        whole, kept = lora.merge(unflatten_dict(given, sep="/"), 0.5)
+        found, expected = (flatten_dict(tree, sep="/") for tree in (whole, merged(unflatten_dict(given, sep="/"), 0.5)))
+        assert found.keys() == expected.keys()
+        for path, leaf in found.items():
+            assert leaf.dtype == given[path].dtype
+            np.testing.assert_allclose(
+                np.asarray(leaf, np.float32),
+                np.asarray(expected[path], np.float32),
+                rtol=tolerance,
+                atol=tolerance / 10,
+            )
+        back = flatten_dict(lora.unmerge(whole, kept), sep="/")
+        assert back.keys() == given.keys()
+        for path, leaf in back.items():
+            assert leaf.dtype == given[path].dtype
+            np.testing.assert_array_equal(leaf, given[path])
+    held = quantize.hold(params, language_models.axes_of(decoder(kind)))
+    with pytest.raises(ValueError, match="cannot be merged into int8 weights"):
+        lora.merge(held, 0.5)
 
 
 @pytest.mark.parametrize("kind", TINY)

@@ -4,6 +4,7 @@
     --model alpro         ALPRO: Youku-mPLUG's checkpoints, and Salesforce's release, prompter and QA model
     --model gpt3          ModelScope's nlp_gpt3_text-generation_*: all tensor-parallel pieces model/mp_rank_*_model_states.pt
     --model clip          CLIP, OpenAI's file or the Hugging Face layout: initialises the spatial part of the video encoder
+    --model clip_chat     the same files: initialises the vision tower of the chat model
     --model vit           ViT of timm: initialises the spatial part of the video encoder
     --model bloom         BLOOM and BLOOMZ in the Hugging Face layout, with or without LoRA adapters
     --model qwen          Qwen2, Qwen2.5 and Qwen3 (dense) in the Hugging Face layout; needs the model's config.json
@@ -26,7 +27,7 @@ from ymplug_jax.convert.plan import MODELS
 from ymplug_jax.core import checkpoint_files, exits
 
 EXTRA = ("torch", "safetensors")  # what the extra `convert` installs
-HEADS = ("llm", "vision", "text")
+HEADS = ("llm", "vision", "text", "abstractor")
 # With --to torch there is no journal: an interrupted conversion removes its files.
 STOPPED = {
     "orbax": "stopped; run the same command again to continue",
@@ -71,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     from ymplug_jax.convert.to_torch import to_torch
 
     if args.to == "torch":
-        for file in to_torch(args.model, args.source[0], args.out, args.layout):
+        for file in to_torch(args.model, args.source[0], args.out, args.layout, args.merge_lora):
             print(file)
         return 0
     if args.check:
@@ -129,9 +130,13 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
         nargs="*",
         metavar="NAME=N",
         default=[],
-        help="attention heads, for models of unknown size: llm=N vision=N text=N",
+        help="attention heads, for models of unknown size: llm=N vision=N text=N abstractor=N",
     )
-    parser.add_argument("--layout", help="with --to torch: naming scheme to write, e.g. openai; default: the source's")
+    parser.add_argument(
+        "--layout",
+        help="with --to torch: naming scheme to write, e.g. openai, or peft for the adapters; default: the source's",
+    )
+    parser.add_argument("--merge_lora", action="store_true", help="with --to torch: add the adapters to the weights")
     args = parser.parse_args(argv)
     if ":/" in str(args.out):  # pathlib turns gs:// into gs:/
         bucket = str(args.out).replace(":/", "://", 1)
@@ -144,6 +149,12 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{used[0]}: does not apply to --to torch; leave it out")
         if len(args.source) > 1:
             parser.error("--source: --to torch takes one folder; give that of a run or of a conversion")
+        if args.merge_lora and args.layout == "peft":
+            parser.error("--merge_lora: the layout peft holds adapters without weights; leave out one of the two")
+    elif args.merge_lora:
+        parser.error(
+            "--merge_lora: applies to --to torch only; an adapter of --lora is merged without it; leave it out"
+        )
     elif args.layout:
         parser.error(f"--layout {args.layout}: applies to --to torch only, a source's layout is detected; leave it out")
     if args.keep_lora and not args.lora:

@@ -3,12 +3,12 @@
 The model is described in `docs/models/language_models.md`, BLOOM and LoRA.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from ymplug_jax.convert import lora
 from ymplug_jax.convert.hub_config import HubConfig
 from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, heads_of, layers, need
 from ymplug_jax.convert.rules import Rule, heads_out, linear, low_rank, norm, under
@@ -38,19 +38,13 @@ TIED = (("lm_head.weight", "transformer.word_embeddings.weight"),)
 LAYOUTS = {"hugging_face": Layout(under("", "llm/", BLOOM), tied=TIED)}
 # The first released files have no "transformer." prefix, and PEFT adds its own prefixes.
 RENAME = (
-    (r"^base_model\.model\.", ""),
+    *lora.RENAME,
     (r"^language_model\.", ""),
     (r"^(?=word_embeddings|h\.\d|ln_f)", "transformer."),
-    (r"\.lora_([AB])\.default\.", r".lora_\1."),
 )
 FROZEN = (r"llm/(?!blocks/lora/).*",)
 MODEL_TYPES = ("bloom",)  # of config.json
-ADAPTED = {  # linear layer of a block -> path in `Bloom.lora_targets`
-    "self_attention.query_key_value": "attn/[qkv]",
-    "self_attention.dense": "attn/o",
-    "mlp.dense_h_to_4h": "mlp/up",
-    "mlp.dense_4h_to_h": "mlp/down",
-}
+ADAPTED = lora.FUSED_LAYERS
 HEADS = {1024: 16, 1536: 16, 2048: 16, 2560: 32, 4096: 32, 14336: 112}  # by width: 560m 1b1 1b7 3b 7b1 176b
 
 
@@ -61,7 +55,6 @@ def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], co
       UnknownModel: the tensors are not a BLOOM's, or they do not match config.json.
     """
     vocab, width = need(shapes, "transformer.word_embeddings.weight")
-    rank, targets = adapters_of(shapes)
     depth, known, eps = layers(shapes, r"transformer\.h\.(\d+)\."), HEADS, 1e-5
     if config:
         count = config.size("n_head", "num_attention_heads")
@@ -79,34 +72,8 @@ def bloom_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], co
         depth=depth,
         heads=heads_of("llm", width, known, heads),
         ln_eps=eps,
-        lora_rank=rank,
-        lora_targets=targets,
+        **lora.settings_of(shapes, r"transformer\.h\.\d+\.", ADAPTED),
     )
-
-
-def adapters_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, tuple[str, ...]]:
-    """Rank and targets of the adapters among the tensors; without any, rank 0 and the default targets.
-
-    Raises:
-      UnknownModel: the adapters belong to other layers or have several ranks.
-    """
-    found, ranks = [], set()
-    names = {name for name in shapes if ".lora_" in name}
-    for layer, target in ADAPTED.items():
-        pattern = re.compile(rf"transformer\.h\.\d+\.{re.escape(layer)}\.lora_([AB])\.weight")
-        own = {name: match[1] for name in names if (match := pattern.fullmatch(name))}
-        names -= own.keys()
-        ranks |= {shapes[name][0 if side == "A" else 1] for name, side in own.items()}
-        found += [target] if own else []
-    if names:
-        raise UnknownModel(
-            f"{min(names)}: adapters of this layer cannot be kept; merge the adapter with --lora DIR, without --keep_lora"
-        )
-    if len(ranks) > 1:
-        raise UnknownModel(
-            f"the adapters have several ranks, {sorted(ranks)}; merge them with --lora DIR, without --keep_lora"
-        )
-    return (ranks.pop(), tuple(found)) if ranks else (0, Bloom().lora_targets)
 
 
 def like_of(model: Bloom) -> dict:

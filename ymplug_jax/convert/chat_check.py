@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from ymplug_jax.convert.oracles import EAGER, Read
+from ymplug_jax.convert.oracles import EAGER, Read, filled, openai
+from ymplug_jax.models.clip_vit import EPS, ClipViT
 from ymplug_jax.models.mplug_chat import MPLUGChat
 
 FRAMES = 2
@@ -109,6 +110,29 @@ def _logits(read: Read, model: MPLUGChat, slots: torch.Tensor, ids: np.ndarray) 
     # Media vectors pass without the norm.
     setattr(llm.transformer, "word_embeddings_layernorm", torch.nn.Identity())  # noqa: B010  # another type
     return llm.eval()(inputs_embeds=torch.cat([slots, words], 1)).logits
+
+
+@torch.inference_mode()
+def clip_tower(read: Read, sizes: ClipViT, media: np.ndarray, layout: str) -> dict[str, np.ndarray]:
+    """States of Hugging Face's CLIPVisionModel with the epsilon of our tower, for media f32[M, 1, S, S, 3]."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=sizes.width,
+        intermediate_size=sizes.mlp,
+        num_hidden_layers=sizes.depth,
+        num_attention_heads=sizes.heads,
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        hidden_act="quick_gelu",
+        layer_norm_eps=EPS,
+        **EAGER,
+    )
+    model = transformers.CLIPVisionModel(config)
+    tower = getattr(model, "vision_model", model)
+    filled(tower, openai(read) if layout == "openai" else lambda name: read(f"vision_model.{name}"))
+    pixels = torch.from_numpy(media[:, 0].transpose(0, 3, 1, 2).copy())
+    states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[1:]
+    found = {f"block {i}": state.numpy() for i, state in enumerate(states)}
+    return found | {"norm": tower.post_layernorm(states[-1]).numpy()}
 
 
 def sides(model: MPLUGChat, read: Read, rng: np.random.Generator) -> tuple[Any, Any]:

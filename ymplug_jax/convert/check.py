@@ -20,6 +20,7 @@ from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
 from ymplug_jax.core import checkpoint, state
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
+from ymplug_jax.models.clip_vit import ClipViT
 from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.models.mplug_video import MPLUGVideo
@@ -64,6 +65,7 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
         "gpt3": _gpt3,
         "bert": _bert,
         "clip": _image_tower,
+        "clip_chat": _clip_chat,
         "vit": _image_tower,
         "mplug_video": _mplug_video,
         "alpro": _alpro,
@@ -237,6 +239,17 @@ def _mplug_video(opened: Opened, read: oracles.Read, rng: np.random.Generator) -
 
 def _mplug_chat(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
     return chat_check.sides(_module(opened, MPLUGChat), read, rng)
+
+
+def _clip_chat(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    model = _module(opened, ClipViT)
+    media = rng.normal(size=(2, 1, model.image_size, model.image_size, 3)).astype(np.float32)
+
+    def ours(params: dict) -> dict[str, np.ndarray]:
+        norm, kept = _applied(model, params["vision"], media)
+        return {name: value[:, 0] for name, value in (_blocks(kept, "") | {"norm": norm}).items()}
+
+    return lambda: chat_check.clip_tower(read, model, media, opened.plan.layout), ours
 
 
 def _alpro(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:

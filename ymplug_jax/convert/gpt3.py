@@ -9,9 +9,9 @@ from functools import partial
 
 import jax
 
-from ymplug_jax.convert import rules
+from ymplug_jax.convert import lora, rules
 from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, heads_of, layers, need
-from ymplug_jax.convert.rules import Rule, heads_out, linear, norm
+from ymplug_jax.convert.rules import Rule, heads_out, linear, low_rank, norm
 from ymplug_jax.models import language_model
 from ymplug_jax.models.gpt3 import GPT3 as Decoder
 
@@ -32,9 +32,18 @@ GPT3 = (
         "(n part h) -> n h",
         tuple(f"blocks/attn/{p}/bias" for p in "qkv"),
     ),
+    Rule(f"{_LAYER}.self_attention.query_key_value.lora_A.weight", "r d -> d r", ("blocks/lora/qkv/a",)),
+    Rule(
+        f"{_LAYER}.self_attention.query_key_value.lora_B.weight",
+        "(n part h) r -> r n h",
+        tuple(f"blocks/lora/qkv/{p}" for p in "qkv"),
+    ),
     *heads_out(f"{_LAYER}.self_attention.dense", "blocks/attn/o"),
     *linear(f"{_LAYER}.mlp.dense_h_to_4h", "blocks/mlp/up"),
     *linear(f"{_LAYER}.mlp.dense_4h_to_h", "blocks/mlp/down"),
+    *low_rank(f"{_LAYER}.self_attention.dense", "blocks/lora/o", "n h", "d"),
+    *low_rank(f"{_LAYER}.mlp.dense_h_to_4h", "blocks/lora/up", "d", "m"),
+    *low_rank(f"{_LAYER}.mlp.dense_4h_to_h", "blocks/lora/down", "m", "d"),
     *norm("language_model.encoder.final_layernorm", "norm"),
 )
 
@@ -51,7 +60,9 @@ MERGE = {
 }
 LLM_HEADS = {2048: 32, 2560: 32, 5120: 40}  # by width
 LAYOUTS = {"megatron": Layout(rules.under("", "llm/", GPT3))}
-FROZEN = ("llm/.*",)
+FROZEN = (r"llm/(?!blocks/lora/).*",)
+RENAME = lora.RENAME
+ADAPTED = lora.FUSED_LAYERS
 
 
 def llm_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[str, int]) -> Decoder:
@@ -71,6 +82,7 @@ def llm_of(shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: Mapping[st
         depth=layers(shapes, re.escape(prefix) + r"\.encoder\.layers\.(\d+)\."),
         heads=heads_of("llm", width, LLM_HEADS, heads),
         max_positions=need(shapes, f"{prefix}.embedding.position_embeddings.weight")[0],
+        **lora.settings_of(shapes, re.escape(prefix) + r"\.encoder\.layers\.\d+\.", ADAPTED),
     )
 
 

@@ -1,15 +1,13 @@
 """Opens the parameters of a stored checkpoint one by one and verifies their checksums."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorstore
 from etils import epath
 
-from ymplug_jax.core import checkpoint_files, exits, leaf_checksums
+from ymplug_jax.core import checkpoint_files, exits, leaf_checksums, leaf_store
 from ymplug_jax.core.verified_read import Damaged, stored_in
 
 BLOCK = 256 * 2**20  # bytes read at a time
@@ -24,16 +22,8 @@ def opened(place: epath.Path) -> dict[str, tensorstore.TensorStore]:
     """
     leaves = {}
     try:
-        driver = "zarr3" if json.loads((place / "_METADATA").read_text()).get("use_zarr3") else "zarr"
         for path in stored_in(place):
-            name = path.replace("/", ".")
-            base = str(place) if "://" in str(place) else f"file://{place}"
-            if (place / "manifest.ocdbt").exists():
-                kvstore: Any = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
-            else:
-                kvstore = f"{base}/{name}/"
-            context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
-            leaves[path] = tensorstore.open({"driver": driver, "kvstore": kvstore}, open=True, context=context).result()
+            leaves[path] = leaf_store.open_leaf(place, path)
     except (ValueError, AttributeError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise exits.Mistake(f"{place}: its parameters cannot be opened ({reason}); convert or copy it again") from None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 
 from ymplug_jax.convert import bloom
-from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, heads_of, layers, need
+from ymplug_jax.convert.plan import Layout, Plan, heads_of, layers, need
 from ymplug_jax.convert.rules import SAME, Rule, heads_in, heads_out, linear, norm, under
 from ymplug_jax.models import mplug_chat
 from ymplug_jax.models.clip_vit import ClipViT
@@ -67,20 +67,24 @@ TIED = tuple((f"language_model.{copy}", f"language_model.{original}") for copy, 
 LAYOUTS = {"release": Layout(WHOLE, tied=TIED)}
 FROZEN = mplug_chat.PARTITIONS["adapters_abstractor"]
 VISION_HEADS = {1024: 16}  # by width
-__all__ = ["FROZEN", "LAYOUTS", "RESIZE", "plan"]
+ABSTRACTOR_HEADS = {1024: 16}
+# What the image-only model lacks, and what its user is told.
+LACKS = (
+    r".*temporal.*",
+    "this is the image-only model; give the video model, or --allow_missing '.*temporal.*' for a run that starts with fresh temporal parts",
+)
+# The release was used with four frames and prompts that are tokenised line by line, see `data.conversation.for_answering`.
+CHAT = {"whole_lines": True, "frames": 4, "max_tokens": 2048}
+__all__ = ["CHAT", "FROZEN", "LAYOUTS", "RESIZE", "plan"]
 
 
 def model_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> MPLUGChat:
-    """The chat model of these tensors. The release doubles the cls token in clips, so the converted model does.
+    """The chat model of these tensors. The release doubles the cls token in clips, so a converted video model does.
 
     Raises:
       UnknownModel: they are none, or they do not belong together.
     """
     width, _, _, size = need(shapes, "vision_model.embeddings.patch_embed.weight")
-    if "vision_model.encoder.layers.0.temporal.ln.weight" not in shapes:
-        raise UnknownModel(
-            "the source has no vision_model.encoder.layers.0.temporal.*, so it is the image-only model; give the video model"
-        )
     vision = ClipViT(
         image_size=round((need(shapes, "vision_model.embeddings.position_embedding")[1] - 1) ** 0.5) * size,
         patch_size=size,
@@ -88,12 +92,12 @@ def model_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) ->
         width=width,
         heads=heads_of("vision", width, VISION_HEADS, heads),
         mlp=need(shapes, "vision_model.encoder.layers.0.mlp.fc1.weight")[0],
-        double_cls=True,
+        double_cls="vision_model.encoder.layers.0.temporal.ln.weight" in shapes,
     )
     pool = QueryAbstractor(
         queries=need(shapes, "query_tokens")[1],
         depth=layers(shapes, r"abstractor\.encoder\.layers\.(\d+)\."),
-        heads=heads.get("abstractor", vision.heads),  # equal in all released sizes
+        heads=heads_of("abstractor", width, ABSTRACTOR_HEADS, heads),
         mlp=need(shapes, "abstractor.encoder.layers.0.crossattention.output.mlp.w1.weight")[0],
     )
     inner = {name.removeprefix("language_model."): shape for name, shape in shapes.items()}

@@ -20,7 +20,7 @@ EAGER: dict[str, Any] = {
 }  # every config accepts it, but its type annotations do not say so
 
 
-def _filled(model: M, read: Read) -> M:
+def filled(model: M, read: Read) -> M:
     """The model in eval mode, with its parameters replaced by `read`."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -47,7 +47,7 @@ def bloom(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray) -> Outputs:
         layer_norm_epsilon=sizes.ln_eps,
         **EAGER,
     )
-    return _causal(_filled(transformers.BloomForCausalLM(config), read), ids, mask)
+    return _causal(filled(transformers.BloomForCausalLM(config), read), ids, mask)
 
 
 @torch.inference_mode()
@@ -60,7 +60,7 @@ def qwen(read: Read, config: Mapping[str, Any], ids: np.ndarray, mask: np.ndarra
     settings, model = classes[config["model_type"]]
     known = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
     made = settings.from_dict(known, **EAGER)
-    return _causal(_filled(model(made).float(), read), ids, mask)
+    return _causal(filled(model(made).float(), read), ids, mask)
 
 
 def _causal(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> Outputs:
@@ -107,7 +107,7 @@ def gpt3(read: Read, sizes: Any, embeds: np.ndarray, prefix: str = "language_mod
         value = fused(source) if there.endswith("query_key_value") else read(source)
         return value.T.contiguous() if value.ndim == 2 else value
 
-    model = _filled(transformers.GPT2Model(config), weight)
+    model = filled(transformers.GPT2Model(config), weight)
     hidden = model(inputs_embeds=torch.from_numpy(embeds), output_hidden_states=True).hidden_states
     table = read(f"{prefix}.embedding.word_embeddings.weight")
     return _states(hidden, "norm") | {"logits": (hidden[-1] @ table.T).numpy()}
@@ -126,7 +126,7 @@ def bert(read: Read, sizes: Any, ids: np.ndarray, mask: np.ndarray, depth: int) 
         type_vocab_size=sizes.types,
         **EAGER,
     )
-    model = _filled(transformers.BertForMaskedLM(config), read)
+    model = filled(transformers.BertForMaskedLM(config), read)
     out = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True)
     names = ["embeddings", *(f"block {i}" for i in range(depth))]
     states = {name: state.numpy() for name, state in zip(names, out.hidden_states, strict=True)}
@@ -151,7 +151,7 @@ def image_tower(read: Read, sizes: Any, video: np.ndarray, layout: str) -> Outpu
         **EAGER,
     }
     pixels = torch.from_numpy(video[:, 0].transpose(0, 3, 1, 2).copy())
-    clip = {"hugging_face": lambda name: read(f"vision_model.{name}"), "openai": _openai(read), "timm": _timm(read)}[
+    clip = {"hugging_face": lambda name: read(f"vision_model.{name}"), "openai": openai(read), "timm": _timm(read)}[
         layout
     ]
     model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**common))
@@ -159,7 +159,7 @@ def image_tower(read: Read, sizes: Any, video: np.ndarray, layout: str) -> Outpu
     if not sizes.clip:  # a bias at the patches and no norm before the blocks
         tower.pre_layrnorm = torch.nn.Identity()
         tower.embeddings.patch_embedding = torch.nn.Conv2d(3, sizes.width, sizes.patch_size, sizes.patch_size)
-    _filled(tower, clip)
+    filled(tower, clip)
     states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
     names = ["embeddings", *(f"block {i}" for i in range(sizes.depth))]
     outputs = {name: state.numpy() for name, state in zip(names, states, strict=True)}
@@ -169,7 +169,7 @@ def image_tower(read: Read, sizes: Any, video: np.ndarray, layout: str) -> Outpu
 _PARTS = ("q_proj", "k_proj", "v_proj")
 
 
-def _openai(read: Read) -> Read:
+def openai(read: Read) -> Read:
     """Read the tensors of CLIPVisionModel from OpenAI's names."""
 
     def one(name: str) -> torch.Tensor:
@@ -261,7 +261,7 @@ def pool(read: Read, heads: int, tokens: np.ndarray) -> Outputs:
     """Outputs of mPLUG-video's abstractor and connector, with torch's attention module; tokens f32[B, S, D]."""
     d = tokens.shape[-1]
     attention = torch.nn.MultiheadAttention(d, heads, add_bias_kv=True, batch_first=True)
-    _filled(attention, lambda name: read(f"attn_pool.attn.{name}"))
+    filled(attention, lambda name: read(f"attn_pool.attn.{name}"))
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return F.layer_norm(x, (x.shape[-1],), read(f"{name}.weight"), read(f"{name}.bias"), 1e-6)
@@ -316,7 +316,7 @@ def alpro(read: Read, sizes: Any, layout: str, video: np.ndarray, ids: np.ndarra
     )
     prefix = "" if layout == "salesforce_qa" else "bert."
     bert = transformers.BertModel(config, add_pooling_layer=False)
-    bert = _filled(bert, lambda name: read(f"text_encoder.{prefix}{name}"))
+    bert = filled(bert, lambda name: read(f"text_encoder.{prefix}{name}"))
 
     def through(x: torch.Tensor, seen: torch.Tensor, first: int, last: int) -> torch.Tensor:
         for layer in bert.encoder.layer[first:last]:

@@ -24,6 +24,8 @@ _BESIDE = (
         "hub_config",
         "lock",
         "chat_check",
+        "peft_layout",
+        "tokenizer_copy",
     ),
 )
 MODELS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _BESIDE)
@@ -58,6 +60,8 @@ def map_of(model: str) -> ModuleType:
     - `RENAME` and `MERGE`: see `Source`.
     - `RESIZE`: path -> function that resizes the parameter, see `load_params`.
     - `FROZEN`: regexes of the paths that `--dtype frozen=TYPE` casts.
+    - `LACKS`: (regex of tensors that a variant of the model lacks, what to do about it).
+    - `CHAT`: how `predict chat` uses the weights, which needs no other settings then; the conversion keeps their tokenizer.json.
     - `MODEL_TYPES`: values of model_type in config.json. `plan` then takes the HubConfig as third argument.
     - `config_of(settings)`: content of config.json for `--to torch`.
     """

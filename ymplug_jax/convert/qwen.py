@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
+from ymplug_jax.convert import lora
 from ymplug_jax.convert.hub_config import HubConfig
 from ymplug_jax.convert.plan import Layout, Plan, UnknownModel, layers, need
-from ymplug_jax.convert.rules import LINEAR, SAME, Rule, heads_in, under
+from ymplug_jax.convert.rules import LINEAR, SAME, Rule, heads_in, low_rank, under
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.models.language_model import init
 from ymplug_jax.models.qwen import Qwen
@@ -24,14 +25,26 @@ QWEN = (
     *(Rule(f"{_LAYER}.self_attn.{p}_norm.weight", SAME, (f"blocks/attn/{p}_norm/scale",)) for p in "qk"),
     Rule(f"{_LAYER}.self_attn.o_proj.weight", "d (n h) -> n h d", ("blocks/attn/o/kernel",)),
     *(Rule(f"{_LAYER}.mlp.{p}_proj.weight", LINEAR, (f"blocks/mlp/{p}/kernel",)) for p in ("gate", "up", "down")),
+    *(rule for p in "qkv" for rule in low_rank(f"{_LAYER}.self_attn.{p}_proj", f"blocks/lora/{p}", "d", "n h")),
+    *low_rank(f"{_LAYER}.self_attn.o_proj", "blocks/lora/o", "n h", "d"),
+    *low_rank(f"{_LAYER}.mlp.gate_proj", "blocks/lora/gate", "d", "m"),
+    *low_rank(f"{_LAYER}.mlp.up_proj", "blocks/lora/up", "d", "m"),
+    *low_rank(f"{_LAYER}.mlp.down_proj", "blocks/lora/down", "m", "d"),
     Rule("model.norm.weight", SAME, ("norm/scale",)),
     Rule("lm_head.weight", LINEAR, ("head/kernel",)),
 )
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 # Old files also hold the rotary frequencies.
 LAYOUTS = {"hugging_face": Layout(under("", "llm/", QWEN), drop=(r".*rotary_emb\.inv_freq",), tied=TIED)}
-RENAME = ((r"^(?=embed_tokens\.|layers\.\d|norm\.)", "model."),)  # files without the language-model head
-FROZEN = (r"llm/.*",)
+RENAME = (
+    *lora.RENAME,
+    (r"^(?=embed_tokens\.|layers\.\d|norm\.)", "model."),
+)  # files without the language-model head
+FROZEN = (r"llm/(?!blocks/lora/).*",)
+ADAPTED = {  # linear layer of a block -> path in `Qwen.lora_targets`
+    **{f"self_attn.{part}_proj": f"attn/{part}" for part in "qkvo"},
+    **{f"mlp.{part}_proj": f"mlp/{part}" for part in ("gate", "up", "down")},
+}
 MODEL_TYPES = ("qwen2", "qwen3")  # of config.json
 
 
@@ -74,6 +87,7 @@ def qwen_of(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int], con
         qk_norm=qk_norm,
         tied=bool(config.values.get("tie_word_embeddings", "lm_head.weight" not in shapes)),
         max_positions=config.size(limit) if config.values.get(limit) is not None else None,
+        **lora.settings_of(shapes, r"model\.layers\.\d+\.", ADAPTED),
     )
     config.agree(
         {

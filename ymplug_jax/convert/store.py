@@ -26,7 +26,7 @@ from flax.traverse_util import unflatten_dict
 from ymplug_jax.core import exits, leaf_checksums
 
 JOURNAL = "converted.jsonl"  # one line per written source tensor: its name and its contribution to the checksums
-CHUNK = 256 * 2**20  # largest chunk of a parameter without layers, in bytes
+CHUNK = 64 * 2**20  # largest chunk of a parameter without layers, in bytes
 
 
 class _Block(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 import ymplug_jax
-from ymplug_jax.convert import hub_config, lock, lora, rules
+from ymplug_jax.convert import hub_config, lock, lora, rules, tokenizer_copy
 from ymplug_jax.convert.plan import MODELS, Layout, Plan, UnknownModel, extra, map_of
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.store import Store
@@ -77,7 +77,7 @@ def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
         likely = [other for other in MODELS if other != model and _fits(other, files)]
         raise UnknownModel(f"{files[0]}: {error}" + (f"; try --model {likely[0]}" if likely else "")) from None
     if adapter and wish.keep_adapter and not isinstance(plan.model, tuple):
-        plan = plan._replace(model=plan.model.clone(lora_scale=adapter.scale))  # no tensor holds it
+        plan = plan._replace(model=lora.scaled(plan.model, adapter.scale))
     layout: Layout = module.LAYOUTS[plan.layout]
     return Opened(source, adapter, plan, layout, rules.expand(layout.rules, plan.like), config)
 
@@ -92,7 +92,7 @@ def _fits(model: str, files: list[Path]) -> bool:
     try:
         source = Source(files, extra(module, "MERGE"), extra(module, "RENAME", ()))
         config = hub_config.beside(source.files, module.MODEL_TYPES) if hasattr(module, "MODEL_TYPES") else None
-        shapes, heads = source.shapes(), {} if config else {"llm": 1, "vision": 1, "text": 1}
+        shapes, heads = source.shapes(), {} if config else dict.fromkeys(("llm", "vision", "text", "abstractor"), 1)
         plan = _planned(module, source, heads, config)
         return len(rules.expand(module.LAYOUTS[plan.layout].rules, plan.like).keys() & shapes.keys()) > len(shapes) // 4
     except (SourceError, UnknownModel, ValueError):
@@ -121,6 +121,9 @@ def to_orbax(model: str, files: list[Path], out: Path, wish: Wish) -> Path:
     table = compared(opened, wish)
     print(*opened.source.notes, table.text, sep="\n", file=sys.stderr)
     if table.bad:
+        pattern, hint = extra(map_of(model), "LACKS", ("", ""))
+        if table.missing and all(re.fullmatch(pattern, name) for name in table.missing):
+            raise SourceError(f"{files[0]}: lacks {_some(table.missing, 2)}: {hint}")
         raise SourceError(
             f"{files[0]}: does not fit model {model}: {table.bad}; give the right model, or allow the difference with "
             "--allow_missing or --allow_unexpected"
@@ -179,7 +182,10 @@ def _written(model: str, opened: Opened, table: "Table", resized: "Resized", out
             "dtype": dict(wish.dtype),
             "adapter": opened.adapter.config | {"kept": wish.keep_adapter} if opened.adapter else None,
             "config": dict(opened.config.values) if opened.config else None,
+            "chat": extra(map_of(model), "CHAT", None),
         }
+        if facts["chat"]:
+            print(tokenizer_copy.keep(source.files, out), file=sys.stderr)
     return store.finish(sorted(written), facts)
 
 

@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ymplug_jax.core import leaf_checksums, sharding, verified_read
+from ymplug_jax.core import leaf_checksums, quantize, quantized_read, sharding, verified_read
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.checkpoint_files import (
     FROZEN,
@@ -44,6 +44,8 @@ from ymplug_jax.core.checkpoint_files import (
 )
 from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.core.verified_read import Damaged, stored_in
+
+CHUNK = 32 * 2**20  # bytes of a chunk of a frozen leaf on the disk
 
 
 class Checkpoints:
@@ -77,8 +79,12 @@ class Checkpoints:
         """Return the newest complete step, or None for a new run."""
         return latest_step(str(self.workdir))
 
-    def save_frozen(self, frozen: state_lib.Params) -> None:
+    def save_frozen(self, frozen: state_lib.Params, abstract: state_lib.Params | None = None) -> None:
         """Write the frozen tree and read it back. Does nothing if the run has a step, since the tree is saved before it.
+
+        Args:
+          frozen: arrays on the devices or, where an int8 run will quantise them, in the host's memory.
+          abstract: the same tree of ShapeDtypeStructs with shardings; None: all arrays are on the devices.
 
         Raises:
           PlaceFailed: the tree cannot be written or read back.
@@ -94,9 +100,11 @@ class Checkpoints:
         self.frozen_sums = leaf_checksums.of_tree(flat)
         with self._whole_or_not(), ocp.StandardCheckpointer() as writer:
             # A tree left by a run that never reached its first save belongs to no step and is overwritten.
-            writer.save(folder, frozen, force=True)
+            # Small chunks, so that a part of a leaf can be read without the rest.
+            how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), frozen)
+            writer.save(folder, frozen, save_args=how, force=True)
             writer.wait_until_finished()
-        _must_read(folder, frozen, self.frozen_sums)
+        _must_read(folder, frozen if abstract is None else abstract, self.frozen_sums)
 
     def save(self, state: state_lib.TrainState, step: int, examples_seen: int) -> None:
         """Start saving the state after `step` steps; an existing step is not saved again.
@@ -108,7 +116,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():  # includes steps still being saved
             return
-        opt_state = _wrapped(state.opt_state)
+        opt_state = {"state": state.opt_state}
         trainable = state_lib.flatten(state.trainable)
         sums = {
             TRAINABLE: leaf_checksums.of_tree(trainable),
@@ -150,7 +158,7 @@ class Checkpoints:
             trainable = verified_read.read(folder / TRAINABLE, abstract.trainable, sums.get(TRAINABLE))
             return (
                 trainable,
-                verified_read.read(folder / OPT_STATE, _wrapped(abstract.opt_state), sums.get(OPT_STATE)),
+                verified_read.read(folder / OPT_STATE, {"state": abstract.opt_state}, sums.get(OPT_STATE)),
                 progress,
             )
 
@@ -203,7 +211,7 @@ class Checkpoints:
 
 
 def _must_read(folder: epath.Path, tree: Any, sums: Mapping[str, str]) -> None:
-    """Read back a saved tree in parts and compare its checksums.
+    """Read back a saved tree, of arrays or ShapeDtypeStructs, in parts and compare its checksums.
 
     Raises:
       PlaceFailed: the tree cannot be read, or differs from what was saved.
@@ -216,10 +224,6 @@ def _must_read(folder: epath.Path, tree: Any, sums: Mapping[str, str]) -> None:
         raise PlaceFailed(
             f"{folder}: saved, but cannot be read back ({error}); check the disk, or choose another --workdir"
         ) from None
-
-
-def _wrapped(opt_state: Any) -> dict:
-    return {"state": opt_state}
 
 
 def load_params(
@@ -236,7 +240,8 @@ def load_params(
 
     Args:
       workdir: folder of a run (its newest step is loaded) or of a conversion.
-      abstract: nested tree of ShapeDtypeStructs with shardings: the parameters to load.
+      abstract: nested tree of ShapeDtypeStructs with shardings: the parameters to load. Leaves of `quantize.abstract` are
+        quantised while they are read, see `quantized_read`.
       subtree: load only the paths below this name, e.g. "llm". All of them must be in the checkpoint.
       stored_as: name of that subtree in the checkpoint. None: the same name; "": the whole checkpoint.
       allow_missing: path regexes of parameters that the checkpoint may lack. Missing ones are left out of the result.
@@ -244,7 +249,7 @@ def load_params(
       values: False: compare names and shapes only, and return an empty dict.
 
     Returns:
-      {path: array}, with the dtypes and shardings of `abstract`.
+      {path: array}, with the dtypes and shardings of `abstract`. Leaves without a sharding are NumPy arrays.
 
     Raises:
       CheckpointError: the folder holds no checkpoint, or a wanted parameter is missing or has another shape.
@@ -320,6 +325,7 @@ def _load(
         return jax.ShapeDtypeStruct(tuple(there[path].shape), "float32", sharding=wanted[path].sharding)
 
     loaded: dict[str, jax.Array] = {}
+    eight = any(isinstance(leaf, quantize.Quantized) for leaf in wanted.values())
     for place in found:
         here = {in_checkpoint(path): as_stored(path) for path in wanted if path in stored[place]}
         if not here:
@@ -327,7 +333,8 @@ def _load(
         if (sums := sums_in(place, step_folder(workdir, step))) is None:
             say_unverified(place)
         dtypes = {in_checkpoint(path): leaf.dtype for path, leaf in stored[place].items()}
-        read = state_lib.flatten(verified_read.read(place, state_lib.unflatten(here), sums, dtypes))
+        whole_only = {in_checkpoint(path) for path in other} if eight else set(here)
+        read = quantized_read.leaves(place, here, sums, dtypes, whole_only)
         loaded |= {in_model(path): leaf for path, leaf in read.items()}
     for path in other:
         leaf = wanted[path]

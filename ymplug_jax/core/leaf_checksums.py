@@ -92,9 +92,16 @@ def _bits(array: np.ndarray) -> np.ndarray:
 @jax.jit
 def _on_device(array: jax.Array) -> jax.Array:
     """Compute the same uint32[2] as `part` of the whole array."""
+    return slice_sums(array, 0)
+
+
+def slice_sums(array: jax.Array, first: jax.Array | int) -> jax.Array:
+    """Compute the same uint32[2] as `part` of a block that begins at row `first` of the whole array, on its devices."""
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis in range(array.ndim):
-        place = _placed(place, jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis), jnp.uint32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        index = index + jnp.asarray(first, jnp.uint32) if axis == 0 else index
+        place = _placed(place, index, jnp.uint32)
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)

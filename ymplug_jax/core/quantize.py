@@ -71,16 +71,30 @@ def abstract(frozen: Params, axes: AxisRules) -> Params:
 
 
 def hold(frozen: Params, axes: AxisRules) -> Params:
-    """Quantise the stacked matrices of a tree. The originals stay in memory until the caller releases them."""
-    return _map(jax.jit(_quantize, static_argnums=1), frozen, axes)
+    """Quantise the stacked matrices of a tree; those that are quantised stay as they are.
+
+    The originals stay in memory until the caller releases them. `quantized_read` and `quantized_read.from_host` never hold both.
+    """
+    make = jax.jit(quantized, static_argnums=1)
+    return _map(lambda leaf, over: leaf if isinstance(leaf, Quantized) else make(leaf, over), frozen, axes)
 
 
-def _quantize(x: jax.Array, over: tuple[int, ...]) -> Quantized:
-    """Quantise symmetrically: round to multiples of 1/127 of the largest absolute value of each channel."""
+def summed_in(leaf: Quantized) -> tuple[int, ...]:
+    """Return the contracted axes of a (possibly abstract) quantised parameter."""
+    return tuple(axis for axis, size in enumerate(leaf.scale.shape) if size != leaf.values.shape[axis])
+
+
+def quantized(x: jax.Array, over: tuple[int, ...]) -> Quantized:
+    """Quantise symmetrically: round to multiples of 1/127 of the largest absolute value along the axes `over`."""
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=over, keepdims=True)
-    scale = jnp.where(largest > 0, largest / 127, 1.0).astype(jnp.bfloat16)
-    values = jnp.clip(jnp.round(x.astype(jnp.float32) / scale.astype(jnp.float32)), -127, 127)
-    return Quantized(values.astype(jnp.int8), scale)
+    scale = bfloat16_values(jnp.where(largest > 0, largest / 127, 1.0))
+    values = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -127, 127)
+    return Quantized(values.astype(jnp.int8), scale.astype(jnp.bfloat16))
+
+
+def bfloat16_values(x: jax.Array) -> jax.Array:
+    """Round to bfloat16 and return float32. XLA may leave out a cast to bfloat16 and back, but not this."""
+    return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
 
 
 def _map(one: Callable[[Any, tuple[int, ...]], Quantized], frozen: Mapping[str, Any], axes: AxisRules) -> Params:

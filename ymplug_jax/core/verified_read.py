@@ -47,7 +47,7 @@ def stored_in(folder: epath.Path) -> dict[str, Any]:
     """
     what = f"the list of parameters in {folder}"
     with ocp.PyTreeCheckpointer() as reader:
-        found = _call(lambda: reader.metadata(folder).item_metadata, folder, what)
+        found = call(lambda: reader.metadata(folder).item_metadata, folder, what)
     if found is None:
         raise Damaged(what, "cannot be read (_METADATA or manifest.ocdbt is missing or damaged)")
     return {"/".join(map(str, path)): leaf for path, leaf in _nested(found.tree).items()}
@@ -126,7 +126,7 @@ def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[s
         return {path: found[path] for path in chosen}
 
     try:
-        return _call(lambda: once(chosen), folder, "")
+        return call(lambda: once(chosen), folder, "")
     except Damaged as error:
         if jax.process_count() > 1:  # other processes may have succeeded, so no further collective calls
             guess = [path for path in chosen if path.replace("/", ".") in error.reason]
@@ -134,7 +134,7 @@ def _restore(folder: epath.Path, tree: Any, chosen: Mapping[str, Any]) -> dict[s
                 max(guess, key=len, default=f"one of {', '.join(list(chosen)[:3])}, ..."), _short(error)
             ) from None
         for path, leaf in chosen.items():  # find the damaged leaf
-            _call(functools.partial(once, {path: leaf}), folder, path)
+            call(functools.partial(once, {path: leaf}), folder, path)
         raise Damaged("its parameters", _short(error)) from None  # every leaf alone could be read
 
 
@@ -143,14 +143,14 @@ def _of_dicts(tree: Any) -> bool:
     return all(isinstance(key, jax.tree_util.DictKey) for path, _ in _with_path(tree) for key in path)
 
 
-def _call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
+def call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
     """Call `function`, converting the many error types that Orbax and TensorStore raise on damaged files."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)  # Orbax and TensorStore also log hundreds of lines
     try:
         return function()
-    except (jax.errors.JaxRuntimeError, MemoryError):
-        raise  # the device is out of memory, or another process has exited
+    except (Damaged, PlaceFailed, jax.errors.JaxRuntimeError, MemoryError):
+        raise  # found before; or the device is out of memory, or another process has exited
     except Exception as error:
         _forget_other_reads()
         text = f"{type(error).__name__}: {error}"

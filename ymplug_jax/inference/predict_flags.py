@@ -17,7 +17,7 @@ ONLY_FOR = {
     "title": "classify", "text": "retrieve", "index": "retrieve", "export": "retrieve", "rank": "retrieve",
     "image": "chat", "question": "chat", "questions": "chat", "out": "chat", "video_root": "chat", "tokenizer": "chat",
     "temperature": "chat", "top_k": "chat", "top_p": "chat", "repetition_penalty": "chat", "no_repeat_ngram": "chat",
-    "beams": "chat", "new_tokens": "chat", "seed": "chat", "context": "chat",
+    "int8": "chat", "beams": "chat", "new_tokens": "chat", "seed": "chat", "context": "chat",
 }  # fmt: skip
 RULES = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram")  # fields of `decode_sampling.Rules`
 
@@ -78,6 +78,7 @@ def _chat_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         add("--out", type=Path, help="chat: write the answers to --questions to this file"),
         add("--video_root", type=Path, help="chat: folder of the files that --questions names (default: the current folder)"),
         add("--tokenizer", help="chat: tokenizer file of converted weights that hold none"),
+        add("--int8", action="store_true", default=None, help="chat: hold frozen matrices in eight bits, in half the memory"),
         add("--temperature", type=float, help="chat: draw tokens, with logits divided by this; 0: the likeliest token (default)"),
         add("--top_k", type=int, help="chat: draw among the k likeliest tokens; 0: all (default)"),
         add("--top_p", type=float, help="chat: draw among the likeliest tokens of this total probability; 1: all (default)"),

@@ -4,9 +4,11 @@ Everything here is checked before a weight is read.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
 from ymplug_jax.core import checkpoint_files, config, config_file
@@ -75,7 +77,8 @@ def of_conversion(
 
     Args:
       folder: of the conversion.
-      given: config file, as `--config` takes it, or the settings that its `get_config` returns.
+      given: config file, as `--config` takes it, or the settings that its `get_config` returns; None for chat weights, whose
+        conversion records all settings.
       tokenizer: file; "": the one that the settings name.
       classes: file of class names; "": the one that the settings name.
       needs: as in `of_run`.
@@ -84,6 +87,9 @@ def of_conversion(
       Mistake: settings or tokenizer are missing, a file does not exist, the task does not answer `needs`, or the language model of the
         settings computes something else than the converted one.
     """
+    chat = _chat_record(folder) if given is None else None
+    if given is None and chat is not None:
+        return _of_chat(folder, chat, tokenizer, needs)
     if given is None:
         raise Mistake(
             f"{folder}: a converted checkpoint has no config.json and no tokenizer; fine-tune it with --config.train.init_from and use "
@@ -107,6 +113,60 @@ def of_conversion(
     run_folder.check_init_from(experiment)  # settings that no shape shows, such as the base of rotary positions
     listed_file = checkpoint_files.folder_of(listed) if listed else None
     return Source(folder, experiment, checkpoint_files.folder_of(own), listed_file, converted=True)
+
+
+def in_int8(source: Source) -> Source:
+    """The source with its frozen matrices in eight bits."""
+    train = dataclasses.replace(source.experiment.train, frozen_dtype="int8")
+    return source._replace(experiment=dataclasses.replace(source.experiment, train=train))
+
+
+def _chat_record(folder: epath.Path) -> dict[str, Any] | None:
+    """conversion.json of a conversion that can hold conversations as it is; None of any other.
+
+    Raises:
+      Mistake: the file is damaged.
+    """
+    record = folder / "conversion.json"
+    try:
+        facts = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        return facts if facts.get("chat") else None
+    except (ValueError, AttributeError):
+        raise Mistake(f"{record}: damaged; run the conversion again") from None
+
+
+def _of_chat(folder: epath.Path, record: Mapping[str, Any], tokenizer: str, needs: str) -> Source:
+    """The settings of converted chat weights.
+
+    Args:
+      folder: of the conversion.
+      record: conversion.json.
+      tokenizer: file; "": the copy that the conversion made.
+      needs: as in `of_run`.
+
+    Raises:
+      Mistake: there is no tokenizer, or the task does not answer `needs`.
+    """
+    (task,) = names.answering("chat")
+    check_task(task, folder, needs)
+    own = checkpoint_files.folder_of(tokenizer) if tokenizer else run_folder.kept_tokenizer(folder)
+    if own is None:
+        raise Mistake(
+            f"{folder}: the conversion has no tokenizer; give tokenizer=FILE, the tokenizer.json of the source model"
+        )
+    if not own.is_file():
+        raise Mistake(f"tokenizer={own}: no such file; give the tokenizer file of the source model")
+    (model,), chat = record["sizes"].values(), record["chat"]
+    # Half precision where there is an accelerator; CPUs compute it slowly.
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = {part: {**fields, "dtype": dtype} for part, fields in model.items()}
+    data = config.Data(
+        frames=chat["frames"], image_size=model["vision"]["image_size"], max_tokens=chat["max_tokens"], augment=False,
+        tokenizer=str(own),
+    )  # fmt: skip
+    train = config.Train(init_from=str(folder))
+    experiment = options.completed(Experiment(task=task, model=model, data=data, train=train))
+    return Source(folder, experiment, own, None, converted=True, whole_lines=chat["whole_lines"])
 
 
 def check_task(task: str, folder: epath.Path, needs: str) -> None:

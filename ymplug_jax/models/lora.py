@@ -5,11 +5,13 @@ Hu et al., "LoRA: low-rank adaptation of large language models", 2021. Described
 
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ymplug_jax.core import quantize
 from ymplug_jax.models import layers
@@ -148,3 +150,41 @@ def update_of(
     if not settings.rank:
         return layers.unchanged
     return Lora(settings, linears, fused, deterministic, dtype, name="lora").update
+
+
+def merge(params: Mapping[str, Any], scale: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Add the adapters of a decoder to its weights: W + scale * A B, computed in float32 and cast to the type of W.
+
+    Args:
+      params: nested parameters of the decoder.
+      scale: `lora_scale` of the decoder.
+
+    Returns:
+      The parameters of the decoder with `lora_rank=0`, and what `unmerge` needs: the changed weights as they were, and the adapters.
+      A sum in floating point cannot be undone exactly, so the weights themselves are kept.
+
+    Raises:
+      ValueError: the weights are quantised.
+    """
+    flat, changed = flatten_dict(dict(params), sep="/"), {}
+    kept = {path: leaf for path, leaf in flat.items() if "blocks/lora/" in path}
+    for path, b in kept.items():
+        name, part = path.removeprefix("blocks/lora/").split("/")
+        if part == "a":
+            continue
+        a, layer = kept[f"blocks/lora/{name}/a"], part if name == "qkv" else name
+        target = f"blocks/{'attn' if layer in 'qkvo' else 'mlp'}/{layer}/kernel"
+        weight = flat[target]
+        if isinstance(weight, quantize.Quantized):
+            raise ValueError("config.train.frozen_dtype: adapters cannot be merged into int8 weights; use bfloat16")
+        a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
+        added = jnp.einsum("lir,lro->lio", a.reshape(len(a), -1, a.shape[-1]), b.reshape(len(b), b.shape[1], -1))
+        changed[target] = (weight.astype(jnp.float32) + scale * added.reshape(weight.shape)).astype(weight.dtype)
+        kept = kept | {target: weight}
+    merged = {path: leaf for path, leaf in (flat | changed).items() if "blocks/lora/" not in path}
+    return unflatten_dict(merged, sep="/"), unflatten_dict(kept, sep="/")
+
+
+def unmerge(params: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that `merge` was given, bit for bit, from its two results."""
+    return unflatten_dict(flatten_dict(dict(params), sep="/") | flatten_dict(dict(kept), sep="/"), sep="/")

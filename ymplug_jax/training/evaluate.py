@@ -233,7 +233,6 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
         raise Mistake(f"--examples: {examples} is negative; give 1 or more, or 0 for the whole split")
     run = step_lib.with_checked_kernels(setup.prepare(experiment, training=False))
     trainable, frozen = state_lib.split(load(run, workdir), run.frozen_patterns)
-    frozen = setup.hold(run, frozen)
     split = experiment.data.eval_split
     records = open_split(experiment.data.path, split)
     scorer = Scorer(run)
@@ -255,11 +254,12 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
 
 
 def load(run: Run, workdir: epath.Path) -> Params:
-    """Load the parameters of the newest checkpoint, sharded for the run's mesh; without one, those of `init_from`."""
+    """Load the parameters of the newest checkpoint in the form used on the devices; without one, those of `init_from`."""
     if checkpoint_files.latest_step(str(workdir)) is None and run.experiment.train.init_from:
         logging.warning("%s: no checkpoint; scoring the parameters of config.train.init_from without training", workdir)
-        return setup.fresh_params(run)[0]
-    abstract = state_lib.merge(run.state.trainable, run.frozen)
+        trainable, frozen = state_lib.split(setup.fresh_params(run)[0], run.frozen_patterns)
+        return state_lib.merge(trainable, setup.hold(run, frozen))
+    abstract = state_lib.merge(run.state.trainable, run.held)
     return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
 
 

@@ -92,8 +92,9 @@ class _Training:
                 if self._mixture:
                     self._mixture.write(workdir)
         model_card.begin(run, workdir, origin, self._start)
-        checkpoints.save_frozen(frozen)
+        checkpoints.save_frozen(frozen, run.frozen)
         self._frozen = setup.hold(run, frozen)
+        del frozen
         with place_of(workdir):
             self._writer = Writer(workdir, active=first)
         self._log = _Log(run, self._writer, checkpoints, self._start)

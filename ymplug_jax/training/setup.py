@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from ymplug_jax.core import config, durations, optim, quantize, sharding
+from ymplug_jax.core import config, durations, optim, quantize, quantized_read, sharding
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
@@ -205,11 +206,19 @@ def _stored(train: config.Train) -> str:
 
 
 def hold(run: Run, frozen: Params) -> Params:
-    """Convert frozen parameters from their stored form to the form used on the devices.
+    """Convert frozen parameters from their stored form to the form used on the devices; those that have it stay as they are.
 
-    Only `frozen_dtype="int8"` changes them: see `docs/models/language_models.md`, section Frozen matrices in eight bits.
+    Only `frozen_dtype="int8"` changes them: see `docs/models/language_models.md`, section Frozen matrices in eight bits. Matrices in
+    the host's memory, where `fresh_params` puts them, reach the devices in slices.
     """
-    return quantize.hold(frozen, run.task.axes) if run.experiment.train.frozen_dtype == "int8" else frozen
+    if run.experiment.train.frozen_dtype != "int8":
+        return frozen
+    held = state_lib.flatten(run.held)
+    made = {
+        path: quantized_read.from_host(leaf, held[path]) if isinstance(leaf, np.ndarray) else leaf
+        for path, leaf in state_lib.flatten(frozen).items()
+    }
+    return quantize.hold(state_lib.unflatten(made), run.task.axes)
 
 
 def _placed(tree: Params, shardings: Params) -> Params:
@@ -230,16 +239,17 @@ def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainState, Params, int, dict[str, str]]:
-    """Return (state, stored frozen parameters, examples seen, origin of each parameter path).
+    """Return (state, frozen parameters, examples seen, origin of each parameter path).
 
-    The state comes from the run's newest checkpoint, if there is one, else from `fresh_state`.
+    The state comes from the run's newest checkpoint, if there is one, and the frozen parameters are in the form used on the devices.
+    Else both come from `fresh_state`, in their stored form; pass them to `hold`.
     """
     from ymplug_jax.core import checkpoint  # imported here, because benchmarks run without Orbax
 
     step = checkpoints.latest_step()
     if step is not None:
         state, seen = checkpoints.restore(run.state, step)
-        frozen = checkpoint.load_params(str(checkpoints.folder.parent), run.frozen) if run.frozen else {}
+        frozen = checkpoint.load_params(str(checkpoints.folder.parent), run.held) if run.frozen else {}
         flat = state_lib.flatten(state_lib.merge(run.state.trainable, run.frozen))
         return state, state_lib.unflatten(frozen), seen, dict.fromkeys(flat, f"this run, step {step}")
     fresh, frozen, origin = fresh_state(run)
@@ -257,7 +267,10 @@ def fresh_state(run: Run) -> tuple[TrainState, Params, dict[str, str]]:
 
 
 def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
-    """Return (parameters, origin of each path): loaded from `config.train.init_from`, else initialised from the seed."""
+    """Return (parameters, origin of each path): loaded from `config.train.init_from`, else initialised from the seed.
+
+    Loaded matrices that `hold` quantises are NumPy arrays: no device holds them in another form than int8.
+    """
     train = run.experiment.train
     abstract = state_lib.merge(run.state.trainable, run.frozen)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -269,6 +282,17 @@ def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:
     )
     origin |= dict.fromkeys(missing, "fresh")
     return state_lib.unflatten(loaded | state_lib.flatten(fresh)), {path: origin[path] for path in flat}
+
+
+def _through_host(run: Run) -> Params:
+    """The abstract frozen parameters, without a sharding where a matrix waits in the host's memory until it is quantised."""
+    held = state_lib.flatten(run.held)
+    return state_lib.unflatten(
+        {
+            path: state_lib.stand_in(leaf.shape, leaf.dtype) if isinstance(held[path], quantize.Quantized) else leaf
+            for path, leaf in state_lib.flatten(run.frozen).items()
+        }
+    )
 
 
 def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], dict[str, str]]:
@@ -283,7 +307,7 @@ def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], d
     """
     from ymplug_jax.core import checkpoint, checkpoint_files
 
-    abstract = state_lib.merge(run.state.trainable, run.frozen)
+    abstract = state_lib.merge(run.state.trainable, _through_host(run))
     loaded: dict[str, jax.Array] = {}
     origin: dict[str, str] = {}
     for subtree, stored_as, folder in checkpoint_files.sources(run.experiment.train.init_from):

@@ -39,4 +39,5 @@ def test_majority_counts_questions_and_ties_keep_the_first() -> None:
         2 / 3,
     )  # repeats of one question count once
     assert open_answers.majority([]) == ("", 0.0)
+    assert open_answers.distinct(["红", "蓝", "红。", "绿"]) == ["红", "蓝", "绿"]
     assert open_answers.mean([]) is None and open_answers.mean([None, True, False]) == 0.5

@@ -42,6 +42,14 @@ def _inside(wanted: str, said: str) -> bool:
     return re.search(before + re.escape(wanted) + after, said) is not None
 
 
+def distinct(texts: Iterable[str]) -> list[str]:
+    """The texts that differ in normal form, each as it is first written, in order."""
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(normal(text), text)
+    return list(found.values())
+
+
 def majority(references: Sequence[Sequence[str]]) -> tuple[str, float]:
     """The answer that is right for most questions, and its share.
 

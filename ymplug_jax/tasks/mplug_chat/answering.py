@@ -241,8 +241,7 @@ def _name(records: Questions, index: int, position: int) -> str:
 
 def _judge(answer: dict[str, Any]) -> None:
     """Add the verdicts of every run to a readable row: "exact", "contains", "choice", "choice_total" and "chosen"."""
-    references = list({open_answers.normal(text): text for text in reversed(answer["references"])}.values())[::-1]
-    answer["references"] = references
+    answer["references"] = references = open_answers.distinct(answer["references"])
     right = {open_answers.normal(text) for text in references}
     for end in ("", f"/{BLACK}", f"/{OTHER}"):
         if f"answer{end}" in answer:

@@ -5,7 +5,7 @@ Evaluation asks for the last answer of each conversation; what stands before it 
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +105,7 @@ class Questions:
         for place, content in enumerate(media):
             self.places.setdefault(content, (index, place))
         names = tuple(medium.name for medium in record.media)
-        asked, options = last_answer(record.text), tuple(_written(record.options).values())
+        asked, options = last_answer(record.text), tuple(open_answers.distinct(record.options))
         return Question(asked, kind_of(record.task_type), media, names, options, bool(options))
 
     def _closed(self, most: int, fits: Callable[[str], bool]) -> dict[str, tuple[str, ...]]:
@@ -113,7 +113,7 @@ class Questions:
         for question in self.questions:
             if question and question.asked and not question.given:
                 answers.setdefault(question.kind, []).append(question.asked.answer)
-        closed = {kind: sorted(_written(texts).values()) for kind, texts in answers.items()}
+        closed = {kind: sorted(open_answers.distinct(texts)) for kind, texts in answers.items()}
         return {
             kind: tuple(texts) for kind, texts in closed.items() if 2 <= len(texts) <= most and all(map(fits, texts))
         }
@@ -124,14 +124,6 @@ class Questions:
     def __getitem__(self, index: int) -> Record:
         record, question = self._records[index], self.questions[index]
         return record if question is None else record._replace(options=question.options)
-
-
-def _written(texts: Iterable[str]) -> dict[str, str]:
-    """Normal form -> text as it is first written."""
-    found: dict[str, str] = {}
-    for text in texts:
-        found.setdefault(open_answers.normal(text), text)
-    return found
 
 
 class Changed:
