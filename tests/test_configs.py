@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from configs.mplug_chat import recipe as chat_recipe
+from configs.mplug_chat import slices as chat_slices
 from configs.mplug_video import recipe, slices
 from ymplug_jax.core import config
 from ymplug_jax.core import state as state_lib
@@ -134,6 +135,7 @@ def arguments(name: str) -> Iterator[str | None]:
     if family == "mplug_chat":
         for size in chat_recipe.LLMS:
             yield from (f"{size}-{partition}" for partition in mplug_chat.PARTITIONS)
+        yield from (f"7b-{partition}@{place}" for place in chat_slices.SLICES for partition in ("lora", "all_linears"))
         return
     if family == "mplug_video":
         for size in recipe.LLMS:

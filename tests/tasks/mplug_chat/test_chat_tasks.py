@@ -218,7 +218,7 @@ def test_micro_batches_on_a_mesh_give_the_same_gradient(packed, tokenizer: str) 
     )  # the first moment of Adam is a tenth of the clipped gradient
     for path, leaf in state.flatten(now.opt_state[1].mu).items():
         expected = share * np.asarray(state.flatten(grads)[path])
-        np.testing.assert_allclose(leaf, expected, atol=2e-5 * max(1e-3, np.abs(expected).max()), err_msg=path)
+        np.testing.assert_allclose(leaf, expected, atol=1e-4 * max(1e-3, np.abs(expected).max()), err_msg=path)
     gathered = [one for one in hlo.collectives(step.as_text(), run.mesh.shape) if one.kind == "all-gather"]
     assert gathered, "the weights"
     shapes = " ".join(shape for one in gathered for shape in one.shapes)
