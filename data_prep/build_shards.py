@@ -139,7 +139,7 @@ def _text(path: Path) -> str:
 
 def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, rows: list, size: int) -> list[dict]:
     """Build the missing partitions and return the summaries of all."""
-    from data_prep.builder import Settings
+    from data_prep.builder import Settings, write_rows
 
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     todo = [i for i in range(len(parts)) if not (work / f"part-{i:05d}.json").exists()]
@@ -153,12 +153,14 @@ def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, row
                 tokenizer=str(args.tokenizer.absolute()), max_tokens=args.max_tokens, slots=args.slots
             )
         with Progress(work, parts):
-            _run_beam([(i, [tuple(row) for row in parts[i]]) for i in todo], settings, args, work, beam_flags)
+            for i in todo:
+                write_rows(work, i, parts[i])
+            _run_beam(todo, settings, args, work, beam_flags)
     return [json.loads((work / f"part-{i:05d}.json").read_text(encoding="utf-8")) for i in range(len(parts))]
 
 
 def _run_beam(
-    elements: list[Any], settings: "Settings", args: argparse.Namespace, work: Path, beam_flags: list[str]
+    elements: list[int], settings: "Settings", args: argparse.Namespace, work: Path, beam_flags: list[str]
 ) -> None:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions

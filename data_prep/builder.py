@@ -178,8 +178,20 @@ def is_cut(text: str, tokenizer: Tokenizer, slots: int, limit: int) -> bool:
     return True
 
 
+def _rows_file(folder: Path, number: int) -> Path:
+    return folder / f"rows-{number:05d}.json"
+
+
+def write_rows(folder: Path, number: int, rows: Sequence[Row | Talk]) -> None:
+    """Write the rows of a partition for its worker. Raises OSError."""
+    _rows_file(folder, number).write_text(json.dumps(rows), encoding="utf-8")
+
+
 class BuildPartition(beam.DoFn):
-    """Writes (number, rows) to a shard `part-<number>.tfrecord` and then, once it is complete, `part-<number>.json`."""
+    """Writes the rows of a partition to a shard `part-<number>.tfrecord` and then, once it is complete, `part-<number>.json`.
+
+    The rows come from a file, see `write_rows`: Beam compresses elements into its graph, which takes longer than writing records of text.
+    """
 
     def __init__(self, settings: Settings, video_root: str, folder: str):
         self._settings, self._root, self._folder = settings, video_root, folder
@@ -193,17 +205,17 @@ class BuildPartition(beam.DoFn):
         """Stop the decoder process."""
         self._media.close()
 
-    def process(self, element: tuple[int, list[tuple[Any, ...]]]) -> Iterator[int]:
+    def process(self, number: int) -> Iterator[int]:
         """Build one partition and yield its number.
 
         Raises:
           PartitionFailed: a disk or the decoder failed.
         """
-        number, rows = element
         shard = Path(self._folder) / f"part-{number:05d}.tfrecord"
         partial = shard.with_suffix(f".partial-{os.getpid()}")
         try:
             make = Talk._make if self._settings.kind == schema.INSTRUCT else Row._make
+            rows = json.loads(_rows_file(shard.parent, number).read_bytes())
             self._write(shard, partial, [make(row) for row in rows])
         except (OSError, DecoderFailed) as error:
             partial.unlink(missing_ok=True)

@@ -293,7 +293,9 @@ def test_nvidia_uses_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
     q = jnp.zeros((2, 8, 2, 16), jnp.bfloat16)
     attention.attend(q, q, q, causal=True)
-    assert asked == {"is_causal": True, "implementation": "cudnn"}
+    assert asked == {"scale": 0.25, "is_causal": True, "implementation": "cudnn"}  # neither a mask nor a bias
+    attention.attend(q, q, q, causal=True, segments=jnp.ones((2, 8), jnp.int32))
+    assert asked == {"scale": 0.25, "is_causal": True, "implementation": "cudnn"}
     asked.clear()
     attention.attend(q[..., :3], q[..., :3], q[..., :3])  # cuDNN needs a multiple of 8
     assert not asked

@@ -134,7 +134,9 @@ def test_a_killed_run_resumes_exactly(home: Path, straight: Path, killed: Path, 
 @pytest.mark.slow
 def test_what_was_packed_is_in_the_metrics(straight: Path):
     lines = metrics.read_metrics(straight)
-    assert any(line.get("without_target/image") == 1 and line.get("without_target/text") == 0 for line in lines)
+    assert [
+        (line["without_target/image"], line["without_target/text"]) for line in lines if "without_target/text" in line
+    ] == [(1, 0)]
     packed = [line["packed_rows"] for line in lines if "packed_rows" in line]
     padding = [line["padding"] for line in lines if "padding" in line]
     assert len(packed) == 12 and np.mean(packed) > 4 and 0 <= np.mean(padding) < 0.2
@@ -142,10 +144,8 @@ def test_what_was_packed_is_in_the_metrics(straight: Path):
 
 REFUSED = {
     "one folder less": (["--config.data.path={home}/image", "--config.data.weights=(1,)"], "the number of folders is 1, but 2 in the run in"),
-    "another order": (["--config.data.path={home}/text,{home}/image"], "folder 1, text, has other records than folder 1 of the run in"),
     "other content": (["--config.data.path={home}/image,{home}/other"], "folder 2, other, has other records than folder 2 of the run in"),
     "other length": (["--config.data.max_tokens=170"], "an example has room for [171, 4, 0] tokens, images and videos, but for [151, 4, 0]"),
-    "other slots": (["--config.options.images_per_row=1"], "has room for [151, 1, 0]"),
     "weights for three": (["--config.data.weights=(1, 2, 3)"], "has 3 numbers, but config.data.path has 2 folders"),
     "twice": (["--config.data.path={home}/image,{home}/image"], "config.data.path: names {home}/image twice"),
     "no such folder": (["--config.data.path={home}/image,{home}/nowhere"], "{home}/nowhere: no such folder"),

@@ -70,6 +70,7 @@ def attend(
         raise ValueError("attend: slopes and key_positions need each other; give both or neither")
     if segments is not None and (key_mask is not None or not causal):
         raise ValueError("attend: segments need causal and exclude key_mask; mark padding by segment 0")
+    segments = None if segments is None else segments.astype(jnp.int32)
     slopes = None if slopes is None else jax.lax.stop_gradient(slopes.astype(jnp.float32))
     if mask is None and bias is None and (key is None or dropout == 0) and v.dtype in HALF:
         use = kernels.Use(

@@ -238,6 +238,7 @@ def context_of(length: int, mask: jax.Array | None, past: Past | None, segments:
         here = past.length[:, None] + past.read + jnp.arange(length)
         return Context(here, None, past, positions(past.mask))
     if segments is not None:
+        segments = segments.astype(jnp.int32)
         segments = jnp.maximum(segments if mask is None else jnp.where(mask.astype(bool), segments, 0), 0)
         at = jnp.where(segments > 0, positions(segments > 0) - attention.starts(segments), 0)
         return Context(at, None, None, None, segments)

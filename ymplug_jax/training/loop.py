@@ -98,8 +98,6 @@ class _Training:
         with place_of(workdir):
             self._writer = Writer(workdir, active=first)
         self._log = _Log(run, self._writer, checkpoints, self._start)
-        if run.mixture and (counts := run.mixture.counts()):
-            self._log.write(self._start, counts)
         self._evaluation = _Evaluation(run, workdir) if data.eval_split else None
         self._scores: dict[str, float] = {}
         self._key = sharding.on_all_hosts(lambda: jax.random.key(settings.seed), sharding.replicated(run.mesh))
@@ -239,6 +237,7 @@ class _Log:
     def __init__(self, run: Run, writer: Writer, checkpoints: Checkpoints, start: int):
         self._run, self._writer, self._checkpoints = run, writer, checkpoints
         self._pending: list[tuple[int, Metrics]] = []
+        self._once = run.mixture.counts() if run.mixture else {}  # facts for the next line
         self._bad_in_a_row = 0
         self._skipped = 0
         self._since = time.perf_counter()
@@ -306,6 +305,7 @@ class _Log:
             "input_wait": self._waited / seconds,  # fraction of the time, 0 to 1
             "epoch": step / self._run.steps_per_epoch,
         }
+        values, self._once = values | self._once, {}
         if corrupt:
             values["corrupt_total"] = corrupt
         self.write(step, values)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from task_rows import batch_of, kept_of, rows_of
 from ymplug_jax.core import checkpoint, checkpoint_files, sharding
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Data, Experiment, Optim, Train
+from ymplug_jax.core.metrics import read_metrics
 from ymplug_jax.data import loader
 from ymplug_jax.data.records import Records
 from ymplug_jax.data.source import open_split
@@ -27,7 +29,7 @@ from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.alpro import encode_pairs, pretrain
 from ymplug_jax.tasks.common import losses, pair_losses, pair_scoring, task_metrics
 from ymplug_jax.tasks.task import Task
-from ymplug_jax.training import mixing, setup
+from ymplug_jax.training import loop, mixing, setup
 from ymplug_jax.training import step as step_lib
 
 BASE = ALPRO(
@@ -241,7 +243,7 @@ def test_a_batch_holds_still_images_or_clips_with_the_drawn_shares(stills: Exper
     assert begun and run.examples == 28 and run.steps_per_epoch == 3
     records = open_split(stills.data.path, "train")
 
-    def flags(start: int, count: int) -> np.ndarray:
+    def batches(start: int, count: int) -> list[dict[str, np.ndarray]]:
         stream = loader.batches(
             records, run.task.example, seed=stills.train.seed, batch_size=8, rows=range(8), start=start, shuffle=True, threads=2,
             order=begun.plan.order(begun.changes),
@@ -254,14 +256,38 @@ def test_a_batch_holds_still_images_or_clips_with_the_drawn_shares(stills: Exper
         for batch in found:
             same = (batch["video"] == batch["video"][:, :1]).reshape(8, -1).all(axis=1)
             np.testing.assert_array_equal(same, batch["still"])
-        return np.stack([batch["still"] for batch in found])
+        return found
 
-    kinds = flags(0, 8)
+    whole = batches(0, 8)
+    kinds = np.stack([batch["still"] for batch in whole])
     assert (kinds == kinds[:, :1]).all() and 0 < kinds[:, 0].sum() < 8
-    np.testing.assert_array_equal(flags(5 * 8, 3), kinds[5:])
+    for batch, again in zip(whole[5:], batches(5 * 8, 3), strict=True):
+        assert all((batch[key] == again[key]).all() for key in batch)
     drawn = np.array([begun.order(8 * b)[0] < 11 for b in range(2000)])
     np.testing.assert_array_equal(drawn[:8], kinds[:, 0])
     assert drawn.mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_run_on_still_images_and_clips_resumes_bit_for_bit(
+    stills: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)  # a step for one device compiles in a fraction of the time
+    saving = dataclasses.replace(stills.train, duration="6 steps", save_every="3 steps", log_every="1 steps")
+    made = dataclasses.replace(stills, train=saving, data=dataclasses.replace(stills.data, eval_split=""))
+    loop.train(made, epath.Path(tmp_path / "straight"))
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "steps" / "6")
+    loop.train(made, epath.Path(tmp_path / "resumed"))
+    lines = [read_metrics(tmp_path / name) for name in ("straight", "resumed")]
+    want, got = ([(line["step"], line["loss"], line["entity_loss"]) for line in one] for one in lines)
+    assert got == want and [step for step, *_ in want] == [1, 2, 3, 4, 5, 6]
+    run = setup.prepare(made)
+    trained = [checkpoint.load_params(str(tmp_path / name), run.state.trainable) for name in ("straight", "resumed")]
+    assert all(
+        np.asarray(leaf).tobytes() == np.asarray(trained[1][path]).tobytes() for path, leaf in trained[0].items()
+    )
 
 
 def test_still_images_have_entities_of_their_own(stills: Experiment, data: Data, tmp_path: Path) -> None:
