@@ -29,7 +29,6 @@ LANGUAGE = (
     "--config.train.duration=800 steps",
     "--config.optim.lr=3e-3",
 )
-SETTINGS = ("--config.options.videos_per_row=1",)  # of evaluations, where a row holds one conversation
 
 
 class Step(NamedTuple):
@@ -53,8 +52,8 @@ def data_steps(out: Path, clips: int) -> list[Step]:
         ("instruct", "instruct_text_val.jsonl", "validation", "text"),
         ("instruct", "instruct_train.jsonl", "train", "chat"),
         ("instruct", "instruct_val.jsonl", "validation", "chat"),
-        ("instruct", "instruct_backwards.jsonl", "backwards", "chat"),
-        ("instruct", "instruct_scene.jsonl", "scene", "chat"),
+        ("instruct", "instruct_backwards.jsonl", "validation", "backwards"),
+        ("instruct", "instruct_scene.jsonl", "validation", "scene"),
     ):
         place = out / "shards" / folder
         flags = [f"--config={kind}", f"--csv={corpus / name}", f"--split={split}"]
@@ -89,9 +88,14 @@ def training_steps(out: Path, seed: int, arm: str) -> list[Step]:
         steps.append(train("chat_pretrain", partition, shards / "titles", titles, start, *last))
         start = str(titles)
     steps.append(train("chat_instruct", partition, shards / "chat", chat, start, *last))
-    for split in ("validation", "backwards", "scene"):
-        more = (f"--config.data.eval_split={split}", "--mode=eval", *SETTINGS)
-        steps.append(train("chat_instruct", partition, shards / "chat", chat, start, *last, *more, name=split))
+    asked = ("--mode=eval", "--config.options.videos_per_row=1")  # a row holds one conversation then
+    steps.append(train("chat_instruct", partition, shards / "chat", chat, start, *last, *asked, name="eval"))
+    for name in (
+        "backwards",
+        "scene",
+    ):  # each in a folder of its own, because evaluations of a split replace each other
+        run = own / f"{name}_{arm}"
+        steps.append(train("chat_instruct", partition, shards / name, run, str(chat), *last, *asked, name="eval"))
     return steps
 
 
@@ -104,8 +108,10 @@ def overfit_steps(out: Path, file: Path) -> list[Step]:
         texts.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     build = ["--config=instruct", f"--csv={file}", f"--video_root={file.parent}", f"--out={shards}", "--split=train"]
     language, run = out / "language", out / "overfit"
-    start, same = f"llm={language}", ("--config.model.llm.vocab=1024", "--config.options.images_per_row=0")
-    last = ("--config.data.eval_split=train", "--config.options.new_tokens=80")
+    start, last = f"llm={language}", ("--config.data.eval_split=train", "--config.options.new_tokens=80")
+    # A row holds one conversation: the introduction of the large model alone takes 100 tokens of a small tokenizer.
+    same = ("--config.data.max_tokens=192", "--config.options.videos_per_row=1", "--config.options.images_per_row=0")
+    same = (*same, "--config.model.llm.vocab=1024")
     wide = (*LANGUAGE, "--config.model.llm.vocab=1024", "--config.data.max_tokens=96")
     return [
         Step(["data_prep.train_tokenizer", f"--csv={texts}", f"--out={tokenizer}", "--vocab=1024"], tokenizer),
@@ -116,13 +122,13 @@ def overfit_steps(out: Path, file: Path) -> list[Step]:
     ]
 
 
-def results(run: Path) -> dict[str, Any]:
-    """Scores of a run in percent, from the files of its evaluations."""
+def results(own: Path, arm: str) -> dict[str, Any]:
+    """Scores of a seed in percent, from the files of its evaluations."""
 
-    def read(split: str) -> dict[str, Any]:
-        return json.loads((run / "eval" / split / "scores.json").read_text(encoding="utf-8"))
+    def read(run: str) -> dict[str, Any]:
+        return json.loads((own / f"{run}_{arm}" / "eval" / "validation" / "scores.json").read_text(encoding="utf-8"))
 
-    scores, backwards = read("validation"), read("backwards")["kinds"]
+    scores, backwards = read("chat"), read("backwards")["kinds"]
 
     def percent(found: dict[str, Any], *ends: str) -> dict[str, float]:
         return {end or "right": round(100 * found[f"exact/{end}" if end else "exact"], 1) for end in ends}
@@ -179,7 +185,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for step in training_steps(out, seed, args.arm):
             execute(step)
-        found[seed] = results(out / f"seed_{seed}" / f"chat_{args.arm}")
+        found[seed] = results(out / f"seed_{seed}", args.arm)
     print(json.dumps({"arm": args.arm, "clips": args.clips, "seeds": found}, ensure_ascii=False))
 
 

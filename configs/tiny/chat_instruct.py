@@ -24,8 +24,8 @@ def get_config(partition: str = "vision") -> ConfigDict:
         warmup="50 steps",
         no_decay=recipe.CHAT_NO_DECAY if partition != "lora" else (),
         batch_size=8,
-        duration="2000 steps" if text else "1200 steps",
-        every="400 steps",
+        duration="2000 steps",
+        every="1000 steps",
         frozen=recipe.chat_frozen(partition),
         augment=False,
     )

@@ -20,8 +20,8 @@ def get_config(partition: str = "vision") -> ConfigDict:
         warmup="50 steps",
         no_decay=recipe.CHAT_NO_DECAY if partition != "lora" else (),
         batch_size=4,
-        duration="1200 steps",
-        every="400 steps",
+        duration="2400 steps",
+        every="1200 steps",
         frozen=recipe.chat_frozen(partition),
         augment=False,
     )

@@ -76,11 +76,13 @@ def settings(
 def chat_model(partition: str) -> MPLUGChat:
     """The tiny chat model, with the adapters that a partition trains.
 
-    The tower starts from random weights at a small width, so its initial weights are larger than CLIP's and keep activations near 1.
+    Tower and abstractor start from random weights at a small width, so their initial weights are larger than CLIP's and keep activations near 1.
+    The norm in front of the first layer would make small queries change direction with every step, and a small end vector would need
+    hundreds of steps to reach the size of a word's embedding.
     """
     model = MPLUGChat(
         vision=clip_vit.SIZES["tiny"].clone(depth=3, std=0.12, table_std=1.0),
-        abstractor=QueryAbstractor(queries=8, depth=2, heads=4, mlp=128, dropout=0.0, std=0.12),
+        abstractor=QueryAbstractor(queries=8, depth=2, heads=4, mlp=128, dropout=0.0, std=0.12, table_std=1.0),
         llm=language_models.SIZES[recipe.TINY["bloom"]].clone(**CHAT_DECODER),
     )
     adapters = {"vision_lora": mplug_chat.LORA["lora"], **mplug_chat.LORA}

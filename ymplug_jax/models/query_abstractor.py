@@ -89,6 +89,7 @@ class QueryAbstractor(nn.Module):
     mlp: int = 2816  # Width of the MLP M.
     dropout: float = 0.1  # Dropout rate on the attention probabilities in training.
     std: float = STD  # Standard deviation of the initial kernels.
+    table_std: float = STD  # Standard deviation of the initial queries and of the end vector.
     remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and activations stay float32.
 
@@ -120,7 +121,7 @@ class QueryAbstractor(nn.Module):
           f[M, Q + 1, H]: the projected queries, temporal ones added row by row, and the end vector.
         """
         m, t, n, d = tokens.shape
-        dtype, normal = jnp.dtype(self.dtype), nn.initializers.normal(STD)
+        dtype, normal = jnp.dtype(self.dtype), nn.initializers.normal(self.table_std)
         temporal = t > 1 if temporal is None else temporal
         x = self.param("queries", normal, (self.queries, d))
         if temporal:
