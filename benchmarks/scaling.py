@@ -47,7 +47,8 @@ step without a TPU.
 """
 
 
-CHAT = (("pretrain", "7b-adapters_abstractor"), ("instruct", "7b-lora"))  # stages of the chat model
+# Stages of the chat model, the trained partition and the slice.
+CHAT = (("pretrain", "7b-adapters_abstractor", "v5p-4"),)
 
 
 def jobs() -> list[dict]:
@@ -67,8 +68,7 @@ def jobs() -> list[dict]:
     for name in ("v5e-64", "v5p-64"):
         more = [f"--config.train.batch_size={2 * SLICES[name].chips * SLICES[name].batch['1.3b']}"]
         rows.append(_job(["slices"], "pretrain", f"1.3b@{name}", SLICES[name].topology, slices=2, more=more))
-    for task, config in CHAT:
-        rows += [_job(["chat"], task, f"{config}@{name}", layout.topology) for name, layout in chat.SLICES.items()]
+    rows += [_job(["chat"], task, f"{config}@{name}", chat.SLICES[name].topology) for task, config, name in CHAT]
     return sorted(rows, key=lambda job: job["tables"] == ["tune"])  # pre-training first
 
 

@@ -75,7 +75,6 @@ def test_decoder_rows(
 
 # (L, N, K, H, ALiBi, block); with 640 queries a program reads one, two, four or all five blocks of keys
 PACKED = [
-    (40, 4, 2, 16, True, None),
     (150, 2, 1, 16, True, kernels.Block(1, 128)),
     (384, 2, 2, 16, True, kernels.Block(2, 128)),
     (640, 1, 1, 96, False, kernels.Block(1, 128)),
