@@ -94,7 +94,12 @@ class Pass:
 
 def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tuple[dict, dict]:
     """Name of a row -> clips per second in each round, by wall clock and by processor time."""
-    records = Pass(Records(path, "train"), clips)
+    found = Records(path, "train")
+    if found.kind == schema.INSTRUCT:
+        raise SystemExit(
+            f"--path {path}: holds conversations, whose images and clips differ in size; give shards of clips"
+        )
+    records = Pass(found, clips)
     some = [records[i] for i in range(min(clips, 64))]
     chosen = [
         frames.choose_frames(shown, len(record.frames), np.random.default_rng(i)) for i, record in enumerate(some)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chart
+from configs.mplug_chat import slices as chat
 from configs.mplug_video.slices import SLICES
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +47,11 @@ step without a TPU.
 """
 
 
+CHAT = (("pretrain", "7b-adapters_abstractor"), ("instruct", "7b-lora"))  # stages of the chat model
+
+
 def jobs() -> list[dict]:
-    """Rows: pre-training and fine-tuning on every slice, weak scaling from 16 to 256 chips, two slices over the network."""
+    """Rows: pre-training and fine-tuning on every slice, weak scaling from 16 to 256 chips, two slices over the network, chat."""
     rows = []
     for task in ("pretrain", "classify", "caption", "retrieve", "match"):
         for size in ("1.3b", "2.7b"):
@@ -63,6 +67,8 @@ def jobs() -> list[dict]:
     for name in ("v5e-64", "v5p-64"):
         more = [f"--config.train.batch_size={2 * SLICES[name].chips * SLICES[name].batch['1.3b']}"]
         rows.append(_job(["slices"], "pretrain", f"1.3b@{name}", SLICES[name].topology, slices=2, more=more))
+    for task, config in CHAT:
+        rows += [_job(["chat"], task, f"{config}@{name}", layout.topology) for name, layout in chat.SLICES.items()]
     return sorted(rows, key=lambda job: job["tables"] == ["tune"])  # pre-training first
 
 
@@ -79,7 +85,8 @@ def key(job: dict) -> str:
 def measure(job: dict) -> dict:
     """What the command prints for one row."""
     command = [sys.executable, "-m", "ymplug_jax.main", "--mode", "compile", "--topology", job["topology"]]
-    command += ["--config", f"configs/mplug_video/{job['task']}.py:{job['config']}", "--slices", str(job["slices"])]
+    family = "mplug_chat" if "chat" in job["tables"] else "mplug_video"
+    command += ["--config", f"configs/{family}/{job['task']}.py:{job['config']}", "--slices", str(job["slices"])]
     done = subprocess.run([*command, *job["more"]], cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 3):
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -163,6 +170,10 @@ def draw(results: dict[str, dict]) -> str:
         ("tune", "Fine-tuning with the recipe's batches; matching on 16 chips of v5e with half of them"),
         ("weak", "Weak scaling: the same work per chip"),
         ("slices", "Two slices, gradients summed over the network between them"),
+        (
+            "chat",
+            "Chat model with BLOOMZ-7B1, rows of 2,048 tokens, with the layouts of `configs/mplug_chat/slices.py`",
+        ),
     ):
         known = _known(results, table)
         lines = [row(job) for job in sorted(known, key=lambda job: job["facts"]["devices"] if table == "weak" else 0)]

@@ -65,7 +65,7 @@ def features(kind: str, num_frames: int) -> Any:
                 # JPEG as bytes: the images and clips of a record differ in size, so TFDS could not stack them.
                 "image": {"encoded": texts, "timestamp": numbers, "height": numbers, "width": numbers},
                 "clip": {"media_id": text, "row": number},
-                "chat": {"text": text, "task_type": text},
+                "chat": {"text": text, "task_type": text, "options": texts},
                 "medium": {"name": texts, "still": numbers, "frames": numbers},
             }
         )
@@ -111,6 +111,7 @@ def serialize_talk(talk: Talk, clips: Sequence[Clip]) -> bytes:
             schema.MEDIA_ID: [talk.media_id.encode()],
             schema.CHAT_TEXT: [talk.text.encode()],
             schema.CHAT_TASK: [talk.task_type.encode()],
+            schema.CHAT_OPTIONS: [option.encode() for option in talk.options],
             schema.MEDIUM_NAME: [name.encode() for _, name in talk.media],
         },
         {

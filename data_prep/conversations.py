@@ -34,6 +34,7 @@ REASONS = {
     "media_count": "the text has more or fewer placeholders than the row has files",
     "media_in_answer": "a placeholder stands in or behind an answer, not in a question",
     "no_answer": "no line starts with 'AI: ' and goes on with text, or no answer fits into --max_tokens",
+    "bad_options": "the options are not two or more different texts, one of them the last answer",
     "too_long": f"the line has more than {LONGEST_LINE:,} bytes",
 }
 
@@ -46,6 +47,7 @@ class Talk(NamedTuple):
     text: str  # the whole conversation, introduction included
     media: tuple[tuple[bool, str], ...]  # (still image, file) in the order of the placeholders
     task_type: str
+    options: tuple[str, ...] = ()  # answers to choose from, one of them the last answer
     problem: str = ""
     reason: str = ""
 
@@ -159,12 +161,12 @@ def _talk(number: int, place: str, row: Any) -> Talk:
         task_type = _string(row, "task_type")
         text = whole_text(_string(row, "text"), _string(row, "prompt"))
         media = _media(text, files)
-        _check_answers(text)
+        options = _options(row, _answers(text)[-1])
         name = media[0][1] if media else place
-        return Talk(number, name, text.rstrip(), media, task_type)
+        return Talk(number, name, text.rstrip(), media, task_type, options)
     except _Rejected as rejected:
         reason, problem = rejected.args
-        return Talk(number, name, "", (), "", f"line {at}: {problem}", reason)
+        return Talk(number, name, "", (), "", (), f"line {at}: {problem}", reason)
 
 
 def _string(row: dict[str, Any], field: str) -> str:
@@ -174,9 +176,13 @@ def _string(row: dict[str, Any], field: str) -> str:
         return ""
     if not isinstance(value, str):
         raise _Rejected("bad_row", f"{field} is a {type(value).__name__}, not a string")
-    value = value.replace("\r\n", "\n")
-    _check_characters(field, value, allowed="\n\t")
-    return value
+    return _clean(field, value)
+
+
+def _clean(field: str, text: str) -> str:
+    text = text.replace("\r\n", "\n")
+    _check_characters(field, text, allowed="\n\t")
+    return text
 
 
 def _files(row: dict[str, Any], field: str) -> list[str]:
@@ -229,8 +235,8 @@ def _media(text: str, files: dict[str, list[str]]) -> tuple[tuple[bool, str], ..
     return tuple((piece == PLACEHOLDERS["image"], next(left[piece])) for piece in order)
 
 
-def _check_answers(text: str) -> None:
-    """Check that there are answers, each with words and without media."""
+def _answers(text: str) -> list[str]:
+    """The answers, one or more, each with words and without media."""
     answers: list[str] = []
     inside = False
     for piece in conversation.pieces(text):
@@ -250,3 +256,21 @@ def _check_answers(text: str) -> None:
         raise _Rejected("no_answer", f"no line starts with 'AI: '{hint}")
     if empty := [number for number, answer in enumerate(answers, 1) if not answer.strip()]:
         raise _Rejected("no_answer", f"answer {empty[0]} of {len(answers)} is empty")
+    return answers
+
+
+def _options(row: dict[str, Any], answer: str) -> tuple[str, ...]:
+    """The answers to choose from, without blanks around them; () if the field is absent or null."""
+    value = row.get("options")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(option, str) for option in value):
+        raise _Rejected("bad_row", "options is not a list of strings")
+    options = tuple(_clean("options", option).strip() for option in value)
+    if len(set(options)) < max(len(options), 2) or not all(options):
+        raise _Rejected("bad_options", "options are not two or more different texts")
+    if any(len(conversation.pieces(f"\n{option}")) > 1 for option in options):
+        raise _Rejected("bad_options", "an option holds turns or placeholders")
+    if answer.strip() not in options:
+        raise _Rejected("bad_options", f"the last answer, {answer.strip()[:40]!r}, is not among the options")
+    return options

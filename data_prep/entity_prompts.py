@@ -1,11 +1,11 @@
 """Build the entity prompts of ALPRO's teacher from a list of nouns and templates.
 
-    python -m data_prep.entity_prompts --entities nouns.txt --csv pretrain.csv --out prompts.json [--count 1000]
+    python -m data_prep.entity_prompts --entities nouns.txt --csv pretrain.csv --out prompts.json [--count 1000] [--images]
 
 The list has one entity per line; only the first word of a line is used, so a word frequency file works too. With --csv the
 entities that occur in most titles are kept, otherwise the first ones. The output file holds {"entities", "templates", "counts"};
 a prompt is a template with an entity in place of {}. ALPRO's English templates combine four nouns with three articles. No Chinese
-templates were published; those used here have the same form. See
+templates were published; those used here have the same form. With --images the templates are those of still images. See
 docs/models/alpro.md, "Entity prompts".
 """
 
@@ -27,6 +27,19 @@ TEMPLATES = {
     "en": [
         f"{noun} {article} {{}}."
         for noun in ("A footage of", "A video of", "A portrait of", "A video footage of")
+        for article in ("a", "the", "one")
+    ],
+}
+# Prompts of still images, for pre-training on batches of images and of clips.
+IMAGE_TEMPLATES = {
+    "zh": [
+        f"{article}{{}}的{noun}"
+        for noun in ("照片", "图片", "清晰照片", "清晰图片")
+        for article in ("一张", "一幅", "这张")
+    ],
+    "en": [
+        f"{noun} {article} {{}}."
+        for noun in ("A photo of", "A picture of", "A good photo of", "A good picture of")
         for article in ("a", "the", "one")
     ],
 }
@@ -77,6 +90,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument(
         "--language", choices=list(TEMPLATES), default="zh", help="language of the templates (default zh)"
     )
+    parser.add_argument("--images", action="store_true", help="write the prompts of still images instead of clips")
     args = parser.parse_args(argv)
     if args.count < 1:
         raise ValueError(f"--count {args.count}: too small; give 1 or more")
@@ -87,7 +101,7 @@ def _main(argv: list[str] | None) -> None:
         with bar(texts, "counting", "text") as read:
             counts = count_in(read, entities)
     chosen = choose(entities, counts, args.count)
-    templates = TEMPLATES[args.language]
+    templates = (IMAGE_TEMPLATES if args.images else TEMPLATES)[args.language]
     made = {
         "entities": chosen,
         "templates": templates,

@@ -35,8 +35,8 @@ class Area(NamedTuple):
 AREAS = (
     Area("Preparing data", ("data_prep/",)),
     Area("Flags and settings", (
-        "ymplug_jax/command_line.py", "ymplug_jax/main.py", "ymplug_jax/core/config", "ymplug_jax/tasks/options.py",
-        "ymplug_jax/tasks/names.py", "ymplug_jax/core/optim.py",
+        "ymplug_jax/command_line.py", "ymplug_jax/main.py", "ymplug_jax/core/config", "ymplug_jax/core/durations.py",
+        "ymplug_jax/tasks/options.py", "ymplug_jax/tasks/names.py", "ymplug_jax/core/optim.py",
     )),
     Area("Data, tokenizers and class names", ("ymplug_jax/data/", "ymplug_jax/core/text_files.py", "ymplug_jax/core/index_file.py")),
     Area("Tasks and models", ("ymplug_jax/tasks/", "ymplug_jax/models/")),

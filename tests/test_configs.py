@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from configs.mplug_chat import recipe as chat_recipe
+from configs.mplug_chat import slices as chat_slices
 from configs.mplug_video import recipe, slices
 from ymplug_jax.core import config
 from ymplug_jax.core import state as state_lib
@@ -67,6 +68,13 @@ VARIANTS = {
     ("tiny/retrieve", None): {},
     ("tiny/match", None): {},
     ("tiny/language", None): {},
+    ("tiny/chat_pretrain", "vision"): {},
+    ("tiny/chat_pretrain", "all_linears"): {},
+    ("tiny/chat_instruct", "vision"): {},
+    ("tiny/chat_instruct", "decoder"): {},
+    ("tiny/chat_instruct", "vision_lora"): {},
+    ("tiny/chat_instruct", "adapters_abstractor"): {},
+    ("tiny/chat_instruct", "lora"): {},
 }
 
 
@@ -127,13 +135,14 @@ def arguments(name: str) -> Iterator[str | None]:
     if family == "mplug_chat":
         for size in chat_recipe.LLMS:
             yield from (f"{size}-{partition}" for partition in mplug_chat.PARTITIONS)
+        yield from (f"7b-{partition}@{place}" for place in chat_slices.SLICES for partition in ("lora", "all_linears"))
         return
     if family == "mplug_video":
         for size in recipe.LLMS:
             yield size
             yield f"{size},l14"
             yield from (f"{size}@{place}" for place, layout in slices.SLICES.items() if size in layout.sizes(task))
-    elif family == "tiny" and not task.startswith("alpro"):
+    elif family == "tiny" and not task.startswith(("alpro", "chat")):
         yield from recipe.TINY
     else:
         yield from (argument for one, argument in VARIANTS if one == name)

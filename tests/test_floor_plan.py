@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ymplug_jax"
 # Imports go down this list or stay inside one package. Packages in the same row do not import each other.
 FLOORS = (
-    ("main", "predict", "api", "demo", "compare", "command_line"),
-    ("inference", "analysis"),
+    ("main", "predict", "api", "demo", "compare", "grade", "command_line"),
+    ("inference", "analysis", "grading"),
     ("training",),
     ("reports",),
     ("convert",),

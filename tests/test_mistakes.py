@@ -48,6 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in schema.COLUMNS:
         for split in ("train", "validation"):
             shards.write(home / kind, (9,), split=split, kind=kind)
+    shards.write_talks(home / "instruct", [shards.talk("Human: 你好\nAI: 你好。")] * 9)
     (home / "titles.txt").write_text("红色的圆形\n" * 20, encoding="utf-8")
     data = [f"--config.data.path={home / 'titles.txt'}", f"--config.data.tokenizer={home / 't.model'}"]
     flags, settings = command_line.parse(["--config", str(runs.ROOT / "configs/tiny/language.py"), *data, *LANGUAGE])
@@ -288,7 +289,8 @@ TAKES = {
 
 
 @pytest.mark.parametrize(
-    ("task", "kind"), [(task, kind) for task in TAKES for kind in sorted((TITLE | CAPTION) - TAKES[task])]
+    ("task", "kind"),
+    [(task, kind) for task in TAKES for kind in sorted((TITLE | CAPTION | {"instruct"}) - TAKES[task])],
 )
 def test_shards_of_another_kind(refused: Refused, task: str, kind: str):
     line = refused(f"--config.data.path={refused.home / kind}", "--config.data.eval_split=", task=task)

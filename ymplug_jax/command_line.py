@@ -187,6 +187,7 @@ def _of_run(name: str, seeds: int) -> Experiment:
     A tokenizer file that no longer exists is replaced by the run's own copy, which has the same content.
     """
     from ymplug_jax.core import checkpoint_files
+    from ymplug_jax.data.source import folders_of
     from ymplug_jax.tasks import options
     from ymplug_jax.training import run_folder
 
@@ -204,7 +205,8 @@ def _of_run(name: str, seeds: int) -> Experiment:
     if data.tokenizer and not checkpoint_files.folder_of(data.tokenizer).exists():
         kept = run_folder.kept_tokenizer(folder, experiment)
         data = dataclasses.replace(data, tokenizer=str(kept) if kept else data.tokenizer)
-    data = dataclasses.replace(data, path=_from_there(folder, data.path))
+    path = ",".join(_from_there(folder, name) for name in folders_of(data.path))
+    data = dataclasses.replace(data, path=path)
     files = {file.name: _from_there(folder, file.value) for file in options.files(experiment)}
     return options.with_values(dataclasses.replace(experiment, data=data), files)
 

@@ -6,6 +6,7 @@ Use `configs/alpro/pretrain.py:youku` or `:salesforce`, with the vision tower af
 Salesforce initialises temporal attention from spatial attention: add to init_from vision/blocks/temporal_attn:vision/blocks/attn=VIT_DIR
 and vision/blocks/temporal_norm:vision/blocks/attn_norm=VIT_DIR.
 For entities, add `prompter:=PROMPTER_RUN` to init_from and set --config.options.entities=PROMPTER_RUN/eval/validation/index.npz.
+For batches of still images as well, set --config.model.stills=True --config.data.path=IMAGES,SHARDS --config.data.weights="(1, 1)".
 For the released English models, with a vocabulary of 30,522, set --config.model.text.vocab=30522.
 See docs/models/alpro.md, "Recipe".
 """

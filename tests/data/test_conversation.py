@@ -44,6 +44,15 @@ def test_a_placeholder_at_the_start_is_a_medium() -> None:
     assert answers(found) == "a$"
 
 
+def test_the_turn_behind_an_empty_answer_is_not_its_text() -> None:
+    text = "S.\nHuman: q\nAI: \nHuman: r\nAI: "
+    assert answers(conversation.for_training(f"{text}b", WORDS, SLOTS, 64)) == "b$"
+    ids = conversation.for_answering(text, WORDS, SLOTS)
+    assert (
+        "".join("$" if i == WORDS.eos else WORDS.decode([i]) for i in ids[1:]) == "S.\nHuman: q\nAI: $\nHuman: r\nAI: "
+    )
+
+
 def test_two_media_side_by_side_are_two() -> None:
     found = conversation.for_training("S.\nHuman: <image><image><|video|>\nHuman: q\nAI: a", WORDS, SLOTS, 64)
     assert (found.media(VIDEO, SLOTS), found.media(IMAGE, SLOTS)) == (1, 2)

@@ -22,7 +22,7 @@ LONG = "红色的圆形在移动" * 300
 
 ROWS: list[tuple[str, object]] = [  # (reject reason or "", row)
     ("", {"video": ["a.mp4"], "text": CLIP, "prompt": "", "task_type": "video_sft"}),
-    ("", {"text": "Human: 你好\nAI: 你好。\nHuman: 再见\nAI: 再见。"}),
+    ("", {"text": "Human: 你好\nAI: 你好。\nHuman: 再见\nAI: 再见。", "options": ["你好。", "再见。"]}),
     (
         "",
         {
@@ -120,6 +120,7 @@ def test_records_hold_all_media_in_order(built: tuple[Path, list[str]]):
     assert [(m.still, m.name, len(m.frames)) for m in first.media] == [(False, "a.mp4", FRAMES)]
     assert (first.media_id, first.task_type) == ("a.mp4", "video_sft")
     assert first.text == f"{conversation.SYSTEM}\n{CLIP}" and first.timestamps.tolist() == [333333, 1000000, 1666667]
+    assert (first.options, words.options) == ((), ("你好。", "再见。"))
     assert (words.media_id, words.media, words.frames) == ("talks_val.jsonl:2", (), [])
     assert (long.media_id, long.text) == ("talks_val.jsonl:16", f"{conversation.SYSTEM}\nHuman: 问\nAI: {LONG}")
     assert [(m.still, m.name, len(m.frames)) for m in both.media] == [

@@ -22,7 +22,8 @@ def read(folder: Path, *rows: object, name: str = "x.jsonl") -> list[conversatio
 def test_files_are_those_of_the_placeholders_in_their_order(tmp_path: Path):
     text = "Human: <image>\nHuman: <|video|>\nHuman: 比较<image>。\nAI: 好。\nHuman: 再看<|video|>\nAI: 看了。"
     row = {"video": ["1.mp4", "2.mp4"], "image": ["a.png", "b.png"], "text": text, "task_type": "x_sft"}
-    (talk,) = read(tmp_path, row)
+    (talk,) = read(tmp_path, row | {"options": [" 看了。\r\n", "没看。"]})
+    assert talk.options == ("看了。", "没看。")
     assert talk.media == ((True, "a.png"), (False, "1.mp4"), (True, "b.png"), (False, "2.mp4"))
     assert (talk.number, talk.media_id, talk.task_type, talk.problem) == (0, "a.png", "x_sft", "")
     assert talk.text == f"{conversation.SYSTEM}\n{text}"
@@ -78,6 +79,24 @@ REJECTS = [
     ({"text": "Human: a\nAI:b"}, "no_answer", "write 'AI: ' with its space"),
     ({"text": "Human: a\nAI: "}, "no_answer", "answer 1 of 1 is empty"),
     ({"text": "Human: a\nAI: b\nHuman: c\nAI: \n\nHuman: d\nAI: e"}, "no_answer", "answer 2 of 3 is empty"),
+    ({"text": "Human: a\nAI: b", "options": "b"}, "bad_row", "options is not a list of strings"),
+    ({"text": "Human: a\nAI: b", "options": ["b", 3]}, "bad_row", "options is not a list of strings"),
+    ({"text": "Human: a\nAI: b", "options": ["b"]}, "bad_options", "options are not two or more different texts"),
+    ({"text": "Human: a\nAI: b", "options": []}, "bad_options", "options are not two or more different texts"),
+    (
+        {"text": "Human: a\nAI: b", "options": ["b", " b "]},
+        "bad_options",
+        "options are not two or more different texts",
+    ),
+    ({"text": "Human: a\nAI: b", "options": ["b", " "]}, "bad_options", "options are not two or more different texts"),
+    ({"text": "Human: a\nAI: b", "options": ["c", "b<image>"]}, "bad_options", "an option holds turns or placeholders"),
+    ({"text": "Human: a\nAI: b", "options": ["b", "AI: c"]}, "bad_options", "an option holds turns or placeholders"),
+    (
+        {"text": "Human: a\nAI: b\nHuman: c\nAI: d", "options": ["b", "c"]},
+        "bad_options",
+        "the last answer, 'd', is not",
+    ),
+    ({"text": "Human: a\nAI: b", "options": ["b", "c\x07"]}, "bad_row", "options holds a control character (U+0007)"),
     ({"text": "Human: a\nAI: " + "b" * 2**20}, "too_long", "more than 1,048,576 bytes"),
 ]
 

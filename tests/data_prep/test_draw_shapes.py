@@ -10,8 +10,9 @@ import av
 import numpy as np
 import pytest
 
-from data_prep import draw_shapes
-from data_prep.draw_shapes import COLOURS, MOTIONS, SHAPES, draw, frames_of, is_drawn, main, path_of, plan
+from data_prep import draw_shapes, shape_clips
+from data_prep.draw_shapes import draw, is_drawn, main
+from data_prep.shape_clips import COLOURS, MOTIONS, SHAPES, Clip, frames_of, path_of, plan
 from ymplug_jax.data.schema import CLASS_NAMES, COLUMNS
 
 
@@ -27,7 +28,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def combination(clip: draw_shapes.Clip) -> tuple[str, str, str]:
+def combination(clip: Clip) -> tuple[str, str, str]:
     return clip.colour, clip.shape, clip.motion
 
 
@@ -81,8 +82,8 @@ def test_clips_of_one_title_differ():
 def test_motion_is_clear_from_four_frames(motion: str):
     for seed in range(50):
         path = path_of(motion, np.random.default_rng(seed))
-        assert (path[:, :2] - path[:, 2:] >= draw_shapes.MARGIN - 1e-9).all()
-        assert (path[:, :2] + path[:, 2:] <= draw_shapes.SIZE - draw_shapes.MARGIN + 1e-9).all()
+        assert (path[:, :2] - path[:, 2:] >= shape_clips.MARGIN - 1e-9).all()
+        assert (path[:, :2] + path[:, 2:] <= shape_clips.SIZE - shape_clips.MARGIN + 1e-9).all()
         x, y, radius = path[[1, 5, 9, 13]].T
         changes = {"x": np.diff(x), "y": np.diff(y), "radius": np.diff(radius)}
         axis, sign = {
@@ -100,7 +101,7 @@ def test_files_show_their_titles(corpus: Path):
     """Pixels of the title's colour in the decoded file move or grow as the title says."""
     for row in read(corpus / "pretrain_val.csv") + read(corpus / "pretrain_train.csv"):
         frames = decode(corpus / row["video_id:FILE"])  # [16, 112, 112, 3]
-        assert frames.shape == (draw_shapes.FRAMES, draw_shapes.SIZE, draw_shapes.SIZE, 3)
+        assert frames.shape == (shape_clips.FRAMES, shape_clips.SIZE, shape_clips.SIZE, 3)
         colour, rest = row["title"].split("的")
         shape, motion = rest.split("在")
         assert shape in SHAPES
@@ -144,7 +145,7 @@ def test_test_titles_carry_no_information_about_the_class(corpus: Path):
     for row in rows:
         classes[row["title"]].add(row["label"])
     assert len(rows) == 128 and len(classes) == 32
-    assert all(labels == set(draw_shapes.LABELS.values()) for labels in classes.values())
+    assert all(labels == set(shape_clips.LABELS.values()) for labels in classes.values())
 
 
 def test_complete_corpus_is_reused(corpus: Path, capsys):

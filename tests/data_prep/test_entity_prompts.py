@@ -61,6 +61,17 @@ def test_entities_are_counted_and_templates_written(tmp_path: Path) -> None:
     _, prompts = read_prompts(str(tmp_path / "prompts.json"))
     assert len(prompts) == 48 and prompts[:2] == ["一段猫的视频", "一段狗的视频"] and prompts[4] == "一个猫的视频"
     assert "A portrait of the {}." in entity_prompts.TEMPLATES["en"] and len(entity_prompts.TEMPLATES["en"]) == 12
+    command(
+        "entity_prompts", "--entities", tmp_path / "nouns.txt", "--out", tmp_path / "images.json", "--count", "4", "--images",
+        "--language", "en",
+    )  # fmt: skip
+    names, prompts = read_prompts(str(tmp_path / "images.json"))
+    assert (
+        len(prompts) == 12 * len(names)
+        and prompts[0] == "A photo of a 狗."
+        and not set(prompts) & set(made["templates"])
+    )
+    assert len(set(entity_prompts.IMAGE_TEMPLATES["zh"])) == len(set(entity_prompts.IMAGE_TEMPLATES["en"])) == 12
     assert entity_prompts.choose(["甲", "乙"], Counter({"乙": 1}), 1) == ["乙"]
     (tmp_path / "none.txt").write_text("\n", encoding="utf-8")
     error = command("entity_prompts", "--entities", tmp_path / "none.txt", "--out", tmp_path / "x.json", code=2)

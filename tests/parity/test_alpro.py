@@ -366,6 +366,15 @@ def test_pretrain_sf(read) -> None:
     targets = pretrain.teach(model, of_teacher, pixels, box)
     file.check("out/mpm_soft_labels", targets, OUTPUT)
     np.testing.assert_array_equal(jnp.argmax(targets, axis=-1) == 0, file["out/mpm_ignore"])
+    # Batches of still images are compared with the features of the image prompts; the flag decides row by row.
+    with_stills = of_teacher | {"image_entities": file["out/image_prompt_feat"]}
+    units = jax.nn.softmax(
+        file["out/prompter_video_feat"] @ file["out/image_prompt_feat"].T / config["prompter_temp"], axis=-1
+    )
+    for still in (np.ones(len(box), bool), np.arange(len(box)) % 2 == 0, np.zeros(len(box), bool)):
+        found = pretrain.teach(model, with_stills, pixels, box, still)
+        np.testing.assert_allclose(found, np.where(still[:, None], units, targets), rtol=OUTPUT, atol=OUTPUT)
+    assert np.abs(units - targets).max() > 100 * OUTPUT, "the two sets of prompts differ"
 
     told_shown = check_masking(file, special)
     select = np.where(np.isin(file["in/input_ids"], special), 0, config["mlm_probability"])

@@ -16,7 +16,7 @@ from ymplug_jax.tasks.common import chance, class_votes, example_pages, gallery,
 from ymplug_jax.tasks.mplug_video import caption, classify, match, pretrain, retrieve
 from ymplug_jax.tasks.presentation import Page
 from ymplug_jax.tasks.task import Report
-from ymplug_jax.training import evaluate
+from ymplug_jax.training import evaluation_files
 
 CLASSES = example_pages.classes(class_votes.MODALITIES, ("likelihood", "head"))
 CAPTIONS, RANKING, TITLES = (
@@ -259,7 +259,7 @@ def test_written_and_printed_results(tmp_path: Path):
     )
     assert "both: head top-1  4.76 %   chance 2.22 %" in said and "10 of 21 examples shown:" in said
     assert said.count("title: 第") == 10
-    evaluate._write(
+    evaluation_files.write(
         epath.Path(tmp_path), {"loss": float("inf"), "r": 0.5}, Report({}, [rows[0] | {"id": "\udcff.mp4"}])
     )
     text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")

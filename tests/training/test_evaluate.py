@@ -44,6 +44,7 @@ def run_of(path: Path, loss=None, score=None, **more) -> Run:
         "predict": lambda params, batch: {"y": batch["x"] * params["w"], "valid": batch["valid"]},
         "rescore": None,
         "kept": (),
+        "views": None,
         "score": score or (lambda rows, records: Report({"sum": float(sum(row["y"] for row in rows))}, [])),
         "scores": (),
         "page": Page(),

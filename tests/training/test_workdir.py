@@ -15,7 +15,7 @@ from fsspec.registry import _registry
 from ymplug_jax.core import checkpoint, checkpoint_files, config, metrics
 from ymplug_jax.reports import curves
 from ymplug_jax.tasks.task import Report
-from ymplug_jax.training import evaluate, run_folder, setup
+from ymplug_jax.training import evaluation_files, run_folder, setup
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_settings_and_scores_of_a_bucket(bucket: Path, tmp_path: Path):
     folder = bucket / "run" / one.name
     assert json.loads((folder / "config.json").read_text())["task"] == "pretrain"
     assert (folder / "environment.json").exists() and (folder / "tokenizer" / "t.model").read_bytes() == b"tokens"
-    evaluate._write(one / "eval" / "test", {"R@1": 0.5}, Report({}, [{"a": "圆形"}], {"x": np.arange(3)}))
+    evaluation_files.write(one / "eval" / "test", {"R@1": 0.5}, Report({}, [{"a": "圆形"}], {"x": np.arange(3)}))
     assert isinstance(one, epath.Path) and json.loads((folder / "eval" / "test" / "scores.json").read_text()) == {
         "R@1": 0.5
     }

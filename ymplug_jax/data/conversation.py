@@ -90,7 +90,8 @@ def for_training(text: str, tokenizer: Tokenizer, slots: int, limit: int, *, ref
             answer += [False] * slots
             before = piece
             continue
-        new, spoken = tokenizer.encode(piece), before == AI
+        # The next turn behind an empty answer is not its text.
+        new, spoken = tokenizer.encode(piece), before == AI and (reference or piece != HUMAN)
         before = piece
         room = limit - len(ids) if spoken else limit + 1 - len(ids)
         cut = len(new) > room
@@ -118,8 +119,10 @@ def for_answering(text: str, tokenizer: Tokenizer, slots: int, *, piecewise: boo
     parts = _pieces(text, False) if piecewise else ((0, piece) for piece in re.split(f"({_MEDIA})", text) if piece)
     for _, piece in parts:
         kind = PLACEHOLDERS.get(piece)
+        if piecewise and before == AI and piece == HUMAN:  # an empty answer
+            ids.append(tokenizer.eos)
         ids += [kind] * slots if kind is not None else tokenizer.encode(piece)
-        if piecewise and before == AI and kind is None:
+        if piecewise and before == AI and kind is None and piece != HUMAN:
             ids.append(tokenizer.eos)
         before = piece
     return np.array(ids, np.int32)

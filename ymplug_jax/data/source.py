@@ -11,6 +11,32 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Record, Records, Split
 
 
+class Joined:
+    """The same split of several folders, one after the other."""
+
+    def __init__(self, path: str, parts: Sequence[Split]):
+        """Join the splits; `path` is `config.data.path`."""
+        self.path, self.split, self.parts = path, parts[0].split, tuple(parts)
+        kinds = {part.kind for part in parts}
+        self.kind = kinds.pop() if len(kinds) == 1 else ""
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Record:
+        """Read record i of the whole, 0 <= i < len.
+
+        Raises:
+          IndexError: i is out of range.
+          CorruptRecord: the checksum or the content is wrong.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path}: record {i} is out of range; split {self.split!r} has {len(self)} records")
+        part = int(np.searchsorted(self._ends, i, side="right"))
+        return self.parts[part][i - (int(self._ends[part - 1]) if part else 0)]
+
+
 class Texts:
     """A UTF-8 text file as a split: one record with a title per line, without frames. Held in memory."""
 
@@ -40,32 +66,6 @@ class Texts:
 
     def __getitem__(self, i: int) -> Record:
         return Record(f"{self.path}:{i + 1}", [], np.zeros(0, np.int64), self._lines[i], [], "", -1)
-
-
-class Joined:
-    """The same split of several folders, one after the other."""
-
-    def __init__(self, path: str, parts: Sequence[Split]):
-        """Join the splits; `path` is `config.data.path`."""
-        self.path, self.split, self.parts = path, parts[0].split, tuple(parts)
-        kinds = {part.kind for part in parts}
-        self.kind = kinds.pop() if len(kinds) == 1 else ""
-        self._ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, i: int) -> Record:
-        """Read record i of the whole, 0 <= i < len.
-
-        Raises:
-          IndexError: i is out of range.
-          CorruptRecord: the checksum or the content is wrong.
-        """
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.path}: record {i} is out of range; split {self.split!r} has {len(self)} records")
-        part = int(np.searchsorted(self._ends, i, side="right"))
-        return self.parts[part][i - (int(self._ends[part - 1]) if part else 0)]
 
 
 def folders_of(path: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from ymplug_jax.data.frames import opencv
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LEVEL = 5  # RandAugment level, out of 10
+STILL_LEVEL = 7  # of still images
 FILL = (128, 128, 128)
 Frame = np.ndarray  # uint8[H, W, 3]
 Crop = tuple[int, int, int, int]  # top, left, height, width
@@ -60,6 +61,32 @@ def train_transform(clip: Clip, size: int, rng: np.random.Generator, *, wrap_uin
     return out
 
 
+def still_transform(image: Frame, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Apply Salesforce's augmentation of still images: a wider random resized crop, a flip, and up to two stronger operations.
+
+    The crop has 0.2 to 1 of the area. Each of two different operations at level 7 is applied with probability 1/2. See
+    docs/models/alpro.md, "Still images".
+
+    Args:
+      image: uint8[H, W, 3], RGB.
+      size: height and width of the result, pixels.
+      rng: source of all randomness.
+
+    Returns:
+      uint8[size, size, 3].
+    """
+    height, width = image.shape[:2]
+    crop = choose_crop(height, width, rng, least=0.2)
+    flip = rng.random() < 0.5
+    operations = [name for name in choose_operations(rng) if rng.random() < 0.5]
+    (values,) = _crop_resize([image], crop, size)
+    frame = np.clip(values, 0, 255).astype(np.uint8)
+    frame = opencv().flip(frame, 1) if flip else frame
+    for name in operations:
+        frame = operate(frame, name, STILL_LEVEL)
+    return frame
+
+
 def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> np.ndarray:
     """Resize frames uint8[H, W, 3] to squares without keeping the aspect ratio: nearest neighbour as in the reference, or bilinear.
 
@@ -89,10 +116,10 @@ def nearest(source: int, size: int) -> np.ndarray:
     return np.minimum((np.arange(size, dtype=np.float32) * scale).astype(np.int64), source - 1)
 
 
-def choose_crop(height: int, width: int, rng: np.random.Generator) -> Crop:
-    """Draw a crop with 0.5 to 1 of the area and an aspect ratio log-uniform in 3/4..4/3; after ten misfits, a central crop."""
+def choose_crop(height: int, width: int, rng: np.random.Generator, *, least: float = 0.5) -> Crop:
+    """Draw a crop with `least` to 1 of the area and an aspect ratio log-uniform in 3/4..4/3; after ten misfits, a central crop."""
     for _ in range(10):
-        area = height * width * rng.uniform(0.5, 1.0)
+        area = height * width * rng.uniform(least, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:

@@ -42,7 +42,7 @@ _PARTS = (
     ("(head|entity)/out/kernel", "mlp classes"),
     ("(head|entity)/out/bias", "classes"),
 )
-AXES = (*_PARTS, *_under("prompter/", _PARTS), ("prompter/entities", "classes proj"))
+AXES = (*_PARTS, *_under("prompter/", _PARTS), ("prompter/(image_)?entities", "classes proj"))
 
 
 class Connector(nn.Module):
@@ -98,6 +98,7 @@ class ALPRO(nn.Module):
     masked: bool = True  # Adds the head that predicts masked words.
     classes: int = 0  # Number of classes or answers of the classifier; 0 leaves it out.
     entities: int = 0  # Number of entities that the entity head predicts; 0 leaves out the head and the teacher.
+    stills: bool = False  # Adds a second table of entities to the teacher, for batches of still images.
     variant: str = "youku"  # "youku", or "salesforce": texts end with [SEP] and the classifier is twice as wide.
 
     def setup(self) -> None:
@@ -209,13 +210,14 @@ class ALPRO(nn.Module):
 
 def prompter_of(model: ALPRO) -> ALPRO:
     """The teacher of a model with entities: two encoders and their contrastive heads, trained by task "alpro_prompter"."""
-    return model.clone(matching=False, masked=False, classes=0, entities=0)
+    return model.clone(matching=False, masked=False, classes=0, entities=0, stills=False)
 
 
 def init(model: ALPRO, key: jax.Array) -> dict:
     """Initial float32 parameters. Call it under `jax.jit` or `jax.eval_shape`, which remove the forward pass.
 
-    A model with entities also gets the teacher under "prompter", with its table "entities", f32[K, E] of zeros.
+    A model with entities also gets the teacher under "prompter", with its table "entities", f32[K, E] of zeros, and with `stills` the
+    table "image_entities" as well.
     """
     vision = model.vision
     video = jnp.zeros((1, vision.frames, vision.image_size, vision.image_size, 3))
@@ -223,7 +225,9 @@ def init(model: ALPRO, key: jax.Array) -> dict:
     params = model.init(key, video, ids, jnp.ones_like(ids))["params"]
     if model.entities:
         prompter = init(prompter_of(model), jax.random.fold_in(key, 1))
-        params["prompter"] = prompter | {"entities": jnp.zeros((model.entities, model.contrastive_width))}
+        tables = ("entities", "image_entities") if model.stills else ("entities",)
+        shape = (model.entities, model.contrastive_width)
+        params["prompter"] = prompter | {name: jnp.zeros(shape) for name in tables}
     return params
 
 

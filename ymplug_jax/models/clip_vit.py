@@ -32,12 +32,13 @@ class Mlp(nn.Module):
     """Two linear layers with quick GELU between them: f[..., D] -> f[..., D]."""
 
     hidden: int  # Width between the layers M.
+    std: float  # Standard deviation of the initial kernels.
     dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[..., D] -> f[..., D]."""
-        normal, dtype = nn.initializers.normal(STD), jnp.dtype(self.dtype)
+        normal, dtype = nn.initializers.normal(self.std), jnp.dtype(self.dtype)
         up = layers.kept(layers.Dense(self.hidden, kernel_init=normal, dtype=dtype, name="up")(x))  # [..., M]
         down = layers.Dense(x.shape[-1], kernel_init=normal, dtype=dtype, name="down")
         return layers.kept(down(temporal.quick_gelu(up)))
@@ -49,6 +50,7 @@ class Block(nn.Module):
     heads: int  # Number of attention heads.
     mlp: int  # Width of the MLP M.
     double_cls: bool  # Adds the cls token to itself in clips.
+    std: float  # Standard deviation of the initial kernels.
     dtype: str  # Type of the computation.
 
     @nn.compact
@@ -60,11 +62,11 @@ class Block(nn.Module):
             adapted = temporal.ConvAdapter(d // 2, self.dtype, name="temporal")(x[:, :, 1:])
             cls = x[:, :, :1] if self.double_cls else jnp.zeros_like(x[:, :, :1])
             x = x + jnp.concatenate([cls, adapted], axis=2)
-        normal = nn.initializers.normal(STD)
+        normal = nn.initializers.normal(self.std)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
         y = layers.norm("attn_norm", EPS, self.dtype)(x).reshape(m * t, n, d)
         x = x + attn.output(attention.attend(*attn.project(y))).reshape(x.shape)
-        return x + Mlp(self.mlp, self.dtype, name="mlp")(layers.norm("mlp_norm", EPS, self.dtype)(x)), None
+        return x + Mlp(self.mlp, self.std, self.dtype, name="mlp")(layers.norm("mlp_norm", EPS, self.dtype)(x)), None
 
 
 class ClipViT(nn.Module):
@@ -78,6 +80,8 @@ class ClipViT(nn.Module):
     mlp: int = 4096  # Width of the MLP M.
     # Adds the cls token of a clip to itself before every block, as the released chat weights need.
     double_cls: bool = False
+    std: float = STD  # Standard deviation of the initial kernels; CLIP's, which is meant for large widths.
+    table_std: float = STD  # Standard deviation of the initial cls token and positions.
     remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and activations stay float32.
 
@@ -96,14 +100,16 @@ class ClipViT(nn.Module):
                 f"config.data.image_size: the frames have shape {media.shape}, but the vision tower expects [media, frames, {size}, {size}, 3]; "
                 "change data.image_size or the model's image_size"
             )
-        normal = nn.initializers.normal(STD)
-        x = Patch(self.patch_size, d, bias=False, std=STD, dtype=self.dtype, name="patch")(media)  # [M, T, P, D]
+        normal = nn.initializers.normal(self.table_std)
+        x = Patch(self.patch_size, d, bias=False, std=self.std, dtype=self.dtype, name="patch")(media)  # [M, T, P, D]
         cls = jnp.broadcast_to(self.param("cls", normal, (d,)).astype(dtype), (*x.shape[:2], 1, d))
         x = jnp.concatenate([cls, x], axis=2)  # [M, T, 1 + P, D]
         x = x + self.param("pos_embed", normal, x.shape[2:]).astype(dtype)
         x = layers.norm("norm_pre", EPS, self.dtype)(x)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=())
-        x, _ = blocks(heads=self.heads, mlp=self.mlp, double_cls=self.double_cls, dtype=self.dtype, name="blocks")(x)
+        x, _ = blocks(
+            heads=self.heads, mlp=self.mlp, double_cls=self.double_cls, std=self.std, dtype=self.dtype, name="blocks"
+        )(x)
         return layers.norm("norm", EPS, self.dtype)(x)
 
 

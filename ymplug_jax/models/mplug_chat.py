@@ -54,7 +54,7 @@ class MPLUGChat(nn.Module):
 
     vision: ClipViT = ClipViT()  # Vision tower.
     abstractor: QueryAbstractor = QueryAbstractor()  # Visual abstractor.
-    llm: LanguageModel = language_models.SIZES["bloomz-7b1"]  # Decoder.
+    llm: LanguageModel = language_models.SIZES["bloomz-7b1"]  # Decoder that reads the text and the slots of the media.
 
     def encode_media(self, media: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Slots of normalised images (T = 1) or clips: f[M, T, S, S, 3] -> f[M, Q + 1, H]. Randomness: "dropout"."""

@@ -37,12 +37,13 @@ class Mlp(nn.Module):
     """down(norm(silu(gate(x)) * up(x))), all with biases: f[..., D] -> f[..., D]. SiLU is float32."""
 
     hidden: int  # Width between the layers M.
+    std: float  # Standard deviation of the initial kernels.
     dtype: str  # Type of the computation.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[..., D] -> f[..., D]."""
-        normal, dtype = nn.initializers.normal(STD), jnp.dtype(self.dtype)
+        normal, dtype = nn.initializers.normal(self.std), jnp.dtype(self.dtype)
 
         def dense(name: str, features: int) -> nn.Dense:
             return layers.Dense(features, kernel_init=normal, dtype=dtype, name=name)
@@ -58,6 +59,7 @@ class Block(nn.Module):
     heads: int  # Number of attention heads.
     mlp: int  # Width of the MLP M.
     dropout: float  # Dropout rate in training.
+    std: float  # Standard deviation of the initial kernels.
     dtype: str  # Type of the computation.
 
     @nn.compact
@@ -66,7 +68,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Queries f[M, Q, D], vision tokens f[M, S, D], bool[M, S] or None -> (queries f[M, Q, D], None)."""
         m, q, d = x.shape
-        normal = nn.initializers.normal(STD)
+        normal = nn.initializers.normal(self.std)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
         x = layers.norm("query_norm", EPS, self.dtype)(x)
         keys = jnp.concatenate([x, layers.norm("context_norm", EPS, self.dtype)(context)], axis=1)  # [M, Q + S, D]
@@ -75,7 +77,7 @@ class Block(nn.Module):
         key = self.make_rng("dropout") if rate > 0 else None
         y = attention.attend(*attn.project(x, keys), key_mask=seen, dropout=rate, key=key)  # [M, Q, N, H]
         x = x + attn.output(y)
-        return x + Mlp(self.mlp, self.dtype, name="mlp")(layers.norm("mlp_norm", EPS, self.dtype)(x)), None
+        return x + Mlp(self.mlp, self.std, self.dtype, name="mlp")(layers.norm("mlp_norm", EPS, self.dtype)(x)), None
 
 
 class QueryAbstractor(nn.Module):
@@ -86,6 +88,7 @@ class QueryAbstractor(nn.Module):
     heads: int = 16  # Number of attention heads.
     mlp: int = 2816  # Width of the MLP M.
     dropout: float = 0.1  # Dropout rate on the attention probabilities in training.
+    std: float = STD  # Standard deviation of the initial kernels.
     remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and activations stay float32.
 
@@ -126,11 +129,13 @@ class QueryAbstractor(nn.Module):
         seen = None if mask is None else mask.reshape(m, t * n).astype(bool)
         in_axes = (nn.broadcast, nn.broadcast, nn.broadcast)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=in_axes, static_argnums=(4,))
-        blocks = blocks(heads=self.heads, mlp=self.mlp, dropout=self.dropout, dtype=self.dtype, name="blocks")
+        blocks = blocks(
+            heads=self.heads, mlp=self.mlp, dropout=self.dropout, std=self.std, dtype=self.dtype, name="blocks"
+        )
         x, _ = blocks(x, tokens.reshape(m, t * n, d).astype(dtype), seen, deterministic)
 
         def project(name: str) -> nn.Dense:
-            return layers.Dense(width, kernel_init=normal, dtype=dtype, name=name)
+            return layers.Dense(width, kernel_init=nn.initializers.normal(self.std), dtype=dtype, name=name)
 
         y = project("proj")(x[:, : self.queries])  # [M, Q, H]
         if temporal:

@@ -53,6 +53,7 @@ def write(
         about=page.about(rows),
         groups=grouped(score_table.table(scores, known, chance.scores)),
         chance_notes=chance.notes,
+        breakdowns=[table for table in page.breakdowns(scores) if table.rows],
         curve=_curve(workdir),
         settings=flat(config.settings_of(experiment)) if experiment else {},
         commands=_commands(workdir),

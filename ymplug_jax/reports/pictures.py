@@ -33,16 +33,17 @@ class Pictures:
             return []
         middles = np.linspace(0, len(stored) - 1, 2 * count + 1).round().astype(int)[1::2].tolist()
         places = sorted(set(middles)) if len(stored) < count else middles
-        return [picture for place in places if (picture := _small(stored[place]))]
+        return [picture for place in places if (picture := thumbnail(stored[place]))]
 
 
-def _small(jpeg: bytes) -> str | None:
+def thumbnail(jpeg: bytes, height: int = HEIGHT) -> str | None:
+    """Scale a JPEG to a height in pixels: a data URI, or None if it cannot be decoded."""
     image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR) if jpeg else None
     if image is None:
         return None
-    height, width = image.shape[:2]
-    width = min(WIDEST * HEIGHT, max(1, round(width * HEIGHT / height)))
-    image = cv2.resize(image, (width, HEIGHT), interpolation=cv2.INTER_AREA)
+    high, wide = image.shape[:2]
+    width = min(WIDEST * height, max(1, round(wide * height / high)))
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
     return data_uri(data, "jpeg")
 

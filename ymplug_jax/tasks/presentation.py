@@ -27,7 +27,7 @@ class Score(NamedTuple):
     group: str = ""  # heading of its group in the report
     unit: str = ""
     factor: float = 1  # shown value = factor * stored value
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True  # None: neither, e.g. of a control run
 
 
 class Chance(NamedTuple):
@@ -42,10 +42,21 @@ class Part:
     """A group of examples under one heading of the page."""
 
     title: str
-    form: str  # card layout in reports/evaluation_report.html: "classes", "captions", "t2v", "v2t" or "titles"
+    form: (
+        str  # card layout in reports/evaluation_report.html: "classes", "captions", "t2v", "v2t", "titles" or "answers"
+    )
     rows: Sequence[ReadableRow]  # examples shown as cards
     count: int  # examples in the group, shown or not
     card: Card  # turns a row into the values of its card
+
+
+class Breakdown(NamedTuple):
+    """A table that splits scores up, e.g. by kind of question."""
+
+    title: str
+    note: str  # one sentence below the title
+    columns: tuple[str, ...]
+    rows: list[list[Cell]]
 
 
 def _no_chance(scores: Scores, rows: Sequence[ReadableRow]) -> Chance:
@@ -62,6 +73,7 @@ class Page:
     # key of a predicted class in the row -> title of its confusion matrix
     votes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chance: Callable[[Scores, Sequence[ReadableRow]], Chance] = _no_chance
+    breakdowns: Callable[[Scores], list[Breakdown]] = lambda scores: []  # tables below the scores
     about: Callable[[Sequence[ReadableRow]], str] = lambda rows: ""  # a phrase about all rows for the head of the page
 
 

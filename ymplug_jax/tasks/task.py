@@ -65,7 +65,10 @@ class Task:
     # Second model pass for scoring pairs: (params, rows, kept predictions) -> rows, the same on every host. None: not needed.
     rescore: Callable[[Params, list[Row], KeptRows], list[Row]] | None = None
     kept: tuple[str, ...] = ()  # predictions that stay on the devices for `rescore`, too large to gather to hosts
-    score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split) -> report
+    score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split, or views[""]) -> report
+    # Split -> the splits that evaluation predicts: "" is the split as it is evaluated, all others are the same examples with
+    # changed media, for control runs. Their predictions reach `score` as "KEY/NAME" in the rows of "". None: the split alone.
+    views: Callable[[Split], Mapping[str, Split]] | None = None
     scores: tuple[Score, ...] = ()  # scores that an evaluation may report, in display order
     page: Page = dataclasses.field(default_factory=Page)  # how the report shows the readable rows
     describe: Mapping[str, Describe] = dataclasses.field(default_factory=dict)  # command of `predict` -> its answer
@@ -89,11 +92,15 @@ class Task:
         """The score that `config.train.best` names.
 
         Raises:
-          Mistake: The task has no such score; the message suggests the closest name or lists all.
+          Mistake: The task has no such score, or it is that of a control; the message suggests the closest name or lists all.
         """
         found = next((score for score in self.scores if score.name == name), None)
+        known = [score.name for score in self.scores if score.higher_is_better is not None]
+        if found is not None and found.higher_is_better is None:
+            raise Mistake(
+                f"config.train.best: neither a high nor a low {name!r} is better; choose one of {', '.join(known)}"
+            )
         if found is None:
-            known = [score.name for score in self.scores]
             near = difflib.get_close_matches(name, known, 1)
             raise Mistake(
                 f"config.train.best: unknown score {name!r}; "

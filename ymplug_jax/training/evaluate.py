@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from ymplug_jax.tasks import names
 from ymplug_jax.tasks.common import task_metrics as metrics_lib
 from ymplug_jax.tasks.kept_rows import KeptRows, first_not_finite
 from ymplug_jax.tasks.task import Batch, Report, Row
-from ymplug_jax.training import model_card, setup
+from ymplug_jax.training import evaluation_files, model_card, setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.setup import Run
 
@@ -61,6 +61,7 @@ class Scorer:
         self._loss_step = make_loss_step(run)
         self._predict = _predictor(run) if run.task.predict else None
         self._compared = False
+        self._views: tuple[Split, Mapping[str, Split]] | None = None
 
     def _compare_kernels(self, trainable: Params, frozen: Params, batch: Batch) -> None:
         """Turn off the kernels whose predictions differ from plain XLA; unlike training, predictions have padded rows."""
@@ -71,6 +72,34 @@ class Scorer:
         if checked.kernels_off != self._run.kernels_off:
             self._run, self._predict = checked, _predictor(checked)
             self._loss_step = make_loss_step(checked)
+
+    def _views_of(self, records: Split) -> Mapping[str, Split]:
+        """The splits that `Task.views` makes of a split; kept, because making them may read the whole split."""
+        if self._views is None or self._views[0] is not records:
+            made = self._run.task.views(records) if self._run.task.views else {"": records}
+            self._views = records, made
+        return self._views[1]
+
+    def _over(
+        self, records: Split, trainable: Params, frozen: Params, examples: int, title: str, kept: KeptRows | None
+    ) -> tuple[list[Row], list[tuple[int, Metrics]]]:
+        """Predict a split and, if `kept` is given, collect its losses and the predictions of `Task.kept`."""
+        found: list[tuple[int, Metrics]] = []
+        rows: list[Row] = []
+        for batch, start in _batches(self._run, records, examples, title):
+            if self._predict and not self._compared:
+                self._compare_kernels(trainable, frozen, batch)
+            if kept is not None:
+                with self._run.tracing():
+                    found.append((start, self._loss_step(trainable, frozen, batch)))
+            if self._predict:
+                with self._run.tracing():
+                    predicted, large, odd = self._predict(trainable, frozen, batch)
+                _check_kept(_rows(jax.device_get(odd), start), records)
+                if kept is not None:
+                    kept.put(start // self._run.experiment.train.batch_size, large)
+                rows += _checked(_rows(jax.device_get(predicted), start), records)
+        return rows, found
 
     def score(
         self, records: Split, trainable: Params, frozen: Params, examples: int, step: int
@@ -89,20 +118,14 @@ class Scorer:
         """
         run, experiment = self._run, self._run.experiment
         split = experiment.data.eval_split
-        found: list[tuple[int, Metrics]] = []
-        rows: list[Row] = []
+        views = self._views_of(records)
+        records = views[""]
         kept = KeptRows(run.mesh, -(-_size(records, examples) // experiment.train.batch_size))
-        for batch, start in _batches(run, records, examples, f"evaluate {split}"):
-            if self._predict and not self._compared:
-                self._compare_kernels(trainable, frozen, batch)
-            with self._run.tracing():
-                found.append((start, self._loss_step(trainable, frozen, batch)))
-            if self._predict:
-                with self._run.tracing():
-                    predicted, large, odd = self._predict(trainable, frozen, batch)
-                _check_kept(_rows(jax.device_get(odd), start), records)
-                kept.put(start // experiment.train.batch_size, large)
-                rows += _checked(_rows(jax.device_get(predicted), start), records)
+        rows, found = self._over(records, trainable, frozen, examples, f"evaluate {split}", kept)
+        for name in views if self._predict else ():
+            if name:
+                changed = self._over(views[name], trainable, frozen, examples, f"evaluate {split}, {name}", None)[0]
+                rows = _joined(rows, changed, name)
         means, note = _means(found, records, experiment)
         if self._predict and not rows:
             raise Mistake(f"{experiment.data.path}: split {split!r} has no readable record; build the shards again")
@@ -122,8 +145,17 @@ class Scorer:
         }
         if note:
             scores["note"] = "; ".join(filter(None, (scores.get("note"), note)))
-        _check_written(scores, report, records)
+        evaluation_files.check(scores, report, records)
         return scores, report
+
+
+def _joined(rows: list[Row], changed: list[Row], name: str) -> list[Row]:
+    """Add the predictions of a changed split to those of the same examples, as "KEY/name"."""
+    by_index = {int(row["index"]): row for row in changed}
+    return [
+        row | {f"{key}/{name}": value for key, value in by_index.get(int(row["index"]), {}).items() if key != "index"}
+        for row in rows
+    ]
 
 
 def _traced(
@@ -210,7 +242,7 @@ def evaluate(experiment: Experiment, workdir: epath.Path, *, examples: int = 0) 
             facts = index_file.origin(experiment, str(workdir)) | {"split": split}
             report.arrays.update({name: np.asarray(value) for name, value in facts.items()})
         folder = workdir / "eval" / split
-        _write(folder, scores, report)
+        evaluation_files.write(folder, scores, report)
         html = folder / "report.html"
         known, page = run.task.scores, run.task.page
         evaluation_report.write(
@@ -269,49 +301,6 @@ def _check_kept(rows: list[Row], records: Split) -> None:
     """Check the rows of `odd` (see `_predictor`): every array that stays on the devices is finite."""
     if rows:
         metrics_lib.check_rows(rows, records, *(key for key in rows[0] if key != "index"))
-
-
-def _check_written(scores: dict[str, Any], report: Report, records: Split) -> None:
-    """Raise a `Mistake` that names the first score or row that is not finite: JSON has no NaN."""
-
-    def wrong(value: Any) -> bool:
-        if isinstance(value, dict):
-            return any(wrong(part) for part in value.values())
-        if isinstance(value, list | tuple):
-            return any(wrong(part) for part in value)
-        return isinstance(value, float | np.floating) and not np.isfinite(value)
-
-    for name, value in scores.items():
-        if wrong(value):
-            raise Mistake(
-                f"{scores['split']}: the score {name!r} is {value}, so nothing was written; evaluate an earlier checkpoint"
-            )
-    for row in report.rows:
-        if bad := next((name for name, value in row.items() if wrong(value)), None):
-            raise Mistake(
-                f"{metrics_lib.example_name(row, records)}: {bad!r} is {row[bad]}, so nothing was written; evaluate an earlier "
-                "checkpoint"
-            )
-
-
-def _write(folder: epath.Path, scores: dict[str, Any], report: Report) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(_strict(row), ensure_ascii=False) + "\n" for row in report.rows)
-    # File names may hold bytes that are not UTF-8: write them as JSON escapes.
-    (folder / "predictions.jsonl").write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
-    if report.arrays:
-        index_file.write(folder / "index.npz", report.arrays)
-    text = json.dumps(_strict(scores), indent=2, ensure_ascii=False) + "\n"
-    (folder / "scores.json").write_text(text, encoding="utf-8")
-
-
-def _strict(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by None."""
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(part) for part in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _size(records: Split, examples: int) -> int:

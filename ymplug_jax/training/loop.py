@@ -207,7 +207,7 @@ class _Evaluation:
         self._scores_every = steps_in(run, settings.eval_scores_every) if self._scorer else 0
         self.best: Best | None = None
         if settings.best:
-            better = run.task.score_named(settings.best).higher_is_better
+            better = bool(run.task.score_named(settings.best).higher_is_better)
             self.best = Best(run.experiment, workdir, higher_is_better=better)
 
     def due(self, step: int) -> bool:

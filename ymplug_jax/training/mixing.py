@@ -208,20 +208,24 @@ def check(plan: Plan | None, workdir: epath.Path, seen: int) -> tuple[Change, ..
     if not seen:
         return () if plan is None else (plan.change(0),)
     stored = _history(file)
-    fix = "restore them, or choose another --workdir and set config.train.init_from to this folder"
+    other = "or choose another --workdir and set config.train.init_from to this folder"
     if plan is None:
         if stored:
             raise Mistake(
-                f"config.data.path: the run in {workdir} mixes {len(stored['folders'])} folders or packs; {fix}"
+                f"config.data.path: the run in {workdir} draws from {len(stored['folders'])} folders or packs records, so its examples cannot "
+                f"be continued from one folder without packing; name the same folders, {other}"
             )
         return ()
     if not stored:
-        raise Mistake(f"config.data.path: the run in {workdir} was begun with one folder and without packing; {fix}")
+        raise Mistake(
+            f"config.data.path: the run in {workdir} was begun with one folder and without packing, so its examples cannot be continued; "
+            f"name that folder alone, {other}"
+        )
     facts = plan.facts()
     if facts["folders"] != stored["folders"]:
         raise Mistake(
-            f"config.data.path: {_other_folder(plan, stored['folders'])}, which the run in {workdir} was not begun with, so its examples "
-            f"cannot be continued; name the same folders in the same order with the same content: {fix}"
+            f"config.data.path: {_other_folder(plan, stored['folders'])} the run in {workdir}, so its examples cannot be continued; name the "
+            f"same folders in the same order, {other}"
         )
     if facts["room"] != stored["room"]:
         raise Mistake(
@@ -240,9 +244,9 @@ def check(plan: Plan | None, workdir: epath.Path, seen: int) -> tuple[Change, ..
 
 def _other_folder(plan: Plan, before: Sequence[str]) -> str:
     if len(before) != len(plan.folders):
-        return f"names {len(plan.folders)} folders instead of {len(before)}"
-    other = next(i for i, folder in enumerate(plan.folders) if folder.fingerprint != before[i])
-    return f"folder {other + 1}, {plan.folders[other].name}, has a content"
+        return f"the number of folders is {len(plan.folders)}, but {len(before)} in"
+    i = next(i for i, folder in enumerate(plan.folders) if folder.fingerprint != before[i])
+    return f"folder {i + 1}, {plan.folders[i].name}, has other records than folder {i + 1} of"
 
 
 def _history(file: epath.Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ymplug_jax.core.checkpoint_files import BEST, place_of
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake, PlaceFailed
 from ymplug_jax.data import schema
+from ymplug_jax.data.source import folders_of
 from ymplug_jax.reports import score_table
 from ymplug_jax.reports.evaluation_report import command_of
 from ymplug_jax.tasks import names, options
@@ -163,11 +164,22 @@ def _source(folder: epath.Path) -> str:
 
 
 def _data(experiment: Experiment) -> str:
-    """The data set by its manifest, or the text file."""
+    """The data sets by their manifests, or the text files."""
     data = experiment.data
-    rows = [("Path", f"`{data.path}`"), ("Tokenizer", f"`{data.tokenizer}`")]
+    rows = [("Tokenizer", f"`{data.tokenizer}`")]
     rows += [("Class names", f"`{data.classes}`")] if data.classes else []
-    file = _manifest_of(data.path)
+    folders = folders_of(data.path)
+    weights = data.weights or ("by size",) * len(folders)
+    if len(folders) > 1:
+        rows += [(f"Weight of `{name}`", str(weight)) for name, weight in zip(folders, weights, strict=False)]
+    first, *others = folders
+    return "\n\n".join([_data_set(first, rows), *(_data_set(name, []) for name in others)])
+
+
+def _data_set(path: str, rows: list[tuple[str, str]]) -> str:
+    """One data set; `rows` are further rows of its table."""
+    rows = [("Path", f"`{path}`"), *rows]
+    file = _manifest_of(path)
     if file.is_file():
         rows.append((f"SHA-256 of `{file.name}`", f"`{run_folder.digest(file)}`"))
     if file.name != schema.MANIFEST:
@@ -273,8 +285,9 @@ def _evaluations(workdir: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def _open_splits(path: str, evaluations: Mapping[str, Any]) -> list[str]:
-    """Splits of the data set without an evaluation."""
-    return [name for name in _splits(_json_in(_manifest_of(path))) if name not in evaluations]
+    """Splits of the data sets without an evaluation."""
+    found = [name for folder in folders_of(path) for name in _splits(_json_in(_manifest_of(folder)))]
+    return [name for name in dict.fromkeys(found) if name not in evaluations]
 
 
 def _manifest_of(path: str) -> epath.Path:
@@ -329,12 +342,9 @@ def _read(workdir: epath.Path) -> dict[str, str]:
 def _write(workdir: epath.Path, sections: Mapping[str, str]) -> None:
     """Replace the card atomically."""
     parts = [sections.get("", ""), *(f"## {title}\n\n{body}" for title, body in sections.items() if title)]
-    content, path = ("\n\n".join(parts) + "\n").encode("utf-8", "backslashreplace"), workdir / NAME
-    partial = path if "://" in str(path) else path.with_name(f".{NAME}.partial")  # buckets write an object atomically
+    path = workdir / NAME
     try:
         with place_of(path):
-            partial.write_bytes(content)
-            if partial != path:
-                partial.replace(path)
+            run_folder.write_whole(path, ("\n\n".join(parts) + "\n").encode("utf-8", "backslashreplace"))
     except PlaceFailed as error:
         logging.warning("%s", error)

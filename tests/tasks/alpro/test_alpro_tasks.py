@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import shards
 from task_rows import batch_of, kept_of, rows_of
 from ymplug_jax.core import checkpoint, checkpoint_files, sharding
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Data, Experiment, Optim, Train
+from ymplug_jax.data import loader
 from ymplug_jax.data.records import Records
+from ymplug_jax.data.source import open_split
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, Text
@@ -24,7 +27,7 @@ from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.alpro import encode_pairs, pretrain
 from ymplug_jax.tasks.common import losses, pair_losses, pair_scoring, task_metrics
 from ymplug_jax.tasks.task import Task
-from ymplug_jax.training import setup
+from ymplug_jax.training import mixing, setup
 from ymplug_jax.training import step as step_lib
 
 BASE = ALPRO(
@@ -50,6 +53,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     tokenizer = shards.vocabulary(folder / "vocab.txt")
     prompts = {"entities": ["圆形", "方形", "红色"], "templates": ["{}的视频", "第0个{}"]}
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    of_images = prompts | {"templates": ["第0个{}"]}
+    (folder / "images.json").write_text(json.dumps(of_images), encoding="utf-8")
     rng = np.random.default_rng(0)
     np.savez(folder / "entities.npz", entity_features=rng.normal(size=(3, 8)).astype(np.float32))
     return Data(
@@ -211,6 +216,76 @@ def test_the_teacher_is_frozen_and_its_entities_come_from_the_file(data: Data, t
         task_lib.get(experiment("alpro_pretrain", data, entities=str(tmp_path / "index.npz")))
 
 
+@pytest.fixture(scope="module")
+def stills(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """Pre-training on a folder of images and one of clips, each drawn with probability 1/2."""
+    home = tmp_path_factory.mktemp("stills")
+    images = [shards.example(i, frames=1) for i in range(300, 311)]
+    shards.write_talks(home / "images", images)
+    shards.call(home / "images", "pretrain")
+    tables = {
+        f"{kind}entity_features": np.random.default_rng(seed).normal(size=(3, 8)).astype(np.float32)
+        for seed, kind in enumerate(("", "image_"))
+    }
+    np.savez(home / "entities.npz", **tables)
+    mixed = dataclasses.replace(data, path=f"{home / 'images'},{data.path}", weights=(1.0, 1.0))
+    made = experiment(
+        "alpro_pretrain", mixed, MODELS["alpro_pretrain"].clone(stills=True), entities=str(home / "entities.npz")
+    )
+    return dataclasses.replace(made, train=dataclasses.replace(made.train, duration="8 steps"))
+
+
+def test_a_batch_holds_still_images_or_clips_with_the_drawn_shares(stills: Experiment, tmp_path: Path) -> None:
+    run = setup.prepare(stills, jax.devices()[:1])
+    begun = mixing.begin(run.mixture, epath.Path(tmp_path), 0)
+    assert begun and run.examples == 28 and run.steps_per_epoch == 3
+    records = open_split(stills.data.path, "train")
+
+    def flags(start: int, count: int) -> np.ndarray:
+        stream = loader.batches(
+            records, run.task.example, seed=stills.train.seed, batch_size=8, rows=range(8), start=start, shuffle=True, threads=2,
+            order=begun.plan.order(begun.changes),
+        )  # fmt: skip
+        found = [next(stream) for _ in range(count)]
+        stream.close()
+        assert {key: (value.shape[1:], value.dtype) for key, value in found[0].items() if key != "valid"} == {
+            key: (leaf.shape, leaf.dtype) for key, leaf in run.task.spec.items()
+        }
+        for batch in found:
+            same = (batch["video"] == batch["video"][:, :1]).reshape(8, -1).all(axis=1)
+            np.testing.assert_array_equal(same, batch["still"])
+        return np.stack([batch["still"] for batch in found])
+
+    kinds = flags(0, 8)
+    assert (kinds == kinds[:, :1]).all() and 0 < kinds[:, 0].sum() < 8
+    np.testing.assert_array_equal(flags(5 * 8, 3), kinds[5:])
+    drawn = np.array([begun.order(8 * b)[0] < 11 for b in range(2000)])
+    np.testing.assert_array_equal(drawn[:8], kinds[:, 0])
+    assert drawn.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_still_images_have_entities_of_their_own(stills: Experiment, data: Data, tmp_path: Path) -> None:
+    task = task_lib.get(stills)
+    params = jax.jit(task.init)(jax.random.key(0))
+    stored = np.load(stills.options["entities"])
+    np.testing.assert_array_equal(params["prompter"]["entities"], stored["entity_features"])
+    np.testing.assert_array_equal(params["prompter"]["image_entities"], stored["image_entity_features"])
+    augmented = dataclasses.replace(stills, data=dataclasses.replace(stills.data, augment=True))
+    image = open_split(stills.data.path, "train")[0]
+    videos = [task_lib.get(augmented).one(image, np.random.default_rng(seed))["video"] for seed in range(4)]
+    assert all((video == video[:1]).all() for video in videos) and (videos[0] != videos[1]).any()
+    with pytest.raises(
+        ValueError, match=r"has no image_entity_features; give the index\.npz .* config\.options\.image_prompts"
+    ):
+        task_lib.get(experiment("alpro_pretrain", data, MODELS["alpro_pretrain"].clone(stills=True)))
+    with pytest.raises(ValueError, match=r"config\.model\.stills: needs config\.model\.entities"):
+        task_lib.get(experiment("alpro_pretrain", data, BASE.clone(stills=True)))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"entities": ["蓝色"], "templates": ["{}的照片"]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other\.json: its entities are not those of"):
+        task_lib.get(experiment("alpro_prompter", data, image_prompts=str(other)))
+
+
 def test_the_teacher_sees_only_the_region(data: Data) -> None:
     task, params = prepared("alpro_pretrain", data)
     batch = batch_of(task, Records(data.path, "train"), np.random.default_rng(0), range(2))
@@ -226,7 +301,8 @@ def test_the_teacher_sees_only_the_region(data: Data) -> None:
 
 
 def test_the_prompter_writes_a_table_of_entities(data: Data) -> None:
-    task, params = prepared("alpro_prompter", data)
+    images = str(Path(data.path).parent / "images.json")
+    task, params = prepared("alpro_prompter", data, image_prompts=images)
     records = Records(data.path, "validation")
     report = task.score(task.rescore(params, rows := rows_of(task, params, records), kept_of(task, rows)), records)
     assert report.arrays["entity"].tolist() == ["圆形", "方形", "红色"] and report.scores["entities"] == 3
@@ -237,6 +313,7 @@ def test_the_prompter_writes_a_table_of_entities(data: Data) -> None:
         row = encode_pairs.encode(tokenizer, prompt, 10, BASE)
         units.append(run.embed_text(run.encode_text(row["ids"][None], row["mask"][None]))[0])
     np.testing.assert_allclose(table[1], np.mean(units, axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(report.arrays["image_entity_features"][1], units[1], rtol=1e-5, atol=1e-6)
     assert "v2t_r1" in report.scores
 
 

@@ -1,7 +1,9 @@
 """The tasks of the chat model on a tiny model: packed examples, the loss, partitions, meshes and checks at start."""
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,10 @@ from ymplug_jax.data.records import Record
 from ymplug_jax.models import mplug_chat
 from ymplug_jax.models.clip_vit import SIZES
 from ymplug_jax.models.timesformer import TimeSformer
+from ymplug_jax.tasks import options
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.mplug_chat import packed_rows, passes
-from ymplug_jax.training import parameter_table, setup
+from ymplug_jax.training import parameter_table, setup, vision_settings
 from ymplug_jax.training import step as step_lib
 
 COUNTS = {
@@ -67,7 +70,8 @@ def test_a_clip_conversion_fills_the_tower_but_for_its_temporal_parts() -> None:
 def test_packed_examples(tokenizer: str) -> None:
     task = task_lib.get(chat.experiment(tokenizer))
     example = task.example(
-        [TEXT, IMAGE, BOTH._replace(text="\n".join(BOTH.text.split("\n")[:2]), media=BOTH.media[:2])], None
+        [TEXT, IMAGE, BOTH._replace(text="\n".join(BOTH.text.split("\n")[:2]), media=BOTH.media[:2])],
+        np.random.default_rng(0),
     )
     assert {key: (value.shape, value.dtype) for key, value in example.items()} == {
         key: (leaf.shape, leaf.dtype) for key, leaf in task.spec.items()
@@ -157,7 +161,6 @@ def test_packed_rows_equal_rows_of_their_own(packed) -> None:
     for path, leaf in state.flatten(grads).items():
         other = state.flatten(summed)[path] / weight
         np.testing.assert_allclose(leaf, other, atol=1e-5 * max(1.0, float(jnp.abs(other).max())), err_msg=path)
-    assert float(metrics["packed_rows"].value()) == 6 / 4 and 0 < metrics["padding"].value() < 1
 
 
 def test_rows_without_a_target_have_no_loss(packed) -> None:
@@ -204,6 +207,10 @@ def test_micro_batches_on_a_mesh_give_the_same_gradient(packed, tokenizer: str) 
     batch = chat.batch_of(run, [*ROWS, *reversed(ROWS)])
     now, metrics = step(now, held, batch, jax.random.key(0))
     np.testing.assert_allclose(metrics["loss"].value(), loss, rtol=1e-5)
+    assert metrics["packed_rows"].value() == 6 / 4
+    np.testing.assert_allclose(
+        metrics["padding"].value(), np.mean(np.asarray(batch["segments"])[:, :-1] == 0), rtol=1e-6
+    )
     norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(state.split(grads, run.frozen_patterns)[0])))
     np.testing.assert_allclose(metrics["grad_norm"].value(), norm, rtol=1e-5)
     share = 0.1 * min(
@@ -211,7 +218,7 @@ def test_micro_batches_on_a_mesh_give_the_same_gradient(packed, tokenizer: str) 
     )  # the first moment of Adam is a tenth of the clipped gradient
     for path, leaf in state.flatten(now.opt_state[1].mu).items():
         expected = share * np.asarray(state.flatten(grads)[path])
-        np.testing.assert_allclose(leaf, expected, atol=2e-5 * max(1e-3, np.abs(expected).max()), err_msg=path)
+        np.testing.assert_allclose(leaf, expected, atol=1e-4 * max(1e-3, np.abs(expected).max()), err_msg=path)
     gathered = [one for one in hlo.collectives(step.as_text(), run.mesh.shape) if one.kind == "all-gather"]
     assert gathered, "the weights"
     shapes = " ".join(shape for one in gathered for shape in one.shapes)
@@ -246,3 +253,27 @@ def test_a_released_decoder_has_its_own_marks(tokenizer: str) -> None:
         Mistake, match=r"texts begin with .* and end with token 2, but this decoder was trained with 151643 and 151643"
     ):
         task_lib.get(qwen)
+
+
+def test_weights_and_shards_are_compared_by_content(tokenizer: str, tmp_path: Path) -> None:
+    before = chat.experiment(tokenizer)
+    for name, text in (
+        ("run/config.json", config.to_json(options.completed(before))),
+        ("made/conversion.json", json.dumps({"sizes": {"MPLUGChat": config.settings_of(before.model)}})),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    doubled = chat.MODEL.clone(vision=chat.MODEL.vision.clone(double_cls=True))
+    for source in ("run", "vision=made", "llm=run"):
+        start = {"init_from": source.replace("run", str(tmp_path / "run")).replace("made", str(tmp_path / "made"))}
+        vision_settings.check(chat.experiment(tokenizer, train=start))
+        other = chat.experiment(tokenizer, train=start, model=doubled)
+        if source == "llm=run":
+            vision_settings.check(other)
+            continue
+        with pytest.raises(Mistake, match=r"config.model.vision.double_cls: True, but .* was trained with False"):
+            vision_settings.check(other)
+    (tmp_path / "manifest.json").write_text(json.dumps({"frames": {"per_clip": 4}}), encoding="utf-8")
+    task_lib.get(chat.experiment(tokenizer, data={"path": str(tmp_path), "frames": 4}))
+    with pytest.raises(Mistake, match=r"config.data.frames: 5, but .* holds 4 frames per clip; lower it"):
+        task_lib.get(chat.experiment(tokenizer, data={"path": str(tmp_path), "frames": 5}))

@@ -5,7 +5,7 @@ group. See docs/models/alpro.md, "Pre-training".
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from ymplug_jax.core import checkpoint_files, index_file
 from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
@@ -60,6 +61,10 @@ def make(experiment: Experiment) -> Task:
     """Make the task; `experiment.model` holds the fields of ALPRO, with contrastive, matching and masked-token heads."""
     data, options = experiment.data, build(Options, experiment.options)
     model = encode_pairs.model_of(experiment)
+    if model.stills and not model.entities:
+        raise Mistake(
+            "config.model.stills: needs config.model.entities, whose second table it adds; set both or neither"
+        )
     if not (model.contrastive_width and model.matching and model.masked):
         raise ValueError("config.model: pre-training needs contrastive_width, matching and masked; set all three")
     tokenizer, length = encode_pairs.tokenizer_of(data, model), data.max_tokens
@@ -71,8 +76,12 @@ def make(experiment: Experiment) -> Task:
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         title = clean_text(record.title, data.max_words)
-        made = {"video": preprocess.video_of(record, data, rng), **encode_pairs.encode(tokenizer, title, length, model)}
+        still = model.stills and len(record.frames) == 1
+        video = (preprocess.still_of if still else preprocess.video_of)(record, data, rng)
+        made = {"video": video, **encode_pairs.encode(tokenizer, title, length, model)}
         made["clip"] = preprocess.clip_id(record)
+        if model.stills:
+            made["still"] = np.array(still)
         if model.entities:
             draw = np.random.default_rng(made["clip"].view(np.uint32)) if rng is None else rng
             made["box"] = encode_pairs.choose_box(data.image_size, model.vision.patch_size, draw)
@@ -91,7 +100,9 @@ def make(experiment: Experiment) -> Task:
             )
 
         out = within(model, params, read, key)
-        targets = teach(model, params["prompter"], batch["video"], batch["box"]) if model.entities else None
+        targets = None
+        if model.entities:
+            targets = teach(model, params["prompter"], batch["video"], batch["box"], batch.get("still"))
         return total(
             model, params, batch, out, told, targets,
             keep_logits=experiment.train.keep_logits, reference_entities=options.reference_entities,
@@ -104,13 +115,16 @@ def make(experiment: Experiment) -> Task:
 
     row = preprocess.row_spec(length)
     spec = {"video": preprocess.video_spec(data), "ids": row, "mask": row, "clip": preprocess.row_spec(2)}
+    spec |= {"box": preprocess.row_spec(4)} if model.entities else {}
+    spec |= {"still": jax.ShapeDtypeStruct((), bool)} if model.stills else {}
     return encode_pairs.task_of(
         model,
         kinds=TITLED,
         frozen=alpro.TEACHER if model.entities else (),
         init=lambda key: started(model, key, entities),
         example=example,
-        spec=spec | ({"box": preprocess.row_spec(4)} if model.entities else {}),
+        spec=spec,
+        apart=model.stills,  # a batch holds still images or clips
         loss=loss,
         predict=partial(encode_pairs.vectors, model),
         score=gallery.rank_all,
@@ -121,7 +135,7 @@ def make(experiment: Experiment) -> Task:
             *alpro.TEMPORAL,
             "(vision_proj|text_proj|match|entity|connector)/.*",
             "temperature",
-            "prompter/entities",
+            "prompter/(image_)?entities",
         ),
         bounds={"temperature": alpro.TEMPERATURE},
     )
@@ -177,44 +191,65 @@ def inside(model: ALPRO, box: jax.Array) -> jax.Array:
     return pair_losses.inside_of(box, model.vision.image_size // model.vision.patch_size).reshape(len(box), -1)
 
 
-def teach(model: ALPRO, params: Params, video: jax.Array, box: jax.Array) -> jax.Array:
-    """Soft entity labels for a region: uint8[B, T, S, S, 3], int32[B, 4] -> f32[B, K]. Pixels outside the region are set to 0."""
+def teach(model: ALPRO, params: Params, video: jax.Array, box: jax.Array, still: jax.Array | None = None) -> jax.Array:
+    """Soft entity labels for a region, f32[B, K]. Pixels outside the region are set to 0.
+
+    Args:
+      model: The model.
+      params: Parameters of the teacher.
+      video: uint8[B, T, S, S, 3].
+      box: int32[B, 4], in patches.
+      still: bool[B], rows whose entities are those of still images; None: no row.
+    """
     side, patch = model.vision.image_size, model.vision.patch_size
     seen = pair_losses.inside_of(box * patch, side)[:, None, :, :, None]  # [B, 1, S, S, 1]
     crop = preprocess.normalize(jnp.where(seen, video, 0), model.vision.dtype)
     units = within(alpro.prompter_of(model), params, lambda run: run.embed_video(run.encode_video(crop)))
     temperature = jnp.clip(params["temperature"].astype(jnp.float32), *alpro.TEMPERATURE)
-    return pair_losses.entity_targets(units, params["entities"], temperature)
+    targets = pair_losses.entity_targets(units, params["entities"], temperature)
+    if still is None:
+        return targets
+    of_images = pair_losses.entity_targets(units, params["image_entities"], temperature)
+    return jnp.where(still[:, None], of_images, targets)
 
 
-def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> np.ndarray | None:
-    """Read the table of entities f32[K, E] from `path` (`config.options.entities`); None if it is not needed or not given.
+def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> dict[str, np.ndarray]:
+    """Read the teacher's tables of entities from `path` (`config.options.entities`).
+
+    Returns:
+      Name of the teacher's parameter -> f32[K, E]; {} if the model needs none, or no path is given.
 
     Raises:
-      ValueError: The table is missing, its shape does not fit the model, or it is of another prompter than the one that
+      ValueError: A table is missing, its shape does not fit the model, or it is of another prompter than the one that
         `config.train.init_from` names.
     """
     train = experiment.train
     if not model.entities:
-        return None
+        return {}
     if not path:
         if experiment.data.path and (not train.init_from or "=" in train.init_from):
             raise ValueError(
                 "config.options.entities: empty; evaluate a run of task alpro_prompter and give its index.npz"
             )
-        return None
+        return {}
     index = index_file.read(path, (), setting="config.options.entities")
-    if "entity_features" not in index:
-        raise ValueError(
-            f"config.options.entities {path}: has no entity_features; give the index.npz of task alpro_prompter, evaluated with "
-            "config.options.prompts"
-        )
-    found = index["entity_features"].astype(np.float32)
     # A table of another prompter would have the right shape but give random labels.
     for subtree, _, folder in checkpoint_files.sources(train.init_from):
         if subtree == "prompter" and checkpoint_files.places(folder):
             own = {"fingerprint": checkpoint_files.fingerprint(folder)}
             index_file.check_origin(path, index, own, f"{folder} (config.train.init_from)")
+    tables = {"entities": _table(index, path, model, "entity_features", "config.options.prompts")}
+    if model.stills:
+        tables["image_entities"] = _table(index, path, model, "image_entity_features", "config.options.image_prompts")
+    return tables
+
+
+def _table(index: Mapping[str, np.ndarray], path: str, model: ALPRO, name: str, option_of: str) -> np.ndarray:
+    if name not in index:
+        raise ValueError(
+            f"config.options.entities {path}: has no {name}; give the index.npz of task alpro_prompter, evaluated with {option_of}"
+        )
+    found = index[name].astype(np.float32)
     if found.shape != (model.entities, model.contrastive_width):
         raise ValueError(
             f"config.options.entities {path}: has {found.shape[0]} entities of width {found.shape[1]}; "
@@ -224,9 +259,9 @@ def teacher_entities(experiment: Experiment, path: str, model: ALPRO) -> np.ndar
     return found
 
 
-def started(model: ALPRO, key: jax.Array, entities: np.ndarray | None) -> Params:
-    """Initial parameters, with the teacher's table of entities if it is given."""
+def started(model: ALPRO, key: jax.Array, entities: Mapping[str, np.ndarray]) -> Params:
+    """Initial parameters, with the teacher's tables of entities that are given."""
     params = alpro.init(model, key)
-    if entities is not None:
-        params["prompter"]["entities"] = jnp.asarray(entities)
+    for name, table in entities.items():
+        params["prompter"][name] = jnp.asarray(table)
     return params

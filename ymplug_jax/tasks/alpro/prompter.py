@@ -1,7 +1,7 @@
 """ALPRO's prompter, the teacher of entity prediction: two encoders trained with the contrastive loss over the global batch.
 
-Evaluation writes `index.npz` as retrieval does. With `config.options.prompts` the file also holds the table of entities, which
-pre-training reads (`config.options.entities`). See docs/models/alpro.md, "Entity prompts".
+Evaluation writes `index.npz` as retrieval does. With `config.options.prompts` the file also holds the table of entities (and with
+`config.options.image_prompts` a second one for still images), which pre-training reads (`config.options.entities`). See docs/models/alpro.md, "Entity prompts".
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ymplug_jax.core.config import Experiment
+from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record, Split
@@ -39,6 +40,8 @@ class Options:
 
     # Path to the entity prompts that data_prep.entity_prompts wrote; evaluation embeds them as the table of entities.
     prompts: str = option("", file=True, predict=False)
+    # Path to the prompts of the same entities for still images; evaluation embeds them as a second table.
+    image_prompts: str = option("", file=True, predict=False)
 
 
 def make(experiment: Experiment) -> Task:
@@ -50,8 +53,7 @@ def make(experiment: Experiment) -> Task:
             "config.model: the prompter has contrastive heads only; make the model with models/alpro.py, prompter_of"
         )
     tokenizer, length = encode_pairs.tokenizer_of(data, model), data.max_tokens
-    if options.prompts:
-        read_prompts(options.prompts)  # used after the last batch; report errors now
+    prompts = prompts_of(options)  # used after the last batch; report errors now
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         title = clean_text(record.title, data.max_words)
@@ -63,21 +65,23 @@ def make(experiment: Experiment) -> Task:
         return encode_pairs.with_loss(total, {"contrastive_loss": out["loss"]}, batch["valid"])
 
     def rescore(params: Params, rows: list[Row], kept: KeptRows) -> list[Row]:
-        """Add the table of entities to the first row, because it belongs to no row in particular."""
-        names, texts = read_prompts(options.prompts)
+        """Add the tables of entities to the first row, because they belong to no row in particular."""
+        found = {"entity": np.array(prompts["entity_features"][0])}
+        return [rows[0] | found | {name: table(params, *of) for name, of in prompts.items()}, *rows[1:]]
+
+    def table(params: Params, names: list[str], texts: list[str]) -> np.ndarray:
         cleaned = [clean_text(prompt, data.max_words) for prompt in texts]
         longest = max(len(preprocess.given(tokenizer).encode(prompt)) for prompt in cleaned) + 2
         made = [
             encode_pairs.encode(tokenizer, prompt, min(longest, model.text.max_positions), model) for prompt in cleaned
         ]
         ids, mask = (np.stack([row[key] for row in made]) for key in ("ids", "mask"))
-        table = entity_features(model, params, ids, mask, len(names))
-        return [rows[0] | {"entity": np.array(names), "entity_features": table}, *rows[1:]]
+        return entity_features(model, params, ids, mask, len(names))
 
     def score(rows: list[Row], records: Split) -> Report:
         report = gallery.rank_all(rows, records)
         if "entity" in rows[0]:
-            report.arrays.update({name: rows[0][name] for name in ("entity", "entity_features")})
+            report.arrays.update({name: rows[0][name] for name in ("entity", *prompts)})
             report.scores["entities"] = len(rows[0]["entity"])
         return report
 
@@ -89,7 +93,7 @@ def make(experiment: Experiment) -> Task:
         spec={"video": preprocess.video_spec(data), "ids": row, "mask": row},
         loss=loss,
         predict=partial(encode_pairs.vectors, model),
-        rescore=rescore if options.prompts else None,
+        rescore=rescore if prompts else None,
         score=score,
         scores=SCORES,
         page=example_pages.ranking("similarity", "text_similarity"),
@@ -146,7 +150,31 @@ def _text_units(model: ALPRO, params: Params, ids: jax.Array, mask: jax.Array) -
     return within(model, params, lambda run: run.embed_text(run.encode_text(ids, mask)))
 
 
-def read_prompts(path: str) -> tuple[list[str], list[str]]:
+def prompts_of(options: Options) -> dict[str, tuple[list[str], list[str]]]:
+    """The prompts of each table that the evaluation writes: array of index.npz -> (entities, prompts).
+
+    Raises:
+      Mistake: Prompts of still images are given alone, or with other entities.
+      FileNotFoundError, ValueError: A file is missing or has another format.
+    """
+    if not options.prompts:
+        if options.image_prompts:
+            raise Mistake(
+                "config.options.image_prompts: needs config.options.prompts as well; give the prompts of clips"
+            )
+        return {}
+    found = {"entity_features": read_prompts(options.prompts)}
+    if options.image_prompts:
+        found["image_entity_features"] = read_prompts(options.image_prompts, "config.options.image_prompts")
+        if found["image_entity_features"][0] != found["entity_features"][0]:
+            raise Mistake(
+                f"config.options.image_prompts {options.image_prompts}: its entities are not those of {options.prompts} "
+                "(config.options.prompts); write both files with the same --entities, --csv and --count"
+            )
+    return found
+
+
+def read_prompts(path: str, setting: str = "config.options.prompts") -> tuple[list[str], list[str]]:
     """Read a file of data_prep.entity_prompts: (K entities, all prompts grouped by template).
 
     Raises:
@@ -155,18 +183,16 @@ def read_prompts(path: str) -> tuple[list[str], list[str]]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"config.options.prompts {path}: no such file; give the file that data_prep.entity_prompts wrote"
-        )
+        raise FileNotFoundError(f"{setting} {path}: no such file; give the file that data_prep.entity_prompts wrote")
     try:
         made = json.loads(file.read_text(encoding="utf-8"))
         entities, templates = list(made["entities"]), list(made["templates"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"config.options.prompts {path}: not a file of entity prompts ({error}); write it with data_prep.entity_prompts"
+            f"{setting} {path}: not a file of entity prompts ({error}); write it with data_prep.entity_prompts"
         ) from None
     if not entities or not templates or any("{}" not in template for template in templates):
         raise ValueError(
-            f"config.options.prompts {path}: no entities, or a template without {{}}; write it with data_prep.entity_prompts"
+            f"{setting} {path}: no entities, or a template without {{}}; write it with data_prep.entity_prompts"
         )
     return entities, [template.replace("{}", entity) for template in templates for entity in entities]

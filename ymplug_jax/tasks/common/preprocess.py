@@ -14,6 +14,7 @@ from ymplug_jax.core.config import Data
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import frames, schema, text, transforms
 from ymplug_jax.data.records import Record
+from ymplug_jax.data.source import folders_of
 from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.tasks.task import Example
 
@@ -28,6 +29,14 @@ def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.
     if rng is not None and data.augment:
         return transforms.train_transform(clip, data.image_size, rng, wrap_uint8=data.wrap_uint8)
     return transforms.eval_transform(clip, data.image_size)
+
+
+def still_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.ndarray:
+    """Still image of a record as a video, uint8[T, S, S, 3]: the same frame T times, augmented as an image."""
+    if rng is None or not data.augment:
+        return video_of(record, data, rng)
+    image = transforms.still_transform(frames.Decoded(record.frames, [0])[0], data.image_size, rng)
+    return np.broadcast_to(image, (data.frames, *image.shape)).copy()
 
 
 def check_video(data: Data, vision: TimeSformer) -> None:
@@ -166,9 +175,12 @@ def check_classes(data: Data, names: Sequence[str]) -> None:
     Raises:
       Mistake: The names or their order differ.
     """
-    if not data.path:
-        return
-    file = epath.Path(data.path) / schema.MANIFEST
+    for folder in folders_of(data.path) if data.path else ():
+        _check_classes_of(folder, data, names)
+
+
+def _check_classes_of(folder: str, data: Data, names: Sequence[str]) -> None:
+    file = epath.Path(folder) / schema.MANIFEST
     if not file.exists():
         return  # `label_of` still checks each record
     try:
@@ -190,7 +202,7 @@ def check_classes(data: Data, names: Sequence[str]) -> None:
         else "the 45 categories, because config.data.classes is empty"
     )
     raise Mistake(
-        f"{data.path}: built with {len(theirs)} classes, class {place} is {there!r}, but the run has {what}: {len(names)}, class "
+        f"{folder}: built with {len(theirs)} classes, class {place} is {there!r}, but the run has {what}: {len(names)}, class "
         f"{place} is {ours!r}; set config.data.classes to the names that the shards were built with"
     )
 

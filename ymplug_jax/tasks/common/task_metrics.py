@@ -5,7 +5,7 @@ scores has the lowest recalls, not the highest. Several correct answers of one q
 Scores that are not finite have no order and raise a Mistake.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,10 +119,19 @@ def recalls(video_to_text: np.ndarray, text_to_video: np.ndarray) -> dict[str, f
 
 
 def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation (N - 1) of every score that all runs have."""
-    names = [name for name, value in runs[0].items() if isinstance(value, float) and all(name in run for run in runs)]
-    table = {name: np.array([run[name] for run in runs], float) for name in names}
+    """Mean and sample standard deviation (N - 1) of every score that all runs have; a score in groups is named GROUP/.../NAME."""
+    flat = [dict(_flat(run)) for run in runs]
+    names = [name for name in flat[0] if all(name in run for run in flat)]
+    table = {name: np.array([run[name] for run in flat], float) for name in names}
     return {
         name: {"mean": float(values.mean()), "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
         for name, values in table.items()
     }
+
+
+def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in scores.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", value

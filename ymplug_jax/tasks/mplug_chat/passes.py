@@ -19,14 +19,9 @@ from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.tasks.common import losses, preprocess, scores
 from ymplug_jax.tasks.common.passes import within
 from ymplug_jax.tasks.mplug_chat.packed_rows import Shape
-from ymplug_jax.tasks.presentation import Score
 from ymplug_jax.tasks.task import Batch, Task, build
 
-SCORES = (
-    *scores.losses("loss"),
-    *scores.shares("token_accuracy", "padding"),
-    Score("packed_rows", "conversations per row"),
-)
+SCORES = (*scores.losses("loss"), *scores.shares("token_accuracy"))
 # Start and end token of the released decoders, by kind and rows of the embedding table: a text that begins with another id, or never
 # ends, is not what they were trained on.
 MARKS = {
@@ -162,7 +157,7 @@ def hidden_of(run: MPLUGChat, batch: Batch, *, deterministic: bool = True) -> ja
 def loss_of(
     model: MPLUGChat, params: Params, batch: Batch, key: jax.Array | None, *, keep_logits: bool
 ) -> tuple[jax.Array, Metrics]:
-    """Mean cross-entropy of the targets of the global batch, 0 without any, and the metrics of packed rows.
+    """Mean cross-entropy of the targets of the global batch, 0 without any, and the metrics.
 
     Args:
       model: The model.
@@ -183,15 +178,19 @@ def loss_of(
     targets = batch["answer"][:, 1:].astype(bool) & inside
     total, count, right = losses.words_of(logits, hidden, batch["ids"][:, 1:], targets, keep_logits=keep_logits)
     loss = Mean(total, count)
+    metrics = {"loss": loss, "token_accuracy": Mean(right, count)}
+    if key is not None:  # in evaluation every row holds one conversation
+        metrics |= _packing(segments, valid)
+    return losses.ratio(loss), metrics
+
+
+def _packing(segments: jax.Array, valid: jax.Array) -> Metrics:
+    """Conversations per row, and share of the positions that the model reads without a token: int32[B, L + 1], bool[B]."""
     read = segments[:, :-1]
     rows = jnp.sum(valid, dtype=jnp.float32)
     empty = jnp.sum((read == 0) & valid[:, None], dtype=jnp.float32)
-    return losses.ratio(loss), {
-        "loss": loss,
-        "token_accuracy": Mean(right, count),
-        "padding": Mean(empty, rows * read.shape[1]),
-        "packed_rows": Mean(jnp.sum(jnp.where(valid, jnp.max(segments, axis=1), 0), dtype=jnp.float32), rows),
-    }
+    held = jnp.sum(jnp.where(valid, jnp.max(segments, axis=1), 0), dtype=jnp.float32)
+    return {"padding": Mean(empty, rows * read.shape[1]), "packed_rows": Mean(held, rows)}
 
 
 def task_of(model: MPLUGChat, experiment: Experiment, shape: Shape, **own: Any) -> Task:
