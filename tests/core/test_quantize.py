@@ -7,12 +7,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 import runs
+from benchmarks import int8_error
 from tests import tiny
 from ymplug_jax.analysis import aot, estimate
-from ymplug_jax.core import quantize, state
+from ymplug_jax.core import checkpoint, leaf_checksums, quantize, quantized_read, state, verified_read
 from ymplug_jax.models import bert, language_models, timesformer
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, Text
@@ -46,7 +49,7 @@ def test_every_value_is_within_half_a_step_of_its_channel() -> None:
 
 
 def test_a_channel_of_zeros_stays_zero() -> None:
-    made = quantize._quantize(jnp.zeros((2, 4, 3), jnp.bfloat16), (1,))
+    made = quantize.quantized(jnp.zeros((2, 4, 3), jnp.bfloat16), (1,))
     np.testing.assert_array_equal(quantize.matrix(made), 0)
 
 
@@ -56,6 +59,76 @@ def test_abstract_and_held_trees_agree() -> None:
     for wanted, made in zip(jax.tree.leaves(run.held), jax.tree.leaves(held), strict=True):
         assert (wanted.shape, wanted.dtype) == (made.shape, made.dtype)
         assert wanted.sharding.is_equivalent_to(made.sharding, made.ndim)
+
+
+@pytest.mark.parametrize(("devices", "mesh"), [(8, {"fsdp": 2, "tensor": 2})])
+def test_matrices_quantised_while_they_are_read_equal_those_held(
+    devices: int, mesh: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a run's folder and from `init_from`, in slices of one layer; the stored copy of a new run keeps bfloat16."""
+    monkeypatch.setattr(quantized_read, "SLICE", 2**14)
+    run, now, frozen = ready(devices, **mesh)
+    expected = state.flatten(setup.hold(run, frozen))
+
+    def saved(folder: Path, run, now, frozen) -> checkpoint.Checkpoints:
+        made = checkpoint.Checkpoints(str(folder))
+        made.save_frozen(frozen, run.frozen)
+        made.save(now, 1, 1)
+        made.wait()
+        return made
+
+    saved(tmp_path / "one", run, now, frozen)
+    train = {"frozen_dtype": "int8", "init_from": str(tmp_path / "one")}
+    later = tiny.prepare(devices, train=train, mesh=mesh)
+    now, waiting, _ = setup.fresh_state(later)
+    on_host = {path for path, leaf in state.flatten(waiting).items() if isinstance(leaf, np.ndarray)}
+    assert on_host == {path for path, leaf in expected.items() if isinstance(leaf, quantize.Quantized)}
+    second = saved(tmp_path / "two", later, now, waiting)
+    resumed = setup.initialise(later, second)[1]
+    for found in (
+        checkpoint.load_params(str(tmp_path / "one"), run.held),
+        state.flatten(setup.hold(later, waiting)),
+        state.flatten(resumed),
+    ):
+        assert found.keys() == expected.keys()
+        for path, leaf in expected.items():
+            for one, two in zip(jax.tree.leaves(leaf), jax.tree.leaves(found[path]), strict=True):
+                assert one.dtype == two.dtype and one.sharding.is_equivalent_to(two.sharding, one.ndim), path
+                np.testing.assert_array_equal(one, two, err_msg=path)
+    stored = checkpoint.load_params(str(tmp_path / "two"), run.frozen)
+    for path, leaf in state.flatten(frozen).items():
+        np.testing.assert_array_equal(stored[path], leaf)
+
+
+def test_damage_is_found_while_quantising(tmp_path: Path) -> None:
+    run, _, frozen = ready()
+    like = state.flatten(run.held)
+    paths = ("llm/blocks/mlp/up/kernel", "llm/norm/scale")
+    for path in paths:
+        folder = tmp_path / path.replace("/", ".")
+        store = {path: state.flatten(frozen)[path]}
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(folder, state.unflatten(store))
+        place, sums = epath.Path(folder), leaf_checksums.of_tree(store)
+        assert quantized_read.read(place, {path: like[path]}, sums).keys() == {path}
+        wrong = {path: leaf_checksums.of(store[path] + 1)}
+        with pytest.raises(verified_read.Damaged, match="differs from what was saved"):
+            quantized_read.read(place, {path: like[path]}, wrong)
+        with pytest.raises(verified_read.Damaged, match="no checksum stored"):
+            quantized_read.read(place, {path: like[path]}, {})
+
+
+def test_slices_of_a_leaf_have_its_checksum() -> None:
+    array = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5, 3)), jnp.bfloat16)
+    parts = [np.asarray(leaf_checksums.slice_sums(array[i : i + 2], i)) for i in range(0, 6, 2)]
+    total = np.sum(parts, axis=0, dtype=np.uint32)
+    assert leaf_checksums.text(array.dtype, array.shape, total) == leaf_checksums.of(array)
+
+
+def test_int8_changes_logits_by_little() -> None:
+    found = int8_error.measure(int8_error.SIZES["tiny"], rows=2, length=32)
+    assert 0 < found["change_rms"] < 0.02 * found["logits_rms"]
+    assert abs(found["loss_int8"] - found["loss"]) < 0.01
 
 
 def test_train_step_equals_that_of_the_dequantised_weights() -> None:

@@ -184,7 +184,8 @@ def merge(source: Source, adapter: Adapter) -> None:
 
 
 def _add(adapter: Adapter, name: str, weight: np.ndarray) -> np.ndarray:
-    return added(weight, *map(adapter.source.read, adapter.pairs[name]), adapter.scale)
+    a, b = map(adapter.source.read, adapter.pairs[name])
+    return added(weight, a, b, adapter.scale)
 
 
 def added(weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:

@@ -28,7 +28,7 @@ from ymplug_jax.core.config import settings_of
 class Wish(NamedTuple):
     """Options of a conversion."""
 
-    heads: Mapping[str, int] = {}  # "llm", "vision" or "text" -> attention heads
+    heads: Mapping[str, int] = {}  # "llm", "vision", "text" or "abstractor" -> attention heads
     dtype: Mapping[str, str] = {}  # subtree or "frozen" -> dtype
     image_size: int | None = None  # pixels to resize the positional embeddings for; None: keep them
     frames: int | None = None  # frames to resize the temporal embeddings for; None: keep them

@@ -137,7 +137,9 @@ def _layout(module: ModuleType, model: str, layout: str | None, facts: Mapping[s
 def _settings(folder: Path, record: Any) -> Mapping[str, Any]:
     """Fields of the decoder in a run or, as its conversion.json `record` states them, in a conversion."""
     if (folder / "conversion.json").is_file():
-        model = next((sizes for sizes in record["sizes"].values() if "lora_rank" in sizes.get("llm", sizes)), {})
+        model: Mapping[str, Any] = next(
+            (sizes for sizes in record["sizes"].values() if "lora_rank" in sizes.get("llm", sizes)), {}
+        )
     else:
         model = read_json(folder / "config.json")["model"]
     return model.get("llm", model)

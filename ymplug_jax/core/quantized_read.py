@@ -22,7 +22,7 @@ from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.quantize import Quantized
 from ymplug_jax.core.verified_read import Damaged, call
 
-SLICE = 64 * 2**20  # bytes of a slice in float32, its widest form
+SLICE = 16 * 2**20  # bytes of a slice in float32, its widest form
 Leaf = jax.Array | Quantized
 Stored = tensorstore.TensorStore | np.ndarray
 
@@ -76,7 +76,7 @@ def leaves(
     host = {path: leaf for path, leaf in wanted.items() if leaf.sharding is None}
     rest = {path: leaf for path, leaf in wanted.items() if path not in host}
     entire = {path: leaf for path, leaf in rest.items() if path in unsliced}
-    found = {path: to_host(place, path, leaf, (sums or {}).get(path)) for path, leaf in host.items()}
+    found: dict[str, Any] = {p: to_host(place, p, leaf, (sums or {}).get(p)) for p, leaf in host.items()}
     found |= read(place, {p: leaf for p, leaf in rest.items() if p not in entire}, sums)
     if entire:
         found |= state_lib.flatten(verified_read.read(place, state_lib.unflatten(entire), sums, dtypes))
@@ -115,10 +115,14 @@ def _passed(stored: Stored, leaf: Any) -> tuple[Any, np.ndarray]:
     arrays = _empty(parts, places)
     total = np.zeros(2, np.uint32)
     for first, value in _slices(stored, leaf, _rows(leaf)):
-        arrays, sums = _put(over, places)(arrays, value, jnp.int32(first))
-        total += np.asarray(sums)  # waits, so that slices do not pile up
+        # Wait for each program, so that neither slices nor the programs' temporaries pile up.
+        total += np.asarray(_sums(value, jnp.uint32(first)))
+        arrays = jax.block_until_ready(_put(over, places)(arrays, value, jnp.int32(first)))
         del value  # on a CPU it is a view of the block, which ends before the next one is read
     return jax.tree.unflatten(form, arrays), total
+
+
+_sums = jax.jit(leaf_checksums.slice_sums)
 
 
 def _rows(leaf: Leaf) -> int:
@@ -135,26 +139,30 @@ def _slices(stored: Stored, leaf: Leaf, rows: int) -> Iterator[tuple[int, jax.Ar
     if not leaf.shape:
         yield 0, jax.device_put(np.asarray(_begun(stored, ())()), leaf.sharding)
         return
-    place, shape = leaf.sharding, (rows, *leaf.shape[1:])
-    where = place.addressable_devices_indices_map(shape)
-    columns = {_key(index[1:]): index[1:] for index in where.values()}
+    place = leaf.sharding
+    where = place.addressable_devices_indices_map((rows, *leaf.shape[1:]))
+    indices = {device: tuple(index or ()) for device, index in where.items()}  # one slice for each axis
+    columns = {_key(index[1:]): index[1:] for index in indices.values()}
     # A chunk on the disk is decoded whole, so it is read once and cut into slices.
-    chunk = stored.chunk_layout.read_chunk.shape[0] if isinstance(stored, tensorstore.TensorStore) else rows
-    many = rows * max(1, -(-chunk // rows)) if chunk > rows else rows
+    layout = stored.chunk_layout.read_chunk.shape if isinstance(stored, tensorstore.TensorStore) else None
+    chunk = (layout[0] or rows) if layout else rows
+    many = max(chunk, rows)
 
     def begun(first: int) -> dict[Any, Callable[[], np.ndarray]]:
-        height = slice(first, min(first + many, leaf.shape[0]))
-        return {key: _begun(stored, (height, *rest)) for key, rest in columns.items()}
+        wanted = slice(first, min(first + many, leaf.shape[0]))
+        return {key: _begun(stored, (wanted, *rest)) for key, rest in columns.items()}
 
     ahead = begun(0)
     for block in range(0, leaf.shape[0], many):
         values = {key: done() for key, done in ahead.items()}
         following = block + many
         ahead = begun(following) if many == rows and following < leaf.shape[0] else {}
-        for first in range(0, min(many, leaf.shape[0] - block), rows):
+        height = min(many, leaf.shape[0] - block)
+        for first in range(0, height, rows):
+            shape = (min(rows, height - first), *leaf.shape[1:])
             arrays = [
-                jax.device_put(values[_key(rest)][first + (height.start or 0) : first + (height.stop or rows)], device)
-                for device, (height, *rest) in where.items()
+                jax.device_put(values[_key(rest)][first + (part.start or 0) : first + (part.stop or rows)], device)
+                for device, (part, *rest) in indices.items()
             ]
             yield block + first, jax.make_array_from_single_device_arrays(shape, place, arrays)
             del arrays
@@ -178,25 +186,24 @@ def _empty(parts: list[Any], places: tuple[jax.sharding.Sharding, ...]) -> list[
 
 
 @functools.lru_cache
-def _put(
-    over: tuple[int, ...], places: tuple[jax.sharding.Sharding, ...]
-) -> Callable[..., tuple[list[jax.Array], Any]]:
-    """Compiled function (arrays of a leaf so far, slice, first row) -> (arrays with the slice, checksum terms of the slice).
+def _put(over: tuple[int, ...], places: tuple[jax.sharding.Sharding, ...]) -> Callable[..., list[jax.Array]]:
+    """Compiled function (arrays of a leaf so far, slice, first row) -> arrays with the slice.
 
     Args:
       over: contracted axes of a quantised leaf; (): the leaf is one array.
       places: shardings of the arrays.
     """
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(list(places), None))
-    def put(arrays: list[jax.Array], value: jax.Array, first: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        sums = leaf_checksums.slice_sums(value, first)
+    @partial(jax.jit, donate_argnums=0, out_shardings=list(places))
+    def put(arrays: list[jax.Array], value: jax.Array, first: jax.Array) -> list[jax.Array]:
         if over:
             made: list[jax.Array] = jax.tree.leaves(quantize.quantized(quantize.bfloat16_values(value), over))
         else:
             made = [value.astype(arrays[0].dtype)]
-        start = [(first, *(0,) * (part.ndim - 1))[: part.ndim] for part in made]
-        new = [jax.lax.dynamic_update_slice(*given) for given in zip(arrays, made, start, strict=True)]
-        return new, sums
+        new = []
+        for array, part in zip(arrays, made, strict=True):
+            start: list[jax.Array | int] = [first, *[0] * (part.ndim - 1)]
+            new.append(jax.lax.dynamic_update_slice(array, part, start[: part.ndim]))
+        return new
 
     return put
