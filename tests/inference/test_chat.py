@@ -174,12 +174,14 @@ def test_an_interrupted_program_loses_no_turn(opened: ChatModel, monkeypatch: py
 
 
 def test_limits_have_messages(opened: ChatModel, files: Path) -> None:
-    session = Session(opened, Style(new_tokens=50), context=200)
+    asked = len(Session(opened)._ids_with(Turn((), "一" * 8)))
+    limit = asked + 20
+    session = Session(opened, Style(new_tokens=50), context=limit)
     answer = session.ask("一" * 8)
     answer.whole()
-    assert answer.ended == "context" and session.tokens == 200 + 1  # and the end token, which is not read
+    assert answer.ended == "context" and session.tokens == limit + 1  # and the end token, which is not read
     with pytest.raises(
-        Mistake, match=r"^question: the conversation would have \d+ tokens and holds 200 with the answer"
+        Mistake, match=rf"^question: the conversation would have \d+ tokens and holds {limit} with the answer"
     ):
         session.ask("再说")
     assert len(session.turns) == 1
