@@ -171,6 +171,19 @@ def test_compile_mode_reports_a_step_that_does_not_fit() -> None:
     assert done.returncode == 3 and not facts["fits"] and "remat" in facts["advice"]
 
 
+def test_predictions_compiled_for_a_single_chip() -> None:
+    """Answers of the chat model. The vocabulary is BLOOM's, whose end token needs no tokenizer."""
+    chat = ["--config", str(Path(__file__).parents[2] / "configs" / "tiny" / "chat_instruct.py"), "--topology", "v5e:1x1"]
+    small = ["--config.model.llm.vocab=250880", "--config.model.llm.depth=1", "--config.model.vision.depth=1"]
+    done = _compile("--program", "predict", *chat, *small, "--config.options.new_tokens=2")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["devices"] == 1 and facts["fits"] and facts["hbm_bytes_per_device"] == sum(facts["hbm"].values())
+    assert facts["hbm"]["arguments"] > 2 * 250880 * 64  # the embedding table in half precision
+    done = _compile("--program", "predict", "--slices", "2")
+    assert done.returncode == 2 and "--slices: --program predict answers on one slice" in done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_program_as_training(dtype: str) -> None:
     """The program lowered for a slice equals, line by line, the one that training lowers for as many local devices.

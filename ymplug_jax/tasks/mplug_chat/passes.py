@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from ymplug_jax.core import sharding
 from ymplug_jax.core.config import Data, Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
@@ -22,6 +23,8 @@ from ymplug_jax.tasks.mplug_chat.packed_rows import Shape
 from ymplug_jax.tasks.task import Batch, Task, build
 
 SCORES = (*scores.losses("loss"), *scores.shares("token_accuracy"))
+# Positions per product with the vocabulary on each device. Rows are long and few, and 250,880 ids take more of them than a title's.
+TOGETHER = 512
 # Start and end token of the released decoders, by kind and rows of the embedding table: a text that begins with another id, or never
 # ends, is not what they were trained on.
 MARKS = {
@@ -186,7 +189,15 @@ def loss_of(
     segments, valid = batch["segments"], batch["valid"]
     inside = (segments[:, 1:] == segments[:, :-1]) & valid[:, None]  # a row predicts nothing of the next one
     targets = batch["answer"][:, 1:].astype(bool) & inside
-    total, count, right = losses.words_of(logits, hidden, batch["ids"][:, 1:], targets, keep_logits=keep_logits)
+    own_rows = max(1, hidden.shape[0] // sharding.parts("batch"))
+    total, count, right = losses.words_of(
+        logits,
+        hidden,
+        batch["ids"][:, 1:],
+        targets,
+        keep_logits=keep_logits,
+        positions=max(1, TOGETHER // own_rows),
+    )
     loss = Mean(total, count)
     metrics = {"loss": loss, "token_accuracy": Mean(right, count)}
     if key is not None:  # in evaluation every row holds one conversation
