@@ -248,7 +248,7 @@ def _axes_of(word: str) -> tuple[str, ...]:
 def parts(word: str) -> int:
     """Return the number of shards of a dimension with an axis word such as "heads", or of "batch"; without a mesh, 1."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _axes_of(word))
+    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in _axes_of(word))
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
