@@ -197,7 +197,10 @@ def test_a_file_of_questions(ask: Callable, monkeypatch: pytest.MonkeyPatch) -> 
         ('{"question": "说", "video": ""}', 'bad_row: "video" is not a list of file names'),
         ('{"question": "说", "image": 0}', 'bad_row: "image" is not a list of file names'),
         ('{"question": "说", "images": ["b.png"]}', 'bad_row: a field "images", which is not read; write "image"'),
-        ('{"question": "说", "question": "再说"}', "bad_json: a key occurs twice among question, question"),
+        (
+            '{"question": "说", "question": "再说"}',
+            "bad_json: a key occurs twice among question, question; write it once",
+        ),
     ],
 )
 def test_rows_that_would_be_misread_are_rejected(tmp_path: Path, row: str, problem: str) -> None:

@@ -100,7 +100,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object without repeated keys, of which JSON would drop all but the last without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"a key occurs twice among {', '.join(key for key, _ in pairs)}")
+        raise ValueError(f"a key occurs twice among {', '.join(key for key, _ in pairs)}; write it once")
     return found
 
 
