@@ -25,6 +25,7 @@ FOREIGN = re.compile(
 )
 UNFIT = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 LIKE_ANSWER = re.compile(r"^\s*(?:AI|Assistant|GPT)\s*[:：]", re.IGNORECASE | re.MULTILINE)
+LIKE_QUESTION = re.compile(r"^[ \t]*Human:", re.MULTILINE)  # in an answer: a turn whose delimiter is misspelt
 
 # reject reason -> explanation in the printed summary; further reasons are those of video_container.REASONS
 REASONS = {
@@ -256,6 +257,10 @@ def _answers(text: str) -> list[str]:
         raise _Rejected("no_answer", f"no line starts with 'AI: '{hint}")
     if empty := [number for number, answer in enumerate(answers, 1) if not answer.strip()]:
         raise _Rejected("no_answer", f"answer {empty[0]} of {len(answers)} is empty")
+    if odd := [number for number, answer in enumerate(answers, 1) if LIKE_QUESTION.search(answer)]:
+        raise _Rejected(
+            "bad_row", f"answer {odd[0]} goes on with a line 'Human:'; begin a turn with 'Human: ' and its space"
+        )
     return answers
 
 

@@ -59,6 +59,8 @@ def test_weights_become_whole_numbers():
         ((1.0,), (3, 4), r"has 1 numbers, but config.data.path has 2 folders; give one for each folder"),
         ((1.0, -0.5), (3, 4), r"config.data.weights: \(1.0, -0.5\) has no meaning; give 0 or more"),
         ((0.0, 0.0), (3, 4), "has no meaning"),
+        ((float("nan"), 1.0), (3, 4), "has no meaning"),
+        ((float("inf"), 1.0), (3, 4), "has no meaning"),
         ((1.0, 1.0), (3, 0), "folder 2 has no record with a target"),
         ((), (3, 0), "folder 2 has no record with a target"),
         ((), (0, 0), "folder 1 has no record with a target"),

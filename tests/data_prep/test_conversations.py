@@ -77,6 +77,7 @@ REJECTS = [
     ({"text": "Human: a"}, "no_answer", "no line starts with 'AI: '"),
     ({"text": "Human: OpenAI: b"}, "no_answer", "no line starts with 'AI: '"),
     ({"text": "Human: a\nAI:b"}, "no_answer", "write 'AI: ' with its space"),
+    ({"text": "Human: a\nAI: b\nHuman:c\nAI: d"}, "bad_row", "answer 1 goes on with a line 'Human:'"),
     ({"text": "Human: a\nAI: "}, "no_answer", "answer 1 of 1 is empty"),
     ({"text": "Human: a\nAI: b\nHuman: c\nAI: \n\nHuman: d\nAI: e"}, "no_answer", "answer 2 of 3 is empty"),
     ({"text": "Human: a\nAI: b", "options": "b"}, "bad_row", "options is not a list of strings"),

@@ -20,7 +20,9 @@ import chats
 import runs
 from answering import ROOT, draw_videos
 from ymplug_jax import predict as predict_lib
-from ymplug_jax.inference import chat, chat_session
+from ymplug_jax.data.video_container import Reject
+from ymplug_jax.data.video_path import resolve
+from ymplug_jax.inference import chat, chat_questions, chat_session
 from ymplug_jax.inference.chat_session import Session
 
 
@@ -186,6 +188,31 @@ def test_a_file_of_questions(ask: Callable, monkeypatch: pytest.MonkeyPatch) -> 
     Path("q.jsonl").write_text(text, encoding="utf-8")
     code, _, err = ask(*command)
     assert err[0] == "out.jsonl.part: 1 rows are already answered" and Path("out.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (r'{"question": "\ud800"}', 'bad_row: "question" holds half a surrogate pair'),
+        ('{"question": "说", "video": ""}', 'bad_row: "video" is not a list of file names'),
+        ('{"question": "说", "image": 0}', 'bad_row: "image" is not a list of file names'),
+        ('{"question": "说", "images": ["b.png"]}', 'bad_row: a field "images", which is not read; write "image"'),
+        (
+            '{"question": "说", "question": "再说"}',
+            "bad_json: a key occurs twice among question, question; write it once",
+        ),
+    ],
+)
+def test_rows_that_would_be_misread_are_rejected(tmp_path: Path, row: str, problem: str) -> None:
+    (tmp_path / "q.jsonl").write_text(row, encoding="utf-8")
+    assert [one.problem for one in chat_questions.read(tmp_path / "q.jsonl")] == [problem]
+
+
+def test_half_characters_in_names_and_questions(ask: Callable, tmp_path: Path) -> None:
+    with pytest.raises(Reject, match="missing_file"):
+        resolve(str(tmp_path), "\ud800.mp4")
+    code, _, err = ask(stdin="/save a\0b\n")
+    assert code == 1 and len(err) == 1 and err[0].endswith("no name of a file; give another")
 
 
 @pytest.mark.parametrize(

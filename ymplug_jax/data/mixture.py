@@ -6,6 +6,7 @@ between. See docs/mixtures.md.
 """
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
@@ -59,7 +60,7 @@ def whole_weights(weights: Sequence[float], sizes: Sequence[int]) -> tuple[int, 
             f"config.data.weights: has {len(weights)} numbers, but config.data.path has {len(sizes)} folders; give one for each "
             "folder, in their order, or leave it empty"
         )
-    if any(weight < 0 for weight in weights) or (weights and not any(weights)):
+    if not all(0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
         raise Mistake(
             f"config.data.weights: {tuple(weights)!r} has no meaning; give 0 or more, and more than 0 at least once"
         )

@@ -29,6 +29,8 @@ def resolve(video_root: str, name: str, allow_links_to: Sequence[str] = ()) -> P
     try:
         path = _spelled(root, name).resolve()
         found = path.is_file()
+    except UnicodeEncodeError:
+        raise Reject("missing_file", "the name holds half a surrogate pair, which no file name does") from None
     except (OSError, RuntimeError) as error:  # the name is too long, or links form a cycle
         raise Reject("missing_file", f"no such file below {video_root}: {getattr(error, 'strerror', error)}") from None
     if not any(path.is_relative_to(place) for place in (root, *(Path(to).resolve() for to in allow_links_to))):

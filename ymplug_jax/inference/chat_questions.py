@@ -53,7 +53,7 @@ def answer_all(args: argparse.Namespace, style: Style, model: ChatModel) -> int:
         raise Mistake(f"--video_root {root}: no such folder; give the folder of the files")
     session = Session(model, style, context=args.context)
     identity = {
-        "checkpoint": str(model.folder), "step": checkpoint_files.latest_step(str(model.folder)), "questions": len(rows), "context": session.context,
+        "checkpoint": str(model.folder), "step": checkpoint_files.latest_step(str(model.folder)), "questions": len(rows), "context": session.context, "video_root": str(root.resolve()),
         "style": dataclasses.asdict(style.rules) | {"beams": style.beams, "new_tokens": style.new_tokens, "seed": style.seed},
     }  # fmt: skip
     rejected: Counter[str] = Counter()
@@ -96,25 +96,37 @@ def read(file: Path) -> list[Row]:
     return rows
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without repeated keys, of which JSON would drop all but the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key occurs twice among {', '.join(key for key, _ in pairs)}; write it once")
+    return found
+
+
 def _row(number: int, line: bytes) -> Row:
     if len(line) > LONGEST_LINE:
         return Row(number, {}, problem=f"too_long: the line has more than {LONGEST_LINE:,} bytes")
     try:
-        given = json.loads(line.decode("utf-8"))
+        given = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         return Row(number, {}, problem=f"bad_json: {' '.join(str(error).split())}")
     if not isinstance(given, dict):
         return Row(number, {}, problem="bad_json: not a JSON object")
     media = {}
     for key in ("video", "image"):
-        names = given.get(key) or []
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = given.get(key)
+        names = [] if names is None else [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
             return Row(number, given, problem=f'bad_row: "{key}" is not a list of file names')
+        if f"{key}s" in given:
+            return Row(number, given, problem=f'bad_row: a field "{key}s", which is not read; write "{key}"')
         media[key] = tuple(names)
     question = given.get("question")
     if not isinstance(question, str) or not conversation.plain(question):
         return Row(number, given, problem='bad_row: "question" is missing or empty')
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+        return Row(number, given, problem='bad_row: "question" holds half a surrogate pair')
     if taken := [key for key in ("line", "answer", "ended", "error") if key in given]:
         return Row(
             number,

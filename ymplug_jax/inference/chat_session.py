@@ -162,11 +162,13 @@ class Session:
           The answer; iterate over it, or call `whole`.
 
         Raises:
-          Mistake: the question is empty, or does not fit into what is left of the conversation.
+          Mistake: the question is empty, is no Unicode text, or does not fit into what is left of the conversation.
         """
         self._end_answer()
         if not conversation.plain(question):
             raise Mistake("question: nothing is left of it; give words")
+        if any("\ud800" <= letter <= "\udfff" for letter in question):  # no tokenizer takes it
+            raise Mistake("question: holds half a surrogate pair, which is no character; give text that UTF-8 can hold")
         turn = Turn(tuple(_NAMES[IMAGE if medium.still else VIDEO] for medium in self._shown), question)
         ids = self._ids_with(turn)
         if len(ids) >= self.context:

@@ -151,6 +151,8 @@ def save(session: Session, name: str, *, replace: bool) -> None:
     """
     if not name:
         raise Mistake("/save: no file; give one, such as /save talk.json")
+    if "\0" in name:
+        raise Mistake(f"/save {shown(name)}: no name of a file; give another")
     path = Path(name)
     if not path.parent.is_dir():
         raise Mistake(f"/save {shown(name)}: no such folder {shown(str(path.parent))}; create it first")

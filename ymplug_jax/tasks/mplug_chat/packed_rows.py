@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import chat_media, conversation
 from ymplug_jax.data.conversation import IMAGE, VIDEO, Tokens
 from ymplug_jax.data.frames import Decoded
@@ -75,7 +76,8 @@ def packed(pieces: Sequence[Piece], shape: Shape, pad: int) -> Example:
       and videos uint8[videos, T, S, S, 3] (0 where there is none), each left out if the shape has none.
 
     Raises:
-      ValueError: the pieces do not fit, or the media of one are not those of its placeholders.
+      ValueError: the pieces have more tokens than the row.
+      Mistake: they have more media than the row, or the media of one are not those of its placeholders.
     """
     ids = np.full(shape.length + 1, pad, np.int32)
     answer, segments, index = np.zeros_like(ids), np.zeros_like(ids), np.full_like(ids, -1)
@@ -146,13 +148,13 @@ def _check_media(name: str, tokens: Tokens, media: Sequence[Medium], slots: int)
     """Check that the media of a record are images and clips in the order of its placeholders.
 
     Raises:
-      ValueError: they are not.
+      Mistake: they are not.
     """
     wanted = [bool(kind == IMAGE) for kind in tokens.ids[tokens.ids < 0][::slots]]
     given = [medium.still for medium in media[: len(wanted)]]
     if wanted != given:
         words = {True: "image", False: "clip"}
-        raise ValueError(
+        raise Mistake(
             f"{name}: its text has placeholders for {', '.join(words[one] for one in wanted)}, but the record holds "
             f"{', '.join(words[one] for one in given) or 'no media'}; build the shards again"
         )
@@ -162,11 +164,11 @@ def _check_room(name: str, images: int, videos: int, shape: Shape) -> None:
     """Check that a row has room for its media.
 
     Raises:
-      ValueError: it has not; the message names the option to raise.
+      Mistake: it has not; the message names the option to raise.
     """
     for what, count, most in (("images", images, shape.images), ("videos", videos, shape.videos)):
         if count > most:
-            raise ValueError(
+            raise Mistake(
                 f"config.options.{what}_per_row: {most}, but the row that begins with {name} has {count} {what}; raise it"
             )
 
