@@ -1,4 +1,4 @@
-"""Train a sentencepiece tokenizer on the texts of Youku-mPLUG CSVs or of text files.
+"""Train a sentencepiece tokenizer on the texts of Youku-mPLUG CSVs, of conversations or of text files.
 
     python -m data_prep.train_tokenizer --csv runs/corpus/pretrain_train.csv --out runs/titles.model --vocab 512
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import sentencepiece
 
 from data_prep.captions import captions_of
+from data_prep.conversations import read_talks
 from data_prep.flags import Parser, bar, local_path, run, write_bytes, write_text
 from data_prep.tables import check_header, read_lines, read_table
 from ymplug_jax.data.schema import COLUMNS
@@ -60,17 +61,25 @@ def kind_of(path: Path, header: list[str]) -> str:
 
 
 def texts_of(path: Path, left_out: list[str] | None = None) -> Iterator[str]:
-    """Yield all texts of a CSV, or the lines of a .txt file, without empty ones.
+    """Yield all texts of a CSV, the lines of a .txt file or the conversations of a .jsonl or .json file, without empty ones.
 
     Args:
       path: path of the file.
-      left_out: receives one message for each golden_caption cell that `build_shards` would reject. They are not yielded.
+      left_out: receives one message for each golden_caption cell or conversation that `build_shards` would reject. They are not
+        yielded.
 
     Raises:
       ValueError: the header is unknown, the file is not UTF-8, or a quote is unbalanced.
     """
     if path.suffix == ".txt":
         yield from filter(None, read_lines(path))
+        return
+    if path.suffix in (".jsonl", ".json"):
+        for talk in read_talks(path):
+            if not talk.problem:
+                yield talk.text
+            elif left_out is not None:
+                left_out.append(f"{path}, {talk.problem}")
         return
     table = read_table(path, (), [file for file, _ in COLUMNS.values()])
     _, header = next(table)
@@ -104,9 +113,15 @@ def train(texts: Iterator[str], vocab: int) -> bytes:
     if first is None:
         raise ValueError("--csv: the files hold no text; give files with texts")
 
+    faults: list[ValueError] = []  # of the texts: the trainer would put its own words around them
+
     def all_lines() -> Iterator[str]:
         yield first
-        yield from lines
+        try:
+            yield from lines
+        except ValueError as error:
+            faults.append(error)
+            raise
 
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)
@@ -135,6 +150,8 @@ def train(texts: Iterator[str], vocab: int) -> bytes:
             minloglevel=2,  # errors only
         )
     except RuntimeError as error:
+        if faults:
+            raise faults[0] from None
         # The trainer's message contains the required number of pieces.
         needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
         if needed:
@@ -169,7 +186,7 @@ def _main(argv: list[str] | None) -> None:
         type=local_path,
         nargs="+",
         required=True,
-        help="Youku-mPLUG CSVs of any kind, or *.txt files with one text per line",
+        help="Youku-mPLUG CSVs of any kind, *.jsonl files of conversations, or *.txt files with one text per line",
     )
     parser.add_argument("--out", type=local_path, required=True, help="file to write, ending in .model")
     parser.add_argument(
@@ -193,7 +210,7 @@ def _main(argv: list[str] | None) -> None:
         lines = (line for path in args.csv for text in texts_of(path) for line in text.split("\n") if line.strip())
         write_text(args.texts, "".join(f"{line}\n" for line in lines))
     if left_out:
-        print(f"note: {len(left_out)} cells were skipped; the first is {left_out[0]}", file=sys.stderr)
+        print(f"note: {len(left_out)} cells or conversations were skipped; the first is {left_out[0]}", file=sys.stderr)
     size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
     print(f"{args.out}: {size} pieces, {size - FIXED_PIECES} of them learned")
     if size < args.vocab:

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 PAGES = {"BENCHMARKS.md": "measurements.md", "SCALING.md": "scaling.md", "README.md": "index.md"}  # file -> page
 SHOWN = ("BENCHMARKS.md", "SCALING.md")
-# File -> page; pages link to the file as ../FILE.
+# File -> page; pages link to the file as ../FILE, those of docs/models/ as ../../FILE.
 ABOVE = {**{name: PAGES[name] for name in SHOWN}, "ymplug_jax/core/config.py": "settings.md"}
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
@@ -40,4 +40,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs calls this with the text of a page of `docs/`; returns it with links to files above as links to their pages."""
     for file, page in ABOVE.items():
         markdown = markdown.replace(f"](../{file}", f"]({page}")
+        markdown = markdown.replace(f"](../../{file}", f"](../{page}")  # from docs/models/
     return markdown

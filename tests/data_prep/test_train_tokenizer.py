@@ -1,6 +1,7 @@
 """The tokenizer trainer: exact round trips, fixed ids, every kind of CSV, clear errors."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import sentencepiece
 from data_prep import train_tokenizer
 from data_prep.captions import captions_of
 from data_prep.train_tokenizer import shares_of, texts_of, train
+from ymplug_jax.data import conversation
 from ymplug_jax.data.schema import COLUMNS
 
 TITLES = [
@@ -100,7 +102,29 @@ def test_cells_that_the_builder_rejects_are_left_out_with_a_note(tmp_path: Path,
     table = write_csv(tmp_path / "g.csv", "captioning", rows)
     assert list(texts_of(table)) == ["一只狗在跑"]
     assert train_tokenizer.main(["--csv", str(table), "--out", str(tmp_path / "t.model"), "--vocab", "400"]) == 0
-    assert f"note: 3 cells were skipped; the first is {table}, line 2: golden_caption" in capsys.readouterr().err
+    assert (
+        f"note: 3 cells or conversations were skipped; the first is {table}, line 2: golden_caption"
+        in capsys.readouterr().err
+    )
+
+
+def test_conversations_are_texts_with_their_introduction(tmp_path: Path, capsys):
+    file = tmp_path / "chats.jsonl"
+    good = {"video": ["a.mp4"], "text": "Human: <|video|>\nHuman: 视频里有什么？\nAI: 一只猫。"}
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in (good, {"text": "没有回答"})), encoding="utf-8")
+    assert list(texts_of(file)) == [f"{conversation.SYSTEM}\n{good['text']}"]
+    assert train_tokenizer.main(["--csv", str(file), "--out", str(tmp_path / "t.model"), "--vocab", "400"]) == 0
+    assert (
+        f"note: 1 cells or conversations were skipped; the first is {file}, line 2: no line" in capsys.readouterr().err
+    )
+
+
+def test_a_fault_of_a_later_file_is_the_message(tmp_path: Path, capsys):
+    good = write_csv(tmp_path / "p.csv", "pretrain", [("a.mp4", title) for title in TITLES])
+    (tmp_path / "bad.csv").write_text("name,words\na,b\n", encoding="utf-8")
+    files = [str(good), str(tmp_path / "bad.csv")]
+    assert train_tokenizer.main(["--csv", *files, "--out", str(tmp_path / "t.model"), "--vocab", "400"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {files[1]}: unknown columns name,words; give a CSV")
 
 
 def test_lines_end_at_newlines_only(tmp_path: Path):
