@@ -173,7 +173,12 @@ def test_compile_mode_reports_a_step_that_does_not_fit() -> None:
 
 def test_predictions_compiled_for_a_single_chip() -> None:
     """Answers of the chat model. The vocabulary is BLOOM's, whose end token needs no tokenizer."""
-    chat = ["--config", str(Path(__file__).parents[2] / "configs" / "tiny" / "chat_instruct.py"), "--topology", "v5e:1x1"]
+    chat = [
+        "--config",
+        str(Path(__file__).parents[2] / "configs" / "tiny" / "chat_instruct.py"),
+        "--topology",
+        "v5e:1x1",
+    ]
     small = ["--config.model.llm.vocab=250880", "--config.model.llm.depth=1", "--config.model.vision.depth=1"]
     done = _compile("--program", "predict", *chat, *small, "--config.options.new_tokens=2")
     assert done.returncode == 0, done.stderr
