@@ -49,6 +49,17 @@ step without a TPU.
 
 # Stages of the chat model, the trained partition and the slice.
 CHAT = (("pretrain", "7b-adapters_abstractor", "v5p-4"),)
+# Rows that one chip answers together, with int8 weights: prompts of PROMPT tokens with a clip each, and NEW new tokens.
+ANSWERED, PROMPT, NEW = (1, 4), 1984, 64
+ANSWER_FLAGS = (
+    "--program=predict",
+    "--config.train.frozen_dtype=int8",
+    f"--config.data.max_tokens={PROMPT}",
+    f"--config.options.new_tokens={NEW}",
+    "--config.options.choices=0",
+    "--config.options.images_per_row=0",
+    "--config.options.videos_per_row=1",
+)
 
 
 def jobs() -> list[dict]:
@@ -69,6 +80,9 @@ def jobs() -> list[dict]:
         more = [f"--config.train.batch_size={2 * SLICES[name].chips * SLICES[name].batch['1.3b']}"]
         rows.append(_job(["slices"], "pretrain", f"1.3b@{name}", SLICES[name].topology, slices=2, more=more))
     rows += [_job(["chat"], task, f"{config}@{name}", chat.SLICES[name].topology) for task, config, name in CHAT]
+    for count in ANSWERED:
+        more = [*ANSWER_FLAGS, f"--config.train.batch_size={count}"]
+        rows.append(_job(["answers"], "instruct", f"7b-lora, {count} rows", "v5e:1x1", more=more))
     return sorted(rows, key=lambda job: job["tables"] == ["tune"])  # pre-training first
 
 
@@ -85,8 +99,9 @@ def key(job: dict) -> str:
 def measure(job: dict) -> dict:
     """What the command prints for one row."""
     command = [sys.executable, "-m", "ymplug_jax.main", "--mode", "compile", "--topology", job["topology"]]
-    family = "mplug_chat" if "chat" in job["tables"] else "mplug_video"
-    command += ["--config", f"configs/{family}/{job['task']}.py:{job['config']}", "--slices", str(job["slices"])]
+    family = "mplug_chat" if {"chat", "answers"} & set(job["tables"]) else "mplug_video"
+    config = job["config"].partition(",")[0] if "answers" in job["tables"] else job["config"]
+    command += ["--config", f"configs/{family}/{job['task']}.py:{config}", "--slices", str(job["slices"])]
     done = subprocess.run([*command, *job["more"]], cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 3):
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -120,6 +135,15 @@ def row(job: dict) -> str:
         f"| {facts['predicted_samples_per_second']:,.0f} "
         f"| {1e3 * facts['compiler_step_seconds']:.0f} ms, {100 * facts['compiler_mfu']:.0f} % |"
     )
+
+
+def answer_row(job: dict) -> str:
+    """One line of the table of answers."""
+    facts, gib = job["facts"], 2**30
+    parts = ", ".join(f"{name} {size / gib:.1f}" for name, size in facts["hbm"].items() if size > gib / 20)
+    memory = f"{facts['hbm_bytes_per_device'] / gib:.1f} of {facts['hbm_capacity'] / gib:.1f} GiB ({parts})"
+    name = f"`{job['task']}.py:{job['config'].partition(',')[0]}`" + (" †" if job.get("old") else "")
+    return f"| {name} | {job['topology']} | {facts['batch_size']} | {memory if facts['fits'] else 'does not fit'} |"
 
 
 def headline(results: dict[str, dict]) -> str:
@@ -179,6 +203,13 @@ def draw(results: dict[str, dict]) -> str:
         lines = [row(job) for job in sorted(known, key=lambda job: job["facts"]["devices"] if table == "weak" else 0)]
         if lines:
             text += f"## {title}\n\n{columns}" + "\n".join(lines) + "\n\n"
+    if known := _known(results, "answers"):
+        text += (
+            "## Answers of the chat model on one chip\n\n"
+            f"The language model is in int8. Each row is a prompt of {PROMPT:,} tokens with a clip, and its answer has {NEW} tokens.\n\n"
+            "| config | slice | rows together | memory |\n|---|---|---|---|\n"
+        )
+        text += "\n".join(map(answer_row, known)) + "\n\n"
     if missing := sum(key(job) not in results for job in jobs()):
         text += (
             f"{missing} of {len(jobs())} rows are missing; `python -m benchmarks.scaling --missing` compiles them.\n"

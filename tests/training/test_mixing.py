@@ -161,3 +161,15 @@ def test_other_data_are_refused(home: Path, straight: Path, capsys: pytest.Captu
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message.format(home=home) in line, line
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+
+
+def test_an_evaluation_that_does_not_fit_is_refused_at_the_start(home: Path, capsys: pytest.CaptureFixture[str]):
+    """Evaluation comes after training has begun, so its records are measured before."""
+    wide = "Human: <image>" + "\nHuman: <image>" * 4 + f"\nHuman: {shards.title(1)}\nAI: {shards.title(2)}"
+    images = [(True, f"{i}.jpg", [shards.jpeg(i)]) for i in range(5)]
+    folder = shards.write_talks(home / "wide", [talk(i, image=False) for i in range(400)])
+    shards.write_talks(folder, [talk(7, image=False), shards.talk(wide, images)], split="validation")
+    more = [f"--config.data.path={folder}", "--config.data.weights=()", "--config.data.eval_split=validation"]
+    assert main.main(flags(home, home / "wide_run", *more)) == 2
+    assert "0.jpg: one of 1 records that are larger than an example" in capsys.readouterr().err
+    assert not (home / "wide_run").exists()

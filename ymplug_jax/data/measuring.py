@@ -24,6 +24,7 @@ def measure(
     workers: int = 0,
     skip_corrupt: bool = False,
     hidden: bool = True,
+    count: int = 0,
 ) -> np.ndarray:
     """Measure every record.
 
@@ -34,6 +35,7 @@ def measure(
       workers: number of worker processes; 0: none. The result does not depend on it.
       skip_corrupt: give corrupt records UNREADABLE tokens instead of raising an error.
       hidden: show no progress.
+      count: measure at most this many records, from the start of the split. 0: all.
 
     Returns:
       int32[records, 3]: tokens, images and videos of each record.
@@ -41,13 +43,14 @@ def measure(
     Raises:
       CorruptRecord: a record is corrupt and `skip_corrupt` is False.
     """
-    source = _Chunks(records, size, skip_corrupt)
+    count = min(count, len(records)) if count else len(records)
+    source = _Chunks(records, size, skip_corrupt, count)
     stream = in_processes(source, 1, threads, workers) if workers else in_threads(source, 1, threads)
     title, unit = "measure records", f"{CHUNK} records"
     with closing(stream):
         shown = progress.bar(stream, total=len(source), desc=title, unit=unit, hidden=hidden)
         parts = [chunk["sizes"][0] for chunk in shown]
-    return np.concatenate(parts)[: len(records)]
+    return np.concatenate(parts)[:count]
 
 
 def check_room(sizes: np.ndarray, room: Size, records: Split) -> None:
@@ -70,18 +73,18 @@ def check_room(sizes: np.ndarray, room: Size, records: Split) -> None:
 class _Chunks:
     """Sizes of CHUNK consecutive records each; the last chunk is padded with zeros."""
 
-    def __init__(self, records: Split, size: Callable[[Record], Size], skip: bool):
-        self._records, self._size, self._skip = records, size, skip
+    def __init__(self, records: Split, size: Callable[[Record], Size], skip: bool, count: int):
+        self._records, self._size, self._skip, self._count = records, size, skip, count
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._records.path!r}, {self._records.split!r})"
 
     def __len__(self) -> int:
-        return -(-len(self._records) // CHUNK)
+        return -(-self._count // CHUNK)
 
     def __getitem__(self, k: int) -> Example:
         sizes = np.zeros((CHUNK, 3), np.int32)
-        for row, i in enumerate(range(k * CHUNK, min((k + 1) * CHUNK, len(self._records)))):
+        for row, i in enumerate(range(k * CHUNK, min((k + 1) * CHUNK, self._count))):
             sizes[row] = self._one(i)
         return {"sizes": sizes}
 

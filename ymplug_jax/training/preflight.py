@@ -9,7 +9,7 @@ from etils import epath
 from ymplug_jax.core import checkpoint_files
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
-from ymplug_jax.data import schema
+from ymplug_jax.data import measuring, schema
 from ymplug_jax.data.records import Split
 from ymplug_jax.data.source import open_split, parts_of
 from ymplug_jax.tasks import options
@@ -67,6 +67,19 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         setup.init_from(run, values=False)
     elif mode == "train":
         mixing.check(run.mixture, workdir, checkpoint_files.examples_seen(str(workdir)))
+    if data.eval_split:
+        _check_evaluated(experiment, task, records[data.eval_split], train.eval_examples if mode == "train" else 0)
+
+
+def _check_evaluated(experiment: Experiment, task: task_lib.Task, records: Split, examples: int) -> None:
+    """Check that every record to evaluate fits into an example. Training checks its own records when it plans their packing."""
+    if task.measure is None or task.room is None:
+        return
+    data = experiment.data
+    sizes = measuring.measure(
+        records, task.measure, threads=data.threads, skip_corrupt=data.skip_corrupt, count=examples
+    )
+    measuring.check_room(sizes, task.room, records)
 
 
 def _check_named(experiment: Experiment, mode: str) -> None:
