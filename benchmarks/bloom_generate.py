@@ -23,7 +23,7 @@ from transformers import BloomConfig, BloomForCausalLM, GenerationConfig
 
 from ymplug_jax.convert import bloom, rules
 from ymplug_jax.core import state
-from ymplug_jax.models import decode
+from ymplug_jax.models import decode, language_models
 from ymplug_jax.models.bloom import Bloom
 
 SIZES = {
@@ -73,6 +73,7 @@ def sides(model: BloomForCausalLM, lm: Bloom, params: dict, ids: np.ndarray) -> 
         ).ids
 
     compiled = jax.jit(run, static_argnums=2)
+    params = language_models.for_steps(lm, params)  # as in a conversation
     return {"ours": lambda new: np.asarray(compiled(params, jnp.asarray(ids), new)), "theirs": theirs}
 
 

@@ -1,11 +1,16 @@
 """BLOOM equals the Hugging Face class, with random parameters of a tiny size and padding on either side."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
 from tests.models.test_qwen import GRADIENT, OUTPUT, agree, masks, ours, params_of, theirs
+from ymplug_jax.models import decode, language_model, language_models
 from ymplug_jax.models.bloom import Bloom
 
 
@@ -67,3 +72,24 @@ def test_outputs_and_gradients_equal_hugging_face(heads: int) -> None:
             assert np.isfinite(ours_).all()
             agree(np.asarray(ours_)[mask == 1], theirs_[mask == 1], tolerance)
         assert not np.asarray(found[2])[mask == 0].any()
+
+
+def test_generation_from_a_tree_per_layer_is_the_same() -> None:
+    lm = Bloom(vocab=50, width=16, depth=3, heads=2, lora_rank=2)
+    params = jax.jit(partial(language_model.init, lm))(jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    params = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape) * 0.3, params)  # layers differ
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 5)))
+
+    @jax.jit
+    def run(params: dict) -> tuple[jax.Array, jax.Array]:
+        embeds, mask = decode.prompt_of(lm, params, None, ids, jnp.array([5, 3]))
+        state = decode.start(lm, params, embeds, mask, 1)
+        logits = decode.advance(lm, params, state, ids[:, :1]).logits
+        return decode.greedy(lm, params, embeds, mask, new_tokens=6, eos=-1).ids, logits
+
+    split = language_models.for_steps(lm, params)
+    assert split["blocks"]["2"]["mlp"]["up"]["kernel"].shape == (16, 64)
+    stacked, separate = run(params), run(split)
+    np.testing.assert_array_equal(stacked[0], separate[0])
+    np.testing.assert_allclose(stacked[1], separate[1], rtol=1e-5, atol=1e-5)

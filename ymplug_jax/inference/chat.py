@@ -6,7 +6,7 @@ one for a token of an answer. `chat_session.Session` holds a conversation.
 
 import os
 from collections import OrderedDict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from ymplug_jax.data.video_file import Clip, Reject
 from ymplug_jax.inference import clip_stream
 from ymplug_jax.inference.predictor import Predictor
 from ymplug_jax.inference.wording import shown
-from ymplug_jax.models import decode, decode_stream
+from ymplug_jax.models import decode, decode_stream, language_models
 from ymplug_jax.models.decode_sampling import Rules
 from ymplug_jax.models.decode_stream import Stream
 from ymplug_jax.models.mplug_chat import MPLUGChat
@@ -151,7 +151,7 @@ class ChatModel:
     def step(self, stream: Stream, at: int, rules: Rules, count: int, key: jax.Array) -> tuple[Stream, jax.Array]:
         """Choose and read the next token, see `decode_stream.step`; `stream` is used up."""
         with self._predictor.tracing():
-            return self._step(self._params, stream, np.int32(at), rules, np.int32(count), self.tokenizer.eos, key)
+            return self._step(self._step_params, stream, np.int32(at), rules, np.int32(count), self.tokenizer.eos, key)
 
     def beams(self, stream: Stream, at: int, rules: Rules, count: int, new_tokens: int, room: int) -> decode.Generated:
         """The answer of a beam search, see `decode_stream.beams`."""
@@ -170,6 +170,11 @@ class ChatModel:
         llm = self._predictor.params()["llm"]
         assert isinstance(llm, dict)
         return llm
+
+    @cached_property
+    def _step_params(self) -> Params:
+        """The same parameters, for a step of one token."""
+        return language_models.for_steps(self.model.llm, self._params)
 
     def _embedded(self, params: Params, stream: Stream, at: jax.Array, ids: jax.Array, count: jax.Array) -> Stream:
         embeds = self.model.llm.apply({"params": params}, ids, method="embed")

@@ -5,14 +5,14 @@ long", 2022, for ALiBi. Word embeddings pass through a LayerNorm, visual vectors
 docs/models/language_models.md, "BLOOM".
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ymplug_jax.models import language_model, layers, lora
+from ymplug_jax.models import language_model, layers, lora, unstacked
 from ymplug_jax.models.language_model import Cache, Context, Past
 
 STD = 0.02
@@ -98,13 +98,14 @@ class Bloom(nn.Module):
         blocks = layers.stack(
             Block, self.depth, remat=self.remat, in_axes=(0, nn.broadcast, nn.broadcast), static_argnums=(4,)
         )
-        self.blocks = blocks(
-            heads=self.heads,
-            ln_eps=self.ln_eps,
-            adapters=lora.Settings(self.lora_rank, self.lora_scale, self.lora_dropout, self.lora_targets),
-            dtype=self.dtype,
-        )
+        self.blocks = blocks(**self.block_settings)
         self.norm = layers.norm(None, self.ln_eps, self.dtype)
+
+    @property
+    def block_settings(self) -> dict[str, Any]:
+        """Fields of each `Block`."""
+        adapters = lora.Settings(self.lora_rank, self.lora_scale, self.lora_dropout, self.lora_targets)
+        return {"heads": self.heads, "ln_eps": self.ln_eps, "adapters": adapters, "dtype": self.dtype}
 
     @property
     def max_positions(self) -> None:
@@ -145,8 +146,16 @@ class Bloom(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """See `language_model.Cached.read`."""
         context = language_model.context_of(embeds.shape[-2], mask, past, segments)
-        carry = embeds.astype(jnp.dtype(self.dtype)), cache
-        (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context, deterministic)
+        carry: tuple[Any, Any] = embeds.astype(jnp.dtype(self.dtype)), cache
+        params = self.variables.get("params", {}).get("blocks", {})
+        if unstacked.is_split(params):
+            block = Block(**self.block_settings, parent=None)
+            for layer in range(self.depth):
+                own = {"params": params[str(layer)]}
+                carry, _ = block.apply(own, carry, jnp.int32(layer), context, deterministic)
+            x, filled = carry
+        else:
+            (x, filled), _ = self.blocks(carry, jnp.arange(self.depth), context, deterministic)
         return self.norm(x), filled
 
 
