@@ -80,7 +80,7 @@ def test_every_step_has_a_result_without_libraries_that_read_data(tmp_path: Path
     profile = found["profile"]["step"]
     assert sum(profile["kinds"].values()) == pytest.approx(1) and profile["kinds"]["products"] > 0
     assert any("mlp" in one["place"] for one in profile["top"])
-    assert sum(line.startswith("[") for line in done.stdout.splitlines()) == 7 + 2 + 2 * 3 + 3 + 2 + 3 + 1
+    assert sum(line.startswith("[") for line in done.stdout.splitlines()) == 9 + 2 + 2 * 3 + 3 + 2 + 3 + 1
 
 
 def test_a_failing_step_is_one_line_and_the_next_one_follows(

@@ -10,14 +10,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ymplug_jax.core import config
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.tasks.names import module_of, modules
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 T = TypeVar("T")
 WHERE = "config.options"
@@ -103,10 +104,12 @@ def completed(experiment: Experiment, *, stored: bool = False) -> Experiment:
     return dataclasses.replace(experiment, options=config.settings_of(build(cls, given)))
 
 
-def complete(settings: ConfigDict) -> ConfigDict:
+def complete(settings: "ConfigDict") -> "ConfigDict":
     """Add all options of the task to `settings`, in place, so that each one is a command-line flag."""
     if settings.get("task") not in modules():
         return settings  # the unknown name is reported when the task is made
+    from ml_collections import ConfigDict  # imported here: the benchmarks run without it
+
     own = class_of(settings.task)()
     given = settings.get("options", ConfigDict()).to_dict()
     with settings.unlocked():

@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from ymplug_jax.core import config, durations, optim, quantize, quantized_read, sharding
+from ymplug_jax.core import config, durations, optim, quantize, sharding
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
@@ -213,6 +213,8 @@ def hold(run: Run, frozen: Params) -> Params:
     """
     if run.experiment.train.frozen_dtype != "int8":
         return frozen
+    from ymplug_jax.core import quantized_read  # imported here, because benchmarks run without Orbax
+
     held = state_lib.flatten(run.held)
     made = {
         path: quantized_read.from_host(leaf, held[path]) if isinstance(leaf, np.ndarray) else leaf
