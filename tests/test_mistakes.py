@@ -118,10 +118,17 @@ def base(home: Path, task: str) -> list[str]:
     alpro = task.startswith("alpro")
     kind, tokenizer = KINDS.get(task, "pretrain"), "vocab.txt" if alpro else "t.model"
     small = ALPRO if alpro else LANGUAGE if task == "language" else runs.SMALL
+    if task.startswith("mplug_chat"):
+        small = []  # the tiny configs are small enough for checks that come before anything is compiled
     if task in ("alpro_classify", "alpro_prompter"):
         small = [flag for flag in small if "group" not in flag]
     data = [f"--config.data.path={home / kind}", f"--config.data.tokenizer={home / tokenizer}"]
-    return [f"--config={runs.ROOT}/configs/tiny/{task}.py", *data, *small, "--config.train.duration=2 steps"]
+    return [
+        f"--config={runs.ROOT}/configs/tiny/{task.removeprefix('mplug_')}.py",
+        *data,
+        *small,
+        "--config.train.duration=2 steps",
+    ]
 
 
 SETTINGS = {
@@ -285,6 +292,8 @@ TAKES = {
     "alpro_pretrain": TITLE,
     "alpro_prompter": TITLE,
     "alpro_retrieve": TITLE | CAPTION,
+    "mplug_chat_instruct": {"instruct"},
+    "mplug_chat_pretrain": TITLE,
 }
 
 

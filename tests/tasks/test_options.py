@@ -103,6 +103,7 @@ def test_options_that_name_files() -> None:
         ("match", "candidates"): ("video", "text"),
         ("alpro_pretrain", "entities"): ("entity_features",),
         ("alpro_prompter", "prompts"): (),
+        ("alpro_prompter", "image_prompts"): (),
         ("alpro_classify", "answers"): (),
     }
     made = Experiment("match", {}, options={"candidates": "i.npz"})
