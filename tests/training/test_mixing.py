@@ -48,6 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards.write_talks(folder / "image", [talk(i, image=True) for i in range(150)])
     shards.write_talks(folder / "text", [talk(i, image=False) for i in range(200, 650)])
     shards.write_talks(folder / "other", [talk(i, image=False) for i in range(200, 650, 2)])
+    shutil.copytree(folder / "image", folder / "copy")
     shards.tokenizer(folder / "t.model")
     return folder
 
@@ -148,6 +149,7 @@ REFUSED = {
     "other length": (["--config.data.max_tokens=170"], "an example has room for [171, 4, 0] tokens, images and videos, but for [151, 4, 0]"),
     "weights for three": (["--config.data.weights=(1, 2, 3)"], "has 3 numbers, but config.data.path has 2 folders"),
     "twice": (["--config.data.path={home}/image,{home}/image"], "config.data.path: names {home}/image twice"),
+    "a copy": (["--config.data.path={home}/image,{home}/copy"], "config.data.path: folders 1 and 2 hold the same records"),
     "no such folder": (["--config.data.path={home}/image,{home}/nowhere"], "{home}/nowhere: no such folder"),
 }  # fmt: skip
 

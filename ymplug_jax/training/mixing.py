@@ -125,6 +125,12 @@ def plan(experiment: Experiment, task: Task, records: Split, workdir: epath.Path
         return None
     ends = np.cumsum([0, *map(len, parts)])
     prints = tuple(fingerprint(part) for part in parts)
+    for number, mark in enumerate(prints):
+        if (other := prints.index(mark)) < number:
+            raise Mistake(
+                f"config.data.path: folders {other + 1} and {number + 1} hold the same records; name one of them, and give it more "
+                "weight in config.data.weights"
+            )
     key, sizes = "", None
     if task.measure is not None:
         key = record_sizes.key_of(experiment, task, prints)
