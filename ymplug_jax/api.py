@@ -8,12 +8,14 @@ The answers are those of `python -m ymplug_jax.predict`, which is built on this 
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ymplug_jax.core.exits import Mistake
+from ymplug_jax.inference import arguments
+from ymplug_jax.inference.arguments import Name
 from ymplug_jax.training import hosts
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from ymplug_jax.inference.predictor import Predictor
     from ymplug_jax.tasks.presentation import Answer
 
-Name: TypeAlias = str | os.PathLike[str]
 # Command of `ymplug_jax.predict` -> methods of `VideoModel` that need a task with these answers.
 METHODS = {
     "caption": ("caption",), "classify": ("classify",), "retrieve": ("embed_videos", "embed_texts"), "chat": ("chat",)
@@ -214,7 +215,7 @@ class VideoModel:
         from ymplug_jax.data.text import clean_text
 
         self._must_offer("embed_texts")
-        texts = _words(texts, "texts")
+        texts = arguments.words(texts, "texts")
         for text in texts:
             if not clean_text(text, 30):
                 raise Mistake(f"texts: {text!r}: nothing is left after cleaning; give words")
@@ -261,7 +262,7 @@ class VideoModel:
         self._must_offer("chat")
         style = chat_session.style_of(rules, beams=beams, new_tokens=new_tokens, seed=seed)
         session = chat_session.Session(self.chat_model(), style, context=context)
-        session.show(_one_or_more(video), _one_or_more(image))
+        session.show(arguments.one_or_more(video), arguments.one_or_more(image))
         return session
 
     def chat_model(self) -> "ChatModel":
@@ -296,8 +297,8 @@ class VideoModel:
         from ymplug_jax.inference import clip_stream
         from ymplug_jax.inference.predictor import BATCH
 
-        names = _names(paths)
-        given = [""] * len(names) if titles is None else _words(titles, "titles")
+        names = arguments.names(paths)
+        given = [""] * len(names) if titles is None else arguments.words(titles, "titles")
         if len(given) != len(names):
             raise Mistake(f"titles: {len(given)} titles for {len(names)} files; give one for each, in their order")
         if folder := next((name for name in names if os.path.isdir(name)), None):
@@ -310,49 +311,3 @@ class VideoModel:
                     raise Mistake(f"{read.file.name}: {read.clip.reason}: {read.clip.detail}; leave this file out")
                 records.append(clip_stream.record_of(read.clip, read.file.name, given[read.number]))
             yield records
-
-
-def _listed(values: Sequence[Any], name: str) -> list[Any]:
-    """The values as a list.
-
-    Raises:
-      Mistake: not a sequence, but a single value, whose characters would be taken for names, or a set, which has no order.
-    """
-    if isinstance(values, str | bytes | os.PathLike):
-        raise Mistake(f"{name}: {values!r} is a single value; give a list, such as [{values!r}]")
-    if isinstance(values, Set | Mapping) or not isinstance(values, Iterable):
-        raise Mistake(f"{name}: a {type(values).__name__}, whose order is not that of the answers; give a list")
-    return list(values)
-
-
-def _names(paths: Sequence[Name]) -> list[str]:
-    """Names of files.
-
-    Raises:
-      Mistake: as `_listed`, or an element is empty or no path.
-    """
-    listed = _listed(paths, "paths")
-    for path in listed:
-        if not path or not isinstance(path, str | bytes | os.PathLike):
-            raise Mistake(f"paths: {path!r}: not the path of a file; give the paths of video files")
-    return [os.fsdecode(path) for path in listed]
-
-
-def _one_or_more(paths: Name | Sequence[Name]) -> list[str]:
-    """Names of files, from one name or several; errors as `_names`."""
-    return _names([paths] if isinstance(paths, str | bytes | os.PathLike) else paths)
-
-
-def _words(texts: Sequence[str], name: str) -> list[str]:
-    """Texts that a tokenizer takes.
-
-    Raises:
-      Mistake: as `_listed`, or an element is no text.
-    """
-    listed = _listed(texts, name)
-    for text in listed:
-        if not isinstance(text, str):
-            raise Mistake(f"{name}: {text!r}: not a str; give texts")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise Mistake(f"{name}: {text!r}: holds a character that is not Unicode; decode the text again")
-    return listed

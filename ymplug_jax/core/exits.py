@@ -1,5 +1,9 @@
 """Exit codes of the programs, read by the launch scripts, and the errors that cause them."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 MISTAKE = 2  # wrong settings, flags, paths or data; the same command fails again, so launch scripts do not retry
 DOES_NOT_FIT = 3  # --mode compile: the step needs more memory than a device has
 LOST = 4  # another process of the run did not join, or has exited
@@ -13,3 +17,14 @@ class Mistake(ValueError):
 
 class PlaceFailed(RuntimeError):
     """Storage that worked at the start failed later, e.g. a shard vanished or a disk is full. One-line message; exit code PLACE."""
+
+
+@contextlib.contextmanager
+def writing(path: Path, flag: str) -> Iterator[None]:
+    """Turn operating system errors of the block, which writes the file of a flag such as "--out", into PlaceFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise PlaceFailed(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another {flag}, then run the same command again"
+        ) from None

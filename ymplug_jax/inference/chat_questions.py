@@ -1,19 +1,17 @@
 """`ymplug_jax.predict chat --questions`: a file of questions to a file of answers, row by row; an interrupted command continues."""
 
 import argparse
-import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ymplug_jax.core import checkpoint_files, progress
-from ymplug_jax.core.exits import Mistake, PlaceFailed
+from ymplug_jax.core.exits import Mistake, writing
 from ymplug_jax.data import conversation
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_path import resolve
@@ -172,7 +170,7 @@ class _Part:
         self._identity = identity
 
     def __enter__(self) -> "_Part":
-        with _place(self.path):
+        with writing(self.path, "--out"):
             self._file: BinaryIO = self.path.open("a+b")
         try:
             self._lock()
@@ -203,7 +201,7 @@ class _Part:
           PlaceFailed: the disk failed; OUT.part is kept.
         """
         whole = self.path.with_name(self._out.name + ".whole")
-        with _place(self._out):
+        with writing(self._out, "--out"):
             try:
                 with whole.open("wb") as file:
                     file.writelines(_bytes(line) for line in self.lines)
@@ -223,7 +221,7 @@ class _Part:
             pass
 
     def _read(self) -> None:
-        with _place(self.path):
+        with writing(self.path, "--out"):
             self._file.seek(0)
             content = self._file.read()
             whole = content[: content.rfind(b"\n") + 1]
@@ -240,7 +238,7 @@ class _Part:
         self.lines = found[1:]
 
     def _write(self, line: dict[str, Any]) -> None:
-        with _place(self.path):
+        with writing(self.path, "--out"):
             self._file.write(_bytes(line))
             self._file.flush()
 
@@ -256,14 +254,3 @@ def _check_out(out: Path) -> None:
         raise Mistake(f"--out {out}: no such folder {out.parent}; create it first")
     if not os.access(out.parent, os.W_OK):
         raise Mistake(f"--out {out}: no permission to write there; check its permissions, or choose another file")
-
-
-@contextlib.contextmanager
-def _place(path: Path) -> Iterator[None]:
-    """Turn errors of the disk into `PlaceFailed`."""
-    try:
-        yield
-    except OSError as error:
-        raise PlaceFailed(
-            f"{path}: {error.strerror}; free some space or repair the disk, then run the same command again"
-        ) from None

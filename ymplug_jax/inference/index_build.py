@@ -6,18 +6,17 @@ file, and the side file to the weights. The index is written when all vectors ar
 """
 
 import base64
-import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ymplug_jax.core import index_file
-from ymplug_jax.core.exits import Mistake, PlaceFailed
+from ymplug_jax.core.exits import Mistake, writing
 from ymplug_jax.core.index_file import Origin
 
 KIND = "ymplug_jax export"
@@ -40,7 +39,7 @@ class Export:
         self.path, self.part, self._origin = path, path.with_name(path.name + ".part"), origin
         self.vectors: dict[str, np.ndarray] = {}  # name -> f32[E]
         self._stamps: dict[str, list[int]] = {}
-        with _place(self.part):
+        with writing(self.part, "--export"):
             self._file = self.part.open("a+b")
         try:
             self._lock()
@@ -70,7 +69,7 @@ class Export:
             self.vectors[name], self._stamps[name] = vector, _stamp(name)
             line = {"video": name, "stamp": self._stamps[name], "vector": base64.b64encode(vector.tobytes()).decode()}
             lines.append(json.dumps(line) + "\n")
-        with _place(self.part):
+        with writing(self.part, "--export"):
             self._file.write("".join(lines).encode())
             self._file.flush()
 
@@ -83,7 +82,7 @@ class Export:
         there = [name for name in names if name in self.vectors]
         if there:
             arrays = {"video": np.stack([self.vectors[name] for name in there]), "video_id": np.array(there)}
-            with _place(self.path):
+            with writing(self.path, "--export"):
                 index_file.write(self.path, arrays | self._origin)
         self.close()
         self.part.unlink(missing_ok=True)
@@ -132,7 +131,7 @@ class Export:
             self._file.truncate(whole)
         else:  # new, or interrupted before the first line was complete
             self._file.truncate(0)
-            with _place(self.part):
+            with writing(self.part, "--export"):
                 self._file.write(json.dumps({"kind": KIND, **self._origin}).encode() + b"\n")
                 self._file.flush()
 
@@ -161,14 +160,3 @@ def _vector(text: object) -> np.ndarray | None:
         return np.frombuffer(base64.b64decode(text, validate=True), "<f4")
     except (ValueError, TypeError):
         return None
-
-
-@contextlib.contextmanager
-def _place(path: Path) -> Iterator[None]:
-    """Raise errors of the disk as PlaceFailed."""
-    try:
-        yield
-    except OSError as error:
-        raise PlaceFailed(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another --export, then run the same command again"
-        ) from None
