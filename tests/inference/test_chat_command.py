@@ -1,5 +1,6 @@
 """`predict chat` on a stored run: questions of the command line, of stdin, of a file and of a terminal."""
 
+import codecs
 import io
 import json
 import os
@@ -269,7 +270,7 @@ def test_a_terminal(home: Path) -> None:
         command, cwd=home, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     )
     os.close(theirs)
-    seen = ""
+    seen, decode = "", codecs.getincrementaldecoder("utf-8")("replace").decode  # a read may end inside a character
 
     def until(pattern: str, limit: float = 240) -> str:
         nonlocal seen
@@ -277,7 +278,7 @@ def test_a_terminal(home: Path) -> None:
         while not (found := re.search(pattern, seen, re.DOTALL)):
             assert time.monotonic() < end, seen
             if select.select([ours], [], [], 0.2)[0]:
-                seen += os.read(ours, 4096).decode("utf-8", "replace")
+                seen += decode(os.read(ours, 4096))
         seen = seen[found.end() :]
         return found[0]
 
