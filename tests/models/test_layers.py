@@ -12,8 +12,8 @@ from flax import linen as nn
 from ymplug_jax.models import attention, layers
 
 
-def test_remat_dots_keeps_products_with_their_biases() -> None:
-    """Remat "dots" keeps q, k, v, o and up of a block; the carry holds the MLP's output."""
+def test_what_remat_keeps() -> None:
+    """Remat "dots" keeps q, k, v, o and up of a block, with their biases; the carry holds the MLP's output. "attention" keeps o."""
 
     class Block(nn.Module):
         flat: bool
@@ -29,7 +29,7 @@ def test_remat_dots_keeps_products_with_their_biases() -> None:
 
     for flat, shape in ((True, (6, 5, 7, 8)), (False, (6, 7, 8))):
         found, kept = {}, {}
-        for remat in ("none", "dots", "full"):
+        for remat in ("none", *layers.REMAT):
             blocks = layers.stack(Block, 3, remat=remat, in_axes=0)(flat)
             x = jax.random.normal(jax.random.key(1), shape)
             params = blocks.init(jax.random.key(0), x, jnp.zeros(3))
@@ -38,12 +38,13 @@ def test_remat_dots_keeps_products_with_their_biases() -> None:
             kept[remat] = sorted(
                 a.shape for a in jax.tree.leaves(back) if a.shape[:2] == (3, 6)
             )  # [layers, batch, ...]
-        for remat in ("dots", "full"):
+        for remat in layers.REMAT:
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found[remat], found["none"])
         rows = (3, *shape[:-1])
         heads = (*rows, 8) if flat else (*rows, 2, 4)
         assert kept["dots"] == sorted([(*rows, 8)] * 2 + [heads] * 3 + [(*rows, 24)])  # the carry and o; q, k, v; up
         assert kept["full"] == [(*rows, 8)]
+        assert kept["attention"] == [(*rows, 8)] * 2  # the carry and o
         assert len(kept["none"]) > len(kept["dots"])
 
 
