@@ -111,6 +111,39 @@ def test_packed_rows(length: int, n: int, groups: int, h: int, alibi: bool, bloc
         np.testing.assert_allclose(attention.tokens_only(columns, segments), plain(q, k, v), atol=0.01)
 
 
+# (L, S, N, H, causal, padding, block)
+BESIDE = [
+    (37, 37, 4, 64, False, False, None),
+    (29, 29, 8, 32, True, True, None),
+    (150, 75, 2, 64, False, False, kernels.Block(2, 128, True)),
+    (150, 150, 4, 64, True, False, kernels.Block(2, 128, True)),
+]
+
+
+@pytest.mark.parametrize(("length", "keys", "n", "h", "causal", "padded", "block"), BESIDE)
+def test_heads_side_by_side(
+    length: int, keys: int, n: int, h: int, causal: bool, padded: bool, block: kernels.Block | None
+) -> None:
+    q, grad = normal(2, length, n, h, count=2)
+    k, v = normal(2, keys, n, h, count=2)
+    block = block or kernels.block_of(n, n, length, keys, h, beside=True)
+    seen = jnp.stack([jnp.arange(keys) >= 5, jnp.arange(keys) < keys - 3]) if padded else None
+    agree(
+        lambda *x: kernels.attention(
+            *x, attention.per_key(2, keys, seen, None) if padded else None, None, None, causal, True, block
+        ),
+        lambda *x: attention.attend(*x, causal=causal, key_mask=seen),
+        (q, k, v),
+        grad,
+    )
+
+
+def test_heads_that_fill_no_lanes_do_not_lie_side_by_side() -> None:
+    assert kernels.block_of(16, 16, 257, 257, 64, beside=True) == kernels.Block(2, 257, True)
+    for heads, groups, width in ((3, 3, 64), (4, 2, 64), (4, 4, 48), (4, 4, 128)):
+        assert kernels.block_of(heads, groups, 257, 257, width, beside=True) is None
+
+
 @pytest.mark.parametrize(("b", "t", "p", "n", "h"), FRAMES)
 def test_frames(b: int, t: int, p: int, n: int, h: int) -> None:
     def plain(*x: jax.Array) -> jax.Array:
@@ -220,7 +253,7 @@ with sharding.computing(mesh, ()), kernels.recording() as uses:
     rows = jax.ShapeDtypeStruct((4, length), "int32", sharding=place)
     text = jax.jit(jax.grad(loss)).lower(params, rows, rows).compile().as_text()
 assert "tpu_custom_call" in text and not re.search(r"\\[[\\d,]*2048,2048\\]", text)
-assert [use[:6] + use[7:] for use in uses] == [("tpu_rows", length, length, 2, 2, 128, True, False, True, True)]
+assert [use[:6] + use[7:] for use in uses] == [("tpu_rows", length, length, 2, 2, 128, True, False, True, True, False)]
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -257,6 +290,9 @@ def test_flops_of_kernels_and_of_their_parts_on_devices() -> None:
     with sharding.computing(sharding.make_mesh(4, 1, 2), RULES):
         assert flops.count(run, q) == 2 * product
         assert flops.count(jax.grad(lambda x: run(x).sum()), q) == 7 * product  # logits are computed twice
+    block = kernels.Block(2, 16, True)
+    q = jnp.zeros((8, 16, 4, 64))
+    assert flops.count(lambda a: kernels.attention(a, a, a, interpret=True, block=block), q) == 2 * 8 * product
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,7 @@ def test_vision(read) -> None:
         for i in range(model.depth):
             file.check(f"out/{kind}/hidden_{i + 1}", states[i], OUTPUT)
             q, k, _ = (blocks["attn"][part]["__call__"][0][i] for part in "qkv")
+            q, k = (x.reshape(*x.shape[:2], model.heads, -1) for x in (q, k))
             one_hot = jnp.broadcast_to(jnp.eye(k.shape[1])[:, None], (*k.shape[:3], k.shape[1]))
             seen = attention.attend(q, k, one_hot)
             file.check(f"out/{kind}/attn_probs_{i}", seen.transpose(0, 2, 1, 3), OUTPUT)

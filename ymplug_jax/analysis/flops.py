@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from ymplug_jax.models import row_kernel
+
 
 def count(function: Callable[..., Any], *args: Any) -> int:
     """FLOPs of one call, summed over all devices. A multiply-add counts as two.
@@ -39,7 +41,8 @@ def _count(jaxpr: core.Jaxpr) -> int:
         elif name == "scan":
             total += eqn.params["length"] * _count(eqn.params["jaxpr"].jaxpr)
         elif name == "pallas_call":
-            total += math.prod(eqn.params["grid_mapping"].grid) * _count(eqn.params["jaxpr"])
+            columns = int(dict(eqn.params["metadata"] or {}).get(row_kernel.BESIDE, 1))  # only one head's are useful
+            total += math.prod(eqn.params["grid_mapping"].grid) * _count(eqn.params["jaxpr"]) // columns
         elif name == "shard_map":
             mesh = eqn.params["mesh"]
             devices = math.prod(mesh.shape[axis] for axis in eqn.params["newly_manual_axes"])

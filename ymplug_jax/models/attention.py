@@ -32,6 +32,7 @@ def attend(
     segments: jax.Array | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
+    flat: bool = False,
 ) -> jax.Array:
     """Scaled dot-product attention, for all uses except branches and frames.
 
@@ -53,6 +54,8 @@ def attend(
         keys of its own segment only, and the result at padding is zero. Needs `causal`, and excludes `key_mask`.
       dropout: rate on the probabilities; applied only if `key` is given.
       key: random key of the dropout.
+      flat: q, k and v are rows of N * H in memory, and so should the result be. Has an effect on TPU only, where a kernel can
+        read heads side by side.
 
     Returns:
       f[B, L, N, H] in the type of `v`. `slopes` and the masks get no gradients.
@@ -87,8 +90,9 @@ def attend(
             segments is not None,
         )
         if kernels.uses("tpu_rows") and kernels.block_of(heads, groups, q.shape[1], k.shape[1], q.shape[3]):
-            kernels.note(use._replace(kernel="tpu_rows"))
-            return tokens_only(_on_tpu(q, k, v, causal, key_mask, slopes, key_positions, segments), segments)
+            block = _beside(q, k) if flat else None
+            kernels.note(use._replace(kernel="tpu_rows", beside=block is not None))
+            return tokens_only(_on_tpu(q, k, v, causal, key_mask, slopes, key_positions, segments, block), segments)
         extra = 0 if key_mask is None and slopes is None and segments is None else 8
         if kernels.uses("cudnn") and q.shape[-1] % 8 == 0 and q.shape[-1] + extra <= _widest():
             kernels.note(use._replace(kernel="cudnn"))
@@ -111,11 +115,19 @@ def starts(segments: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(token & (segments > highest), before, 0), axis=1)
 
 
+def _beside(q: jax.Array, k: jax.Array) -> kernels.Block | None:
+    """The block of each device's shard with heads side by side; None if they cannot be."""
+    parts = sharding.parts("heads")
+    if q.shape[2] % parts or k.shape[2] % parts:
+        return None
+    return kernels.block_of(q.shape[2] // parts, k.shape[2] // parts, q.shape[1], k.shape[1], q.shape[3], beside=True)
+
+
 def _on_tpu(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
-    key_positions: jax.Array | None, segments: jax.Array | None,
+    key_positions: jax.Array | None, segments: jax.Array | None, block: kernels.Block | None,
 ) -> jax.Array:  # fmt: skip
-    """`kernels.attention` on each device's shard of rows and heads."""
+    """`kernels.attention` on each device's shard of rows and heads; `block` None chooses one there."""
     heads, groups, parts = q.shape[2], k.shape[2], sharding.parts("heads")
     if heads % parts == 0 and groups % parts and heads % math.lcm(groups, parts) == 0:
         # With fewer key/value heads than devices, repeat them, so that the query heads can be sharded.
@@ -134,7 +146,8 @@ def _on_tpu(
 
     def run(*parts: jax.Array) -> jax.Array:
         more = dict(zip(arrays, parts[3:], strict=True))
-        return kernels.attention(*parts[:3], more.get("per_key"), more.get("slopes"), more.get("segments"), causal)
+        keyed, slopes, segments = more.get("per_key"), more.get("slopes"), more.get("segments")
+        return kernels.attention(*parts[:3], keyed, slopes, segments, causal, block=block)
 
     return sharding.by_device(run, q, k, v, *arrays.values(), axes=axes)
 

@@ -63,9 +63,10 @@ class Block(nn.Module):
             cls = x[:, :, :1] if self.double_cls else jnp.zeros_like(x[:, :, :1])
             x = x + jnp.concatenate([cls, adapted], axis=2)
         normal = nn.initializers.normal(self.std)
-        attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
+        attn = layers.Attention(d, self.heads, normal, normal, flat=True, dtype=self.dtype, name="attn")
         y = layers.norm("attn_norm", EPS, self.dtype)(x).reshape(m * t, n, d)
-        x = x + attn.output(attention.attend(*attn.project(y))).reshape(x.shape)
+        q, k, v = (z.reshape(m * t, n, self.heads, -1) for z in attn.project(y))
+        x = x + attn.output(attention.attend(q, k, v, flat=True).reshape(m * t, n, d)).reshape(x.shape)
         return x + Mlp(self.mlp, self.std, self.dtype, name="mlp")(layers.norm("mlp_norm", EPS, self.dtype)(x)), None
 
 

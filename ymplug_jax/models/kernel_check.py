@@ -135,7 +135,9 @@ def _fused(use: Use, row: _Row) -> Callable[..., jax.Array]:
             keyed = None
             if mask is not None or positions is not None:
                 keyed = attention.per_key(q.shape[0], k.shape[1], mask, positions)
-            made = kernels.attention(q, k, v, keyed, slopes, segments, use.causal, not there)
+            sizes = q.shape[2], k.shape[2], q.shape[1], k.shape[1], q.shape[3]
+            block = kernels.block_of(*sizes, beside=True) if use.beside else None
+            made = kernels.attention(q, k, v, keyed, slopes, segments, use.causal, not there, block)
         return attention.tokens_only(made, segments)
 
     return run

@@ -41,10 +41,11 @@ class Use(NamedTuple):
     masked: bool = False  # with a padding mask
     alibi: bool = False  # with ALiBi
     packed: bool = False  # with segments
+    beside: bool = False  # its heads lie side by side
 
     def text(self) -> str:
         """One-line description for the log."""
-        what = ", ".join(name for name in ("causal", "masked", "alibi", "packed") if getattr(self, name))
+        what = ", ".join(name for name in ("causal", "masked", "alibi", "packed", "beside") if getattr(self, name))
         size = f"{self.length} x {self.keys}, {self.heads} heads"
         size += "" if self.groups == self.heads else f" on {self.groups}"
         return f"{size} of {self.width}, {self.dtype}" + (f", {what}" if what else "")

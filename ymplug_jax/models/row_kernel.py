@@ -22,10 +22,13 @@ VMEM = 12 * 2**20  # budget of one program in bytes; TPU v4 has 16 MiB
 LARGE_VMEM = 48 * 2**20  # budget for rows in several blocks since TPU v5, which has 64 MiB or more
 SMALL = ("TPU v2", "TPU v3", "TPU v4")  # device kinds that are limited to VMEM bytes
 LANES = 128
+BESIDE = "heads_side_by_side"  # metadata of a call: its products have so many times the columns that its heads have
 
 
-def block_of(heads: int, groups: int, length: int, keys: int, width: int) -> Block | None:
+def block_of(heads: int, groups: int, length: int, keys: int, width: int, beside: bool = False) -> Block | None:
     """The largest block that fits into VMEM; whole rows are preferred.
+
+    With `beside`, it has the heads of LANES columns of a row.
 
     Args:
       heads: N, query heads.
@@ -33,9 +36,11 @@ def block_of(heads: int, groups: int, length: int, keys: int, width: int) -> Blo
       length: L, queries.
       keys: S.
       width: H.
+      beside: the heads of q, k and v lie side by side in rows of N * H.
 
     Returns:
-      None if not even one head with LANES queries fits: above about 2200 keys on TPU v4 and 9000 since v5, at H = 128.
+      None if not even one head with LANES queries fits: above about 2200 keys on TPU v4 and 9000 since v5, at H = 128. With
+      `beside` also if several heads do not fill LANES columns exactly, or N and K differ.
     """
     lanes, ratio = -(-max(width, LANES) // LANES) * LANES, heads // groups
     large = VMEM if sharding.device_kind().startswith(SMALL) else LARGE_VMEM
@@ -46,7 +51,11 @@ def block_of(heads: int, groups: int, length: int, keys: int, width: int) -> Blo
         each = 2 * 2 * (3 * ratio * queries + 4 * keys) * lanes
         if queries < length or ratio > 1:
             each += 2 * 4 * keys * lanes  # accumulated gradients of keys and values
-        if fits := [n for n in range(1, groups + 1) if groups % n == 0 and n * each + logits <= budget]:
+        if beside:
+            together = LANES // width
+            if heads == groups and together > 1 and LANES % width == groups % together == 0 and each + logits <= budget:
+                return Block(together, queries, beside)
+        elif fits := [n for n in range(1, groups + 1) if groups % n == 0 and n * each + logits <= budget]:
             return Block(max(fits), queries)
     return None
 
@@ -103,7 +112,10 @@ attention.defvjp(_forward, _backward)
 def _call(
     kernel: Callable[..., None], saved: tuple, grads: tuple, causal: bool, interpret: bool, block: Block | None
 ) -> list[jax.Array]:
-    """Run one program for each row, group of heads and block of queries, over arrays f[B, N, L, H] or f[B, N, H, L]."""
+    """Run one program for each row, group of heads and block of queries.
+
+    The arrays are f[B, N, L, H], f[B, N, H, L] for small H, and f[B, L, N * H] for blocks with heads side by side.
+    """
     q, k, v, per_key, slopes, segments = saved
     b, length, heads, width = q.shape
     keys, groups = k.shape[1:3]
@@ -113,24 +125,15 @@ def _call(
             f"attention: {length} queries and {keys} keys do not fit into VMEM; use `attention.attend`, which checks this"
         )
     blocks, ratio = pl.cdiv(length, block.queries), heads // groups
-    turned = -(-width // LANES) * LANES > 1.5 * width
-    there, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if turned else ((0, 2, 1, 3), (0, 2, 1, 3))
+    turned = not block.beside and -(-width // LANES) * LANES > 1.5 * width
     settings = slopes is not None, per_key is not None, segments is not None, length == keys == blocks * block.queries
-    row = Row(causal, width**-0.5, turned, block, ratio, blocks, *settings)
-
-    def part(positions: int) -> tuple[int, int]:
-        return (width, positions) if turned else (positions, width)
-
-    queries = pl.BlockSpec(
-        (1, block.groups * ratio, *part(block.queries)),
-        lambda row, place, i: (row, place, 0, i) if turned else (row, place, i, 0),
-    )
-    whole = pl.BlockSpec((1, block.groups, *part(keys)), lambda row, place, i: (row, place, 0, 0))
+    row = Row(causal, width**-0.5, width, turned, block, ratio, blocks, *settings)
+    queries, whole, of_keys = _specs(row, keys)
     # Pad queries to whole blocks with zeros, which add nothing to the gradients of keys; their results are cut off.
     beyond = ((0, 0), (0, blocks * block.queries - length), (0, 0), (0, 0))
     wide = [jnp.pad(x, beyond) if beyond[1][1] else x for x in (q, *grads)]
     inputs, specs = (
-        [x.transpose(there) for x in (wide[0], k, v, *wide[1:])],
+        [_laid_out(x, row) for x in (wide[0], k, v, *wide[1:])],
         [queries, whole, whole, *(queries for _ in grads)],
     )
     if per_key is not None:
@@ -152,12 +155,45 @@ def _call(
         grid=(b, groups // block.groups, blocks),
         in_specs=specs,
         out_specs=[spec for _, spec in results],
-        out_shape=[jax.ShapeDtypeStruct(tuple(x.shape[axis] for axis in there), x.dtype) for x, _ in results],
-        scratch_shapes=[pltpu.VMEM((block.groups, *part(keys)), jnp.float32)] * 2 if summed else [],
+        out_shape=[
+            jax.ShapeDtypeStruct(jax.eval_shape(lambda x: _laid_out(x, row), x).shape, x.dtype) for x, _ in results
+        ],
+        scratch_shapes=[pltpu.VMEM(of_keys, jnp.float32)] * 2 if summed else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary" if summed else "parallel"), vmem_limit_bytes=2**26
         ),
         interpret=interpret,
+        metadata={BESIDE: str(block.groups)} if block.beside else None,
     )(*inputs)
-    out = [x.transpose(back) for x in out]
+    if block.beside:
+        out = [x.reshape(b, -1, heads, width) for x in out]
+    else:
+        out = [x.transpose((0, 3, 1, 2) if turned else (0, 2, 1, 3)) for x in out]
     return [out[0][:, :length], *out[1:]]
+
+
+def _laid_out(x: jax.Array, row: Row) -> jax.Array:
+    """f[B, L, N, H] as the programs read it."""
+    if row.block.beside:
+        return x.reshape(*x.shape[:2], -1)
+    return x.transpose((0, 2, 3, 1) if row.turned else (0, 2, 1, 3))
+
+
+def _specs(row: Row, keys: int) -> tuple[pl.BlockSpec, pl.BlockSpec, tuple[int, ...]]:
+    """A program's part of arrays of queries and of arrays of keys, and the shape of the latter in one row."""
+    block, width = row.block, row.width
+    if block.beside:
+        lanes = block.groups * width
+        queries = pl.BlockSpec((1, block.queries, lanes), lambda row, place, i: (row, i, place))
+        return queries, pl.BlockSpec((1, keys, lanes), lambda row, place, i: (row, 0, place)), (keys, lanes)
+    turned = row.turned
+
+    def part(positions: int) -> tuple[int, int]:
+        return (width, positions) if turned else (positions, width)
+
+    queries = pl.BlockSpec(
+        (1, block.groups * row.ratio, *part(block.queries)),
+        lambda row, place, i: (row, place, 0, i) if turned else (row, place, i, 0),
+    )
+    shape = (block.groups, *part(keys))
+    return queries, pl.BlockSpec((1, *shape), lambda row, place, i: (row, place, 0, 0)), shape

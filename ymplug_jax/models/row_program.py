@@ -16,6 +16,7 @@ class Block(NamedTuple):
 
     groups: int  # number of key/value heads, each with its query heads
     queries: int  # number of queries; all of the row, or a multiple of LANES
+    beside: bool = False  # its heads lie side by side in rows [L, groups * H]
 
 
 class Row(NamedTuple):
@@ -23,6 +24,7 @@ class Row(NamedTuple):
 
     causal: bool
     scale: float
+    width: int  # H
     turned: bool  # blocks are laid out [H, L] instead of [L, H]
     block: Block
     ratio: int  # number of query heads of each key/value head
@@ -45,6 +47,20 @@ class Row(NamedTuple):
         if self.blocks <= 4:
             return list(range(1, self.blocks + 1))
         return [*(2**i for i in range((self.blocks - 1).bit_length())), self.blocks]
+
+    def at(self, n: jax.Array) -> tuple:
+        """Index of a head in a block; all heads of a block are read together if they lie side by side."""
+        return () if self.block.beside else (n,)
+
+    def own(self, x: jax.Array, n: jax.Array, others: jax.Array | None = None) -> jax.Array:
+        """Of heads side by side, f[L, groups * H], that of head n; the columns of the others are `others` or zeros."""
+        if not self.block.beside:
+            return x
+        column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        mine = (column >= n * self.width) & (column < (n + 1) * self.width)
+        return jnp.where(mine, x.astype(jnp.float32), 0.0 if others is None else others.astype(jnp.float32)).astype(
+            x.dtype
+        )
 
     def group(self, n: jax.Array) -> jax.Array:
         """Key/value head of a query head. Pallas lowers `//`, which rounds by the sign, for known TPUs only; hence `div`."""
@@ -117,7 +133,7 @@ class Keys(NamedTuple):
     def at(self, *before: Any) -> tuple:
         """Index of these keys in an array [.., S, H] or [.., H, S]."""
         if self.size is None:
-            return before
+            return before or (slice(None),)
         part = pl.ds(self.start, self.size)
         return (*before, slice(None), part) if self.turned else (*before, part, slice(None))
 
@@ -173,7 +189,7 @@ def _weights_of(
         added = jnp.where(own & causal(own.shape), 0.0, LOWEST)
 
     def one(n: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = _rows(q[0, n], k[keys.at(0, row.group(n))], row.turned) * row.scale
+        logits = _rows(row.own(q[0, *row.at(n)], n), k[keys.at(0, *row.at(row.group(n)))], row.turned) * row.scale
         if row.positions:
             logits = logits + more.slopes[first + n] * keys.of_row(more.per_key, 0)
         if row.masked:
@@ -189,6 +205,11 @@ def _weights_of(
     return one
 
 
+def _write(ref: Any, index: tuple, x: jax.Array, n: jax.Array, row: Row) -> None:
+    """Write a head's part of a block."""
+    ref[index] = (row.own(x, n, ref[index]) if row.block.beside else x).astype(ref.dtype)
+
+
 def forward(q: Any, k: Any, v: Any, *refs: Any, row: Row) -> None:
     """Write the results of a block of queries."""
     more, (out,), place = *_split(refs, row), _place()
@@ -197,8 +218,8 @@ def forward(q: Any, k: Any, v: Any, *refs: Any, row: Row) -> None:
         weights_of = _weights_of(q, k, more, row, place, keys)
 
         def one(n: jax.Array) -> None:
-            value = v[keys.at(0, row.group(n))]
-            out[0, n] = _mixed(weights_of(n)[0], value, "keys", row.turned).astype(out.dtype)
+            value = v[keys.at(0, *row.at(row.group(n)))]
+            _write(out, (0, *row.at(n)), _mixed(weights_of(n)[0], value, "keys", row.turned), n, row)
 
         _heads(row.block.groups * row.ratio, one)
 
@@ -220,19 +241,20 @@ def backward(q: Any, k: Any, v: Any, grad: Any, *refs: Any, row: Row) -> None:
 
         def one(n: jax.Array) -> None:
             m = row.group(n)
-            query, g, (weights, seen) = q[0, n], grad[0, n], weights_of(n)
-            dweights = _rows(g, v[keys.at(0, m)], row.turned)
+            query, g = row.own(q[0, *row.at(n)], n), row.own(grad[0, *row.at(n)], n)
+            weights, seen = weights_of(n)
+            dweights = _rows(g, v[keys.at(0, *row.at(m))], row.turned)
             dlogits = weights * (dweights - jnp.sum(dweights * weights, axis=-1, keepdims=True)) * row.scale
             if row.masked:
                 # A fully masked query attends to all keys alike, but masked logits have no gradient.
                 dlogits = jnp.where(seen, dlogits, 0.0)
-            dq[0, n] = _mixed(dlogits, k[keys.at(0, m)], "keys", row.turned).astype(dq.dtype)
+            _write(dq, (0, *row.at(n)), _mixed(dlogits, k[keys.at(0, *row.at(m))], "keys", row.turned), n, row)
             made = [_mixed(x, y, "queries", row.turned) for x, y in ((dlogits, query), (weights, g))]
             for total, result, part in zip(sums or (dk, dv), (dk, dv), made, strict=True):
-                if sums:
-                    total[keys.at(m)] += part
+                if sums:  # columns of other heads are zero
+                    total[keys.at(*row.at(m))] += part
                 else:
-                    result[0, m] = part.astype(result.dtype)
+                    _write(result, (0, *row.at(m)), part, n, row)
 
         _heads(row.block.groups * row.ratio, one)
 
