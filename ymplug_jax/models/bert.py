@@ -67,7 +67,7 @@ class Fusion(nn.Module):
     hidden: int = 3072  # Width of the MLP M.
     ln_eps: float = 1e-12  # Epsilon of the LayerNorms.
     dropout: float = 0.1  # Dropout rate on attention and before each residual sum in training.
-    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots"), all but attention ("attention") or all ("full").
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms and softmax stay float32.
 
     @nn.compact
@@ -108,7 +108,7 @@ class Text(nn.Module):
     types: int = 2  # Number of rows of the type table, of which only row 0 is used.
     ln_eps: float = 1e-12  # Epsilon of the LayerNorms.
     dropout: float = 0.1  # Dropout rate on embeddings, on attention and before each residual sum in training.
-    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots"), all but attention ("attention") or all ("full").
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms and softmax stay float32.
 
     def setup(self) -> None:

@@ -84,7 +84,7 @@ class Bloom(nn.Module):
     lora_scale: float = 1.0  # Factor of the adapters' output, alpha / R.
     lora_dropout: float = 0.0  # Dropout rate on the adapters' input in training.
     lora_targets: tuple[str, ...] = ("attn/[qkv]",)  # Path regexes of the linear layers of a block that get adapters.
-    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots"), all but attention ("attention") or all ("full").
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and output logits stay float32.
 
     prefill = language_model.prefill

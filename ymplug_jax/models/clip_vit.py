@@ -83,7 +83,7 @@ class ClipViT(nn.Module):
     double_cls: bool = False
     std: float = STD  # Standard deviation of the initial kernels; CLIP's, which is meant for large widths.
     table_std: float = STD  # Standard deviation of the initial cls token and positions.
-    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots"), all but attention ("attention") or all ("full").
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and activations stay float32.
 
     @nn.compact

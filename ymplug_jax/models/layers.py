@@ -22,12 +22,8 @@ DenseGeneral = partial(nn.DenseGeneral, promote_dtype=quantize.promote)
 
 # Activations that the backward pass keeps instead of recomputing them: none, or the results of products with weights. They
 # are saved after the bias is added, because saving them before makes XLA write both.
-PRODUCT, ATTENDED = "product", "attended"
-REMAT = {
-    "full": None,
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-}
+PRODUCT = "product"
+REMAT = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
 # Logical axes of a stack of transformer blocks, by path below the tower.
 BLOCK_AXES = (
@@ -148,7 +144,7 @@ class Attention(nn.Module):
 
     def output(self, y: jax.Array, update: Update = unchanged) -> jax.Array:
         """Project the output of attention, f[..., N, H] (with `flat` f[..., D]) -> f[..., D]; `update` has adapters of "o"."""
-        return checkpoint_name(kept(*update(("o",), y, (self.o(y),))), ATTENDED)
+        return kept(*update(("o",), y, (self.o(y),)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -291,8 +287,7 @@ def stack(
     Args:
       block: module class with `__call__(carry, *args) -> (carry, None)`.
       depth: number of layers.
-      remat: "none" keeps all activations, "full" the carry only, "attention" the carry and what attention adds to it, so that the
-        backward pass does not attend again, "dots" the carry and the results of matrix products.
+      remat: "none" keeps all activations, "full" the carry only, "dots" the carry and the results of matrix products.
       in_axes: scan axis (0 or `nn.broadcast`) of each of `args`.
       static_argnums: indices of Python values among the arguments, where self is 0.
 

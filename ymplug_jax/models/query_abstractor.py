@@ -90,7 +90,7 @@ class QueryAbstractor(nn.Module):
     dropout: float = 0.1  # Dropout rate on the attention probabilities in training.
     std: float = STD  # Standard deviation of the initial kernels.
     table_std: float = STD  # Standard deviation of the initial queries and of the end vector.
-    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots"), all but attention ("attention") or all ("full").
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms, softmax and activations stay float32.
 
     @property

@@ -142,7 +142,7 @@ class TimeSformer(nn.Module):
     std: float = 0.015  # Standard deviation of the initial weights; the reference's value, meant for a width of 768.
     # The reference starts positions like every weight and times at 0, which suits a tower with image weights only.
     table_std: float = 0.0  # Standard deviation of the initial position and time tables; 0 keeps the reference's start.
-    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots"), all but attention ("attention") or all ("full").
+    remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; parameters and norms stay float32.
 
     @nn.compact
