@@ -54,6 +54,7 @@ MODELS = (
     Group("Chat model", MODEL, "models/mplug_chat.py", "MPLUGChat"),
     Group("Video encoder", f"{MODEL}.vision", "models/timesformer.py", "TimeSformer"),
     Group("Video encoder of the chat model", f"{MODEL}.vision", "models/clip_vit.py", "ClipViT"),
+    Group("Video encoder of mPLUG-2", f"{MODEL}.vision", "models/clip_vit.py", "VideoClipViT"),
     Group("Visual abstractor", f"{MODEL}.abstractor", "models/abstractor.py", "Abstractor", "mPLUG-video only."),
     Group(
         "Query abstractor",

@@ -318,7 +318,7 @@ def _resized(module: ModuleType, plan: Plan, wish: Wish) -> Iterator[tuple[str, 
     """
     rows = {}
     if wish.image_size:
-        patch = plan.like["vision"]["patch"]["kernel"].shape[0] if "vision" in plan.like else 0
+        patch = plan.like["vision"]["patch"]["kernel"].shape[-3] if "vision" in plan.like else 0
         if not patch or wish.image_size % patch:
             raise SourceError(
                 f"--image_size {wish.image_size}: not a multiple of the patch size {patch}; give a multiple"
