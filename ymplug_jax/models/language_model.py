@@ -29,6 +29,21 @@ class Cache(NamedTuple):
     v: jax.Array
 
 
+class Memory(NamedTuple):
+    """What the cross-attention of a decoder reads, for decoders that have it."""
+
+    states: jax.Array  # f[B, M, D]
+    mask: jax.Array | None = None  # bool[B, M], False at padding; None without padding
+
+
+class MemoryCache(NamedTuple):
+    """Keys and values of a `Memory`, f[layers, B, M, K, H], and its mask."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array | None
+
+
 class Past(NamedTuple):
     """The prefix that C branches of each row continue. It is read once and never copied."""
 
@@ -38,6 +53,7 @@ class Past(NamedTuple):
     # int32[B, C, W]: `origin[b, c, w]` is the branch that wrote position w of branch c. Reordering beams updates it instead of
     # copying the cache. None: no reordering.
     origin: jax.Array | None = None
+    memory: MemoryCache | None = None  # what all branches of a row read by cross-attention, if the decoder has it
 
     @property
     def length(self) -> jax.Array:
@@ -183,16 +199,16 @@ def init(lm: LanguageModel, key: jax.Array) -> dict:
     return lm.init(key, ids, method=lambda lm, ids: lm.logits(lm(lm.embed(ids))))["params"]
 
 
-def check_positions(needed: int, limit: int | None, what: str = "the tokens") -> None:
+def check_positions(
+    needed: int, limit: int | None, what: str = "the tokens", *, setting: str = "config.model.llm.max_positions"
+) -> None:
     """Check while tracing, before anything is compiled, that a row fits.
 
     Raises:
       ValueError: the row needs more positions than the model has.
     """
     if limit is not None and needed > limit:
-        raise ValueError(
-            f"config.model.llm.max_positions: {what} need {needed} positions, the model has {limit}; shorten the text"
-        )
+        raise ValueError(f"{setting}: {what} need {needed} positions, the model has {limit}; shorten the text")
 
 
 def longest(length: int, segments: jax.Array | None) -> int:

@@ -1,0 +1,397 @@
+"""The parts of mPLUG-2 equal stored outputs of the PyTorch reference; one test for each fixture file."""
+
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import trees
+from ymplug_jax.convert import mplug2 as tables
+from ymplug_jax.convert import rules
+from ymplug_jax.models import decode, decode_answers, decode_past_end, mplug2
+from ymplug_jax.models.bert import Text
+from ymplug_jax.models.bert_decoder import Decoder
+from ymplug_jax.models.language_model import Memory
+from ymplug_jax.models.mplug2 import MPLUG2
+from ymplug_jax.models.universal import Fusion, Universal
+from ymplug_jax.tasks.common import distillation, losses
+
+OUTPUT, GRADIENT, FLOOR = 1e-5, 1e-4, 1e-5
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+# Reading of fixtures: modules of the stored sizes, and parameters through the converter.
+
+
+def sizes_of(bert: dict) -> dict:
+    return {
+        "heads": bert["num_attention_heads"],
+        "hidden": bert["intermediate_size"],
+        "width": bert["hidden_size"],
+        "ln_eps": bert["layer_norm_eps"],
+    }
+
+
+def table_sizes(bert: dict) -> dict:
+    return {
+        "vocab": bert["vocab_size"],
+        "max_positions": bert["max_position_embeddings"],
+        "types": bert["type_vocab_size"],
+    }
+
+
+def weights_of(file, layout) -> dict[str, np.ndarray]:
+    """Live parameters; tied copies must equal their originals, and everything else must be known to be without a use."""
+    weights = file.group("param")
+    names = {name for name in weights if any(re.fullmatch(pattern, name) for pattern in layout.drop)}
+    for copy, original in layout.tied:
+        if copy in weights:
+            np.testing.assert_array_equal(weights[copy], weights[original])
+            names.add(copy)
+    return {name: value for name, value in weights.items() if name not in names}
+
+
+def loaded(file) -> tuple[MPLUG2, dict, Callable[[dict], dict[str, np.ndarray]]]:
+    """Model and parameters of a file, and the function that gives gradients the names of the file."""
+    shapes = {
+        name.removeprefix("param/"): value.shape for name, value in file.arrays.items() if name.startswith("param/")
+    }
+    bert = file.config["bert_config"]
+    heads = {"text": bert["num_attention_heads"], "temporal_stride": file.config.get("temporal_stride", 2)}
+    heads["vision"] = (file.config.get("visual_cfg") or {}).get("num_heads") or file.config["tiny_clip"]["heads"]
+    found = tables.plan(shapes, heads, bert["fusion_layers"], bert["stride_layer"])
+    layout = tables.LAYOUTS[found.layout]
+    kept = rules.expand(layout.rules, found.like)
+    weights = {name: value for name, value in weights_of(file, layout).items() if name in kept}
+    return (
+        found.model,
+        trees.to_tree(layout.rules, weights, found.like),
+        lambda grads: rules.to_torch(layout.rules, grads),
+    )
+
+
+def encoded(model: MPLUG2, params: dict, video: np.ndarray) -> tuple[jax.Array, dict]:
+    """Tokens of a video, and what its modules return by name."""
+    kept = {"capture_intermediates": True, "mutable": "intermediates"}
+    tokens, found = model.apply({"params": params}, video, method="encode_video", **kept)
+    return tokens, found["intermediates"]
+
+
+def channels_last(video: np.ndarray) -> np.ndarray:
+    """[B, 3, T, S, S] -> [B, T, S, S, 3]."""
+    return video.transpose(0, 2, 3, 4, 1)
+
+
+def check_gradients(file, named: dict[str, np.ndarray], prefix: str = "grad") -> None:
+    """Check every gradient stored below `prefix`, with a floor for those that are small in the whole file."""
+    stored = [name for name in file.arrays if name.startswith("grad/")]
+    floor = FLOOR * max(np.abs(file.arrays[name]).max() for name in stored)
+    wanted = [name for name in stored if name.startswith(f"{prefix}/")]
+    assert wanted, f"the file has no {prefix}/*"
+    for name in wanted:
+        expected, value = file[name], np.asarray(named[name.removeprefix(f"{prefix}/")])
+        assert value.shape == expected.shape, name
+        error = np.abs(value - expected).max() / max(np.abs(expected).max(), floor)
+        print(f"{error:.1e}  {name}")
+        assert error <= GRADIENT, f"{name}: relative error {error:.1e}"
+
+
+def test_text(read) -> None:
+    file = read("text.npz")
+    bert = file.config["bert_config"]
+    ids, mask, tokens = file["in/input_ids"], file["in/attention_mask"], file["in/image_embeds"]
+    above, common = bert["num_uni_layer"], sizes_of(bert)
+    text = Text(depth=bert["text_encoder_layers"] - above, **common, **table_sizes(bert))
+    shared = Universal(depth=above, queries=file.config["num_latents"], **common)
+
+    def fused(stride: int, prefix: str) -> None:
+        fusion = Fusion(depth=bert["fusion_layers"], stride=stride, **common)
+        form = tables.Form(
+            "mplug2", bert["text_encoder_layers"], above, bert["num_hidden_layers"], fusion.depth, stride, False
+        )
+        layout = tables.LAYOUTS[tables.name_of(form)]
+
+        def init() -> dict:
+            key, x = jax.random.key(0), jnp.zeros((1, 1, text.width))
+            one = jnp.ones((1, 1), jnp.int32)
+            return {
+                "text": text.init(key, one, one)["params"],
+                "universal": shared.init(key, x, method="read_video")["params"],
+                "fusion": fusion.init(key, x, one, x)["params"],
+            }
+
+        params = trees.to_tree(layout.rules, weights_of(file, layout), jax.eval_shape(init))
+
+        def run(params: dict, tokens: np.ndarray) -> tuple[jax.Array, dict]:
+            kept = {"capture_intermediates": True, "mutable": "intermediates"}
+            below, of_text = text.apply({"params": params["text"]}, ids, mask, **kept)
+            states, of_shared = shared.apply({"params": params["universal"]}, below, mask, method="read_text", **kept)
+            back, of_video = shared.apply(
+                {"params": params["universal"]}, tokens, method="read_video", mutable="intermediates"
+            )
+            (video, last), of_fusion = fusion.apply({"params": params["fusion"]}, states, mask, tokens + back, **kept)
+            loss = jnp.sum(video * file["in/cotangent_image"])
+            loss += jnp.sum(last * file["in/cotangent_text"] * mask[..., None])
+            return loss, {
+                "below": below,
+                "states": states,
+                "back": back,
+                "video": video,
+                "last": last,
+                "kept": (of_text, of_shared, of_video, of_fusion),
+            }
+
+        gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+        (loss, out), (grads, of_tokens) = gradient(params, tokens)
+        of_text, of_shared, of_video, of_fusion = (part["intermediates"] for part in out["kept"])
+        if "out/text/last" in file.unused:
+            file.check("out/text/hidden0", text.apply({"params": params["text"]}, ids, method="embed"), OUTPUT)
+            layers = jnp.concatenate([of_text["blocks"]["__call__"][0][0], of_shared["blocks"]["__call__"][0][0]])
+            for i, states in enumerate(layers):
+                file.check(f"out/text/hidden{i + 1}", states, OUTPUT)
+            file.check("out/text/last", out["states"], OUTPUT)
+            file.check("out/text_mode_text/last", out["below"], OUTPUT)
+            for i, states in enumerate(of_video["video"]):
+                file.check(f"out/v_module/layer{text.depth + i}", states, OUTPUT)
+            file.check("out/v_module/last", out["back"], OUTPUT)
+            file.check("out/fusion_in_image", tokens + out["back"], OUTPUT)
+        first = bert["num_hidden_layers"] - fusion.depth
+        for i, states in enumerate(
+            of_fusion["layer"] if "layer" in of_fusion else of_fusion["blocks"]["__call__"][0][0]
+        ):
+            file.check(f"out/{prefix}/layer{first + i}", states, OUTPUT)
+        file.check(f"out/{prefix}/image", out["video"], OUTPUT)
+        file.check(f"out/{prefix}/text", out["last"], OUTPUT)
+        file.check(f"out/loss_{prefix}", loss, OUTPUT)
+        named = rules.to_torch(layout.rules, grads) | {"in/image_embeds": of_tokens}
+        check_gradients(file, named, f"grad/{prefix}")
+
+    fused(bert["stride_layer"], "fusion")
+    fused(file.config["fusion_stride_variant"], "fusion_stride")
+    file.done()
+
+
+def test_decoder(read) -> None:
+    file = read("decoder.npz")
+    bert = file.config["bert_config"]
+    decoder = Decoder(depth=bert["text_decode_layers"], **sizes_of(bert), **table_sizes(bert))
+    layout = tables.LAYOUTS["mplug2_large"]  # the decoder's names are those of every form
+    ids, mask, states = file["in/input_ids"], file["in/attention_mask"], file["in/encoder_hidden_states"]
+    seen, alpha = file["in/encoder_attention_mask"].astype(bool), file.config["alpha"]
+    init = lambda: decoder.init(jax.random.key(0), ids, states, method=whole)["params"]  # noqa: E731
+    params = trees.to_tree(layout.rules, weights_of(file, layout), {"decoder": jax.eval_shape(init)})
+    np.testing.assert_array_equal(file["in/labels"], np.where(mask, ids, -100))
+    prompt = file.config["prompt_length"]
+    masked = np.where(np.arange(ids.shape[1]) < prompt, -100, file["in/labels"])
+    np.testing.assert_array_equal(file["in/labels_prompt_masked"], masked)
+
+    def run(params: dict, states: np.ndarray) -> tuple[jax.Array, dict]:
+        memory = Memory(states, seen)
+        last, kept = decoder.apply(
+            {"params": params["decoder"]},
+            decoder.apply({"params": params["decoder"]}, ids, method="embed"),
+            mask,
+            memory=memory,
+            capture_intermediates=True,
+            mutable="intermediates",
+        )
+        return decoder.apply({"params": params["decoder"]}, last, method="logits"), kept["intermediates"]
+
+    def mean(params: dict, states: np.ndarray) -> tuple[jax.Array, tuple]:
+        logits, kept = run(params, states)
+        total, count = losses.next_token(logits[:, :-1], ids, mask)
+        return total / count, (logits, kept)
+
+    def summed(params: dict) -> jax.Array:
+        return losses.next_token(run(params, states)[0][:, :-1], ids, mask)[0]
+
+    (loss, (logits, kept)), (grads, of_states) = jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))(
+        params, states
+    )
+    file.check("out/hidden0", kept["embed_norm"]["__call__"][0], OUTPUT)
+    for i, layer in enumerate(kept["blocks"]["__call__"][0][0][0]):
+        file.check(f"out/hidden{i + 1}", layer, OUTPUT)
+    file.check("out/logits", logits, OUTPUT)
+    file.check("out/prefix_loss", loss, OUTPUT)
+    # The first position is the start token, which is never a target.
+    total, count = losses.next_token(logits[:, :-1], ids, mask, np.full(len(ids), prompt - 1))
+    file.check("out/prefix_loss_prompt_masked", total / count, OUTPUT)
+    targets = losses.target_mask(mask)
+
+    def per_row(each: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(targets, each, 0), axis=1)
+
+    file.check("out/lm_loss_per_sample", per_row(losses.token_losses(logits[:, :-1], ids[:, 1:])), OUTPUT)
+    for name, over_positions in (("refbug", True), ("fixed", False)):
+        each = distillation.token_losses(
+            logits[:, :-1], ids[:, 1:], file["in/soft_labels"], alpha, over_positions=over_positions
+        )
+        file.check(f"out/prefix_loss_distill_{name}", jnp.sum(per_row(each)) / jnp.sum(targets), OUTPUT)
+        file.check(f"out/lm_loss_distill_{name}", per_row(each), OUTPUT)
+    short = file["out/logits_nomask"].shape[1]
+    without = jax.jit(lambda params: decoder.apply({"params": params}, ids[:, :short], states, seen, method=whole))
+    file.check("out/logits_nomask", without(params["decoder"]), OUTPUT)
+    named = rules.to_torch(layout.rules, grads) | {"in/encoder_hidden_states": of_states}
+    check_gradients(file, named, "grad/prefix_loss")
+    check_gradients(file, rules.to_torch(layout.rules, jax.jit(jax.grad(summed))(params)), "grad/lm_loss_sum")
+    file.done()
+
+
+def whole(decoder: Decoder, ids: jax.Array, states: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """Logits of a text without padding."""
+    return decoder.logits(decoder(decoder.embed(ids), memory=Memory(states, seen)))
+
+
+def hypotheses(file, model: MPLUG2, params: dict, memory: Memory, beams: int) -> decode_past_end.Hypotheses:
+    """Search with the reference's rules, from the start token alone."""
+    config, decoder, of_decoder = file.config, model.decoder, params["decoder"]
+
+    @jax.jit
+    def run(of_decoder: dict, memory: Memory) -> decode_past_end.Hypotheses:
+        rows = len(memory.states)
+        start = decoder.apply({"params": of_decoder}, np.full((rows, 1), config["start_token"]), method="embed")
+        new = config["max_length"]
+        state = decode.start(decoder, of_decoder, start, np.ones((rows, 1), bool), new, beams, memory=memory)
+        return decode_past_end.search(
+            decoder, of_decoder, state, new, config["end_token"], length_power=config["length_penalty_alpha"],
+            length_offset=5, least_tokens=config["min_length"],
+        )  # fmt: skip
+
+    return run(of_decoder, memory)
+
+
+def check_search(file, model: MPLUG2, params: dict, memory: Memory) -> None:
+    """Ids and scores of all hypotheses, and of the search with one beam."""
+    start, padding = file.config["start_token"], file.config["padding_in_ids"]
+
+    def padded(found: decode_past_end.Hypotheses) -> np.ndarray:
+        inside = np.arange(found.ids.shape[-1]) < found.lengths[..., None]
+        ids = np.where(inside, found.ids, padding)
+        return np.concatenate([np.where(found.lengths[..., None] > 0, start, padding), ids], axis=-1)
+
+    def equal(ids: np.ndarray, wanted: np.ndarray) -> None:
+        """Stored rows are cut where the longest of them ends."""
+        np.testing.assert_array_equal(ids[..., : wanted.shape[-1]], wanted)
+        assert (ids[..., wanted.shape[-1] :] == padding).all()
+
+    found = jax.device_get(hypotheses(file, model, params, memory, file.config["beam_size"]))
+    count, wanted = file["out/beam_nbest_count"], file["out/beam_nbest_ids"]
+    np.testing.assert_array_equal(np.isfinite(found.values).sum(axis=1), count)
+    equal(padded(found), wanted)
+    there = np.arange(wanted.shape[1]) < count[:, None]
+    stored = file["out/beam_nbest_scores"]
+    np.testing.assert_allclose(found.values[there], stored[there], rtol=OUTPUT, atol=OUTPUT)
+    if "out/beam_best_ids" in file.arrays:
+        equal(padded(found)[:, 0], file["out/beam_best_ids"])
+        file.check("out/beam_best_score", found.values[:, 0], OUTPUT)
+    found, wanted = jax.device_get(hypotheses(file, model, params, memory, 1)), file["out/greedy_ids"]
+    equal(padded(found)[:, 0], wanted)
+    file.check("out/greedy_score", found.values[:, 0], OUTPUT)
+
+
+def check_caption(file, prompt: int) -> dict:
+    """Loss, gradients and generation of a captioning model; returns what the video encoder computes inside."""
+    model, params, named_of = loaded(file)
+    model = model.clone(reads=False)
+    params = {name: part for name, part in params.items() if name not in ("text", "fusion")}
+    like = jax.eval_shape(lambda: mplug2.init(model, jax.random.key(0)))
+    assert jax.tree.structure(like) == jax.tree.structure(params), "the parts that captioning uses"
+    ids, mask, video = file["in/caption_ids"], file["in/caption_mask"], channels_last(file["in/video"])
+
+    def loss(params: dict) -> tuple[jax.Array, tuple]:
+        tokens, kept = encoded(model, params, video)
+        states = model.apply({"params": params}, ids, mask, Memory(tokens), method="decode")
+        logits = model.apply({"params": params}, states, method="logits")
+        total, count = losses.next_token(logits[:, :-1], ids, mask, np.full(len(ids), prompt))
+        return total / count, (tokens, logits, kept)
+
+    (total, (tokens, logits, kept)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    file.check("out/logits", logits, OUTPUT)
+    file.check("out/loss", total, OUTPUT)
+    check_gradients(file, named_of(grads))
+    check_search(file, model, params, Memory(tokens))
+    return {"tokens": tokens, **kept}
+
+
+def test_caption(read) -> None:
+    file = read("caption.npz")
+    kept = check_caption(file, int(file["out/prompt_length"]) - 1)
+    file.check("out/clip_embeds", kept["vision"]["__call__"][0], OUTPUT)
+    if "out/visn_projected" in file.arrays:
+        file.check("out/visn_projected", kept["connector"]["__call__"][0], OUTPUT)
+    file.check("out/visual_states", kept["tokens"], OUTPUT)
+    file.done()
+
+
+def test_youku_caption(read) -> None:
+    file = read("youku_caption.npz")
+    kept = check_caption(file, 0)
+    file.check("out/image_embeds_raw", kept["vision"]["__call__"][0], OUTPUT)
+    file.done()
+
+
+def test_cls(read) -> None:
+    file = read("cls.npz")
+    model, params, named_of = loaded(file)
+    ids, mask, video = file["in/text_ids"], file["in/text_mask"], channels_last(file["in/video"])
+
+    def loss(params: dict) -> tuple[jax.Array, dict]:
+        run = model.bind({"params": params})
+        tokens, kept = encoded(model, params, video)
+        states = run.encode_text(ids, mask)
+        _, fused = run.fuse(states, mask, tokens)
+        votes = run.classify(fused)
+        total, count = losses.classification(votes, file["in/labels"], np.ones(len(ids), bool))
+        return total / count, {"tokens": tokens, "states": states, "fused": fused, "votes": votes, **kept}
+
+    (total, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    file.check("out/image_embeds_raw", out["vision"]["__call__"][0], OUTPUT)
+    for name, ours in (("image_embeds", "tokens"), ("text_embeds", "states"), ("fusion_text", "fused")):
+        if f"out/{name}" in file.arrays:
+            file.check(f"out/{name}", out[ours], OUTPUT)
+    file.check("out/logits", out["votes"], OUTPUT)
+    file.check("out/loss", total, OUTPUT)
+    check_gradients(file, named_of(grads))
+    file.done()
+
+
+def test_vqa(read) -> None:
+    file = read("vqa.npz")
+    model, params, named_of = loaded(file)
+    questions, mask, video = file["in/question_ids"], file["in/question_mask"], channels_last(file["in/video"])
+    answers, of_answers = file["in/answer_ids"], file["in/answer_mask"]
+    each = np.repeat(np.arange(len(questions)), file["in/answers_per_question"])
+
+    def loss(params: dict) -> tuple[jax.Array, dict]:
+        run = model.bind({"params": params})
+        tokens, kept = encoded(model, params, video)
+        seen, fused = run.fuse(run.encode_text(questions, mask), mask, tokens)
+        memory = mplug2.memory_of(seen, fused, mask)
+        logits = run.logits(run.decode(answers, of_answers, jax.tree.map(lambda x: x[each], memory)))
+        token = losses.token_losses(logits[:, :-1], answers[:, 1:])
+        rows = jnp.sum(jnp.where(losses.target_mask(of_answers), token, 0), axis=1)
+        total = jnp.sum(rows * file["in/answer_weights"]) / len(questions)
+        return total, {"tokens": tokens, "seen": seen, "fused": fused, "memory": memory, "logits": logits, **kept}
+
+    (total, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    file.check("out/clip_embeds", out["vision"]["__call__"][0], OUTPUT)
+    for name, ours in (("visual_states", "tokens"), ("fusion_image", "seen"), ("fusion_text", "fused")):
+        file.check(f"out/{name}", out[ours], OUTPUT)
+    file.check("out/logits", out["logits"], OUTPUT)
+    file.check("out/loss", total, OUTPUT)
+    check_gradients(file, named_of(grads))
+    check_search(file, model, params, out["memory"])
+    candidates, of_candidates = file["in/candidate_ids"], file["in/candidate_mask"]
+    rank = jax.jit(decode_answers.rank, static_argnums=(0, 5))
+    ranked = rank(model.decoder, params["decoder"], out["memory"], candidates, of_candidates, file.config["k_test"])
+    np.testing.assert_array_equal(ranked.answers, file["out/rank_ids"])
+    file.check("out/rank_probs", ranked.probabilities, OUTPUT)
+    file.done()
