@@ -4,6 +4,7 @@ He et al., "Momentum contrast for unsupervised visual representation learning", 
 2021, for soft targets of a teacher. The rules are those of docs/models/mplug2.md, "Momentum and queues". All functions are pure.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,15 +36,23 @@ def teacher_of(params: Params, patterns: Sequence[str]) -> Params:
     return state_lib.unflatten({path: flat[path].astype(jnp.float32) for path in flat if path in chosen})
 
 
-def moved(teacher: Params, params: Params, coefficient: float) -> Params:
-    """Move every parameter of a teacher towards its namesake: coefficient * teacher + (1 - coefficient) * parameter."""
+def moved(teacher: Params, params: Params, coefficient: float, *, fixed: Sequence[str] = ()) -> Params:
+    """Move every parameter of a teacher towards its namesake: coefficient * teacher + (1 - coefficient) * parameter.
+
+    Args:
+      teacher: Its parameters.
+      params: All parameters of the model.
+      coefficient: Share of the teacher.
+      fixed: Path regexes of parameters that stay as they are.
+    """
     flat = state_lib.flatten(params)
-    return state_lib.unflatten(
-        {
-            path: leaf * coefficient + flat[path].astype(jnp.float32) * (1 - coefficient)
-            for path, leaf in state_lib.flatten(teacher).items()
-        }
-    )
+
+    def move(path: str, leaf: jax.Array) -> jax.Array:
+        if any(re.fullmatch(pattern, path) for pattern in fixed):
+            return leaf
+        return leaf * coefficient + flat[path].astype(jnp.float32) * (1 - coefficient)
+
+    return state_lib.unflatten({path: move(path, leaf) for path, leaf in state_lib.flatten(teacher).items()})
 
 
 def check_queue(size: int, train: Train) -> None:
