@@ -12,7 +12,8 @@ import pytest
 import trees
 from ymplug_jax.convert import mplug2 as tables
 from ymplug_jax.convert import plan, rules
-from ymplug_jax.core import state
+from ymplug_jax.core import optim, state
+from ymplug_jax.core.config import Optim
 from ymplug_jax.models import decode, decode_answers, decode_past_end, mplug2
 from ymplug_jax.models.bert import Text
 from ymplug_jax.models.bert_decoder import Decoder
@@ -553,4 +554,20 @@ def test_pretrain(read) -> None:
     names = [name.removeprefix("out/") for name in sorted(file.unused) if name.startswith("out/")]
     for name in names:
         file.check(f"out/{name}", found[name], OUTPUT)
+    file.done()
+
+
+def test_schedule(read) -> None:
+    """The reference sets the rate of an iteration from the count before it, so the rate lags by one iteration."""
+    file = read("schedule.npz")
+    config = file.config
+    total = config["epochs"] * config["per"]
+    for group, peak in (("text", config["lr1"]), ("visual", config["lr2"])):
+        settings = Optim(lr=peak, min_lr=config["minlr"], warmup_lr=config["wlr"], schedule="mplug2")
+        rate = optim.schedule(settings, warmup=config["warm"], total=total)
+        # Captioning rewinds the schedule at every hundredth iteration of the first epoch, which a run here does not.
+        rewound = [i // 100 if i % 100 == 0 and i < config["per"] else i for i in range(total)]
+        for name, counts in (("qa_step1", range(total)), ("caption_step100", rewound)):
+            rates = 1e6 * rate(jnp.array([0, *counts][:-1]))
+            file.check(f"out/{name}/lr_{group}", rates, OUTPUT)
     file.done()
