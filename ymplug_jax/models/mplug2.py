@@ -252,14 +252,14 @@ def init(model: MPLUG2, key: jax.Array) -> dict:
     return model.init(key, video, ids, jnp.ones_like(ids))["params"]
 
 
-VISIONS = {
+VISIONS: Mapping[str, VideoClipViT | TimeSformer] = {
     **clip_vit.VIDEO_SIZES,
     "youku-b16": TimeSformer(),
     "youku-l14": TimeSformer(patch_size=14, depth=24, width=1024, heads=16),
+    "youku-tiny": TimeSformer(image_size=64, patch_size=16, depth=2, width=64, heads=4),
 }
-VISIONS["youku-tiny"] = TimeSformer(image_size=64, patch_size=16, depth=2, width=64, heads=4)
-_LARGE = {"width": 1024, "heads": 16, "hidden": 4096}
-_TINY = {"width": 64, "heads": 4, "hidden": 128}
+_LARGE: dict[str, Any] = {"width": 1024, "heads": 16, "hidden": 4096}
+_TINY: dict[str, Any] = {"width": 64, "heads": 4, "hidden": 128}
 # Text encoder without universal layers, universal layers, fusion encoder and decoder.
 TEXTS: Mapping[str, tuple[Text, Universal, Fusion, Decoder]] = {
     "base": (Text(depth=10), Universal(), Fusion(depth=3), Decoder()),
