@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Container, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 
 import trees
+from ymplug_jax.convert import clip_video, plan, rules
 from ymplug_jax.convert import mplug2 as tables
-from ymplug_jax.convert import plan, rules
 from ymplug_jax.core import optim, state
 from ymplug_jax.core.config import Optim
-from ymplug_jax.models import decode, decode_answers, decode_past_end, mplug2
+from ymplug_jax.models import clip_vit, decode, decode_answers, decode_past_end, layers, mplug2, temporal
 from ymplug_jax.models.bert import Text
 from ymplug_jax.models.bert_decoder import Decoder
+from ymplug_jax.models.clip_vit import VideoClipViT
 from ymplug_jax.models.language_model import Memory
 from ymplug_jax.models.mplug2 import MPLUG2
 from ymplug_jax.models.universal import Fusion, Universal
@@ -119,78 +121,184 @@ def check_gradients(file, named: dict[str, np.ndarray], prefix: str = "grad") ->
         assert error <= GRADIENT, f"{name}: relative error {error:.1e}"
 
 
+# Vision towers.
+
+
+def tower_of(config: dict, **fields) -> VideoClipViT:
+    assert config["layer_norm_eps"] == clip_vit.VIDEO_EPS == temporal.ADAPTER_EPS
+    return VideoClipViT(
+        image_size=config["input_resolution"],
+        patch_size=config["patch_size"],
+        depth=config["layers"],
+        width=config["width"],
+        heads=config["heads"],
+        mlp=4 * config["width"],
+        temporal_stride=config["temporal_stride"] if config["temporal_downsampling"] else 0,
+        **fields,
+    )
+
+
+def channels_first(tokens: jax.Array) -> jax.Array:
+    """Patches [B, T, P, D] -> [B, D, T, h, w]."""
+    b, t, p, d = tokens.shape
+    side = round(p**0.5)
+    return tokens.transpose(0, 3, 1, 2).reshape(b, d, t, side, side)
+
+
+def check_tower(
+    file, model: VideoClipViT, table: tuple[rules.Rule, ...], prefix: str, output: str, merged: bool
+) -> None:
+    """Compare what a tower returns and computes inside, its loss and the loss's gradients; `prefix` is that of the names."""
+    video = channels_last(file["in/video"])
+    weights = {name.removeprefix(prefix): value for name, value in file.group("param").items()}
+    dead = [name for name in weights if any(re.fullmatch(pattern, name) for pattern in clip_video.DROP)]
+    assert dead == ["visual.proj"]
+    live = {name: value for name, value in weights.items() if name not in dead}
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), video)["params"])
+    params = trees.to_tree(table, live, like)
+    cotangent = file["in/cotangent"]
+
+    def run(params: dict, video: np.ndarray) -> tuple[jax.Array, tuple]:
+        tokens, kept = model.apply(
+            {"params": params}, video, merged=merged, capture_intermediates=True, mutable="intermediates"
+        )
+        return jnp.sum(tokens.reshape(cotangent.shape) * cotangent), (tokens, kept["intermediates"])
+
+    gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+    (loss, (tokens, kept)), (grads, pixels) = gradient(params, video)
+    b, t = len(video), file.config["out_frames"]
+    assert model.frames_out(video.shape[1]) == t == kept["patch"]["__call__"][0].shape[1]
+
+    def sequence_first(states: jax.Array) -> jax.Array:  # [B, T, N, D] -> [N, B * T, D]
+        return states.reshape(b * t, *states.shape[-2:]).swapaxes(0, 1)
+
+    blocks = kept["blocks"]
+    before = kept["norm_pre"]["__call__"][0]
+    file.check("out/conv1", channels_first(kept["patch"]["__call__"][0]), OUTPUT)
+    file.check("out/ln_pre", before.reshape(b * t, -1, model.width), OUTPUT)
+    for i in range(1, model.adapters + 1):
+        added = channels_first(blocks[f"temporal_{i}"]["__call__"][0][0])
+        file.check(f"out/block0_lmhra{i}", added, OUTPUT)
+    file.check("out/block0_attn", sequence_first(blocks["attn"]["o"]["__call__"][0][0]), OUTPUT)
+    file.check("out/block0_mlp", sequence_first(blocks["mlp"]["__call__"][0][0]), OUTPUT)
+    for i in range(model.depth):
+        file.check(f"out/block{i}", sequence_first(blocks["__call__"][0][0][i]), OUTPUT)
+    file.check(f"out/{output}", tokens.reshape(cotangent.shape), OUTPUT)
+    file.check("out/loss", loss, OUTPUT)
+    named = {prefix + name: value for name, value in rules.to_torch(table, grads).items()}
+    file.check_all("grad", named | {"in/video": np.asarray(pixels).transpose(0, 4, 1, 2, 3)}, GRADIENT)
+
+
+def test_vision(read) -> None:
+    file = read("vision.npz")
+    check_tower(file, tower_of(file.config), clip_video.VISION, "visual_encoder.", "vision_embeds", merged=True)
+    for name in ("up", "down"):
+        wanted = file[f"out/pos_embed_{name}"]
+        file.check(f"out/pos_embed_{name}", layers.resize_pos_embed(file["in/pos_embed"], len(wanted) - 1), OUTPUT)
+    still = file["in/conv2d_weight"].transpose(2, 3, 1, 0)[None]  # [1, p, p, 3, D]
+    for name in [name for name in file.arrays if name.startswith("out/inflate_")]:
+        kind, taps = re.fullmatch(r"out/inflate_(center|mean)_k(\d+)", name).groups()
+        clip = temporal.inflate(still, int(taps), spread=kind == "mean")
+        file.check(name, clip.transpose(4, 3, 0, 1, 2), OUTPUT)
+    file.done()
+
+
+def test_vision_tds(read) -> None:
+    file = read("vision_tds.npz")
+    check_tower(file, tower_of(file.config), clip_video.VISION, "visual_encoder.", "vision_embeds", merged=True)
+    file.done()
+
+
+def test_vision_mhra(read) -> None:
+    file = read("vision_mhra.npz")
+    model = tower_of(
+        file.config,
+        adapters=1 + file.config["double_lmhra"],
+        reduction=file.config["dw_reduction"],
+        activation=False,
+    )
+    check_tower(file, model, clip_video.LINEAR_ADAPTERS, "", "frame_embeds", merged=False)
+    file.done()
+
+
+# Text side and both models.
+
+
 def test_text(read) -> None:
+    """The text path, the vision path, and the fusion encoder without and with a connected layer."""
     file = read("text.npz")
     bert = file.config["bert_config"]
     ids, mask, tokens = file["in/input_ids"], file["in/attention_mask"], file["in/image_embeds"]
     above, common = bert["num_uni_layer"], sizes_of(bert)
     text = Text(depth=bert["text_encoder_layers"] - above, **common, **table_sizes(bert))
     shared = Universal(depth=above, queries=file.config["num_latents"], **common)
-
-    def fused(stride: int, prefix: str) -> None:
-        fusion = Fusion(depth=bert["fusion_layers"], stride=stride, **common)
-        form = tables.Form(
-            "mplug2", bert["text_encoder_layers"], above, bert["num_hidden_layers"], fusion.depth, stride, False
-        )
-        layout = tables.LAYOUTS[tables.name_of(form)]
-
-        def init() -> dict:
-            key, x = jax.random.key(0), jnp.zeros((1, 1, text.width))
-            one = jnp.ones((1, 1), jnp.int32)
-            return {
-                "text": text.init(key, one, one)["params"],
-                "universal": shared.init(key, x, method="read_video")["params"],
-                "fusion": fusion.init(key, x, one, x)["params"],
-            }
-
-        params = trees.to_tree(layout.rules, weights_of(file, layout), jax.eval_shape(init))
-
-        def run(params: dict, tokens: np.ndarray) -> tuple[jax.Array, dict]:
-            kept = {"capture_intermediates": True, "mutable": "intermediates"}
-            below, of_text = text.apply({"params": params["text"]}, ids, mask, **kept)
-            states, of_shared = shared.apply({"params": params["universal"]}, below, mask, method="read_text", **kept)
-            back, of_video = shared.apply(
-                {"params": params["universal"]}, tokens, method="read_video", mutable="intermediates"
+    strides = {"fusion": bert["stride_layer"], "fusion_stride": file.config["fusion_stride_variant"]}
+    fusions = {name: Fusion(depth=bert["fusion_layers"], stride=stride, **common) for name, stride in strides.items()}
+    first = bert["num_hidden_layers"] - bert["fusion_layers"]
+    layouts = {
+        name: tables.LAYOUTS[
+            tables.name_of(
+                tables.Form("mplug2", text.depth + above, above, first + fusion.depth, fusion.depth, stride, False)
             )
-            (video, last), of_fusion = fusion.apply({"params": params["fusion"]}, states, mask, tokens + back, **kept)
+        ]
+        for (name, fusion), stride in zip(fusions.items(), strides.values(), strict=True)
+    }
+
+    def init(fusion: Fusion) -> dict:
+        key, x, one = jax.random.key(0), jnp.zeros((1, 1, text.width)), jnp.ones((1, 1), jnp.int32)
+        of_shared = shared.init(key, x, method="read_video")["params"]
+        of_text, of_fusion = text.init(key, one, one)["params"], fusion.init(key, x, one, x)["params"]
+        return {"text": of_text, "universal": of_shared, "fusion": of_fusion}
+
+    likes = {name: jax.eval_shape(partial(init, fusion)) for name, fusion in fusions.items()}
+    params = {
+        name: trees.to_tree(layouts[name].rules, weights_of(file, layouts[name]), like) for name, like in likes.items()
+    }
+    both = {"text": params["fusion"]["text"], "universal": params["fusion"]["universal"]}
+    both |= {name: one["fusion"] for name, one in params.items()}
+
+    def run(params: dict, tokens: np.ndarray) -> tuple[jax.Array, dict]:
+        kept = {"capture_intermediates": True, "mutable": "intermediates"}
+        below, of_text = text.apply({"params": params["text"]}, ids, mask, **kept)
+        of = {"params": params["universal"]}
+        states, of_shared = shared.apply(of, below, mask, method="read_text", **kept)
+        back, of_video = shared.apply(of, tokens, method="read_video", mutable="intermediates")
+        out = {"below": below, "states": states, "back": back, "of": (of_text, of_shared, of_video)}
+        total = []
+        for name, fusion in fusions.items():
+            (video, last), of_fusion = fusion.apply({"params": params[name]}, states, mask, tokens + back, **kept)
             loss = jnp.sum(video * file["in/cotangent_image"])
-            loss += jnp.sum(last * file["in/cotangent_text"] * mask[..., None])
-            return loss, {
-                "below": below,
-                "states": states,
-                "back": back,
-                "video": video,
-                "last": last,
-                "kept": (of_text, of_shared, of_video, of_fusion),
-            }
+            total.append(loss + jnp.sum(last * file["in/cotangent_text"] * mask[..., None]))
+            out[name] = {"image": video, "text": last, "of": of_fusion["intermediates"]}
+        return jnp.stack(total), out
 
-        gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
-        (loss, out), (grads, of_tokens) = gradient(params, tokens)
-        of_text, of_shared, of_video, of_fusion = (part["intermediates"] for part in out["kept"])
-        if "out/text/last" in file.unused:
-            file.check("out/text/hidden0", text.apply({"params": params["text"]}, ids, method="embed"), OUTPUT)
-            layers = jnp.concatenate([of_text["blocks"]["__call__"][0][0], of_shared["blocks"]["__call__"][0][0]])
-            for i, states in enumerate(layers):
-                file.check(f"out/text/hidden{i + 1}", states, OUTPUT)
-            file.check("out/text/last", out["states"], OUTPUT)
-            file.check("out/text_mode_text/last", out["below"], OUTPUT)
-            for i, states in enumerate(of_video["video"]):
-                file.check(f"out/v_module/layer{text.depth + i}", states, OUTPUT)
-            file.check("out/v_module/last", out["back"], OUTPUT)
-            file.check("out/fusion_in_image", tokens + out["back"], OUTPUT)
-        first = bert["num_hidden_layers"] - fusion.depth
-        for i, states in enumerate(
-            of_fusion["layer"] if "layer" in of_fusion else of_fusion["blocks"]["__call__"][0][0]
-        ):
-            file.check(f"out/{prefix}/layer{first + i}", states, OUTPUT)
-        file.check(f"out/{prefix}/image", out["video"], OUTPUT)
-        file.check(f"out/{prefix}/text", out["last"], OUTPUT)
-        file.check(f"out/loss_{prefix}", loss, OUTPUT)
-        named = rules.to_torch(layout.rules, grads) | {"in/image_embeds": of_tokens}
-        check_gradients(file, named, f"grad/{prefix}")
+    @jax.jit
+    def gradients(params: dict, tokens: np.ndarray) -> tuple:
+        total, back, out = jax.vjp(run, params, tokens, has_aux=True)
+        return total, out, jax.vmap(back)(jnp.eye(len(fusions)))
 
-    fused(bert["stride_layer"], "fusion")
-    fused(file.config["fusion_stride_variant"], "fusion_stride")
+    total, out, (grads, of_tokens) = gradients(both, tokens)
+    of_text, of_shared, of_video = (part["intermediates"] for part in out["of"])
+    file.check("out/text/hidden0", text.apply({"params": both["text"]}, ids, method="embed"), OUTPUT)
+    layers = jnp.concatenate([of_text["blocks"]["__call__"][0][0], of_shared["blocks"]["__call__"][0][0]])
+    for i, states in enumerate(layers):
+        file.check(f"out/text/hidden{i + 1}", states, OUTPUT)
+    file.check("out/text/last", out["states"], OUTPUT)
+    file.check("out/text_mode_text/last", out["below"], OUTPUT)
+    for i, states in enumerate(of_video["video"]):
+        file.check(f"out/v_module/layer{text.depth + i}", states, OUTPUT)
+    file.check("out/v_module/last", out["back"], OUTPUT)
+    file.check("out/fusion_in_image", tokens + out["back"], OUTPUT)
+    for number, name in enumerate(fusions):
+        of = out[name]["of"]
+        for i, states in enumerate(of["layer"] if "layer" in of else of["blocks"]["__call__"][0][0]):
+            file.check(f"out/{name}/layer{first + i}", states, OUTPUT)
+        file.check(f"out/{name}/image", out[name]["image"], OUTPUT)
+        file.check(f"out/{name}/text", out[name]["text"], OUTPUT)
+        file.check(f"out/loss_{name}", total[number], OUTPUT)
+        own = {part: grads[part] for part in ("text", "universal")} | {"fusion": grads[name]}
+        named = rules.to_torch(layouts[name].rules, jax.tree.map(lambda leaf, number=number: leaf[number], own))
+        check_gradients(file, named | {"in/image_embeds": of_tokens[number]}, f"grad/{name}")
     file.done()
 
 
@@ -225,9 +333,6 @@ def test_decoder(read) -> None:
         total, count = losses.next_token(logits[:, :-1], ids, mask)
         return total / count, (logits, kept)
 
-    def summed(params: dict) -> jax.Array:
-        return losses.next_token(run(params, states)[0][:, :-1], ids, mask)[0]
-
     (loss, (logits, kept)), (grads, of_states) = jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))(
         params, states
     )
@@ -256,7 +361,10 @@ def test_decoder(read) -> None:
     file.check("out/logits_nomask", without(params["decoder"]), OUTPUT)
     named = rules.to_torch(layout.rules, grads) | {"in/encoder_hidden_states": of_states}
     check_gradients(file, named, "grad/prefix_loss")
-    check_gradients(file, rules.to_torch(layout.rules, jax.jit(jax.grad(summed))(params)), "grad/lm_loss_sum")
+    summed = {
+        name: value * jnp.sum(targets) for name, value in named.items()
+    }  # the mean's, times the number of targets
+    check_gradients(file, summed, "grad/lm_loss_sum")
     file.done()
 
 

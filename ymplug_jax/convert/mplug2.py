@@ -126,30 +126,37 @@ def layout(form: Form) -> Layout:
     return Layout(rules, drop=(*_DROP, *(_DROP_CLIP if form.variant == "mplug2" else ()), *unused), tied=tied)
 
 
-class Layouts(dict[str, Layout]):
-    """The layouts of released sizes by name; those of other forms are made when their name is looked up."""
-
-    def __missing__(self, name: str) -> Layout:
-        """The layout that `name_of` calls so.
-
-        Raises:
-          KeyError: the name is none of `name_of`.
-        """
-        variant, *numbers = name.split(":")
-        if len(numbers) != len(Form._fields) - 1 or not all(number.isdecimal() for number in numbers):
-            raise KeyError(name)
-        text, universal, stored, fusion, stride, inner = map(int, numbers)
-        return layout(Form(variant, text, universal, stored, fusion, stride, bool(inner)))
-
-
-LAYOUTS = Layouts({name: layout(form) for name, form in KNOWN.items()})
-__all__ = ["LAYOUTS", "RESIZE", "plan"]
-
-
 def name_of(form: Form) -> str:
     """Name of the layout of a form, a key of `LAYOUTS`."""
     known = {form: name for name, form in KNOWN.items()}
     return known.get(form) or ":".join(str(value if isinstance(value, str) else int(value)) for value in form)
+
+
+def form_named(name: str) -> Form:
+    """The form that `name_of` calls so.
+
+    Raises:
+      KeyError: the name is none of `name_of`.
+    """
+    if name in KNOWN:
+        return KNOWN[name]
+    variant, *numbers = name.split(":")
+    if len(numbers) != len(Form._fields) - 1 or not all(number.isdecimal() for number in numbers):
+        raise KeyError(name)
+    text, universal, stored, fusion, stride, inner = map(int, numbers)
+    return Form(variant, text, universal, stored, fusion, stride, bool(inner))
+
+
+class Layouts(dict[str, Layout]):
+    """The layouts of released sizes by name; those of other forms are made when their name is looked up."""
+
+    def __missing__(self, name: str) -> Layout:
+        """The layout that `name_of` calls so."""
+        return layout(form_named(name))
+
+
+LAYOUTS = Layouts({name: layout(form) for name, form in KNOWN.items()})
+__all__ = ["LAYOUTS", "RESIZE", "plan"]
 
 
 def form_of(shapes: Mapping[str, tuple[int, ...]], fusion: int | None = None, stride: int | None = None) -> Form:

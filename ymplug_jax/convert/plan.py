@@ -24,6 +24,7 @@ _BESIDE = (
         "hub_config",
         "lock",
         "chat_check",
+        "mplug2_check",
         "clip_video",
         "peft_layout",
         "tokenizer_copy",

@@ -6,6 +6,7 @@ docs/models/mplug2.md.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -249,3 +250,60 @@ def init(model: MPLUG2, key: jax.Array) -> dict:
     video = jnp.zeros((1, frames, vision.image_size, vision.image_size, 3))
     ids = jnp.zeros((1, 2), jnp.int32)
     return model.init(key, video, ids, jnp.ones_like(ids))["params"]
+
+
+VISIONS: Mapping[str, VideoClipViT | TimeSformer] = {
+    **clip_vit.VIDEO_SIZES,
+    "youku-b16": TimeSformer(),
+    "youku-l14": TimeSformer(patch_size=14, depth=24, width=1024, heads=16),
+    "youku-tiny": TimeSformer(image_size=64, patch_size=16, depth=2, width=64, heads=4),
+}
+_LARGE: dict[str, Any] = {"width": 1024, "heads": 16, "hidden": 4096}
+_TINY: dict[str, Any] = {"width": 64, "heads": 4, "hidden": 128}
+# Text encoder without universal layers, universal layers, fusion encoder and decoder.
+TEXTS: Mapping[str, tuple[Text, Universal, Fusion, Decoder]] = {
+    "base": (Text(depth=10), Universal(), Fusion(depth=3), Decoder()),
+    "base-stride3": (Text(depth=4), Universal(), Fusion(depth=6, stride=3), Decoder()),
+    "large": (Text(depth=22, **_LARGE), Universal(**_LARGE), Fusion(depth=6, **_LARGE), Decoder(**_LARGE)),
+    "youku": (Text(depth=6), Universal(), Fusion(depth=6), Decoder()),
+    "tiny": (
+        Text(vocab=512, depth=2, max_positions=64, **_TINY),
+        Universal(queries=8, **_TINY),
+        Fusion(depth=2, **_TINY),
+        bert_decoder.SIZES["tiny"],
+    ),
+}
+# Named sizes: variant, video encoder, text side.
+SIZES = {
+    "base": ("mplug2", "b16", "base"),
+    "base-stride3": ("mplug2", "b16", "base-stride3"),
+    "large": ("mplug2", "l14", "large"),
+    "tiny": ("mplug2", "tiny", "tiny"),
+    "youku-b16": ("mplug_youku", "youku-b16", "youku"),
+    "youku-l14": ("mplug_youku", "youku-l14", "youku"),
+    "youku-tiny": ("mplug_youku", "youku-tiny", "tiny"),
+}
+ENGLISH = 30522  # words of the released models; the Chinese ones have 21,128
+
+
+def sized(size: str = "large", *, vocab: int = 0, frames: int = 0, **parts: Any) -> MPLUG2:
+    """A model of a named size.
+
+    Args:
+      size: one of `SIZES`.
+      vocab: words of text encoder and decoder; 0: those of Chinese BERT, or of the tiny sizes.
+      frames: T of variant "mplug_youku", whose table of times has as many rows; 0: 4. The other variant takes any number.
+      parts: fields of `MPLUG2` that say which parts and heads there are.
+
+    Raises:
+      ValueError: the size is unknown.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+    variant, tower, words = SIZES[size]
+    vision, (text, shared, fusion, decoder) = VISIONS[tower], TEXTS[words]
+    if frames and isinstance(vision, TimeSformer):
+        vision = vision.clone(frames=frames)
+    if vocab:
+        text, decoder = text.clone(vocab=vocab), decoder.clone(vocab=vocab)
+    return MPLUG2(vision=vision, text=text, universal=shared, fusion=fusion, decoder=decoder, variant=variant, **parts)
