@@ -335,8 +335,7 @@ def attend(
 
 def _layer(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of one layer, positions before heads: f[..., S, K, H] each."""
-    axis = cache.k.ndim - 4
-    k, v = (jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False).swapaxes(-3, -2) for x in cache)
+    k, v = (jax.lax.dynamic_index_in_dim(x, layer, x.ndim - 4, keepdims=False).swapaxes(-3, -2) for x in cache)
     return k, v
 
 
