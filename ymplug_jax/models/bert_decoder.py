@@ -170,9 +170,7 @@ class Decoder(nn.Module):
                 "Decoder: cross-attention has nothing to read; give memory, or the past of a prefill with it"
             )
         length, dtype = embeds.shape[-2], jnp.dtype(self.dtype)
-        language_model.check_positions(
-            language_model.longest(length, segments), self.max_positions, setting="config.model.decoder.max_positions"
-        )
+        language_model.check_positions(language_model.longest(length, segments), self.max_positions, memory=True)
         past = None if past is None else past._replace(memory=None)
         context = language_model.context_of(length, mask, past, segments)
         positions = context.positions  # [B or 1, L]

@@ -83,7 +83,8 @@ def start(
     Raises:
       ValueError: the model has fewer positions.
     """
-    check_positions(positions or embeds.shape[1] + new_tokens, lm.max_positions, "prefix, prompt and new tokens")
+    needed = positions or embeds.shape[1] + new_tokens
+    check_positions(needed, lm.max_positions, "prefix, prompt and new tokens", memory=memory is not None)
     given = {} if memory is None else {"memory": memory}
     hidden, past = lm.apply({"params": params}, embeds, mask, **given, method="prefill")
     logits = lm.apply({"params": params}, last_state(hidden, mask), method="logits")  # [B, V]
