@@ -110,8 +110,8 @@ def enqueue(queue: Params, video: jax.Array, text: jax.Array, clip: jax.Array, v
 
 
 def ramp(share: float, updates: jax.Array, steps: int) -> jax.Array:
-    """A share that rises linearly from 0 during the first `steps` updates and stays: int32[] -> f32[]."""
-    return share * jnp.minimum(updates.astype(jnp.float32) / max(steps, 1), 1.0)
+    """A share that rises linearly from 0 during the first `steps` updates and stays, or is there at once: int32[] -> f32[]."""
+    return share * jnp.minimum(updates.astype(jnp.float32) / steps, 1.0) if steps else jnp.float32(share)
 
 
 class Contrast(NamedTuple):

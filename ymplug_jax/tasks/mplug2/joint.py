@@ -14,7 +14,7 @@ from ymplug_jax.core.state import Params
 from ymplug_jax.models import mplug2
 from ymplug_jax.models.mplug2 import MPLUG2
 from ymplug_jax.tasks.carried import Batch, Carried, Rows
-from ymplug_jax.tasks.common import distillation, losses, momentum, pair_losses
+from ymplug_jax.tasks.common import distillation, losses, momentum, pair_losses, preprocess
 from ymplug_jax.tasks.common.pair_losses import Negatives
 from ymplug_jax.tasks.common.passes import within
 
@@ -23,7 +23,6 @@ SHARE = 0.4  # of the teacher in the targets, after the ramp
 # Path regexes of the teacher: what embeds videos and texts and, for masked words, what reads both.
 EMBEDS = ("(vision|connector|universal|visual_norm|text|vision_proj|text_proj)/.*",)
 READS = ("(fusion|mlm)/.*",)
-STATE = ("momentum", "queue", "updates")  # parts of the carried state
 
 Loss = Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics, Rows]]
 
@@ -34,7 +33,7 @@ def carried_of(model: MPLUG2, loss: Loss, *, queue: int, teacher: Sequence[str],
     Args:
       model: The model.
       loss: `Carried.loss`; its rows are video and text f32[B, E] of the teacher, clip int32[B, I] and valid bool[B].
-      queue: Number of rows of the queue.
+      queue: Number of rows of the queue; 0: none.
       teacher: Path regexes of the parameters that the teacher copies, such as `EMBEDS` and `READS`.
       fixed: Path regexes of copies that do not move; the reference leaves its fusion encoder where it started.
     """
@@ -45,18 +44,13 @@ def carried_of(model: MPLUG2, loss: Loss, *, queue: int, teacher: Sequence[str],
     )
 
     def init(params: Params, key: jax.Array) -> Params:
-        copies = momentum.teacher_of(params, teacher)
-        rows = momentum.empty_queue(key, queue, model.contrastive_width)
-        return {"momentum": copies, "queue": rows, "updates": jnp.int32(0)}
+        tree = {"momentum": momentum.teacher_of(params, teacher), "updates": jnp.int32(0)}
+        return tree | ({"queue": momentum.empty_queue(key, queue, model.contrastive_width)} if queue else {})
 
     def update(params: Params, carried: Params, rows: Rows) -> Params:
-        return {
-            "momentum": momentum.moved(carried["momentum"], params, COEFFICIENT, fixed=fixed),
-            "queue": momentum.enqueue(
-                carried["queue"], rows["video"], rows["text"], clip=rows["clip"], valid=rows["valid"]
-            ),
-            "updates": carried["updates"] + 1,
-        }
+        copies = momentum.moved(carried["momentum"], params, COEFFICIENT, fixed=fixed)
+        tree = {"momentum": copies, "updates": carried["updates"] + 1}
+        return tree | ({"queue": momentum.enqueue(carried["queue"], **rows)} if queue else {})
 
     return Carried(axes, init, loss, update)
 
@@ -99,6 +93,18 @@ def taught(run: MPLUG2, video: jax.Array, batch: Batch, shown: jax.Array | None 
     if shown is not None:
         out["masked"] = run.fuse(run.encode_text(shown, batch["mask"]), batch["mask"], out["tokens"])[1]
     return out
+
+
+def rows_of(seen: dict[str, jax.Array], batch: Batch) -> Rows:
+    """The rows of `carried_of`: the teacher's unit vectors, from the result of `taught`."""
+    return {"video": seen["video"], "text": seen["text"], "clip": batch["clip"], "valid": batch["valid"]}
+
+
+def vectors(model: MPLUG2, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    """Predictions of a task that `embeds`: unit vectors video and text, f32[B, E], and valid."""
+    video = preprocess.normalize(batch["video"], model.vision.dtype)
+    out = within(model, params, lambda run: embedded(run, video, batch["ids"], batch["mask"]))
+    return {"video": out["video"], "text": out["text"], "valid": batch["valid"]}
 
 
 def forward(
