@@ -72,7 +72,7 @@ class Universal(nn.Module):
     def _create(self) -> None:
         """Create all parameters, whichever path is initialised."""
         if self.is_initializing():
-            x = jnp.zeros((1, 1, self.width))
+            x = jnp.zeros((1, 1, self.width), jnp.dtype(self.dtype))
             self.blocks(x, None, True, Memory(x))
 
     def read_text(self, x: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
