@@ -46,7 +46,7 @@ def test_a_kernel_of_one_frame_becomes_one_of_three():
     clip = clip_of(5)
     params = SMALL.init(jax.random.key(0), clip)["params"]
     short = SMALL.clone(temporal_stride=2)
-    kernel = temporal.inflate(params["patch"]["kernel"], 3)
+    kernel = temporal.resize_patch(params["patch"]["kernel"], (3, 4, 4, 3, 16))
     inflated = params | {"patch": {"kernel": kernel}}
     tokens = short.apply({"params": inflated}, clip)
     assert short.frames_out(5) == 3 and tokens.shape == (2, 1 + 3 * 4, 16)
@@ -55,6 +55,10 @@ def test_a_kernel_of_one_frame_becomes_one_of_three():
         ValueError, match=r"a kernel over 3 frames cannot become one over 1; set config.model.vision.temporal_stride"
     ):
         temporal.inflate(kernel, 1)
+    with pytest.raises(
+        ValueError, match=r"patch/kernel: .* the model's \(3, 8, 8, 3, 16\); set config.model.vision.patch_size"
+    ):
+        temporal.resize_patch(params["patch"]["kernel"], (3, 8, 8, 3, 16))
 
 
 def test_adapters_that_cannot_be_built_are_refused():

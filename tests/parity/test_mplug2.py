@@ -1,8 +1,9 @@
 """The parts of mPLUG-2 equal stored outputs of the PyTorch reference; one test for each fixture file."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,23 @@ import numpy as np
 import pytest
 
 import trees
+from ymplug_jax.convert import clip_video, plan, rules
 from ymplug_jax.convert import mplug2 as tables
-from ymplug_jax.convert import rules
-from ymplug_jax.models import decode, decode_answers, decode_past_end, mplug2
+from ymplug_jax.core import optim, state
+from ymplug_jax.core.config import Optim
+from ymplug_jax.models import clip_vit, decode, decode_answers, decode_past_end, layers, mplug2, temporal
 from ymplug_jax.models.bert import Text
 from ymplug_jax.models.bert_decoder import Decoder
+from ymplug_jax.models.clip_vit import VideoClipViT
 from ymplug_jax.models.language_model import Memory
 from ymplug_jax.models.mplug2 import MPLUG2
 from ymplug_jax.models.universal import Fusion, Universal
-from ymplug_jax.tasks.common import distillation, losses
+from ymplug_jax.tasks.common import distillation, losses, momentum
+from ymplug_jax.tasks.common.pair_losses import Negatives
+from ymplug_jax.tasks.mplug2 import joint
 
 OUTPUT, GRADIENT, FLOOR = 1e-5, 1e-4, 1e-5
+KEPT: dict[str, Any] = {"capture_intermediates": True, "mutable": "intermediates"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +56,14 @@ def table_sizes(bert: dict) -> dict:
     }
 
 
-def weights_of(file, layout) -> dict[str, np.ndarray]:
-    """Live parameters; tied copies must equal their originals, and everything else must be known to be without a use."""
+def weights_of(file, layout, used: Container[str] = ()) -> dict[str, np.ndarray]:
+    """Live parameters; tied copies must equal their originals, and everything else must be known to be without a use.
+
+    `used` holds the names that the model has although the layout can do without them.
+    """
     weights = file.group("param")
-    names = {name for name in weights if any(re.fullmatch(pattern, name) for pattern in layout.drop)}
+    dead = (name for name in weights if any(re.fullmatch(pattern, name) for pattern in layout.drop))
+    names = {name for name in dead if name not in used}
     for copy, original in layout.tied:
         if copy in weights:
             np.testing.assert_array_equal(weights[copy], weights[original])
@@ -60,18 +71,23 @@ def weights_of(file, layout) -> dict[str, np.ndarray]:
     return {name: value for name, value in weights.items() if name not in names}
 
 
-def loaded(file) -> tuple[MPLUG2, dict, Callable[[dict], dict[str, np.ndarray]]]:
-    """Model and parameters of a file, and the function that gives gradients the names of the file."""
+def planned(file) -> plan.Plan:
+    """Module, abstract parameters and layout of a file."""
     shapes = {
         name.removeprefix("param/"): value.shape for name, value in file.arrays.items() if name.startswith("param/")
     }
     bert = file.config["bert_config"]
     heads = {"text": bert["num_attention_heads"], "temporal_stride": file.config.get("temporal_stride", 2)}
     heads["vision"] = (file.config.get("visual_cfg") or {}).get("num_heads") or file.config["tiny_clip"]["heads"]
-    found = tables.plan(shapes, heads, bert["fusion_layers"], bert["stride_layer"])
+    return tables.plan(shapes, heads, bert["fusion_layers"], bert["stride_layer"])
+
+
+def loaded(file) -> tuple[MPLUG2, dict, Callable[[dict], dict[str, np.ndarray]]]:
+    """Model and parameters of a file, and the function that gives gradients the names of the file."""
+    found = planned(file)
     layout = tables.LAYOUTS[found.layout]
     kept = rules.expand(layout.rules, found.like)
-    weights = {name: value for name, value in weights_of(file, layout).items() if name in kept}
+    weights = {name: value for name, value in weights_of(file, layout, kept).items() if name in kept}
     return (
         found.model,
         trees.to_tree(layout.rules, weights, found.like),
@@ -103,6 +119,109 @@ def check_gradients(file, named: dict[str, np.ndarray], prefix: str = "grad") ->
         error = np.abs(value - expected).max() / max(np.abs(expected).max(), floor)
         print(f"{error:.1e}  {name}")
         assert error <= GRADIENT, f"{name}: relative error {error:.1e}"
+
+
+# Vision towers.
+
+
+def tower_of(config: dict, **fields) -> VideoClipViT:
+    assert config["layer_norm_eps"] == clip_vit.VIDEO_EPS == temporal.ADAPTER_EPS
+    return VideoClipViT(
+        image_size=config["input_resolution"],
+        patch_size=config["patch_size"],
+        depth=config["layers"],
+        width=config["width"],
+        heads=config["heads"],
+        mlp=4 * config["width"],
+        temporal_stride=config["temporal_stride"] if config["temporal_downsampling"] else 0,
+        **fields,
+    )
+
+
+def channels_first(tokens: jax.Array) -> jax.Array:
+    """Patches [B, T, P, D] -> [B, D, T, h, w]."""
+    b, t, p, d = tokens.shape
+    side = round(p**0.5)
+    return tokens.transpose(0, 3, 1, 2).reshape(b, d, t, side, side)
+
+
+def check_tower(
+    file, model: VideoClipViT, table: tuple[rules.Rule, ...], prefix: str, output: str, merged: bool
+) -> None:
+    """Compare what a tower returns and computes inside, its loss and the loss's gradients; `prefix` is that of the names."""
+    video = channels_last(file["in/video"])
+    weights = {name.removeprefix(prefix): value for name, value in file.group("param").items()}
+    dead = [name for name in weights if any(re.fullmatch(pattern, name) for pattern in clip_video.DROP)]
+    assert dead == ["visual.proj"]
+    live = {name: value for name, value in weights.items() if name not in dead}
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), video)["params"])
+    params = trees.to_tree(table, live, like)
+    cotangent = file["in/cotangent"]
+
+    def run(params: dict, video: np.ndarray) -> tuple[jax.Array, tuple]:
+        tokens, kept = model.apply(
+            {"params": params}, video, merged=merged, capture_intermediates=True, mutable="intermediates"
+        )
+        return jnp.sum(tokens.reshape(cotangent.shape) * cotangent), (tokens, kept["intermediates"])
+
+    gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+    (loss, (tokens, kept)), (grads, pixels) = gradient(params, video)
+    b, t = len(video), file.config["out_frames"]
+    assert model.frames_out(video.shape[1]) == t == kept["patch"]["__call__"][0].shape[1]
+
+    def sequence_first(states: jax.Array) -> jax.Array:  # [B, T, N, D] -> [N, B * T, D]
+        return states.reshape(b * t, *states.shape[-2:]).swapaxes(0, 1)
+
+    blocks = kept["blocks"]
+    before = kept["norm_pre"]["__call__"][0]
+    file.check("out/conv1", channels_first(kept["patch"]["__call__"][0]), OUTPUT)
+    file.check("out/ln_pre", before.reshape(b * t, -1, model.width), OUTPUT)
+    for i in range(1, model.adapters + 1):
+        added = channels_first(blocks[f"temporal_{i}"]["__call__"][0][0])
+        file.check(f"out/block0_lmhra{i}", added, OUTPUT)
+    file.check("out/block0_attn", sequence_first(blocks["attn"]["o"]["__call__"][0][0]), OUTPUT)
+    file.check("out/block0_mlp", sequence_first(blocks["mlp"]["__call__"][0][0]), OUTPUT)
+    for i in range(model.depth):
+        file.check(f"out/block{i}", sequence_first(blocks["__call__"][0][0][i]), OUTPUT)
+    file.check(f"out/{output}", tokens.reshape(cotangent.shape), OUTPUT)
+    file.check("out/loss", loss, OUTPUT)
+    named = {prefix + name: value for name, value in rules.to_torch(table, grads).items()}
+    file.check_all("grad", named | {"in/video": np.asarray(pixels).transpose(0, 4, 1, 2, 3)}, GRADIENT)
+
+
+def test_vision(read) -> None:
+    file = read("vision.npz")
+    check_tower(file, tower_of(file.config), clip_video.VISION, "visual_encoder.", "vision_embeds", merged=True)
+    for name in ("up", "down"):
+        wanted = file[f"out/pos_embed_{name}"]
+        file.check(f"out/pos_embed_{name}", layers.resize_pos_embed(file["in/pos_embed"], len(wanted) - 1), OUTPUT)
+    still = file["in/conv2d_weight"].transpose(2, 3, 1, 0)[None]  # [1, p, p, 3, D]
+    for name in [name for name in file.arrays if name.startswith("out/inflate_")]:
+        kind, taps = re.fullmatch(r"out/inflate_(center|mean)_k(\d+)", name).groups()
+        clip = temporal.inflate(still, int(taps), spread=kind == "mean")
+        file.check(name, clip.transpose(4, 3, 0, 1, 2), OUTPUT)
+    file.done()
+
+
+def test_vision_tds(read) -> None:
+    file = read("vision_tds.npz")
+    check_tower(file, tower_of(file.config), clip_video.VISION, "visual_encoder.", "vision_embeds", merged=True)
+    file.done()
+
+
+def test_vision_mhra(read) -> None:
+    file = read("vision_mhra.npz")
+    model = tower_of(
+        file.config,
+        adapters=1 + file.config["double_lmhra"],
+        reduction=file.config["dw_reduction"],
+        activation=False,
+    )
+    check_tower(file, model, clip_video.LINEAR_ADAPTERS, "", "frame_embeds", merged=False)
+    file.done()
+
+
+# Text side and both models.
 
 
 def test_text(read) -> None:
@@ -398,4 +517,165 @@ def test_vqa(read) -> None:
     ranked = rank(model.decoder, params["decoder"], out["memory"], candidates, of_candidates, file.config["k_test"])
     np.testing.assert_array_equal(ranked.answers, file["out/rank_ids"])
     file.check("out/rank_probs", ranked.probabilities, OUTPUT)
+    file.done()
+
+
+# Pre-training and retrieval: a momentum teacher, queues and one training step.
+
+
+def teacher_of(file, params: dict, layout) -> dict:
+    """The momentum weights of a file, as stored: before the step."""
+    weights = {
+        re.sub(r"^(\w+)_m\.", r"\1.", name): value
+        for name, value in file.group("param").items()
+        if re.match(r"\w+_m\.", name)
+    }
+    parts = {name.partition(".")[0] for name in weights}
+    entries = rules.expand(layout.rules, params)
+    used = {name for name in entries if name.partition(".")[0] in parts}
+    paths = {path for name in used for path in entries[name].rule.targets if path}
+    like = state.unflatten({path: leaf for path, leaf in state.flatten(params).items() if path in paths})
+    return trees.to_tree(layout.rules, {name: weights[name] for name in used}, like)
+
+
+def taken(file, clip: np.ndarray | None) -> dict:
+    """The queue before the step."""
+    slots = file.config["queue_size"]
+    ids = file["in/idx_queue"].T if clip is not None else np.full((slots, 1), momentum.NOBODY, np.int32)
+    return {
+        "video": jnp.asarray(file["in/image_queue"].T),
+        "text": jnp.asarray(file["in/text_queue"].T),
+        "clip": jnp.asarray(ids),
+        "next": jnp.asarray(file["in/queue_ptr"][0]),
+    }
+
+
+def check_step(file, more: Callable[..., tuple[jax.Array, dict]], shown: np.ndarray | None) -> dict[str, jax.Array]:
+    """Teacher, queue, contrastive and matching loss and all gradients; `more` adds losses of the step and what they compute."""
+    model, params, named_of = loaded(file)
+    layout = tables.LAYOUTS[planned(file).layout]
+    video, valid = channels_last(file["in/video"]), np.ones(len(file["in/video"]), bool)
+    clip = file["in/idx"][:, None] if "in/idx" in file.arrays else None
+    batch = {"ids": file["in/text_ids"], "mask": file["in/text_mask"], "valid": valid}
+    batch["clip"] = np.arange(len(valid), dtype=np.int32)[:, None] if clip is None else clip
+    queue, share = taken(file, clip), file["in/alpha"]
+    # The reference forgets the fusion encoder of its teacher.
+    old = teacher_of(file, params, layout)
+    teacher = momentum.moved(old, params, joint.COEFFICIENT, fixed=joint.READS)
+    everything = momentum.moved(old, params, joint.COEFFICIENT)
+    assert not np.array_equal(
+        everything["fusion"]["blocks"]["attn"]["q"]["kernel"], teacher["fusion"]["blocks"]["attn"]["q"]["kernel"]
+    )
+    after = {re.sub(r"^(\w+?)\.", r"\1_m.", name): value for name, value in named_of(teacher).items()}
+    file.check_all("out/ema", after, OUTPUT)
+    negatives = Negatives(file["in/neg_image_idx"], file["in/neg_text_idx"], valid)
+
+    def loss(params: dict) -> tuple[jax.Array, dict]:
+        whole = joint.completed(teacher, params)
+        seen, of_teacher = model.apply({"params": whole}, video, batch, shown, method=joint.taught, **KEPT)
+        out, inside = model.apply(
+            {"params": params}, video, batch, seen, queue, share, key=None, group=len(valid), negatives=negatives,
+            same_clip=clip is not None, shown=shown, method=joint.forward, **KEPT,
+        )  # fmt: skip
+        total, metrics = joint.pair_metrics(out, valid)
+        added, rest = more(model, params, whole, batch, out, seen, share)
+        found = {"out": out, "seen": seen, "metrics": metrics, "inside": inside["intermediates"], **rest}
+        return total + added, {**found, "of_teacher": of_teacher["intermediates"]}
+
+    (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    for suffix, states, inside in (("", found["out"], found["inside"]), ("_m", found["seen"], found["of_teacher"])):
+        file.check(f"out/image_embeds_raw{suffix}", inside["vision"]["__call__"][0], OUTPUT)
+        file.check(f"out/text_embeds{suffix}", states["states"], OUTPUT)
+        if shown is not None:
+            file.check(f"out/text_embeds{suffix}#1", inside["text"]["__call__"][1], OUTPUT)
+        for part in ("vision_proj", "text_proj"):
+            file.check(f"out/{part}{suffix}", inside[part]["__call__"][0], OUTPUT)
+    if "out/image_embeds" in file.arrays:
+        file.check("out/image_embeds", found["out"]["tokens"], OUTPUT)
+    file.check("out/temp_after_clamp", found["out"]["temperature"], OUTPUT)
+    file.check("out/loss_vtc", losses.ratio(found["metrics"]["contrastive_loss"]), OUTPUT)
+    file.check("out/loss_vtm", losses.ratio(found["metrics"]["matching_loss"]), OUTPUT)
+    file.check("out/itm_logits", found["out"]["match"].swapaxes(0, 1).reshape(-1, 2), OUTPUT)
+    full = momentum.enqueue(queue, found["seen"]["video"], found["seen"]["text"], batch["clip"], valid)
+    file.check("out/image_queue_after", full["video"].T, OUTPUT)
+    file.check("out/text_queue_after", full["text"].T, OUTPUT)
+    np.testing.assert_array_equal(file["out/queue_ptr_after"][0], full["next"])
+    if clip is not None:
+        np.testing.assert_array_equal(file["out/idx_queue_after"], full["clip"].T)
+    named = named_of(grads)
+    # The reference gives padding no gradient. Only its logarithm over positions looks at padding.
+    table = "text_encoder.embeddings.word_embeddings.weight"
+    assert not file.arrays[f"grad/{table}"][0].any()
+    check_gradients(file, named | {table: np.concatenate([np.zeros_like(named[table][:1]), named[table][1:]])})
+    return found
+
+
+def test_retrieval(read) -> None:
+    file = read("retrieval.npz")
+    check_step(file, lambda *_: (jnp.float32(0), {}), None)
+    file.done()
+
+
+def test_pretrain(read) -> None:
+    file = read("pretrain.npz")
+    shown, labels = file["in/mlm_input_ids"], file["in/mlm_labels"]
+    told, ids = labels >= 0, np.maximum(labels, 0)
+    np.testing.assert_array_equal(ids[told], file["in/text_ids"][told])
+    continuing = {
+        "prefix": "prefix_ids",
+        "prefix_mask": "prefix_mask",
+        "target": "target_ids",
+        "target_mask": "target_mask",
+    }
+    pairs = {ours: file[f"in/{name}"] for ours, name in continuing.items()}
+
+    def mean(each: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(told, each, 0)) / told.sum()
+
+    def more(model: MPLUG2, params: dict, teacher: dict, batch: dict, out: dict, seen: dict, share: float) -> tuple:
+        def run(params: dict, method: Callable, *arguments, **how) -> Any:
+            return model.apply({"params": params}, *arguments, method=method, **how)
+
+        logits, taught = (
+            run(owner, MPLUG2.words, states) for owner, states in ((params, out["masked"]), (teacher, seen["masked"]))
+        )
+        soft = jax.nn.softmax(taught, axis=-1)
+        # The reference takes the logarithm over positions, and its gradients are those of that loss.
+        masked = mean(distillation.token_losses(logits, ids, soft, share, over_positions=True))
+        fixed = joint.masked_words(model, params, teacher, out["masked"], seen["masked"], ids, told, share)[0]
+        hard = joint.masked_words(model, params, None, out["masked"], None, ids, told, share)[0]
+        (states, inside), (of_teacher, inside_teacher) = (
+            run(owner, joint.continued, part["tokens"], batch | pairs, **KEPT)
+            for owner, part in ((params, out), (teacher, seen))
+        )
+        prefix, _ = joint.prefix_words(model, params, states, batch | pairs)
+        return masked + prefix, {
+            "loss_mlm": masked, "loss_mlm_distill_fixed": fixed, "loss_mlm_hard": hard, "loss_prefix": prefix,
+            "mlm_logits": logits, "mlm_logits_m": taught,
+            "prefix_logits": run(params, MPLUG2.logits, states),
+            "prefix_logits_m": run(teacher, MPLUG2.logits, of_teacher),
+            "text_embeds#2": inside["intermediates"]["text"]["__call__"][0],
+            "text_embeds_m#2": inside_teacher["intermediates"]["text"]["__call__"][0],
+        }  # fmt: skip
+
+    found = check_step(file, more, shown)
+    names = [name.removeprefix("out/") for name in sorted(file.unused) if name.startswith("out/")]
+    for name in names:
+        file.check(f"out/{name}", found[name], OUTPUT)
+    file.done()
+
+
+def test_schedule(read) -> None:
+    """The reference sets the rate of an iteration from the count before it, so the rate lags by one iteration."""
+    file = read("schedule.npz")
+    config = file.config
+    total = config["epochs"] * config["per"]
+    for group, peak in (("text", config["lr1"]), ("visual", config["lr2"])):
+        settings = Optim(lr=peak, min_lr=config["minlr"], warmup_lr=config["wlr"], schedule="mplug2")
+        rate = optim.schedule(settings, warmup=config["warm"], total=total)
+        # Captioning rewinds the schedule at every hundredth iteration of the first epoch, which a run here does not.
+        rewound = [i // 100 if i % 100 == 0 and i < config["per"] else i for i in range(total)]
+        for name, counts in (("qa_step1", range(total)), ("caption_step100", rewound)):
+            rates = 1e6 * rate(jnp.array([0, *counts][:-1]))
+            file.check(f"out/{name}/lr_{group}", rates, OUTPUT)
     file.done()

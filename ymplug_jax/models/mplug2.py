@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ymplug_jax.core.sharding import AxisRules, constrain
-from ymplug_jax.models import bert, bert_decoder, clip_vit, layers, mplug_video, timesformer, universal
+from ymplug_jax.models import bert, bert_decoder, clip_vit, layers, mplug_video, temporal, timesformer, universal
 from ymplug_jax.models.alpro import Connector, Head
 from ymplug_jax.models.bert import MaskedHead, Text
 from ymplug_jax.models.bert_decoder import Decoder
@@ -29,7 +29,8 @@ TEMPORAL: Mapping[str, tuple[str, ...]] = {
     "mplug2": (f"vision/{clip_vit.VIDEO_TEMPORAL}",),
     "mplug_youku": mplug_video.TEMPORAL,
 }
-RESIZE = mplug_video.RESIZE  # tables that are resized if a checkpoint has another resolution or number of frames
+# Tables that are resized if a checkpoint has another resolution or number of frames, and patches that reach over more frames.
+RESIZE = {**mplug_video.RESIZE, "vision/patch/kernel": temporal.resize_patch}
 
 
 def _under(prefix: str, axes: AxisRules) -> AxisRules:

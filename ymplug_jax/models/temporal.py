@@ -116,3 +116,17 @@ def inflate(kernel: jax.Array, taps: int, *, spread: bool = False) -> jax.Array:
     if spread:
         return jnp.broadcast_to(kernel / taps, (taps, *kernel.shape[1:]))
     return jnp.zeros((taps, *kernel.shape[1:]), kernel.dtype).at[taps // 2].set(kernel[0])
+
+
+def resize_patch(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`inflate` for a checkpoint whose patches see one frame: f[1, p, p, 3, D] -> f[taps, p, p, 3, D], the wanted shape.
+
+    Raises:
+      ValueError: the patches differ in more than their frames.
+    """
+    if kernel.shape[1:] != tuple(shape[1:]):
+        raise ValueError(
+            f"patch/kernel: the checkpoint's is {kernel.shape}, the model's {tuple(shape)}; set config.model.vision.patch_size and "
+            "config.model.vision.width as the checkpoint's model has them"
+        )
+    return inflate(kernel, shape[0])
