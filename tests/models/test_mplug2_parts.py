@@ -54,6 +54,18 @@ def test_every_parameter_has_axes_and_every_rule_a_parameter():
     assert unused == {"vision/patch/bias"}  # of a video encoder that does not come from CLIP
 
 
+@pytest.mark.parametrize("size", ["tiny", "youku-tiny"])
+def test_half_precision_keeps_parameters_and_logits_in_float32(size):
+    model, half = mplug2.sized(size, classes=5, **PRETRAIN), {"dtype": "bfloat16", "remat": "full"}
+    parts = {name: getattr(model, name).clone(**half) for name in ("vision", "text", "universal", "fusion", "decoder")}
+    video, ids = jnp.zeros((2, 4, 64, 64, 3)), jnp.zeros((2, 5), jnp.int32)
+    for one in (parts["fusion"], parts["fusion"].clone(stride=1)):
+        made = model.clone(**{**parts, "fusion": one})
+        out, params = jax.eval_shape(partial(made.init_with_output, jax.random.key(0)), video, ids, ids)
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+        assert {name for name, value in out.items() if value.dtype == jnp.bfloat16} == {"tokens", "states", "fused"}
+
+
 def test_frames_and_words_of_a_size():
     model = mplug2.sized("youku-tiny", vocab=99, frames=7)
     assert (model.vision.frames, model.text.vocab, model.decoder.vocab) == (7, 99, 99)
@@ -243,6 +255,6 @@ def test_no_array_holds_the_logits_of_a_long_video():
         return jnp.sum(shared.apply(params, tokens, method="read_video", deterministic=False, rngs=rngs))
 
     text = jax.jit(jax.grad(loss)).lower(params, tokens).as_text()
-    assert re.search(r"tensor<1x2x512x1100x", text), "logits of a block of queries"
+    assert re.search(r"tensor<1x2x367x1100x", text), "logits of a block of queries"
     assert not re.search(r"x1100x1100x", text)
     assert bert_decoder.SIZES["tiny"].width == mplug2.TEXTS["tiny"][0].width

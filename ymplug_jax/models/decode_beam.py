@@ -130,7 +130,8 @@ def search(
 
 def length_term(tokens: jax.Array, power: float, offset: int) -> jax.Array:
     """Divisor of a hypothesis's log-probability, ((offset + tokens) / (offset + 1)) ** power (Wu et al., 2016, with offset 5)."""
-    return ((offset + tokens.astype(jnp.float32)) / (offset + 1)) ** power
+    count = tokens.astype(jnp.float32)
+    return ((offset + count) / (offset + 1) if offset else count) ** power
 
 
 def without_end(logs: jax.Array, eos: int | jax.Array, early: jax.Array) -> jax.Array:
