@@ -147,6 +147,7 @@ def stepped(run: setup.Run, step: step_lib.Step, count: int, now: state_lib.Trai
     return now, losses
 
 
+@pytest.mark.slow
 def test_a_run_resumes_teacher_and_queue_bit_for_bit(one, tmp_path: Path):
     run, step = one
     straight, losses = stepped(run, step, 8)
