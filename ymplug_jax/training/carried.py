@@ -53,9 +53,10 @@ def fresh(task: Task, params: Params, like: Params, seed: int) -> Params:
         return {}
     init = task.carried.init
 
-    def make(params: Params, key: jax.Array) -> Params:
-        # Copies, because the step donates parameters and this tree, which must not share memory.
-        return jax.tree.map(jnp.copy, init(params, jax.random.fold_in(key, 0)))
+    def make(params: Params) -> Params:
+        # The key is made inside, because an array of one host cannot join those of several. Copies, because the step donates both
+        # the parameters and this tree, which must not share memory.
+        return jax.tree.map(jnp.copy, init(params, jax.random.fold_in(jax.random.key(seed), 0)))
 
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(make, out_shardings=places)(params, jax.random.key(seed))
+    return jax.jit(make, out_shardings=places)(params)
