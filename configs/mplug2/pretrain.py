@@ -2,7 +2,9 @@
 
 Use `configs/mplug2/pretrain.py:youku-b16`, `:youku-l14`, `:base` or `:large` with
     --config.data.path=SHARDS --config.data.tokenizer=vocab.txt
-    --config.train.init_from=vision=CLIP_DIR,text=BERT_DIR,fusion=BERT_DIR,decoder=BERT_DIR
+    --config.train.init_from=vision=CLIP_DIR,text=BERT_DIR,fusion=BERT_DIR,decoder=BERT_DIR,mlm=BERT_DIR
+where BERT_DIR comes from `ymplug_jax.convert --model bert_mplug2`. `:base` and `:large` also take universal=BERT_DIR; for `:base` convert
+with --heads universal=2.
 All values are assumed, see docs/models/mplug2.md, "Recipe".
 """
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+import trees
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import mplug2 as tables
 
@@ -99,3 +101,49 @@ def test_released_files_are_recognised() -> None:
     model = found.model
     assert (model.text.depth, model.universal.depth, model.fusion.depth, model.decoder.depth) == (22, 2, 6, 12)
     assert {part.heads for part in (model.vision, model.text, model.universal, model.fusion, model.decoder)} == {16}
+
+
+def bert_file(depth: int) -> dict[str, torch.Tensor]:
+    """The names and shapes of a small BERT with its head, random values."""
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=12,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    named = transformers.BertForMaskedLM(config).state_dict()
+    return {name: torch.randn_like(value) / 4 if value.is_floating_point() else value for name, value in named.items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "layers"), [(["fusion=2"], (2, 0, 2, 4)), (["fusion=1", "universal=2"], (2, 2, 1, 4))]
+)
+def test_a_bert_starts_all_parts(
+    flags: list[str], layers: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = bert_file(4)
+    words = source["bert.embeddings.word_embeddings.weight"]
+    source |= {"cls.predictions.decoder.weight": words, "cls.predictions.decoder.bias": source["cls.predictions.bias"]}
+    torch.save(source, tmp_path / "pytorch_model.bin")
+    argv = ["--model", "bert_mplug2", "--source", str(tmp_path / "pytorch_model.bin"), "--out", str(tmp_path / "jax")]
+    assert command.main([*argv, "--check", "--heads", "text=2", *flags]) == 0
+    assert "modules against PyTorch" in capsys.readouterr().out
+    stored = trees.stored_params(str(tmp_path / "jax"))
+    stacks = ("text/blocks", "universal/blocks", "fusion/blocks", "decoder/blocks")
+    found = tuple(stored[f"{s}/mlp/up/bias"].shape[0] if f"{s}/mlp/up/bias" in stored else 0 for s in stacks)
+    assert found == layers and {"mlm/token_embed", "decoder/head/bias"} <= set(stored)
+    assert not any("cross" in path or "latents" in path for path in stored)
+    back = ["--model", "bert_mplug2", "--source", str(tmp_path / "jax"), "--out", str(tmp_path / "b"), "--to", "torch"]
+    assert command.main(back) == 2
+    assert "holds parts of one bert_mplug2 several times; use the original file" in capsys.readouterr().err
+
+
+def test_a_bert_of_another_size_needs_numbers_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = bert_file(3)
+    source["cls.predictions.decoder.weight"] = source["bert.embeddings.word_embeddings.weight"]
+    torch.save(source, tmp_path / "pytorch_model.bin")
+    argv = ["--model", "bert_mplug2", "--source", str(tmp_path / "pytorch_model.bin"), "--out", str(tmp_path / "jax")]
+    for flags, message in ([], "a BERT of 3 layers is no released size; give --heads fusion=N"), (
+        ["fusion=3"], "has 3 layers, too few for 0 universal and 3 fusion layers"
+    ):  # fmt: skip
+        assert command.main([*argv, "--heads", "text=2", *flags]) == 2
+        assert message in capsys.readouterr().err

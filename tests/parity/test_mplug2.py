@@ -77,9 +77,13 @@ def planned(file) -> plan.Plan:
         name.removeprefix("param/"): value.shape for name, value in file.arrays.items() if name.startswith("param/")
     }
     bert = file.config["bert_config"]
-    heads = {"text": bert["num_attention_heads"], "temporal_stride": file.config.get("temporal_stride", 2)}
+    heads = {"text": bert["num_attention_heads"]}
     heads["vision"] = (file.config.get("visual_cfg") or {}).get("num_heads") or file.config["tiny_clip"]["heads"]
-    return tables.plan(shapes, heads, bert["fusion_layers"], bert["stride_layer"])
+    found = tables.plan(shapes, heads, bert["fusion_layers"], bert["stride_layer"])
+    if file.config.get("temporal_downsampling"):  # no tensor tells the stride
+        vision = found.model.vision.clone(temporal_stride=file.config["temporal_stride"])
+        found = found._replace(model=found.model.clone(vision=vision))
+    return found
 
 
 def loaded(file) -> tuple[MPLUG2, dict, Callable[[dict], dict[str, np.ndarray]]]:

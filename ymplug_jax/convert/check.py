@@ -73,6 +73,7 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
         "alpro": _alpro,
         "mplug_chat": _mplug_chat,
         "mplug2": _mplug2,
+        "bert_mplug2": _bert_mplug2,
     }[model](opened, read, rng)
     expected = theirs()
     gc.collect()
@@ -242,6 +243,11 @@ def _mplug_video(opened: Opened, read: oracles.Read, rng: np.random.Generator) -
 
 def _mplug_chat(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
     return chat_check.sides(_module(opened, MPLUGChat), read, rng)
+
+
+def _bert_mplug2(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    text = _module(opened, Text)
+    return mplug2_check.bert_sides(text, opened.plan.layout, opened.plan.like, read, _ids(rng, text.vocab))
 
 
 def _mplug2(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:

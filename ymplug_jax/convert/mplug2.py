@@ -43,22 +43,22 @@ KNOWN = {
 TEXT_HEADS = {768: 12, 1024: 16}  # by width
 VISION_HEADS = {"mplug2": {768: 12, 1024: 16}, "mplug_youku": {768: 8, 1024: 16}}
 
-_EMBEDDINGS = (
+EMBEDDINGS = (
     Rule("embeddings.word_embeddings.weight", "v d -> v d", ("token_embed",)),
     Rule("embeddings.position_embeddings.weight", "p d -> p d", ("pos_embed",)),
     Rule("embeddings.token_type_embeddings.weight", "p d -> p d", ("type_embed",)),
     *norm("embeddings.LayerNorm", "embed_norm"),
 )
-_PREDICTIONS = (
+PREDICTIONS = (
     *linear("cls.predictions.transform.dense", "hidden"),
     *norm("cls.predictions.transform.LayerNorm", "norm"),
     Rule("cls.predictions.bias", SAME, ("bias",)),
 )
 _LAYER = "encoder.layer.{}"
 _DECODER = (
-    *under("bert.", "", _EMBEDDINGS),
+    *under("bert.", "", EMBEDDINGS),
     *under("bert.", "", bert.layer("blocks", source=_LAYER, cross=True)),
-    *under("", "head/", _PREDICTIONS),
+    *under("", "head/", PREDICTIONS),
 )
 _HEADS = (
     *linear("visn_fc", "connector/proj"),
@@ -102,14 +102,14 @@ def layout(form: Form) -> Layout:
     vision = clip_video.VISION if form.variant == "mplug2" else TIMESFORMER
     rules = (
         *under("visual_encoder.", "vision/", vision),
-        *under(text, "text/", _EMBEDDINGS),
+        *under(text, "text/", EMBEDDINGS),
         *under(text, "text/", bert.layer("blocks", source=_LAYER)),
         *under(text, "universal/", bert.layer("blocks", source=_LAYER, at=tuple(range(plain, form.text)), cross=True)),
         Rule(f"{text}{_LAYER.format(plain)}.latents", "q d -> q d", ("universal/latents",)),
         *under(fusion, "fusion/", bert.layer("blocks", source=_LAYER, at=cross, cross=True)),
         *under(fusion, "fusion/", bert.layer("connected", source=_LAYER, at=connected)),
         Rule(f"{fusion}embeddings.word_embeddings.weight", "v d -> v d", ("mlm/token_embed",)),
-        *under("fusion_encoder.", "mlm/", _PREDICTIONS),
+        *under("fusion_encoder.", "mlm/", PREDICTIONS),
         *under("text_decoder.", "decoder/", _DECODER),
         *_HEADS,
     )
@@ -265,7 +265,7 @@ def vision_of(
         heads=heads_of("vision", width, VISION_HEADS[variant], heads),
         mlp=need(shapes, f"{prefix}transformer.resblocks.0.mlp.c_fc.weight")[0],
         adapters=1 + any(re.match(blocks + r"lmhra2\.", name) is not None for name in shapes),
-        temporal_stride=heads.get("temporal_stride", 2) if taps > 1 else 0,
+        temporal_stride=2 if taps > 1 else 0,  # no tensor tells the stride; this is the class's default
     )
 
 

@@ -3,7 +3,7 @@
 The model is described in `docs/models/mplug2.md`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from ymplug_jax.convert import oracles
 from ymplug_jax.convert.mplug2 import Form
 from ymplug_jax.models import mplug2
+from ymplug_jax.models.bert import Fusion as BertFusion
+from ymplug_jax.models.bert import MaskedHead, Text
 from ymplug_jax.models.language_model import Memory
 from ymplug_jax.models.mplug2 import MPLUG2
 from ymplug_jax.models.timesformer import TimeSformer
@@ -223,3 +225,59 @@ def sides(
         lambda: theirs(read, model, form, video, ids, mask),
         lambda params: ours(model, params, video, ids, mask),
     )
+
+
+def bert_sides(
+    text: Text, layout: str, like: Mapping[str, Any], read: oracles.Read, inputs: tuple[np.ndarray, np.ndarray]
+) -> tuple[Callable[[], Outputs], Callable[[dict], Outputs]]:
+    """`sides` of a BERT that starts several parts: every stack of layers runs without cross-attention on the states below it."""
+    ids, mask = inputs
+    depth, universal, fusion = map(int, layout.split(":"))
+    decoder = jax.tree.leaves(like["decoder"]["blocks"])[0].shape[0]
+
+    def ours(params: dict) -> Outputs:
+        def through(x: np.ndarray, stack: dict, first: int, name: str) -> Outputs:
+            layers = len(jax.tree.leaves(stack)[0])
+            run = BertFusion(depth=layers, heads=text.heads, hidden=text.hidden, ln_eps=text.ln_eps)
+            kept: dict[str, Any] = {"capture_intermediates": True, "mutable": "intermediates"}
+            out = jax.jit(lambda p: run.apply({"params": {"blocks": p}}, x, mask, **kept)[1])(stack)
+            states = jax.tree.leaves(out["intermediates"]["blocks"]["__call__"])[0]
+            return {f"{name} block {first + i}": np.asarray(state) for i, state in enumerate(states)}
+
+        def words(x: np.ndarray, head: dict, table: jax.Array) -> np.ndarray:
+            own = {name: part for name, part in head.items() if name != "token_embed"}
+            return np.asarray(MaskedHead(text.ln_eps).apply({"params": own}, x, table))
+
+        with jax.default_matmul_precision("highest"):
+            tables = {name: part for name, part in params["text"].items() if name != "blocks"}
+            tables_of_decoder = {name: params["decoder"][name] for name in tables}
+            start, other = (
+                np.asarray(text.apply({"params": one}, ids, method="embed")) for one in (tables, tables_of_decoder)
+            )
+            found: Outputs = {"text embeddings": start, "decoder embeddings": other}
+            found |= through(start, params["text"]["blocks"], 0, "text")
+            if "universal" in params:
+                found |= through(
+                    found[f"text block {text.depth - 1}"], params["universal"]["blocks"], text.depth, "text"
+                )
+            found |= through(
+                found[f"text block {depth - fusion - 1}"], params["fusion"]["blocks"], depth - fusion, "fusion"
+            )
+            last = found[f"fusion block {depth - 1}"]
+            found |= through(other, params["decoder"]["blocks"], 0, "decoder")
+            found["masked words"] = words(last, params["mlm"], params["mlm"]["token_embed"])
+            found["decoder words"] = words(last, params["decoder"]["head"], params["decoder"]["token_embed"])
+        return found
+
+    def theirs() -> Outputs:
+        found = oracles.bert(read, text, ids, mask, depth)
+        parts = {
+            "text": range(text.depth + universal),
+            "fusion": range(depth - fusion, depth),
+            "decoder": range(decoder),
+        }
+        out = {f"{part} block {i}": found[f"block {i}"] for part, own in parts.items() for i in own}
+        both = {"text embeddings": found["embeddings"], "decoder embeddings": found["embeddings"]}
+        return both | out | {"masked words": found["logits"], "decoder words": found["logits"]}
+
+    return theirs, ours
