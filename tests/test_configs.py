@@ -55,6 +55,10 @@ VARIANTS = {
     ("mplug_chat/instruct", "7b-lora"): {"fsdp": 8},
     ("mplug_chat/instruct", "7b-all_linears"): {"fsdp": 4, "tensor": 2},
     ("mplug_chat/instruct", "qwen2.5-1.5b-lora"): {"fsdp": 4, "tensor": 2},
+    ("mplug2/pretrain", "youku-b16"): {"fsdp": 8},
+    ("mplug2/pretrain", "large"): {"fsdp": 4, "tensor": 2},
+    ("tiny/mplug2_pretrain", "mplug_youku"): {},
+    ("tiny/mplug2_pretrain", "mplug2"): {},
     ("tiny/alpro_pretrain", "youku"): {},
     ("tiny/alpro_pretrain", "salesforce"): {},
     ("tiny/alpro_prompter", None): {},
@@ -117,7 +121,7 @@ def test_parameter_table(name: str, argument: str | None):
     run = setup.prepare(experiment, jax.devices()[: 8 if VARIANTS[name, argument] else 1])
     assert state_lib.count(run.frozen) == FROZEN.get(argument or "", state_lib.count(run.frozen))
     lines = []
-    for kind, tree in (("trained", run.state.trainable), ("frozen", run.frozen)):
+    for kind, tree in (("trained", run.state.trainable), ("frozen", run.frozen), ("carried", run.state.carried)):
         for path, leaf in state_lib.flatten(tree).items():
             spec = ", ".join(str(axis) for axis in leaf.sharding.spec)
             lines.append(f"{path:<48} {kind:<8} {leaf.dtype!s:<9} {tuple(leaf.shape)!s:<24} ({spec})")
@@ -142,7 +146,7 @@ def arguments(name: str) -> Iterator[str | None]:
             yield size
             yield f"{size},l14"
             yield from (f"{size}@{place}" for place, layout in slices.SLICES.items() if size in layout.sizes(task))
-    elif family == "tiny" and not task.startswith(("alpro", "chat")):
+    elif family == "tiny" and not task.startswith(("alpro", "chat", "mplug2")):
         yield from recipe.TINY
     else:
         yield from (argument for one, argument in VARIANTS if one == name)

@@ -115,9 +115,9 @@ KINDS = {
 
 def base(home: Path, task: str) -> list[str]:
     """Return the flags of a valid training run."""
-    alpro = task.startswith("alpro")
-    kind, tokenizer = KINDS.get(task, "pretrain"), "vocab.txt" if alpro else "t.model"
-    small = ALPRO if alpro else LANGUAGE if task == "language" else runs.SMALL
+    bert = task.startswith(("alpro", "mplug2"))
+    kind, tokenizer = KINDS.get(task, "pretrain"), "vocab.txt" if bert else "t.model"
+    small = ALPRO if bert else LANGUAGE if task == "language" else runs.SMALL
     if task.startswith("mplug_chat"):
         small = []  # the tiny configs are small enough for checks that come before anything is compiled
     if task in ("alpro_classify", "alpro_prompter"):
@@ -292,6 +292,7 @@ TAKES = {
     "alpro_pretrain": TITLE,
     "alpro_prompter": TITLE,
     "alpro_retrieve": TITLE | CAPTION,
+    "mplug2_pretrain": TITLE,
     "mplug_chat_instruct": {"instruct"},
     "mplug_chat_pretrain": TITLE,
 }

@@ -52,8 +52,10 @@ MODELS = (
     Group("Language model alone", MODEL, "tasks/mplug_video/language.py", "LanguageModel"),
     Group("ALPRO", MODEL, "models/alpro.py", "ALPRO"),
     Group("Chat model", MODEL, "models/mplug_chat.py", "MPLUGChat"),
+    Group("mPLUG-2", MODEL, "models/mplug2.py", "MPLUG2"),
     Group("Video encoder", f"{MODEL}.vision", "models/timesformer.py", "TimeSformer"),
     Group("Video encoder of the chat model", f"{MODEL}.vision", "models/clip_vit.py", "ClipViT"),
+    Group("Video encoder of mPLUG-2", f"{MODEL}.vision", "models/clip_vit.py", "VideoClipViT"),
     Group("Visual abstractor", f"{MODEL}.abstractor", "models/abstractor.py", "Abstractor", "mPLUG-video only."),
     Group(
         "Query abstractor",
@@ -65,8 +67,11 @@ MODELS = (
     Group("Language model: GPT-3", f"{MODEL}.llm", "models/gpt3.py", "GPT3", "`config.model.llm.kind` is `gpt3`."),
     Group("Language model: BLOOM", f"{MODEL}.llm", "models/bloom.py", "Bloom", "`config.model.llm.kind` is `bloom`."),
     Group("Language model: Qwen", f"{MODEL}.llm", "models/qwen.py", "Qwen", "`config.model.llm.kind` is `qwen`."),
-    Group("ALPRO's text encoder", f"{MODEL}.text", "models/bert.py", "Text"),
+    Group("Text encoder of ALPRO and mPLUG-2", f"{MODEL}.text", "models/bert.py", "Text"),
     Group("ALPRO's fusion encoder", f"{MODEL}.fusion", "models/bert.py", "Fusion"),
+    Group("mPLUG-2's universal layers", f"{MODEL}.universal", "models/universal.py", "Universal"),
+    Group("mPLUG-2's fusion encoder", f"{MODEL}.fusion", "models/universal.py", "Fusion"),
+    Group("mPLUG-2's decoder", f"{MODEL}.decoder", "models/bert_decoder.py", "Decoder"),
 )
 INTRO = """# Settings
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ymplug_jax.models import attention
+from ymplug_jax.models import attention, plain_attention
 
 
 def qkv(seed: int, batch: int, length: int, keys: int, heads: int, size: int) -> list[np.ndarray]:
@@ -143,3 +143,30 @@ def test_inconsistent_inputs_raise() -> None:
         attention.attend(q, q[:, :, :2], q[:, :, :2])
     with pytest.raises(ValueError, match="give both or neither"):
         attention.attend(q, q, q, slopes=jnp.ones(3))
+
+
+def test_long_rows_in_a_loop_equal_whole_rows() -> None:
+    """More queries than one program computes at once, in blocks that do not divide their number; with a bias and padding."""
+    rng = np.random.default_rng(9)
+    length, keys = plain_attention.WHOLE + 7, 11
+    q = rng.normal(size=(2, length, 2, 4)).astype(np.float32)
+    k, v = (rng.normal(size=(2, keys, 2, 4)).astype(np.float32) for _ in "kv")
+    bias, seen = rng.normal(size=(2, 1, 1, keys)).astype(np.float32), rng.random((2, keys)) < 0.7
+    weights = rng.normal(size=q.shape).astype(np.float32)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = attention.attend(q, k, v, bias=bias, key_mask=seen)
+        return jnp.sum(y * weights), y
+
+    run = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    blocks = jax.jit(run)
+    assert "while" in blocks.lower(q, k, v).as_text()
+    (_, found), grads = blocks(q, k, v)
+    with plain_attention.undivided():
+        (_, wanted), expected = jax.jit(run)(q, k, v)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, expected)
+    size = -(-length // -(-length // plain_attention.BLOCK))
+    equal = jnp.broadcast_to(q[:, :1], q.shape)  # so that only the draws of two blocks can differ
+    dropped = jax.jit(lambda q: attention.attend(q, k, v, dropout=0.5, key=jax.random.key(0)))(equal)
+    assert not np.allclose(dropped[:, :size], dropped[:, size : 2 * size])

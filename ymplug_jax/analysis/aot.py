@@ -226,11 +226,12 @@ def model_flops(run: Run) -> int:
     plain = _without_remat(config.settings_of(run.experiment))
     task = setup.task_lib.get(config.from_config_dict(plain))
 
-    def gradient(trainable: state_lib.Params, frozen: state_lib.Params, batch: Any, key: jax.Array) -> Any:
-        return jax.grad(lambda t: task.loss(state_lib.merge(t, frozen), batch, key)[0])(trainable)
+    def gradient(trainable: state_lib.Params, rest: tuple[Any, Any], batch: Any, key: jax.Array) -> Any:
+        frozen, carried = rest
+        return jax.grad(lambda t: task.training_loss(state_lib.merge(t, frozen), carried, batch, key)[0])(trainable)
 
     nowhere = jax.sharding.AbstractMesh((1,), ("data",))  # on one device no kernel repeats work
-    inputs = (run.state.trainable, run.frozen, setup.abstract_batch(run))
+    inputs = (run.state.trainable, (run.frozen, run.state.carried), setup.abstract_batch(run))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
     key = jax.random.key(0)  # JAX 0.11 computes nothing under an abstract mesh
     with jax.sharding.use_abstract_mesh(nowhere), plain_attention.undivided():

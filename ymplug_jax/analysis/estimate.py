@@ -24,6 +24,8 @@ def estimate(run: Run, compiled: jax.stages.Compiled | None = None) -> dict[str,
       - bytes_per_device: trainable, frozen, opt_state and gradients; with `compiled` also step_temporaries (activations and
         gradients) and step_peak, from XLA's memory analysis for this platform.
       - checkpoint_bytes: each_step, and frozen_once.
+      - carried, for tasks that carry state beside their parameters: the number of values of each part, such as a momentum
+        teacher and queues; bytes_per_device has a key of this name as well.
     """
     settings = run.experiment.train
     trainable, frozen, opt = (_bytes(tree) for tree in (run.state.trainable, run.held, run.state.opt_state))
@@ -46,6 +48,11 @@ def estimate(run: Run, compiled: jax.stages.Compiled | None = None) -> dict[str,
         },
         "checkpoint_bytes": {"each_step": trainable[0] + opt[0], "frozen_once": _bytes(run.frozen)[0]},
     }
+    if run.state.carried:
+        carried = _bytes(run.state.carried)
+        facts["carried"] = {name: state_lib.count({name: tree}) for name, tree in run.state.carried.items()}
+        facts["bytes_per_device"]["carried"] = carried[1]
+        facts["checkpoint_bytes"]["each_step"] += carried[0]
     if compiled is not None and (memory := compiled.memory_analysis()) is not None:
         peak = (
             memory.argument_size_in_bytes
@@ -78,6 +85,11 @@ def render(facts: Mapping[str, Any]) -> str:
             f"{facts['examples']:,} examples, {facts['steps_per_epoch']:,} steps per epoch with batch size {facts['batch_size']}",
         ),
         ("run", f"{facts['steps']:,} steps, {facts['samples']:,} samples"),
+        *(
+            [("beside the parameters", ", ".join(f"{name} {size:,}" for name, size in facts["carried"].items()))]
+            if "carried" in facts
+            else []
+        ),
         ("memory per device", ", ".join(f"{name.replace('_', ' ')} {human(size)}" for name, size in memory.items())),
         (
             "checkpoint",

@@ -8,7 +8,9 @@
     --model vit           ViT of timm: initialises the spatial part of the video encoder
     --model bloom         BLOOM and BLOOMZ in the Hugging Face layout, with or without LoRA adapters
     --model qwen          Qwen2, Qwen2.5 and Qwen3 (dense) in the Hugging Face layout; needs the model's config.json
+    --model mplug2        mPLUG-2: the released files with CLIP's tower, and the classes of Youku-mPLUG with a TimeSformer
     --model mplug_chat    the released chat model: vision tower with adapters, abstractor and BLOOMZ in one file or shards
+    --model bert_mplug2   the same BERT: text encoder, fusion encoder, decoder and masked-word head of a new mPLUG-2
     --model bert          BERT in the Hugging Face layout: text and fusion encoder of ALPRO
 
 The source is one or more files, an index of shards, or a folder that holds one model.
@@ -27,7 +29,7 @@ from ymplug_jax.convert.plan import MODELS
 from ymplug_jax.core import checkpoint_files, exits
 
 EXTRA = ("torch", "safetensors")  # what the extra `convert` installs
-HEADS = ("llm", "vision", "text", "abstractor")
+HEADS = ("llm", "vision", "text", "abstractor", "fusion", "universal")
 # With --to torch there is no journal: an interrupted conversion removes its files.
 STOPPED = {
     "orbax": "stopped; run the same command again to continue",
@@ -130,7 +132,8 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
         nargs="*",
         metavar="NAME=N",
         default=[],
-        help="attention heads, for models of unknown size: llm=N vision=N text=N abstractor=N",
+        help="attention heads, for models of unknown size: llm=N vision=N text=N abstractor=N; for mPLUG-2 also fusion=N and "
+        "universal=N, numbers of layers",
     )
     parser.add_argument(
         "--layout",

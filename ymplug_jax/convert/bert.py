@@ -13,8 +13,15 @@ from ymplug_jax.convert.rules import SAME, Rule, heads_in, heads_out, linear, no
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 
 
-def _layer(target: str, after: str = "") -> tuple[Rule, ...]:
-    source = "bert.encoder.layer.{}"
+def layer(
+    target: str,
+    after: str = "",
+    *,
+    source: str = "bert.encoder.layer.{}",
+    at: tuple[int, ...] = (),
+    cross: bool = False,
+) -> tuple[Rule, ...]:
+    """The rules of a stack of layers, with or without cross-attention; `after` and `at` are those of `Rule`."""
     rules = (
         *(
             rule
@@ -27,7 +34,16 @@ def _layer(target: str, after: str = "") -> tuple[Rule, ...]:
         *linear(f"{source}.output.dense", f"{target}/mlp/down"),
         *norm(f"{source}.output.LayerNorm", f"{target}/mlp_norm"),
     )
-    return tuple(rule._replace(after=after) for rule in rules)
+    if cross:
+        rules += tuple(
+            rule._replace(
+                source=rule.source.replace(".attention.", ".crossattention."),
+                targets=tuple(path and path.replace("/attn", "/cross") for path in rule.targets),
+            )
+            for rule in rules
+            if ".attention." in rule.source
+        )
+    return tuple(rule._replace(after=after, at=at) for rule in rules)
 
 
 BERT = (
@@ -35,8 +51,8 @@ BERT = (
     Rule("bert.embeddings.position_embeddings.weight", "p d -> p d", ("text/pos_embed",)),
     Rule("bert.embeddings.token_type_embeddings.weight", "p d -> p d", ("text/type_embed",)),
     *norm("bert.embeddings.LayerNorm", "text/embed_norm"),
-    *_layer("text/blocks"),
-    *_layer("fusion/blocks", after="text/blocks"),
+    *layer("text/blocks"),
+    *layer("fusion/blocks", after="text/blocks"),
     *linear("cls.predictions.transform.dense", "mlm/hidden"),
     *norm("cls.predictions.transform.LayerNorm", "mlm/norm"),
     Rule("cls.predictions.bias", SAME, ("mlm/bias",)),

@@ -14,6 +14,7 @@ import torch
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
+from ymplug_jax.convert import mplug2 as mplug2_tables
 from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
@@ -22,6 +23,7 @@ from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.clip_vit import ClipViT
 from ymplug_jax.models.language_model import LanguageModel
+from ymplug_jax.models.mplug2 import MPLUG2
 from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.models.mplug_video import MPLUGVideo
 from ymplug_jax.models.timesformer import TimeSformer
@@ -30,7 +32,7 @@ TOLERANCE = 1e-3  # largest difference, relative to the largest value of a modul
 CAST = 0.1  # the same after a conversion with --dtype
 
 try:
-    from ymplug_jax.convert import chat_check, oracles
+    from ymplug_jax.convert import chat_check, mplug2_check, oracles
 except ImportError as error:
     raise SourceError("--check: transformers is not installed; pip install transformers") from error
 
@@ -70,6 +72,8 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
         "mplug_video": _mplug_video,
         "alpro": _alpro,
         "mplug_chat": _mplug_chat,
+        "mplug2": _mplug2,
+        "bert_mplug2": _bert_mplug2,
     }[model](opened, read, rng)
     expected = theirs()
     gc.collect()
@@ -239,6 +243,16 @@ def _mplug_video(opened: Opened, read: oracles.Read, rng: np.random.Generator) -
 
 def _mplug_chat(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
     return chat_check.sides(_module(opened, MPLUGChat), read, rng)
+
+
+def _bert_mplug2(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    text = _module(opened, Text)
+    return mplug2_check.bert_sides(text, opened.plan.layout, opened.plan.like, read, _ids(rng, text.vocab))
+
+
+def _mplug2(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    form = mplug2_tables.form_named(opened.plan.layout)
+    return mplug2_check.sides(_module(opened, MPLUG2), form, read, rng)
 
 
 def _clip_chat(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:

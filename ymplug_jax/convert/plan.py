@@ -24,6 +24,8 @@ _BESIDE = (
         "hub_config",
         "lock",
         "chat_check",
+        "mplug2_check",
+        "clip_video",
         "peft_layout",
         "tokenizer_copy",
     ),
@@ -57,7 +59,7 @@ def map_of(model: str) -> ModuleType:
 
     It defines `LAYOUTS` (name -> Layout) and `plan(shapes, heads)` -> Plan. Optional are:
 
-    - `RENAME` and `MERGE`: see `Source`.
+    - `RENAME`, `MERGE` and `COPIES`: see `Source`. With copies there is no way back.
     - `RESIZE`: path -> function that resizes the parameter, see `load_params`.
     - `FROZEN`: regexes of the paths that `--dtype frozen=TYPE` casts.
     - `LACKS`: (regex of tensors that a variant of the model lacks, what to do about it).

@@ -21,6 +21,7 @@ class Rule(NamedTuple):
     layout: str  # "axes of the source -> axes of a target"; "(a b)" merges axes, "1" is an axis of size one
     targets: tuple[str | None, ...]  # one path per index of the axis "part"; None: the part is dropped
     after: str = ""  # where the source's layers go to two stacks: path of the stack that holds the first layers
+    at: tuple[int, ...] = ()  # index in the source of each layer of the target; (): 0, 1, .. or as `after` says
 
 
 class Entry(NamedTuple):
@@ -97,11 +98,10 @@ def low_rank(source: str, target: str, inner: str = "d", outer: str = "m") -> tu
 def under(source: str, target: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """The rules of a submodule, with prefixes added to source names and target paths."""
     return tuple(
-        Rule(
-            source + r.source,
-            r.layout,
-            tuple(t and target + t for t in r.targets),
-            r.after and target + r.after,
+        r._replace(
+            source=source + r.source,
+            targets=tuple(t and target + t for t in r.targets),
+            after=r.after and target + r.after,
         )
         for r in rules
     )
@@ -138,6 +138,11 @@ def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
         if "{}" in rule.source:
             layers, shape = range(shape[0]), shape[1:]
         first = _depth(shapes, rule.after) if rule.after else 0
+        at = rule.at or range(first, first + len(layers))
+        if len(at) != len(layers):
+            raise ValueError(
+                f"{rule.source}: {len(layers)} layers of {present[0]!r} come from layers {at} of the source"
+            )
         source, target = _parse(rule.layout)
         if len(target) != len(shape):
             raise ValueError(
@@ -146,7 +151,7 @@ def expand(rules: Sequence[Rule], tree: Mapping[str, Any]) -> dict[str, Entry]:
         sizes = dict(zip(target, shape, strict=True)) | {"part": len(rule.targets), "1": 1}
         merged = tuple(math.prod(sizes[word] for word in group) for group in source)
         for layer in layers:
-            name = rule.source if layer is None else rule.source.format(first + layer)
+            name = rule.source if layer is None else rule.source.format(at[layer])
             entries[name] = Entry(rule, layer, merged, sizes)
     if bare := sorted(set(shapes) - made):
         raise ValueError(f"no rule makes the parameter {bare[0]!r} ({len(bare)} such parameters)")

@@ -58,7 +58,7 @@ def open_source(model: str, files: list[Path], wish: Wish) -> Opened:
     """
     module = map_of(model)
     rename = extra(module, "RENAME", ())
-    source = Source(files, extra(module, "MERGE"), rename)
+    source = Source(files, extra(module, "MERGE"), rename, extra(module, "COPIES", ()))
     source.check_pieces()
     adapter = lora.read(wish.adapter, rename) if wish.adapter else None
     if adapter and wish.keep_adapter:
@@ -90,7 +90,7 @@ def _planned(module: ModuleType, source: Source, heads: Mapping[str, int], confi
 def _fits(model: str, files: list[Path]) -> bool:
     module = map_of(model)
     try:
-        source = Source(files, extra(module, "MERGE"), extra(module, "RENAME", ()))
+        source = Source(files, extra(module, "MERGE"), extra(module, "RENAME", ()), extra(module, "COPIES", ()))
         config = hub_config.beside(source.files, module.MODEL_TYPES) if hasattr(module, "MODEL_TYPES") else None
         shapes, heads = source.shapes(), {} if config else dict.fromkeys(("llm", "vision", "text", "abstractor"), 1)
         plan = _planned(module, source, heads, config)
@@ -318,7 +318,7 @@ def _resized(module: ModuleType, plan: Plan, wish: Wish) -> Iterator[tuple[str, 
     """
     rows = {}
     if wish.image_size:
-        patch = plan.like["vision"]["patch"]["kernel"].shape[0] if "vision" in plan.like else 0
+        patch = plan.like["vision"]["patch"]["kernel"].shape[-3] if "vision" in plan.like else 0
         if not patch or wish.image_size % patch:
             raise SourceError(
                 f"--image_size {wish.image_size}: not a multiple of the patch size {patch}; give a multiple"

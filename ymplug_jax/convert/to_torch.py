@@ -13,7 +13,7 @@ import numpy as np
 
 from ymplug_jax.convert import hub_config, lock, lora, peft_layout, rules
 from ymplug_jax.convert.leaves import verified
-from ymplug_jax.convert.plan import Layout, map_of
+from ymplug_jax.convert.plan import Layout, extra, map_of
 from ymplug_jax.convert.source_files import SourceError, read_json
 from ymplug_jax.convert.store import check_room
 from ymplug_jax.core import exits, progress, state
@@ -43,6 +43,8 @@ def to_torch(model: str, folder: Path, out: Path, layout: str | None = None, mer
       exits.PlaceFailed: a disk fails during the conversion; no file is left behind.
     """
     module, record = map_of(model), folder / "conversion.json"
+    if extra(module, "COPIES", ()):
+        raise SourceError(f"--to torch: {folder} holds parts of one {model} several times; use the original file")
     read = read_json(record) if record.is_file() else {}
     facts = read if isinstance(read, dict) and read.get("model") == model else {}
     named = _layout(module, model, layout, facts)

@@ -30,6 +30,7 @@ class Source:
         paths: list[Path],
         merge: Mapping[str, int] | None = None,
         rename: Sequence[tuple[str, str]] = (),
+        copies: Sequence[tuple[str, str]] = (),
     ):
         """Open the files and read the names and shapes of their tensors.
 
@@ -38,6 +39,7 @@ class Source:
           merge: regex of a tensor name (full match) -> axis along which the tensor is split in the pieces. Files with the same
             tensor names are pieces and are joined in the order of their ranks.
           rename: (regex, replacement) pairs that map the names of other releases to one spelling.
+          copies: (prefix, regex) pairs; a tensor whose whole name the regex matches is also found under its name behind the prefix.
 
         Raises:
           exits.Mistake: a file is missing, damaged, unsafe or of an unknown kind, or the files are not one model.
@@ -64,7 +66,9 @@ class Source:
             for name, stored in opened[file][0].items():
                 for pattern, replacement in rename:
                     name = re.sub(pattern, replacement, name)
-                self._where.setdefault(name, []).append(stored)
+                for prefix, pattern in (("", ".*"), *copies):
+                    if re.fullmatch(pattern, name):
+                        self._where.setdefault(prefix + name, []).append(stored)
 
     def _are_pieces(self, names: Mapping[Path, set[str]]) -> bool:
         """Whether the files are tensor-parallel pieces, which hold the same tensor names.

@@ -4,8 +4,9 @@ Names, shapes and checksums are verified on reading. Layout of the run's folder:
     checkpoints/frozen/                    frozen parameters, written once
     checkpoints/steps/<n>/trainable/       float32 parameters after n steps
     checkpoints/steps/<n>/opt_state/       optimizer state
+    checkpoints/steps/<n>/carried/         state beside the parameters, of tasks that carry any
     checkpoints/steps/<n>/progress/        {"step": n, "examples_seen": ...}
-    checkpoints/steps/<n>/checksums/       checksums of every leaf of the three trees
+    checkpoints/steps/<n>/checksums/       checksums of every leaf of these trees
 A step appears under its name only when it is complete (Orbax renames a temporary folder); leftovers of a killed process are
 ignored, and removed at the next start. Restoring reads into an abstract tree with shapes, dtypes and shardings, so a checkpoint
 can be restored on any mesh and any number of hosts.
@@ -25,6 +26,7 @@ from etils import epath
 from ymplug_jax.core import leaf_checksums, quantize, quantized_read, sharding, verified_read
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.checkpoint_files import (
+    CARRIED,
     FROZEN,
     OPT_STATE,
     STEPS,
@@ -116,29 +118,23 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():  # includes steps still being saved
             return
-        opt_state = {"state": state.opt_state}
-        trainable = state_lib.flatten(state.trainable)
-        sums = {
-            TRAINABLE: leaf_checksums.of_tree(trainable),
-            OPT_STATE: leaf_checksums.of_tree(verified_read.named(opt_state)),
-        }
-        if self.frozen_sums is not None:
-            sums[FROZEN] = self.frozen_sums
+        trees = _trees(state)
+        sums = {name: leaf_checksums.of_tree(verified_read.named(tree)) for name, tree in trees.items()}
+        stored = sums | ({} if self.frozen_sums is None else {FROZEN: self.frozen_sums})
         with self._whole_or_not():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    trainable=ocp.args.StandardSave(state.trainable),
-                    opt_state=ocp.args.StandardSave(opt_state),
+                    **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
                     progress=ocp.args.JsonSave({"step": step, "examples_seen": examples_seen}),
-                    checksums=ocp.args.JsonSave(sums),
+                    checksums=ocp.args.JsonSave(stored),
                 ),
             )
         if not self._read_back:
             self.wait()
             folder = self.folder / STEPS / str(step)
-            _must_read(folder / TRAINABLE, state.trainable, sums[TRAINABLE])
-            _must_read(folder / OPT_STATE, opt_state, sums[OPT_STATE])
+            for name, tree in trees.items():
+                _must_read(folder / name, tree, sums[name])
             self._read_back = True
 
     def restore(self, abstract: state_lib.TrainState, step: int) -> tuple[state_lib.TrainState, int]:
@@ -148,30 +144,29 @@ class Checkpoints:
           CheckpointError: parameter names or shapes differ from `abstract`, or the step is damaged.
         """
 
-        def read(step: int) -> tuple[state_lib.Params, Any, dict]:
+        def read(step: int) -> tuple[dict[str, Any], dict]:
             folder = self.folder / STEPS / str(step)
             stored, sums = stored_in(folder / TRAINABLE), sums_of(folder) or {}
             fits(stored, state_lib.flatten(abstract.trainable), folder / TRAINABLE)
+            beside = stored_in(folder / CARRIED) if CARRIED in sums or (folder / CARRIED).exists() else {}
+            fits(beside, state_lib.flatten(abstract.carried), folder / CARRIED)
             progress = json_in(folder / "progress", "its progress")
             if not isinstance(progress.get("step"), int) or not isinstance(progress.get("examples_seen"), int):
                 raise Damaged("its progress", "no step and examples_seen in it")
-            trainable = verified_read.read(folder / TRAINABLE, abstract.trainable, sums.get(TRAINABLE))
-            return (
-                trainable,
-                verified_read.read(folder / OPT_STATE, {"state": abstract.opt_state}, sums.get(OPT_STATE)),
-                progress,
-            )
+            trees = _trees(abstract).items()
+            return {name: verified_read.read(folder / name, tree, sums.get(name)) for name, tree in trees}, progress
 
         try:
-            trainable, opt_state, progress = read(step)
+            trees, progress = read(step)
         except Damaged as error:
             raise damaged(self.workdir, step, error, read) from None
         if sums_of(self.folder / STEPS / str(step)) is None:
             say_unverified(self.folder / STEPS / str(step))
         state = state_lib.TrainState(
             step=sharding.on_all_hosts(lambda: jax.numpy.int32(progress["step"]), abstract.step.sharding),
-            trainable=trainable,
-            opt_state=opt_state["state"],
+            trainable=trees[TRAINABLE],
+            opt_state=trees[OPT_STATE]["state"],
+            carried=trees.get(CARRIED, {}),
         )
         return state, progress["examples_seen"]
 
@@ -208,6 +203,12 @@ class Checkpoints:
                         for partial in folder.glob("*.orbax-checkpoint-tmp*"):
                             partial.rmtree()
             raise
+
+
+def _trees(state: state_lib.TrainState) -> dict[str, Any]:
+    """Item of a step -> its tree; a state that carries nothing has no item for it."""
+    trees = {TRAINABLE: state.trainable, OPT_STATE: {"state": state.opt_state}}
+    return trees | ({CARRIED: state.carried} if state.carried else {})
 
 
 def _must_read(folder: epath.Path, tree: Any, sums: Mapping[str, str]) -> None:

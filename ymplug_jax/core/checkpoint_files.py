@@ -20,6 +20,7 @@ FROZEN = "frozen"
 BEST = "best"  # subfolder of a run: a run folder with its best step only, which uses the run's frozen parameters
 STEPS = "steps"
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
+CARRIED = "carried"  # in the steps of tasks that carry state beside their parameters
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a step
 CONVERTED = "converted"  # item folder of parameters converted from another program's checkpoint
 

@@ -64,8 +64,10 @@ class Optim:
     lr: float = 1e-4  # Peak learning rate.
     min_lr: float = 1e-6  # Final learning rate; with schedule "bert", a lower bound.
     warmup: str = "2000 steps"  # Duration of the linear warm-up from 0 to `lr`, in steps, epochs or percent of the run.
-    # Decay after the warm-up: "cosine" or "linear" from `lr` to `min_lr`; "bert": linear to 0 with steps counted from 1.
+    # Decay after the warm-up: "cosine" or "linear" from `lr` to `min_lr`; "bert": linear to 0 with steps counted from 1; "mplug2":
+    # a cosine whose warm-up rises from `warmup_lr`.
     schedule: str = "cosine"
+    warmup_lr: float = 0.0  # Learning rate of the first step; only schedule "mplug2" has one.
     weight_decay: float = 0.05  # Decoupled weight decay, multiplied by the learning rate.
     b1: float = 0.9  # Decay rate of Adam's first moment.
     b2: float = 0.999  # Decay rate of Adam's second moment.

@@ -14,6 +14,8 @@ import optax
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Optim
 
+SCHEDULES = ("cosine", "linear", "bert", "mplug2")
+
 
 class Group(NamedTuple):
     """Update settings of one parameter."""
@@ -44,7 +46,8 @@ def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], 
     The warm-up rises linearly over `warmup` steps from 0 to the peak, both ends included. "cosine" then decays from the peak
     towards `min_lr` without quite reaching it; "linear" reaches `min_lr` at the last step. The rate is therefore 0 at step 0 and
     the peak occurs twice, as in the published recipe. "bert" counts steps from 1: it rises to the peak in `warmup` steps and
-    decays linearly to 0 at the last step, with `min_lr` as lower bound.
+    decays linearly to 0 at the last step, with `min_lr` as lower bound. "mplug2" is `warmup_lr` at step 0, reaches the peak after
+    `warmup` steps and then decays along a cosine that would reach `min_lr` at step `total`.
 
     Args:
       optim: settings.
@@ -58,9 +61,13 @@ def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], 
         raise ValueError(
             f"config.optim.warmup: {warmup} steps, but the run has {total}; shorten the warm-up or train longer"
         )
-    if optim.schedule not in ("cosine", "linear", "bert"):
+    if optim.schedule not in SCHEDULES:
         raise ValueError(
-            f"config.optim.schedule: unknown schedule {optim.schedule!r}; choose one of cosine, linear, bert"
+            f"config.optim.schedule: unknown schedule {optim.schedule!r}; choose one of {', '.join(SCHEDULES)}"
+        )
+    if optim.warmup_lr and optim.schedule != "mplug2":
+        raise ValueError(
+            f"config.optim.warmup_lr: schedule {optim.schedule!r} has none; set it to 0 or config.optim.schedule to mplug2"
         )
     rest = max(total - warmup, 1)
     peak, low = optim.lr, optim.min_lr
@@ -72,7 +79,9 @@ def schedule(optim: Optim, *, warmup: int, total: int) -> Callable[[jax.Array], 
         if optim.schedule == "bert":
             up, down = peak * (step + 1) / max(warmup, 1), peak * (total - 1 - step) / rest
             return jnp.maximum(jnp.where(step + 1 < warmup, up, down), low)
-        if optim.schedule == "cosine":
+        if optim.schedule == "mplug2":
+            up = optim.warmup_lr + (peak - optim.warmup_lr) * step / max(warmup, 1)
+        if optim.schedule in ("cosine", "mplug2"):
             down = low + 0.5 * (peak - low) * (1 + jnp.cos(jnp.pi * after / rest))
         else:
             down = peak + (low - peak) * after / max(rest - 1, 1)

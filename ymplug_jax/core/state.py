@@ -27,6 +27,8 @@ class TrainState:
     step: jax.Array  # int32 scalar: steps taken, including skipped updates
     trainable: Params  # float32
     opt_state: optax.OptState
+    # What a task carries from step to step, neither trained nor frozen; empty for most tasks, see `tasks.carried`.
+    carried: Params = struct.field(default_factory=dict)
 
 
 def stand_in(shape: Sequence[int], dtype: Any, place: jax.sharding.Sharding | None = None) -> jax.Array:

@@ -1,7 +1,8 @@
 """BERT split into a text encoder (lower layers) and a fusion encoder over text and video (upper layers), as in ALPRO.
 
 Devlin et al., "BERT: Pre-training of deep bidirectional transformers for language understanding", 2019: post-norm, exact
-GELU. Described in docs/models/alpro.md, "Text encoder" and "Fusion encoder".
+GELU. Described in docs/models/alpro.md, "Text encoder" and "Fusion encoder". Layers with
+cross-attention are those of docs/models/mplug2.md, and `bert_decoder` is BERT as a decoder.
 """
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ymplug_jax.models import attention, layers
+from ymplug_jax.models.language_model import Memory
 
 STD = 0.02
 HIDDEN = -10000.0  # added to the logits of masked keys; released models were trained with this finite value
@@ -21,6 +23,14 @@ TEXT_AXES = (
     *layers.BLOCK_AXES,
 )
 FUSION_AXES = layers.BLOCK_AXES
+# Of layers with cross-attention.
+CROSS_AXES = (
+    *layers.BLOCK_AXES,
+    ("blocks/cross/[qkv]/kernel", "layers embed heads head_dim"),
+    ("blocks/cross/[qkv]/bias", "layers heads head_dim"),
+    ("blocks/cross/o/kernel", "layers heads head_dim embed"),
+    ("blocks/(cross/o/bias|cross_norm/(scale|bias))", "layers embed"),
+)
 HEAD_AXES = (
     ("hidden/kernel", "embed embed"),
     ("(hidden/bias|norm/scale|norm/bias)", "embed"),
@@ -28,8 +38,13 @@ HEAD_AXES = (
 )
 
 
+def added(mask: jax.Array) -> jax.Array:
+    """What is added to the logits of keys, 0 at tokens and `HIDDEN` at padding: int or bool[B, S] -> f32[B, 1, 1, S]."""
+    return (1 - mask[:, None, None].astype(jnp.float32)) * HIDDEN
+
+
 class Block(nn.Module):
-    """Attention and MLP, each followed by a residual sum and a LayerNorm."""
+    """Attention, cross-attention if there is a memory, and MLP, each followed by a residual sum and a LayerNorm."""
 
     heads: int  # Number of attention heads.
     hidden: int  # Width of the MLP.
@@ -38,13 +53,16 @@ class Block(nn.Module):
     dtype: str  # Type of the computation.
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, bias: jax.Array | None, deterministic: bool, memory: Memory | None = None
+    ) -> tuple[jax.Array, None]:
         """Run one layer.
 
         Args:
           x: f[B, L, D].
-          bias: f32, broadcastable to [B, N, L, S]; added to the attention logits.
+          bias: f32, broadcastable to [B, N, L, S]; added to the attention logits. None: every query sees all keys.
           deterministic: False applies dropout.
+          memory: f[B, M, D] and its mask, read by cross-attention. None: the layer has or uses none.
 
         Returns:
           f[B, L, D], and None for `nn.scan`.
@@ -55,6 +73,12 @@ class Block(nn.Module):
         key = self.make_rng("dropout") if rate > 0 else None
         y = attn.output(attention.attend(*attn.project(x), bias=bias, dropout=rate, key=key))
         x = layers.norm("attn_norm", self.ln_eps, self.dtype)(x + drop(y))
+        if memory is not None:
+            cross = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="cross")
+            key = self.make_rng("dropout") if rate > 0 else None
+            q, k, v = cross.project(x, memory.states)
+            y = cross.output(attention.attend(q, k, v, key_mask=memory.mask, dropout=rate, key=key))
+            x = layers.norm("cross_norm", self.ln_eps, self.dtype)(x + drop(y))
         y = layers.Mlp(self.hidden, normal, normal, dtype=self.dtype, name="mlp")(x)
         return layers.norm("mlp_norm", self.ln_eps, self.dtype)(x + drop(y)), None
 
@@ -82,7 +106,7 @@ class Fusion(nn.Module):
         Returns:
           f[B, S, D].
         """
-        bias = (1 - mask[:, None, None].astype(jnp.float32)) * HIDDEN  # [B, 1, 1, S]
+        bias = added(mask)  # [B, 1, 1, S]
         in_axes = (nn.broadcast, nn.broadcast)
         blocks = layers.stack(Block, self.depth, remat=self.remat, in_axes=in_axes, static_argnums=(3,))
         blocks = blocks(
@@ -152,7 +176,7 @@ class Text(nn.Module):
           f[B, L, D].
         """
         x = self.drop(self.embed(ids), deterministic=deterministic)
-        bias = (1 - mask[:, None, None].astype(jnp.float32)) * HIDDEN  # [B, 1, 1, L]
+        bias = added(mask)  # [B, 1, 1, L]
         return self.blocks(x, bias, deterministic)[0]
 
 

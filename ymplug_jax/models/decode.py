@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ymplug_jax.models import decode_sampling
 from ymplug_jax.models.decode_sampling import Rules
-from ymplug_jax.models.language_model import Cache, LanguageModel, Past, check_positions, last_state
+from ymplug_jax.models.language_model import Cache, LanguageModel, Memory, Past, check_positions, last_state
 
 
 class State(NamedTuple):
@@ -66,6 +66,7 @@ def start(
     new_tokens: int,
     branches: int = 1,
     positions: int = 0,
+    memory: Memory | None = None,
 ) -> State:
     """Read a prompt and open branches.
 
@@ -77,12 +78,15 @@ def start(
       new_tokens: largest number of tokens fed to each branch.
       branches: C.
       positions: largest number of positions of a row, prompt and new tokens together. 0 means S + new_tokens.
+      memory: f[B, M, D], for a decoder with cross-attention.
 
     Raises:
       ValueError: the model has fewer positions.
     """
-    check_positions(positions or embeds.shape[1] + new_tokens, lm.max_positions, "prefix, prompt and new tokens")
-    hidden, past = lm.apply({"params": params}, embeds, mask, method="prefill")
+    needed = positions or embeds.shape[1] + new_tokens
+    check_positions(needed, lm.max_positions, "prefix, prompt and new tokens", memory=memory is not None)
+    given = {} if memory is None else {"memory": memory}
+    hidden, past = lm.apply({"params": params}, embeds, mask, **given, method="prefill")
     logits = lm.apply({"params": params}, last_state(hidden, mask), method="logits")  # [B, V]
     own = lm.apply({"params": params}, embeds.shape[0], branches, new_tokens, method="open_branches")
     return State(past, own, jnp.broadcast_to(logits[:, None], (embeds.shape[0], branches, logits.shape[-1])))

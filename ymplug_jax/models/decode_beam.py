@@ -62,7 +62,7 @@ def beam(
 
 def search(
     lm: LanguageModel, params: dict, state: State, room: jax.Array, rules: Rules, new_tokens: int, eos: int | jax.Array, *,
-    row_length: int = 0, length_power: float = 1.0,
+    row_length: int = 0, length_power: float = 1.0, length_offset: int = 0, least_tokens: int = 0,
 ) -> Generated:  # fmt: skip
     """The search of `beam` from an open state of C branches.
 
@@ -76,21 +76,24 @@ def search(
       eos: the end token.
       row_length: see `beam`.
       length_power: see `beam`.
+      length_offset: o in the divisor of the second rule, ((o + tokens) / (o + 1)) ** length_power; see `length_term`.
+      least_tokens: tokens of a hypothesis without its end token, at the least.
     """
     b, beams, vocab = state.logits.shape
     rows = jnp.full((b, beams, new_tokens), eos, jnp.int32)
     state = state._replace(past=state.past._replace(origin=jnp.zeros_like(rows)))
 
     def value(scores: jax.Array, tokens: jax.Array) -> jax.Array:
-        return scores / row_length if row_length else scores / tokens.astype(jnp.float32) ** length_power
+        return scores / row_length if row_length else scores / length_term(tokens, length_power, length_offset)
 
     def bound(best: jax.Array, tokens: jax.Array) -> jax.Array:
-        return best / tokens if row_length else best / room.astype(jnp.float32) ** length_power
+        return best / tokens if row_length else best / length_term(room, length_power, length_offset)
 
     def body(loop: _Beams) -> _Beams:
         logs = jax.nn.log_softmax(loop.state.logits).reshape(b * beams, vocab)
         said = loop.rows.reshape(b * beams, new_tokens)
         logs = decode_sampling.penalised(logs, rules, said, loop.step, eos).reshape(b, beams, vocab)
+        logs = without_end(logs, eos, loop.step < least_tokens) if least_tokens else logs
         total = logs + loop.scores[..., None]  # [B, C, V]
         scores, flat = top_k(total.reshape(b, -1), 2 * beams)  # [B, 2C]
         parents, tokens = flat // vocab, (flat % vocab).astype(jnp.int32)
@@ -123,6 +126,17 @@ def search(
     loop = _Beams(jnp.int32(0), state, scores, rows, jnp.full((b, beams), -jnp.inf), rows, jnp.zeros(b, bool))
     loop = jax.lax.while_loop(lambda loop: ~jnp.all(loop.done) & (loop.step < new_tokens), body, loop)
     return Generated(loop.finished[:, 0], length(loop.finished[:, 0], eos), loop.values[:, 0])
+
+
+def length_term(tokens: jax.Array, power: float, offset: int) -> jax.Array:
+    """Divisor of a hypothesis's log-probability, ((offset + tokens) / (offset + 1)) ** power (Wu et al., 2016, with offset 5)."""
+    count = tokens.astype(jnp.float32)
+    return ((offset + count) / (offset + 1) if offset else count) ** power
+
+
+def without_end(logs: jax.Array, eos: int | jax.Array, early: jax.Array) -> jax.Array:
+    """Log-probabilities f32[..., V] in which the end token has no chance where `early`, a bool scalar, is True."""
+    return jnp.where(early & (jnp.arange(logs.shape[-1]) == eos), LOWEST, logs)
 
 
 def _best(

@@ -29,6 +29,21 @@ class Cache(NamedTuple):
     v: jax.Array
 
 
+class Memory(NamedTuple):
+    """What the cross-attention of a decoder reads."""
+
+    states: jax.Array  # f[B, M, D]
+    mask: jax.Array | None = None  # bool[B, M], False at padding; None without padding
+
+
+class MemoryCache(NamedTuple):
+    """Keys and values of a `Memory`, f[layers, B, M, K, H], and its mask."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array | None
+
+
 class Past(NamedTuple):
     """The prefix that C branches of each row continue. It is read once and never copied."""
 
@@ -38,6 +53,7 @@ class Past(NamedTuple):
     # int32[B, C, W]: `origin[b, c, w]` is the branch that wrote position w of branch c. Reordering beams updates it instead of
     # copying the cache. None: no reordering.
     origin: jax.Array | None = None
+    memory: MemoryCache | None = None  # what all branches of a row read by cross-attention, if the decoder has it
 
     @property
     def length(self) -> jax.Array:
@@ -183,16 +199,21 @@ def init(lm: LanguageModel, key: jax.Array) -> dict:
     return lm.init(key, ids, method=lambda lm, ids: lm.logits(lm(lm.embed(ids))))["params"]
 
 
-def check_positions(needed: int, limit: int | None, what: str = "the tokens") -> None:
-    """Check while tracing, before anything is compiled, that a row fits.
+def check_positions(needed: int, limit: int | None, what: str = "the tokens", *, memory: bool = False) -> None:
+    """Check while tracing, before anything is compiled, that a row fits; `memory`: of a decoder with cross-attention.
 
     Raises:
       ValueError: the row needs more positions than the model has.
     """
-    if limit is not None and needed > limit:
+    if limit is None or needed <= limit:
+        return
+    if memory:
         raise ValueError(
-            f"config.model.llm.max_positions: {what} need {needed} positions, the model has {limit}; shorten the text"
+            f"config.model.decoder.max_positions: {what} need {needed} positions, the model has {limit}; shorten the text"
         )
+    raise ValueError(
+        f"config.model.llm.max_positions: {what} need {needed} positions, the model has {limit}; shorten the text"
+    )
 
 
 def longest(length: int, segments: jax.Array | None) -> int:
@@ -314,8 +335,7 @@ def attend(
 
 def _layer(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of one layer, positions before heads: f[..., S, K, H] each."""
-    axis = cache.k.ndim - 4
-    k, v = (jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False).swapaxes(-3, -2) for x in cache)
+    k, v = (jax.lax.dynamic_index_in_dim(x, layer, x.ndim - 4, keepdims=False).swapaxes(-3, -2) for x in cache)
     return k, v
 
 

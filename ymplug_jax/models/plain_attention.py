@@ -1,7 +1,8 @@
 """Attention in plain XLA, the definition that the fused kernels are compared with.
 
 Rows of up to `WHOLE` queries are one array of logits. Longer rows are computed in blocks of queries, each with the keys that a
-causal query of the block can see, and the backward pass recomputes a block's logits. So no array [B, N, L, S] exists.
+causal query of the block can see, and the backward pass recomputes a block's logits. So no array [B, N, L, S] exists. Without
+causality all blocks are alike and run in a loop, so that the logits of only one block exist at a time.
 """
 
 import contextlib
@@ -50,7 +51,28 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: Given) -> jax.Array:
     if length <= WHOLE or _UNDIVIDED.get():
         own = None if given.segments is None else (given.segments, given.segments)
         return _block(q, k, v, given, jnp.tri(length, keys, dtype=bool), own)
+    alike = all(x is None or x.ndim < 2 or x.shape[-2] == 1 for x in (given.mask, given.bias))
+    if alike and not given.causal and given.segments is None:
+        return _in_turn(q, k, v, given)
     return jnp.concatenate([_rows(q, k, v, given, start) for start in range(0, length, BLOCK)], axis=1)
+
+
+def _in_turn(q: jax.Array, k: jax.Array, v: jax.Array, given: Given) -> jax.Array:
+    """Blocks of queries that all see the same keys, one after the other in both passes."""
+    b, length, heads, width = q.shape
+    count = -(-length // BLOCK)
+    size = -(-length // count)
+    padded = jnp.pad(q, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(b, count, size, heads, width), 1, 0)  # [blocks, B, size, N, H]
+    every = jnp.ones((size, k.shape[1]), bool)
+
+    def run(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        number, q = block
+        key = None if given.key is None else jax.random.fold_in(given.key, number)
+        return _block(q, k, v, given._replace(key=key), every, None)
+
+    out = jax.lax.map(jax.checkpoint(run), (jnp.arange(count), blocks))
+    return jnp.moveaxis(out, 0, 1).reshape(b, count * size, heads, v.shape[-1])[:, :length]
 
 
 def _rows(q: jax.Array, k: jax.Array, v: jax.Array, given: Given, start: int) -> jax.Array:

@@ -54,6 +54,9 @@ class ConvAdapter(nn.Module):
 
     width: int  # Width of the bottleneck C.
     dtype: str  # Type of the computation.
+    activation: bool = (
+        True  # Applies quick GELU after the convolution; without it the adapter is linear after its norm.
+    )
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,5 +65,68 @@ class ConvAdapter(nn.Module):
         init, zeros = layers.torch_linear(d), nn.initializers.zeros
         y = layers.norm("norm", ADAPTER_EPS, self.dtype)(x)
         y = layers.Dense(self.width, kernel_init=init, bias_init=init, dtype=dtype, name="down")(y)  # [B, T, P, C]
-        y = quick_gelu(DepthwiseConv(self.dtype, name="conv")(layers.kept(y)))
+        y = DepthwiseConv(self.dtype, name="conv")(layers.kept(y))
+        y = quick_gelu(y) if self.activation else y
         return layers.kept(layers.Dense(d, kernel_init=zeros, bias_init=zeros, dtype=dtype, name="up")(y))
+
+
+class TubePatch(nn.Module):
+    """Linear projection of patches of one frame, or of three neighbouring ones; kernel [1 or 3, p, p, 3, D], without a bias.
+
+    Frames before the first and after the last one count as zeros.
+    """
+
+    patch_size: int  # Side of a patch in pixels.
+    stride: int  # Distance between the middle frames of two outputs; 0 projects frames one by one.
+    width: int  # Width of the output D.
+    std: float  # Standard deviation of the initial kernel.
+    dtype: str  # Type of the computation.
+
+    @nn.compact
+    def __call__(self, video: jax.Array) -> jax.Array:
+        """Project f[B, T, S, S, 3] -> f[B, T', P, D], patches row by row; T' is T, or (T - 1) // stride + 1."""
+        size, dtype = self.patch_size, jnp.dtype(self.dtype)
+        b, t, height, width, _ = video.shape
+        count = TAPS if self.stride else 1
+        shape = (count, size, size, 3, self.width)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), shape).astype(dtype)
+        padded = jnp.pad(video.astype(dtype), ((0, 0), (count // 2, count // 2), (0, 0), (0, 0), (0, 0)))
+        taps = jnp.stack([padded[:, i : i + t : self.stride or 1] for i in range(count)], axis=2)  # [B, T', taps, ...]
+        x = taps.reshape(b, -1, count, height // size, size, width // size, size, 3)
+        return jnp.einsum("btnypxqc,npqcd->btyxd", x, kernel).reshape(b, x.shape[1], -1, self.width)
+
+
+def inflate(kernel: jax.Array, taps: int, *, spread: bool = False) -> jax.Array:
+    """Make a kernel of `TubePatch` for one frame one for several: f[1, p, p, 3, D] -> f[taps, p, p, 3, D].
+
+    Args:
+      kernel: of one frame.
+      taps: number of frames that a patch reaches over.
+      spread: gives every frame an equal part of the kernel. Otherwise the middle frame gets all of it and the others get zeros,
+        so that the tower starts as it saw images.
+
+    Raises:
+      ValueError: the kernel already reaches over several frames.
+    """
+    if len(kernel) != 1:
+        raise ValueError(
+            f"patch/kernel: a kernel over {len(kernel)} frames cannot become one over {taps}; set config.model.vision.temporal_stride "
+            "as the checkpoint's model has it"
+        )
+    if spread:
+        return jnp.broadcast_to(kernel / taps, (taps, *kernel.shape[1:]))
+    return jnp.zeros((taps, *kernel.shape[1:]), kernel.dtype).at[taps // 2].set(kernel[0])
+
+
+def resize_patch(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`inflate` for a checkpoint whose patches see one frame: f[1, p, p, 3, D] -> f[taps, p, p, 3, D], the wanted shape.
+
+    Raises:
+      ValueError: the patches differ in more than their frames.
+    """
+    if kernel.shape[1:] != tuple(shape[1:]):
+        raise ValueError(
+            f"patch/kernel: the checkpoint's is {kernel.shape}, the model's {tuple(shape)}; set config.model.vision.patch_size and "
+            "config.model.vision.width as the checkpoint's model has them"
+        )
+    return inflate(kernel, shape[0])

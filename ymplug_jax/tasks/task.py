@@ -24,6 +24,7 @@ from ymplug_jax.data.records import Record, Split
 from ymplug_jax.models import language_models, layers
 from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.tasks import names
+from ymplug_jax.tasks.carried import Carried, Rows
 from ymplug_jax.tasks.kept_rows import KeptRows
 from ymplug_jax.tasks.presentation import Describe, Page, Score
 
@@ -85,10 +86,21 @@ class Task:
     measure: Callable[[Record], Size] | None = None
     room: Size | None = None  # capacity of an example
     apart: bool = False  # with several folders, every batch of training comes from one of them
+    carried: Carried | None = (
+        None  # state beside the parameters, such as a momentum teacher, with a training loss of its own
+    )
 
     def one(self, record: Record, rng: np.random.Generator | None) -> Example:
         """Return the example of a single record."""
         return self.example((record,) if self.measure else record, rng)
+
+    def training_loss(
+        self, params: Params, carried: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics, Rows]:
+        """Return (scalar loss, metrics, rows for `Carried.update`) of a training batch; without `carried` there are no rows."""
+        if self.carried is None:
+            return *self.loss(params, batch, key), {}
+        return self.carried.loss(params, carried, batch, key)
 
     def score_named(self, name: str) -> Score:
         """The score that `config.train.best` names.

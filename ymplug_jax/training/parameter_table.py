@@ -18,11 +18,12 @@ def table(run: Run, origin: Mapping[str, str] | None = None) -> str:
       origin: where each parameter path was loaded from; None leaves the column empty.
     """
     rows: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
-    for kind, tree in (("trained", run.state.trainable), ("frozen", run.held)):
+    for kind, tree in (("trained", run.state.trainable), ("frozen", run.held), ("carried", run.state.carried)):
         for path, leaf in state_lib.flatten(tree).items():
             axes = sorted({axis for axis in leaf.sharding.spec if axis})
             place = " x ".join(f"{axis}={run.mesh.shape[axis]}" for axis in axes) or "replicated"
-            key = (path.split("/")[0], kind, str(leaf.dtype), place, (origin or {}).get(path, ""))
+            source = "" if kind == "carried" else (origin or {}).get(path, "")
+            key = (path.split("/")[0], kind, str(leaf.dtype), place, source)
             rows[key][0] += 1
             rows[key][1] += int(np.prod(leaf.shape))
     head = ("subtree", "", "dtype", "sharding", "origin", "tensors", "parameters")

@@ -21,7 +21,7 @@ from ymplug_jax.data.source import open_split
 from ymplug_jax.models import kernels, lora
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
-from ymplug_jax.training import mixing
+from ymplug_jax.training import carried, mixing
 
 if TYPE_CHECKING:
     from ymplug_jax.core import checkpoint
@@ -128,7 +128,8 @@ def prepare(
         trainable,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
     )
-    state = TrainState(state_lib.stand_in((), "int32", whole), trainable, opt_state)
+    beside = carried.abstract(experiment, task, params, mesh)
+    state = TrainState(state_lib.stand_in((), "int32", whole), trainable, opt_state, beside)
     rate = optim.schedule(experiment.optim, warmup=warmup, total=total)
     held = quantize.abstract(frozen, task.axes) if train.frozen_dtype == "int8" else frozen
     off = frozenset() if train.fused_kernels else frozenset(kernels.KERNELS)
@@ -146,7 +147,8 @@ def _mixture(experiment: Experiment, task: Task, workdir: epath.Path | None) -> 
 
 def _check_rules(rules: Mapping[str, str], task: Task) -> None:
     """Check that each mesh rule maps an axis name of the model, or of the default rules, to a mesh axis."""
-    words = {word for _, axes in task.axes for word in axes.split()} | dict(config.Mesh().rules).keys()
+    axes = (*task.axes, *(task.carried.axes if task.carried else ()))
+    words = {word for _, named in axes for word in named.split()} | dict(config.Mesh().rules).keys()
     for word, axis in rules.items():
         if word not in words:
             raise Mistake(
@@ -270,7 +272,8 @@ def fresh_state(run: Run) -> tuple[TrainState, Params, dict[str, str]]:
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state.opt_state)
     opt_state = jax.jit(run.tx.init, out_shardings=places)(trainable)
     step = sharding.on_all_hosts(lambda: jax.numpy.int32(0), run.state.step.sharding)
-    return TrainState(step, trainable, opt_state), frozen, origin
+    beside = carried.fresh(run.task, params, run.state.carried, run.experiment.train.seed)
+    return TrainState(step, trainable, opt_state, beside), frozen, origin
 
 
 def fresh_params(run: Run) -> tuple[Params, dict[str, str]]:

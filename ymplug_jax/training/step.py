@@ -19,6 +19,7 @@ from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params, TrainState
 from ymplug_jax.models import kernel_check, kernels
+from ymplug_jax.tasks.carried import Rows
 from ymplug_jax.tasks.task import Batch, Task
 from ymplug_jax.training import setup
 from ymplug_jax.training.setup import Run
@@ -36,7 +37,8 @@ def make_train_step(
     """Return the pure training step `(state, frozen, batch, key) -> (state, metrics)`; the caller jits it.
 
     Only the trainable parameters have gradients. If the loss or the gradient norm is not finite, the step leaves parameters and
-    optimizer state unchanged, increments the step count and sets the metric `skipped` to 1.
+    optimizer state unchanged, increments the step count and sets the metric `skipped` to 1. What the task carries beside them is
+    updated once a step, from the updated parameters and the rows of the whole batch, and unchanged by a skipped step.
 
     Args:
       task: provides the loss and the bounds of parameters.
@@ -49,17 +51,21 @@ def make_train_step(
     def step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
 
-        def loss_of(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            return task.loss(state_lib.merge(trainable, frozen), micro, key)
+        def loss_of(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Metrics, Rows]]:
+            params = state_lib.merge(trainable, frozen)
+            loss, metrics, rows = task.training_loss(params, state.carried, micro, key)
+            return loss, (metrics, rows)
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         if accumulate == 1:
-            (loss, metrics), grads = gradient(state.trainable, batch, key)
+            (loss, (metrics, rows)), grads = gradient(state.trainable, batch, key)
         else:
-            loss, metrics, grads = _accumulated(gradient, state.trainable, batch, key, accumulate)
+            loss, metrics, rows, grads = _accumulated(gradient, state.trainable, batch, key, accumulate)
 
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        for row in jax.tree.leaves(rows):
+            finite &= jnp.isfinite(row).all()
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         lr = rate(state.step)
         trainable = jax.tree.map(lambda p, u: p - lr * u, state.trainable, updates)
@@ -68,10 +74,14 @@ def make_train_step(
             limited = {path: jnp.clip(flat[path], *limits) for path, limits in task.bounds.items() if path in flat}
             trainable = state_lib.unflatten(flat | limited)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        carried = state.carried
+        if task.carried is not None:
+            carried = task.carried.update(state_lib.merge(trainable, frozen), carried, rows)
         state = TrainState(
             step=state.step + 1,
             trainable=jax.tree.map(keep, trainable, state.trainable),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            carried=jax.tree.map(keep, carried, state.carried),
         )
         one = jnp.float32(1)
         extra = {
@@ -86,27 +96,29 @@ def make_train_step(
 
 def _accumulated(
     gradient: Callable[..., Any], trainable: Params, batch: Batch, key: jax.Array, parts: int
-) -> tuple[jax.Array, Metrics, Params]:
-    """Return (loss, metrics, gradients) averaged over micro-batches by the weight of their loss.
+) -> tuple[jax.Array, Metrics, Rows, Params]:
+    """Return (loss, metrics, rows, gradients); loss and gradients are averaged over micro-batches by the weight of their loss.
 
-    Row i of the batch goes to micro-batch i % parts, so that every device keeps its own rows.
+    Row i of the batch goes to micro-batch i % parts, so that every device keeps its own rows; the rows that the losses return are
+    put back into the order of the batch.
     """
     micro = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )  # [A, B/A, ...]
     first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(gradient, trainable, first, key)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (loss, (metrics, _)), grads = jax.eval_shape(gradient, trainable, first, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ((loss, metrics), grads))
 
-    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        (loss, metrics), grads = gradient(trainable, part[0], jax.random.fold_in(key, part[1]))
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, Rows]:
+        (loss, (metrics, rows)), grads = gradient(trainable, part[0], jax.random.fold_in(key, part[1]))
         weight = metrics["loss"].weight
         new = ((weight * loss, metrics), jax.tree.map(lambda g: weight * g, grads))
-        return jax.tree.map(jnp.add, total, new), None
+        return jax.tree.map(jnp.add, total, new), rows
 
-    ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (micro, jnp.arange(parts)))
+    ((loss, metrics), grads), rows = jax.lax.scan(add, zeros, (micro, jnp.arange(parts)))
+    rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)  # [A, B/A, ...] -> [B, ...]
     weight = jnp.maximum(metrics["loss"].weight, 1e-9)
-    return loss / weight, metrics, jax.tree.map(lambda g: g / weight, grads)
+    return loss / weight, metrics, rows, jax.tree.map(lambda g: g / weight, grads)
 
 
 def trace_step(run: Run) -> jax.stages.Traced:

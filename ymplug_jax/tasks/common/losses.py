@@ -98,13 +98,6 @@ def words_of(
     Returns:
       (sum of the cross-entropies, number of targets, number of correctly predicted targets), float32 scalars.
     """
-    length = hidden.shape[1]
-    parts = -(-length // max(positions, TOGETHER // hidden.shape[0]))
-    width = -(-length // parts)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, parts * width - length), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], parts, width, *x.shape[2:]), 1, 0)  # [parts, B, width, ...]
 
     def add(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
         states, labels, kept = part
@@ -115,8 +108,26 @@ def words_of(
 
     zero = jnp.float32(0)
     step = add if keep_logits else jax.checkpoint(add)
-    (loss, right), _ = jax.lax.scan(step, (zero, zero), (cut(hidden), cut(labels), cut(targets)))
+    (loss, right), _ = jax.lax.scan(step, (zero, zero), cut((hidden, labels, targets), positions))
     return loss, jnp.sum(targets, dtype=jnp.float32), right
+
+
+def cut(arrays: tuple[jax.Array, ...], positions: int) -> tuple[jax.Array, ...]:
+    """Cut arrays [B, L, ...] into parts of neighbouring positions, [parts, B, width, ...], padded with zeros at the end.
+
+    Args:
+      arrays: arrays of the same B and L.
+      positions: Positions of each row in a part. A small batch uses more, up to `TOGETHER` over all rows.
+    """
+    rows, length = arrays[0].shape[:2]
+    parts = -(-length // max(positions, TOGETHER // rows))
+    width = -(-length // parts)
+
+    def one(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, parts * width - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], parts, width, *x.shape[2:]), 1, 0)
+
+    return tuple(one(x) for x in arrays)
 
 
 def similarity(video: jax.Array, text: jax.Array) -> jax.Array:

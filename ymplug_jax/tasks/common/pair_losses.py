@@ -71,7 +71,28 @@ def choose_negatives(
       temperature: Scalar divisor.
       free: bool[G, B // G, B // G], the result of `allowed`.
     """
-    to_video, to_text = negative_logits(video, text, temperature, free)
+    return _drawn(key, *negative_logits(video, text, temperature, free), free)
+
+
+def choose_among(key: jax.Array, to_video: jax.Array, to_text: jax.Array, free: jax.Array) -> Negatives:
+    """Draw hard negatives with probability softmax(logits) over the allowed rows. No gradient.
+
+    Args:
+      key: PRNG key, split into one for the videos and one for the texts.
+      to_video: f32[B, B], similarities of texts to videos of the batch, divided by the temperature.
+      to_text: f32[B, B], of videos to texts.
+      free: bool[G, B // G, B // G], the result of `allowed`.
+    """
+    groups, size, _ = free.shape
+
+    def own(logits: jax.Array) -> jax.Array:  # [B, B] -> [G, b, b]
+        parts = jax.lax.stop_gradient(logits).reshape(groups, size, groups, size)
+        return jnp.where(free, jnp.einsum("gagb->gab", parts), -jnp.inf)
+
+    return _drawn(key, own(to_video), own(to_text), free)
+
+
+def _drawn(key: jax.Array, to_video: jax.Array, to_text: jax.Array, free: jax.Array) -> Negatives:
     for_text, for_video = jax.random.split(key)
     videos, texts = jax.random.categorical(for_text, to_video), jax.random.categorical(for_video, to_text)  # [G, b]
     return Negatives(videos.reshape(-1), texts.reshape(-1), jnp.any(free, axis=-1).reshape(-1))

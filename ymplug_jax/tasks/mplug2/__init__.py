@@ -1,0 +1,1 @@
+"""Tasks of mPLUG-2; `config.task` names them mplug2_FILE."""
