@@ -37,7 +37,7 @@ class Predictor:
         Raises:
           Mistake: settings that contradict each other, or converted parameters that do not fit the model of the settings.
         """
-        self.folder, self.whole_lines = source.folder, source.whole_lines
+        self.folder, self.whole_lines, self.introduction = source.folder, source.whole_lines, source.introduction
         self._local = tempfile.TemporaryDirectory(prefix="ymplug_jax_")
         data = dataclasses.replace(
             source.experiment.data,
