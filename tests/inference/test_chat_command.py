@@ -22,6 +22,7 @@ import chats
 import runs
 from answering import ROOT, draw_videos
 from ymplug_jax import predict as predict_lib
+from ymplug_jax.core import verified_read
 from ymplug_jax.data import conversation
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_path import resolve
@@ -227,6 +228,26 @@ def test_the_introduction_of_the_training(ask: Callable, home: Path, monkeypatch
     finally:
         Path("chat/introduction.txt").unlink()
     assert settings.of_run(epath.Path("chat")).introduction == conversation.SYSTEM
+
+
+def test_a_damaged_run_is_one_line(ask: Callable) -> None:
+    """That names the file in the run's folder; nothing of what reads it is printed."""
+    shutil.copytree("chat", "bad")
+    settings_file, vocabulary = Path("bad/config.json"), Path("bad/tokenizer/tokenizer.json")
+    text = settings_file.read_text(encoding="utf-8")
+    plain = json.loads(text)
+    plain["data"]["tokenizer"] = ""
+    settings_file.write_text(json.dumps(plain), encoding="utf-8")
+    line = "error: bad/config.json: damaged, config.data.tokenizer is empty; restore a copy"
+    assert ask("--checkpoint", "bad", "--question", "说") == (2, "", [line])
+    settings_file.write_text(text, encoding="utf-8")
+    vocabulary.write_text("", encoding="utf-8")
+    line = "error: bad: tokenizer bad/tokenizer/tokenizer.json: empty; download it again"
+    assert ask("--checkpoint", "bad", "--question", "说") == (2, "", [line])
+    manifest = Path("bad/checkpoints/frozen/manifest.ocdbt")
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    with pytest.raises(verified_read.Damaged, match=r"manifest\.ocdbt"):
+        verified_read.stored_in(epath.Path("bad/checkpoints/frozen").resolve())
 
 
 @pytest.mark.parametrize(

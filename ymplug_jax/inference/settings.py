@@ -59,6 +59,8 @@ def of_run(folder: epath.Path, needs: str = "") -> Source:
             raise Mistake(
                 f"{tokenizer}: the run's copy of its tokenizer is missing; copy the tokenizer that the run was trained with there"
             )
+    elif needs == "chat":
+        raise Mistake(f"{folder / run_folder.CONFIG}: damaged, config.data.tokenizer is empty; restore a copy")
     if (folder / run_folder.CLASSES).is_file():
         classes = folder / run_folder.CLASSES
     elif experiment.data.classes:
