@@ -230,7 +230,7 @@ def test_the_introduction_of_the_training(ask: Callable, home: Path, monkeypatch
     assert settings.of_run(epath.Path("chat")).introduction == conversation.SYSTEM
 
 
-def test_a_damaged_run_is_one_line(ask: Callable) -> None:
+def test_a_damaged_run_is_one_line(ask: Callable, capsys: pytest.CaptureFixture) -> None:
     """That names the file in the run's folder; nothing of what reads it is printed."""
     shutil.copytree("chat", "bad")
     settings_file, vocabulary = Path("bad/config.json"), Path("bad/tokenizer/tokenizer.json")
@@ -246,8 +246,9 @@ def test_a_damaged_run_is_one_line(ask: Callable) -> None:
     assert ask("--checkpoint", "bad", "--question", "说") == (2, "", [line])
     manifest = Path("bad/checkpoints/frozen/manifest.ocdbt")
     manifest.write_bytes(manifest.read_bytes()[:50])
-    with pytest.raises(verified_read.Damaged, match=r"manifest\.ocdbt"):
+    with pytest.raises(verified_read.Damaged, match="frozen: cannot be read"):
         verified_read.stored_in(epath.Path("bad/checkpoints/frozen").resolve())
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
