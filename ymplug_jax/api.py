@@ -230,6 +230,7 @@ class VideoModel:
         new_tokens: int = 256,
         seed: int = 0,
         context: int | None = None,
+        introduction: str | None = None,
         **rules: float,
     ) -> "Session":
         """Begin a conversation about videos and images.
@@ -248,6 +249,7 @@ class VideoModel:
           new_tokens: largest number of tokens of an answer.
           seed: of the draws.
           context: tokens of the whole conversation, media included; None: those of the training.
+          introduction: text before the first turn; "": none; None: that of the conversations of the training.
           **rules: fields of `ymplug_jax.models.decode_sampling.Rules`, such as temperature=0.7 and top_p=0.9. None: the likeliest tokens.
 
         Returns:
@@ -261,7 +263,7 @@ class VideoModel:
 
         self._must_offer("chat")
         style = chat_session.style_of(rules, beams=beams, new_tokens=new_tokens, seed=seed)
-        session = chat_session.Session(self.chat_model(), style, context=context)
+        session = chat_session.Session(self.chat_model(), style, context=context, introduction=introduction)
         session.show(arguments.one_or_more(video), arguments.one_or_more(image))
         return session
 

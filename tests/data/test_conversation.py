@@ -79,6 +79,46 @@ def test_a_question_starts_no_turn_and_asks_for_no_media() -> None:
     assert np.sum(ids == VIDEO) == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "introduction"),
+    [
+        ("S.\nHuman: q\nAI: a", "S."),
+        ("S.\n T \n\nHuman: <|video|>\nHuman: q\nAI: a", "S.\n T \n"),
+        ("S.\n<|video|>\nHuman: q\nAI: a", "S."),
+        ("S. <image> T\nHuman: q\nAI: a", ""),
+        ("S.\nAI: a", "S."),
+        ("Human: q\nAI: a", ""),
+        ("<image>\nHuman: q\nAI: a", ""),
+        ("AI: a", ""),
+        ("S.\nHuman: q", None),
+        ("", None),
+    ],
+)
+def test_introductions(text: str, introduction: str | None) -> None:
+    assert conversation.introduction_of(text) == introduction
+    if introduction is not None:
+        assert conversation.checked_introduction(introduction) == introduction.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Human: x",
+        "a\nAI: ",
+        "a\r\nHuman: b",
+        "\u3000AI: b",
+        "a\nHuman: ",
+        "<image>",
+        "a <|video|>",
+        "a\x1b[2J",
+        "\ud800",
+    ],
+)
+def test_an_introduction_is_no_turn(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^holds (turns or placeholders|the control character)"):
+        conversation.checked_introduction(text)
+
+
 def test_training_and_answering_agree_up_to_the_answer() -> None:
     text = conversation.prompt("second?", ["<|video|>"], [("first?", "yes")])
     ids = conversation.for_answering(text, WORDS, SLOTS)

@@ -41,7 +41,12 @@ def model_of(name: str, vocabulary: Path, *, whole_lines: bool = False, **data: 
     made = chats.experiment(chats.LMS[name], vocabulary)
     run, params = chats.run_of(made)
     predictor = SimpleNamespace(
-        folder=Path("run"), whole_lines=whole_lines, experiment=made, params=lambda: params, tracing=run.tracing
+        folder=Path("run"),
+        whole_lines=whole_lines,
+        introduction=conversation.SYSTEM,
+        experiment=made,
+        params=lambda: params,
+        tracing=run.tracing,
     )
     return ChatModel(predictor)
 
@@ -230,6 +235,26 @@ def test_transcripts_are_prompts() -> None:
     assert transcript(turns) == text
     later = transcript([turns[0], Turn(("<image>",), "这个呢？")])
     assert later.endswith("\nAI: 一只 猫。\nHuman: <image>\nHuman: 这个呢？\nAI: ")
+
+
+@pytest.mark.parametrize("introduction", ["", "看一看，答一答。", "两\n行"])
+def test_a_conversation_begins_with_its_introduction(opened: ChatModel, introduction: str) -> None:
+    """As the records of its training do; a change is read anew although the rest of the text is the same."""
+    session, slots = Session(opened, Style(new_tokens=3)), opened.model.abstractor.slots
+    session.ask("说").whole()
+    session.reset(f" {introduction}\r\n" if introduction else "")
+    assert session.ask("说").whole() is not None and session.transcript()["introduction"] == introduction
+    record = "\n".join([*([introduction] if introduction else []), "Human: 说\nAI: 好"])
+    assert conversation.introduction_of(record) == introduction
+    trained = conversation.for_training(record, opened.tokenizer, slots, 99)
+    count = int(np.argmax(trained.answer))
+    assert session._ids[:count] == session._read[:count] == trained.ids[:count].tolist()
+    alone = Session(opened, Style(new_tokens=3), introduction=introduction)
+    assert alone.ask("说").whole() == session.turns[0].answer
+    alone.reset()
+    assert alone.introduction == introduction
+    session.reset()
+    assert session.introduction == conversation.SYSTEM
 
 
 def test_a_turn_after_a_turn_has_the_tokens_of_the_whole_text(opened: ChatModel) -> None:

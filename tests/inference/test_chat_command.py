@@ -16,14 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 import chats
 import runs
 from answering import ROOT, draw_videos
 from ymplug_jax import predict as predict_lib
+from ymplug_jax.core import verified_read
+from ymplug_jax.data import conversation
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_path import resolve
-from ymplug_jax.inference import chat, chat_questions, chat_session
+from ymplug_jax.inference import chat, chat_questions, chat_session, settings
 from ymplug_jax.inference.chat_session import Session
 
 
@@ -189,6 +192,63 @@ def test_a_file_of_questions(ask: Callable, monkeypatch: pytest.MonkeyPatch) -> 
     Path("q.jsonl").write_text(text, encoding="utf-8")
     code, _, err = ask(*command)
     assert err[0] == "out.jsonl.part: 1 rows are already answered" and Path("out.jsonl").read_bytes() == whole
+
+
+def test_the_introduction_of_the_training(ask: Callable, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's own, that of a row, that of the command; part files of another one are not continued."""
+    read = chat_session.transcript
+    seen: list[str] = []
+    monkeypatch.setattr(chat_session, "transcript", lambda *given: (seen.append(given[1]), read(*given))[1])
+    rows = [{"question": "说", "prompt": prompt} for prompt in (None, "", " 自己的\n", "a\nAI: b", 3)]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ["--questions", "p.jsonl", "--out", "p.out"]
+    assert ask(*command, "--introduction", " 看 ")[0] == 1 and seen == ["看", "看", "自己的"]
+    answers = [json.loads(line) for line in Path("p.out").read_text(encoding="utf-8").splitlines()]
+    assert answers[2]["prompt"] == " 自己的\n" and [answer.get("error") for answer in answers[3:]] == [
+        'bad_row: "prompt" holds turns or placeholders; give only the text before the first turn',
+        'bad_row: "prompt" is not a text',
+    ]
+    seen.clear()
+    assert ask("--question", "说", "--introduction", "", "--json")[0] == 0 and seen == [""]
+    for bad in ("Human: x", "<image>"):
+        assert ask("--question", "说", "--introduction", bad) == (
+            2, "", ["error: --introduction: holds turns or placeholders; give only the text before the first turn"],
+        )  # fmt: skip
+    try:
+        Path("chat/introduction.txt").write_text("看一看\n", encoding="utf-8")
+        assert settings.of_run(epath.Path("chat")).introduction == "看一看"
+        for content, what in (
+            (b"\xff\n", "damaged, not UTF-8"),
+            (b"ab", "damaged, does not end"),
+            (b"AI: \n", "holds turns"),
+        ):
+            Path("chat/introduction.txt").write_bytes(content)
+            code, out, err = ask("--question", "说")
+            assert (code, out, len(err)) == (2, "", 1) and f"chat/introduction.txt: {what}" in err[0]
+    finally:
+        Path("chat/introduction.txt").unlink()
+    assert settings.of_run(epath.Path("chat")).introduction == conversation.SYSTEM
+
+
+def test_a_damaged_run_is_one_line(ask: Callable, capsys: pytest.CaptureFixture) -> None:
+    """That names the file in the run's folder; nothing of what reads it is printed."""
+    shutil.copytree("chat", "bad")
+    settings_file, vocabulary = Path("bad/config.json"), Path("bad/tokenizer/tokenizer.json")
+    text = settings_file.read_text(encoding="utf-8")
+    plain = json.loads(text)
+    plain["data"]["tokenizer"] = ""
+    settings_file.write_text(json.dumps(plain), encoding="utf-8")
+    line = "error: bad/config.json: damaged, config.data.tokenizer is empty; restore a copy"
+    assert ask("--checkpoint", "bad", "--question", "说") == (2, "", [line])
+    settings_file.write_text(text, encoding="utf-8")
+    vocabulary.write_text("", encoding="utf-8")
+    line = "error: bad: tokenizer bad/tokenizer/tokenizer.json: empty; download it again"
+    assert ask("--checkpoint", "bad", "--question", "说") == (2, "", [line])
+    manifest = Path("bad/checkpoints/frozen/manifest.ocdbt")
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    with pytest.raises(verified_read.Damaged, match="frozen: cannot be read"):
+        verified_read.stored_in(epath.Path("bad/checkpoints/frozen").resolve())
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

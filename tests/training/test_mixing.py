@@ -120,6 +120,7 @@ def test_a_killed_run_resumes_exactly(home: Path, straight: Path, killed: Path, 
     )
     assert runs.losses(changed)[12] != runs.losses(straight)[12]
     assert history(changed) == [[0, [1, 2], 0], [128, [9, 1], 0]]
+    assert all((run / "introduction.txt").read_text() == "\n" for run in (straight, changed))  # these talks have none
     again = copied(changed, "again")  # what the run wrote at its start must be enough after a second kill
     shutil.rmtree(again / "checkpoints" / "steps" / "12")
     sizes = again / "data" / "sizes.npz"

@@ -79,6 +79,32 @@ def test_the_copies_of_a_run_never_change(folder: Path):
     assert (folder / "run/tokenizer/a.model").read_bytes() == b"first"
 
 
+def test_a_killed_start_leaves_nothing_to_the_next_one(folder: Path):
+    """It wrote its copies but not config.json; the folder then begins with other files of the same names."""
+    Path("elsewhere").mkdir()
+    Path("elsewhere/a.model").write_bytes(b"other")
+    run_folder.write(experiment(data={"classes": "names.txt"}), "killed")
+    Path("killed/config.json").unlink()
+    run_folder.check(new := experiment(data={"tokenizer": "elsewhere/a.model"}), "killed")
+    run_folder.write(new, "killed")
+    assert (folder / "killed/tokenizer/a.model").read_bytes() == b"other" and not Path("killed/classes.txt").exists()
+    Path("killed/config.json").unlink()
+    run_folder.write(experiment(data={"tokenizer": "killed/tokenizer/a.model"}), "killed")  # from its own copy
+    assert (folder / "killed/tokenizer/a.model").read_bytes() == b"other"
+
+
+def test_a_trained_run_without_its_settings(folder: Path):
+    """Its copies are compared all the same."""
+    run_folder.write(experiment(data={"classes": "names.txt"}), "trained")
+    Path("trained/config.json").unlink()
+    Path("trained/checkpoints/steps/1").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    Path("elsewhere/a.model").write_bytes(b"other")
+    refused("differs from the tokenizer of the run", experiment(data={"tokenizer": "elsewhere/a.model"}), "trained")
+    refused("differs from the class names of the run", experiment(), "trained")
+    run_folder.check(experiment(data={"classes": "names.txt"}), "trained")
+
+
 def test_class_names_are_compared_regardless_of_encoding(folder: Path):
     new = experiment(data={"classes": "names.txt"})
     run_folder.write(new, "named")

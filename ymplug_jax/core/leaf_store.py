@@ -7,6 +7,17 @@ import tensorstore
 from etils import epath
 
 
+def check_manifest(place: epath.Path) -> None:
+    """Read the manifest of an Orbax item folder. Orbax reads it in many tasks at once, each of which prints a traceback if it is damaged.
+
+    Raises:
+      ValueError, OSError: the manifest is damaged.
+    """
+    if (place / "manifest.ocdbt").exists():
+        base = str(place) if "://" in str(place) else f"file://{place}"
+        tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{base}/"}).result().read("any").result()
+
+
 def open_leaf(place: epath.Path, path: str, *, cache: int = 0) -> tensorstore.TensorStore:
     """Open one parameter without reading its values.
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from ymplug_jax.core import leaf_checksums
+from ymplug_jax.core import leaf_checksums, leaf_store
 from ymplug_jax.core.exits import PlaceFailed
 
 GROUP = 2**30  # bytes read at a time, in the stored dtype
@@ -46,6 +46,7 @@ def stored_in(folder: epath.Path) -> dict[str, Any]:
       PlaceFailed: the folder cannot be reached.
     """
     what = f"the list of parameters in {folder}"
+    call(lambda: leaf_store.check_manifest(folder), folder, what)
     with ocp.PyTreeCheckpointer() as reader:
         found = call(lambda: reader.metadata(folder).item_metadata, folder, what)
     if found is None:

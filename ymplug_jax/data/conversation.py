@@ -29,6 +29,7 @@ IMAGE, VIDEO = -1, -2
 PLACEHOLDERS = {"<image>": IMAGE, "<|video|>": VIDEO}
 _MEDIA = "|".join(map(re.escape, PLACEHOLDERS))
 _TURN = re.compile(rf"({_MEDIA}|{HUMAN}|^{AI})", re.MULTILINE)
+_UNFIT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # control characters and half surrogate pairs
 _TURN_ANYWHERE = re.compile(rf"({_MEDIA}|{HUMAN}|{AI})")
 
 
@@ -43,15 +44,21 @@ class Tokens(NamedTuple):
         return int(np.sum(self.ids == kind)) // slots
 
 
-def prompt(question: str, media: Sequence[str] = ("<|video|>",), history: Sequence[tuple[str, str]] = ()) -> str:
+def prompt(
+    question: str,
+    media: Sequence[str] = ("<|video|>",),
+    history: Sequence[tuple[str, str]] = (),
+    introduction: str = SYSTEM,
+) -> str:
     """The text of a question, ready for an answer.
 
     Args:
       question: of the user; placeholders in it are removed, so that a text cannot ask for media that are not there.
       media: a placeholder for each image and clip, in order.
       history: (question, answer) of the turns before.
+      introduction: see `introduction_of`; "": none.
     """
-    lines = [SYSTEM, *(f"Human: {placeholder}" for placeholder in media)]
+    lines = [*([introduction] if introduction else []), *(f"Human: {placeholder}" for placeholder in media)]
     for asked, answered in history:
         lines += [f"Human: {plain(asked)}", f"AI: {plain(answered)}"]
     return "\n".join([*lines, f"Human: {plain(question)}", AI])
@@ -60,6 +67,34 @@ def prompt(question: str, media: Sequence[str] = ("<|video|>",), history: Sequen
 def plain(text: str) -> str:
     """The text without placeholders and as one line, so that it cannot start a turn."""
     return " ".join(re.sub(_MEDIA, " ", text).split())
+
+
+def introduction_of(text: str) -> str | None:
+    """The text before the first turn of a conversation, or before the line of its first medium; None if it has no answer.
+
+    Put before a conversation without one, with a line break between, it gives the tokens of the whole conversation again.
+    """
+    parts = pieces(f"\n{text}")
+    if AI not in parts:
+        return None
+    before, first = parts[0], parts[1] if len(parts) > 1 else ""
+    if before in (HUMAN, AI, *PLACEHOLDERS):
+        return ""
+    return (before if first == HUMAN else before.rpartition("\n")[0])[1:]
+
+
+def checked_introduction(text: str) -> str:
+    """An introduction from a user, without blanks around it; "" is none.
+
+    Raises:
+      ValueError: it would not stay one text before the first turn; the message says why.
+    """
+    text = text.replace("\r\n", "\n")
+    if any(len(pieces(f"\n{part}\n")) > 1 for part in (text, text.strip())):
+        raise ValueError("holds turns or placeholders; give only the text before the first turn")
+    if bad := _UNFIT.search(text):
+        raise ValueError(f"holds the control character U+{ord(bad[0]):04X}; leave it out")
+    return text.strip()
 
 
 def for_training(text: str, tokenizer: Tokenizer, slots: int, limit: int, *, reference: bool = False) -> Tokens:

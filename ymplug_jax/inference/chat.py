@@ -56,6 +56,7 @@ class ChatModel:
         self.folder = predictor.folder
         # Published weights were used with whole lines, see `conversation.for_answering`; their conversion says so.
         self.piecewise = not predictor.whole_lines
+        self.introduction = predictor.introduction  # of the conversations that the model was trained on
         self._predictor, self._data = predictor, predictor.experiment.data
         self.model: MPLUGChat = build(MPLUGChat, predictor.experiment.model)
         self.tokenizer = load_tokenizer(self._data.tokenizer)

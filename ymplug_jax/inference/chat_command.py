@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, style: Style, model: ChatModel) -> int:
     """
     if args.questions:
         return chat_questions.answer_all(args, style, model)
-    session = Session(model, style, context=args.context)
+    session = Session(model, style, context=args.context, introduction=args.introduction)
     session.show(args.video, args.image or [])
     if args.question:
         for question in args.question:

@@ -20,7 +20,7 @@ from ymplug_jax.inference.chat_session import Session, Style
 from ymplug_jax.inference.wording import shown
 
 LONGEST_LINE = 2**20  # bytes
-KEYS = ("video", "image", "question")
+KEYS = ("video", "image", "question", "prompt")
 
 
 class Row(NamedTuple):
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     video: tuple[str, ...] = ()
     image: tuple[str, ...] = ()
     question: str = ""
+    introduction: str | None = None  # None: that of the command, or else of the run
     problem: str = ""  # why it is rejected: "REASON: DETAIL"
 
 
@@ -49,9 +50,9 @@ def answer_all(args: argparse.Namespace, style: Style, model: ChatModel) -> int:
     _check_out(out)
     if not root.is_dir():
         raise Mistake(f"--video_root {root}: no such folder; give the folder of the files")
-    session = Session(model, style, context=args.context)
+    session = Session(model, style, context=args.context, introduction=args.introduction)
     identity = {
-        "checkpoint": str(model.folder), "step": checkpoint_files.latest_step(str(model.folder)), "questions": len(rows), "context": session.context, "video_root": str(root.resolve()),
+        "checkpoint": str(model.folder), "step": checkpoint_files.latest_step(str(model.folder)), "questions": len(rows), "context": session.context, "introduction": session.introduction, "video_root": str(root.resolve()),
         "style": dataclasses.asdict(style.rules) | {"beams": style.beams, "new_tokens": style.new_tokens, "seed": style.seed},
     }  # fmt: skip
     rejected: Counter[str] = Counter()
@@ -131,7 +132,14 @@ def _row(number: int, line: bytes) -> Row:
             {key: given.get(key) for key in KEYS if key in given},
             problem=f'bad_row: "{taken[0]}" is written by this command',
         )
-    return Row(number, given, media["video"], media["image"], question)
+    introduction = given.get("prompt")
+    if introduction is not None and not isinstance(introduction, str):
+        return Row(number, given, problem='bad_row: "prompt" is not a text')
+    try:
+        introduction = conversation.checked_introduction(introduction or "")
+    except ValueError as error:
+        return Row(number, given, problem=f'bad_row: "prompt" {error}')
+    return Row(number, given, media["video"], media["image"], question, introduction or None)
 
 
 def _answered(session: Session, row: Row, root: Path) -> dict[str, str]:
@@ -142,7 +150,7 @@ def _answered(session: Session, row: Row, root: Path) -> dict[str, str]:
         files = [[str(resolve(str(root), name)) for name in names] for names in (row.video, row.image)]
     except Reject as reject:
         return {"error": ": ".join(map(str, reject.args))}
-    session.reset()
+    session.reset(row.introduction)
     try:
         session.show(*files)
         answer = session.ask(row.question)

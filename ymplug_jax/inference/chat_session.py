@@ -64,6 +64,18 @@ def style_of(rules: Mapping[str, float], *, beams: int = 1, new_tokens: int = 25
     return Style(made, beams, new_tokens, seed)
 
 
+def introduction_from(text: str) -> str:
+    """A checked introduction, see `conversation.checked_introduction`.
+
+    Raises:
+      Mistake: it holds turns, placeholders or control characters.
+    """
+    try:
+        return conversation.checked_introduction(text)
+    except ValueError as error:
+        raise Mistake(f"introduction: {error}") from None
+
+
 class Answer(Iterator[str]):
     """An answer while it is generated: an iterator over pieces of text.
 
@@ -105,27 +117,50 @@ class Session:
       media: images and clips of the conversation, in order.
     """
 
-    def __init__(self, model: ChatModel, style: Style | None = None, *, context: int | None = None):
+    def __init__(
+        self,
+        model: ChatModel,
+        style: Style | None = None,
+        *,
+        context: int | None = None,
+        introduction: str | None = None,
+    ):
         """Begin a conversation.
 
         Args:
           model: shared by any number of sessions.
           style: how answers are generated; None: the likeliest tokens.
           context: tokens that the conversation may take; None: those of the model's training.
+          introduction: text before the first turn; "": none; None: that of the model's training.
 
         Raises:
-          Mistake: the model cannot hold `context`, or the decoder has too few tokens for the beams.
+          Mistake: the model cannot hold `context`, the introduction holds turns or placeholders, or the decoder has too few tokens for
+            the beams.
         """
         self.model, self._style = model, style or Style()
         self.context = model.checked_context(context)
         if self._style.beams > 1 and 2 * self._style.beams > model.model.llm.vocab:
             raise Mistake(f"beams {self._style.beams}: too many for {model.model.llm.vocab} tokens; give fewer")
+        self._own = model.introduction if introduction is None else introduction_from(introduction)
         self._stream: Stream | None = None
         self._answer: Answer | None = None
         self.reset()
 
-    def reset(self) -> None:
-        """Forget the conversation and its media."""
+    @property
+    def introduction(self) -> str:
+        """Text before the first turn of the conversation; "" is none."""
+        return self._introduction
+
+    def reset(self, introduction: str | None = None) -> None:
+        """Forget the conversation and its media.
+
+        Args:
+          introduction: of the next conversation only; None: that of the session.
+
+        Raises:
+          Mistake: the introduction holds turns or placeholders.
+        """
+        self._introduction = self._own if introduction is None else introduction_from(introduction)
         self._end_answer()
         self.turns: list[Turn] = []
         self.ended: list[str] = []
@@ -182,7 +217,7 @@ class Session:
         return answer
 
     def transcript(self) -> dict[str, Any]:
-        """The conversation as JSON: the checkpoint, and media, question, answer and reason of its end for each turn."""
+        """The conversation as JSON: checkpoint, introduction, and media, question, answer and reason of its end for each turn."""
         self._end_answer()
         media, turns = iter(self.media), []
         for turn, ended in zip(self.turns, self.ended, strict=True):
@@ -194,7 +229,7 @@ class Session:
                 "answer": turn.answer,
                 "ended": ended,
             })  # fmt: skip
-        return {"checkpoint": str(self.model.folder), "turns": turns}
+        return {"checkpoint": str(self.model.folder), "introduction": self._introduction, "turns": turns}
 
     def _end_answer(self) -> None:
         """Stop an answer that its reader left."""
@@ -208,7 +243,7 @@ class Session:
         if self.model.piecewise and self.turns:  # answers stay as they were generated
             new = conversation.for_answering(f"{asked(turn)}\n{conversation.AI}", tokenizer, slots)[1:]
             return [*self._ids, *new.tolist()]
-        whole = transcript([*self.turns, turn])
+        whole = transcript([*self.turns, turn], self._introduction)
         return conversation.for_answering(whole, tokenizer, slots, piecewise=self.model.piecewise).tolist()
 
     def _answered(self, answer: Answer, turn: Turn, ids: list[int]) -> Iterator[str]:

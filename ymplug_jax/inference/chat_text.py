@@ -16,12 +16,12 @@ class Turn(NamedTuple):
     answer: str = ""
 
 
-def transcript(turns: Sequence[Turn]) -> str:
+def transcript(turns: Sequence[Turn], introduction: str = conversation.SYSTEM) -> str:
     """The text of a conversation that ends where the last turn's answer begins; media may be shown at any turn.
 
-    It equals `conversation.prompt` if all media come with the first turn.
+    It equals `conversation.prompt` if all media come with the first turn. An `introduction` of "" is left out.
     """
-    lines = [conversation.SYSTEM]
+    lines = [introduction] if introduction else []
     for turn in turns[:-1]:
         lines += [asked(turn).strip("\n"), conversation.AI + conversation.plain(turn.answer)]
     return "\n".join([*lines, asked(turns[-1]).strip("\n"), conversation.AI])

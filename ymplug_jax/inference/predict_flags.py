@@ -17,7 +17,7 @@ ONLY_FOR = {
     "title": "classify", "text": "retrieve", "index": "retrieve", "export": "retrieve", "rank": "retrieve",
     "image": "chat", "question": "chat", "questions": "chat", "out": "chat", "video_root": "chat", "tokenizer": "chat",
     "temperature": "chat", "top_k": "chat", "top_p": "chat", "repetition_penalty": "chat", "no_repeat_ngram": "chat",
-    "int8": "chat", "beams": "chat", "new_tokens": "chat", "seed": "chat", "context": "chat",
+    "int8": "chat", "beams": "chat", "new_tokens": "chat", "seed": "chat", "context": "chat", "introduction": "chat",
 }  # fmt: skip
 RULES = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram")  # fields of `decode_sampling.Rules`
 
@@ -74,7 +74,7 @@ def _chat_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [
         add("--image", nargs="+", action="extend", help="chat: image files, shown after the videos"),
         add("--question", nargs="+", action="extend", help="chat: ask these questions, one after the other, and end"),
-        add("--questions", type=Path, help='chat: answer every line {"video": [...], "image": [...], "question": TEXT} of this file'),
+        add("--questions", type=Path, help='chat: answer every line {"video": [...], "image": [...], "question": TEXT, "prompt": INTRODUCTION} of this file'),
         add("--out", type=Path, help="chat: write the answers to --questions to this file"),
         add("--video_root", type=Path, help="chat: folder of the files that --questions names (default: the current folder)"),
         add("--tokenizer", help="chat: tokenizer file of converted weights that hold none"),
@@ -87,6 +87,7 @@ def _chat_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         add("--beams", type=int, help="chat: beam search of this width; answers appear at once (default 1: none)"),
         add("--new_tokens", type=int, help="chat: largest number of tokens of an answer (default 256)"),
         add("--seed", type=int, help="chat: of the draws (default 0)"),
+        add("--introduction", help='chat: text before the first turn; "" for none (default: that of the conversations of the training)'),
         add("--context", type=int, help="chat: largest number of tokens of a conversation (default: that of the training)"),
     ]  # fmt: skip
 
@@ -149,6 +150,11 @@ def check_chat(args: argparse.Namespace) -> "Style":
     from ymplug_jax.data import conversation
     from ymplug_jax.inference import chat_session
 
+    if args.introduction is not None:
+        try:
+            args.introduction = chat_session.introduction_from(_as_text("introduction", args.introduction))
+        except Mistake as error:
+            raise Mistake(f"--{str(error).removeprefix('--')}") from None
     for text in args.question:
         if not conversation.plain(text):
             raise Mistake(f"--question {text!r}: nothing is left of it; give words")

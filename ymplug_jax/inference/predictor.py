@@ -37,7 +37,7 @@ class Predictor:
         Raises:
           Mistake: settings that contradict each other, or converted parameters that do not fit the model of the settings.
         """
-        self.folder, self.whole_lines = source.folder, source.whole_lines
+        self.folder, self.whole_lines, self.introduction = source.folder, source.whole_lines, source.introduction
         self._local = tempfile.TemporaryDirectory(prefix="ymplug_jax_")
         data = dataclasses.replace(
             source.experiment.data,
@@ -54,7 +54,8 @@ class Predictor:
             if source.converted:  # a run was compared with its settings when it began
                 checkpoint.load_params(str(self.folder), self._abstract, values=False)
         except (ValueError, FileNotFoundError) as error:
-            raise Mistake(f"{self.folder}: {error}") from None
+            text = str(error).replace(data.tokenizer, str(source.tokenizer)) if data.tokenizer else str(error)
+            raise Mistake(f"{self.folder}: {text}") from None
         self._params: Params | None = None
         self._ready: Callable[[Params, Example], dict[str, jax.Array]] | None = None
 

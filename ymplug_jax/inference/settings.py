@@ -14,8 +14,9 @@ from etils import epath
 from ymplug_jax.core import checkpoint_files, config, config_file
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
+from ymplug_jax.data import conversation
 from ymplug_jax.tasks import names, options
-from ymplug_jax.training import run_folder
+from ymplug_jax.training import introductions, run_folder
 
 
 class Source(NamedTuple):
@@ -27,6 +28,7 @@ class Source(NamedTuple):
     classes: epath.Path | None  # None: the 45 categories of Youku-mPLUG
     converted: bool = False  # from another program's checkpoint, not trained here
     whole_lines: bool = False  # chat: prompts are tokenised as the published weights' program does
+    introduction: str = conversation.SYSTEM  # chat: text before the first turn, "" for none
 
 
 def is_conversion(folder: epath.Path) -> bool:
@@ -35,7 +37,7 @@ def is_conversion(folder: epath.Path) -> bool:
 
 
 def of_run(folder: epath.Path, needs: str = "") -> Source:
-    """The settings of a run and its own copies of tokenizer and class names.
+    """The settings of a run, its own copies of tokenizer and class names, and the introduction of its conversations.
 
     The copies count, because the files that the settings name may be gone or changed.
 
@@ -57,13 +59,15 @@ def of_run(folder: epath.Path, needs: str = "") -> Source:
             raise Mistake(
                 f"{tokenizer}: the run's copy of its tokenizer is missing; copy the tokenizer that the run was trained with there"
             )
+    elif needs == "chat":
+        raise Mistake(f"{folder / run_folder.CONFIG}: damaged, config.data.tokenizer is empty; restore a copy")
     if (folder / run_folder.CLASSES).is_file():
         classes = folder / run_folder.CLASSES
     elif experiment.data.classes:
         raise Mistake(
             f"{folder / run_folder.CLASSES}: the run's class names are missing; copy the file that the run was trained with there"
         )
-    return Source(folder, experiment, tokenizer, classes)
+    return Source(folder, experiment, tokenizer, classes, introduction=introductions.read(folder))
 
 
 def of_conversion(

@@ -75,6 +75,8 @@ class Task:
     scores: tuple[Score, ...] = ()  # scores that an evaluation may report, in display order
     page: Page = dataclasses.field(default_factory=Page)  # how the report shows the readable rows
     describe: Mapping[str, Describe] = dataclasses.field(default_factory=dict)  # command of `predict` -> its answer
+    # Training split -> text before the first turn of its conversations, kept in the run's folder for `predict chat`. None: no such text.
+    introduction: Callable[[Split], str] | None = None
     chats: bool = False  # the model is an `MPLUGChat`, with which `predict chat` holds conversations
     embeds: bool = False  # "video" and "text" of a row are unit vectors, f32[E], which `predict retrieve` ranks
     fresh: tuple[str, ...] = ()  # path regexes that may be missing from `init_from`, e.g. new heads

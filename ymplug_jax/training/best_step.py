@@ -17,7 +17,7 @@ from ymplug_jax.core.checkpoint_files import BEST, place_of, steps_of
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.state import TrainState
-from ymplug_jax.training import run_folder
+from ymplug_jax.training import introductions, run_folder
 
 NOTE = "best.json"  # {"score": name, "value": float, "step": int} in WORKDIR/best
 
@@ -72,6 +72,7 @@ class Best:
             checkpoints.save(state, step, examples_seen)
         if jax.process_index() == 0:
             with place_of(self._folder):
+                introductions.copy(self._folder.parent, self._folder)
                 run_folder.write(self._experiment, self._folder)
                 note = {"score": self._name, "value": value, "step": step}
                 (self._folder / NOTE).write_text(json.dumps(note) + "\n", encoding="utf-8")

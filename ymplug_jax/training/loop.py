@@ -22,7 +22,7 @@ from ymplug_jax.data.records import CorruptRecord
 from ymplug_jax.data.source import open_split
 from ymplug_jax.reports.curves import draw_curve
 from ymplug_jax.tasks.task import Batch
-from ymplug_jax.training import evaluate, mixing, model_card, parameter_table, run_folder, setup
+from ymplug_jax.training import evaluate, introductions, mixing, model_card, parameter_table, run_folder, setup
 from ymplug_jax.training import step as step_lib
 from ymplug_jax.training.best_step import Best
 from ymplug_jax.training.setup import Run
@@ -88,9 +88,9 @@ class _Training:
         stop.listen()
         if first:
             with place_of(workdir):
+                introductions.write(run, workdir, self._start)
                 run_folder.write(run.experiment, workdir)
-                if self._mixture:
-                    self._mixture.write(workdir)
+                mixing.write(self._mixture, workdir)
         model_card.begin(run, workdir, origin, self._start)
         checkpoints.save_frozen(frozen, run.frozen)
         self._frozen = setup.hold(run, frozen)

@@ -166,14 +166,17 @@ class Begun:
     changes: tuple[Change, ...]
     order: Order
 
-    def write(self, workdir: epath.Path) -> None:
-        """Write both files, on one process, once the run has passed its checks."""
-        folder = workdir / record_sizes.FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.plan.sizes is not None:
-            record_sizes.write(workdir, self.plan.key, self.plan.seed, self.plan.sizes, self.plan.examples)
-        history = {**self.plan.facts(), "history": [list(change) for change in self.changes]}
-        run_folder.write_whole(folder / HISTORY, (json.dumps(history, indent=1) + "\n").encode())
+
+def write(begun: Begun | None, workdir: epath.Path) -> None:
+    """Write both files, on one process, once the run has passed its checks; nothing for one folder without packing."""
+    if begun is None:
+        return
+    plan, folder = begun.plan, workdir / record_sizes.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    if plan.sizes is not None:
+        record_sizes.write(workdir, plan.key, plan.seed, plan.sizes, plan.examples)
+    history = {**plan.facts(), "history": [list(change) for change in begun.changes]}
+    run_folder.write_whole(folder / HISTORY, (json.dumps(history, indent=1) + "\n").encode())
 
 
 def begin(plan: Plan | None, workdir: epath.Path, seen: int) -> Begun | None:

@@ -8,13 +8,9 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 from etils import epath
 
 from ymplug_jax.core import checkpoint_files, config
@@ -22,6 +18,7 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks.common import preprocess
+from ymplug_jax.training import environment
 
 CONFIG = "config.json"
 CLASSES = "classes.txt"
@@ -75,7 +72,12 @@ def check(experiment: Experiment, workdir: str | epath.Path) -> None:
         _check_same_run(old, experiment, folder)
         _check_same_tokenizer(old, experiment, folder)
         _check_same_classes(old, experiment, folder)
-    elif experiment.data.classes:
+        return
+    if checkpoint_files.latest_step(str(folder)) is not None:  # config.json was deleted
+        _check_same_tokenizer(experiment, experiment, folder)
+        if (folder / CLASSES).exists():
+            _check_same_classes(experiment, experiment, folder)
+    if experiment.data.classes:
         preprocess.class_names(experiment.data)
 
 
@@ -288,20 +290,24 @@ def write(experiment: Experiment, workdir: str | epath.Path) -> None:
         ]
         if changed:
             logging.warning("%s: settings differ from those stored in this folder: %s", folder, "; ".join(changed))
+    # Copies of a start that was killed before it wrote config.json may be of other settings.
+    keep = old is not None or checkpoint_files.latest_step(str(folder)) is not None
     # Write config.json last: its presence implies complete copies.
     if experiment.data.tokenizer:  # inference needs it even when the data are gone
         source = checkpoint_files.folder_of(experiment.data.tokenizer)
         (folder / TOKENIZER).mkdir(exist_ok=True)
-        _copy(source, folder / TOKENIZER / source.name)
+        _copy(source, folder / TOKENIZER / source.name, keep)
     if experiment.data.classes:
-        _copy(checkpoint_files.folder_of(experiment.data.classes), folder / CLASSES)
-    write_whole(folder / ENVIRONMENT, (json.dumps(_facts(), indent=2) + "\n").encode())
+        _copy(checkpoint_files.folder_of(experiment.data.classes), folder / CLASSES, keep)
+    elif not keep:
+        (folder / CLASSES).unlink(missing_ok=True)
+    write_whole(folder / ENVIRONMENT, (json.dumps(environment.facts(), indent=2) + "\n").encode())
     write_whole(path, text.encode())
 
 
-def _copy(source: epath.Path, target: epath.Path) -> None:
-    """Copy the file unless `target` exists: the first copy is the one the parameters were trained with."""
-    if not target.exists():
+def _copy(source: epath.Path, target: epath.Path, keep: bool) -> None:
+    """Copy the file unless `target` exists and is to be kept: the first copy is the one the parameters were trained with."""
+    if not (keep and target.exists()):
         write_whole(target, source.read_bytes())
 
 
@@ -317,20 +323,6 @@ def write_whole(path: epath.Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-
-
-def _facts() -> dict[str, Any]:
-    """Return the content of environment.json: command, folder, devices and library versions of this process."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ymplug_jax")
-    return {
-        "command": sys.argv,
-        "folder": os.getcwd(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": [str(device.device_kind) for device in jax.devices()],
-        "processes": jax.process_count(),
-        "versions": {name: metadata.version(name) for name in names},
-    }
 
 
 def _plain(tree: Any) -> Any:

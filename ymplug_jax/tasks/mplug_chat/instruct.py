@@ -18,7 +18,7 @@ from ymplug_jax.data.records import Record
 from ymplug_jax.models.mplug_chat import MPLUGChat
 from ymplug_jax.tasks.common import preprocess
 from ymplug_jax.tasks.common.passes import within
-from ymplug_jax.tasks.mplug_chat import answer_page, answer_scores, answering, packed_rows, passes
+from ymplug_jax.tasks.mplug_chat import answer_page, answer_scores, answering, introduction, packed_rows, passes
 from ymplug_jax.tasks.mplug_chat.packed_rows import Piece
 from ymplug_jax.tasks.options import build, option
 from ymplug_jax.tasks.task import Batch, Example, Task
@@ -87,6 +87,7 @@ def make(experiment: Experiment) -> Task:
         measure=measure,
         room=shape.room,
         chats=True,
+        introduction=introduction.of_split,
         predict=predict,
         asked_spec=answering.spec(shape.length, options.choices, options.choice_tokens),
         views=lambda records: answering.views(
