@@ -8,11 +8,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from etils import epath
 
 from ymplug_jax.core import checkpoint, checkpoint_files, config
 from ymplug_jax.core.config import Data, Experiment, Train
 from ymplug_jax.core.exits import Mistake
-from ymplug_jax.training import run_folder
+from ymplug_jax.training import environment, run_folder
 
 MODEL = {"llm": {"vocab": 64, "heads": 2, "remat": "none"}, "vision": {"width": 16}}
 
@@ -77,6 +78,22 @@ def test_the_copies_of_a_run_never_change(folder: Path):
     Path("a.model").write_bytes(b"changed under its name")
     run_folder.write(experiment(), "run")
     assert (folder / "run/tokenizer/a.model").read_bytes() == b"first"
+
+
+def test_changed_copies_are_refused(folder: Path):
+    """Another tokenizer of the same name in the run's folder would change the meaning of every id."""
+    kept = Path("run/tokenizer/a.model")
+    kept.write_bytes(b"other")
+    refused(
+        "run/tokenizer/a.model: not the file that the run began with", new := experiment(data={"tokenizer": str(kept)})
+    )
+    run_folder.write(new, "run")  # the digest of the first start stays
+    refused("not the file that the run began with", new)
+    kept.write_bytes(b"first")
+    run_folder.check(experiment(), "run")
+    Path("run/environment.json").write_text("{}")  # of an earlier version
+    kept.write_bytes(b"other")
+    environment.check(epath.Path("run"))
 
 
 def test_a_killed_start_leaves_nothing_to_the_next_one(folder: Path):

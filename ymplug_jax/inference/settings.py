@@ -16,7 +16,7 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import conversation
 from ymplug_jax.tasks import names, options
-from ymplug_jax.training import introductions, run_folder
+from ymplug_jax.training import environment, introductions, run_folder
 
 
 class Source(NamedTuple):
@@ -46,7 +46,7 @@ def of_run(folder: epath.Path, needs: str = "") -> Source:
       needs: command of `ymplug_jax.predict` that the run's task must answer; "": any task.
 
     Raises:
-      Mistake: the folder holds no run with a checkpoint, the settings are damaged, the task does not answer `needs`, or a copy is missing.
+      Mistake: the folder holds no run with a checkpoint, the settings are damaged, the task does not answer `needs`, or a copy is missing or has changed.
     """
     experiment = _stored_settings(folder)
     check_task(experiment.task, folder, needs)
@@ -67,6 +67,7 @@ def of_run(folder: epath.Path, needs: str = "") -> Source:
         raise Mistake(
             f"{folder / run_folder.CLASSES}: the run's class names are missing; copy the file that the run was trained with there"
         )
+    environment.check(folder)
     return Source(folder, experiment, tokenizer, classes, introduction=introductions.read(folder))
 
 

@@ -26,7 +26,7 @@ from ymplug_jax.data.source import folders_of
 from ymplug_jax.reports import score_table
 from ymplug_jax.reports.evaluation_report import command_of
 from ymplug_jax.tasks import names, options
-from ymplug_jax.training import best_step, run_folder
+from ymplug_jax.training import best_step, environment, run_folder
 from ymplug_jax.training.setup import Run
 
 NAME = "MODEL_CARD.md"
@@ -181,7 +181,7 @@ def _data_set(path: str, rows: list[tuple[str, str]]) -> str:
     rows = [("Path", f"`{path}`"), *rows]
     file = _manifest_of(path)
     if file.is_file():
-        rows.append((f"SHA-256 of `{file.name}`", f"`{run_folder.digest(file)}`"))
+        rows.append((f"SHA-256 of `{file.name}`", f"`{environment.digest(file)}`"))
     if file.name != schema.MANIFEST:
         return _table(("", ""), rows)
     manifest = _json_in(file)

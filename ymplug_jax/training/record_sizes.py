@@ -27,7 +27,7 @@ from ymplug_jax.data.packing import Packed, Size
 from ymplug_jax.data.records import Split
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks.task import Task
-from ymplug_jax.training import run_folder
+from ymplug_jax.training import environment, run_folder
 
 FOLDER = "data"  # in the folder of a run
 FILE = "sizes.npz"
@@ -63,7 +63,7 @@ def key_of(experiment: Experiment, task: Task, prints: Sequence[str]) -> str:
         "model": config.settings_of(experiment.model),
         "data": {name: value for name, value in data.items() if name not in FREE},
         "options": config.settings_of(options.build(options.class_of(experiment.task), experiment.options)),
-        "tokenizer": run_folder.digest(checkpoint_files.folder_of(tokenizer)) if tokenizer else "",
+        "tokenizer": environment.digest(checkpoint_files.folder_of(tokenizer)) if tokenizer else "",
         "room": list(room_of(task)),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

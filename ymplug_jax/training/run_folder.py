@@ -4,7 +4,6 @@ The copies of the tokenizer and the class names never change, because they defin
 The checks run first and write nothing; `write` is called once a run has passed them.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,9 +20,8 @@ from ymplug_jax.tasks.common import preprocess
 from ymplug_jax.training import environment
 
 CONFIG = "config.json"
-CLASSES = "classes.txt"
-ENVIRONMENT = "environment.json"
-TOKENIZER = "tokenizer"
+ENVIRONMENT = environment.FILE
+TOKENIZER, CLASSES = environment.TOKENIZER, environment.CLASSES
 # Orbax globs the full path for the parts of a checkpoint, so these characters would act as patterns or escapes.
 UNREADABLE = "[*?\\\0"
 # Model settings that may change on resume: they affect computation or regularization, not the meaning of parameters.
@@ -69,6 +67,7 @@ def check(experiment: Experiment, workdir: str | epath.Path) -> None:
     _check_place(folder)
     if (folder / CONFIG).exists():
         old = read_settings(folder)
+        environment.check(folder)
         _check_same_run(old, experiment, folder)
         _check_same_tokenizer(old, experiment, folder)
         _check_same_classes(old, experiment, folder)
@@ -261,14 +260,9 @@ def kept_tokenizer(workdir: str | epath.Path, experiment: Experiment | None = No
 def same_content(one: epath.Path, other: epath.Path) -> bool:
     """Return whether two files have the same content; True if one cannot be read, which its reader reports."""
     try:
-        return digest(one) == digest(other)
+        return environment.digest(one) == environment.digest(other)
     except OSError:
         return True
-
-
-def digest(path: epath.Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write(experiment: Experiment, workdir: str | epath.Path) -> None:
@@ -301,7 +295,8 @@ def write(experiment: Experiment, workdir: str | epath.Path) -> None:
         _copy(checkpoint_files.folder_of(experiment.data.classes), folder / CLASSES, keep)
     elif not keep:
         (folder / CLASSES).unlink(missing_ok=True)
-    write_whole(folder / ENVIRONMENT, (json.dumps(environment.facts(), indent=2) + "\n").encode())
+    digests = environment.digests(folder) | (environment.stored(folder) if keep else {})
+    write_whole(folder / ENVIRONMENT, (json.dumps(environment.facts(digests), indent=2) + "\n").encode())
     write_whole(path, text.encode())
 
 
