@@ -29,6 +29,7 @@ LANGUAGE = (
     "--config.train.duration=800 steps",
     "--config.optim.lr=3e-3",
 )
+DECODER = "--config.train.duration=1000 steps"
 
 
 class Step(NamedTuple):
@@ -81,7 +82,7 @@ def training_steps(out: Path, seed: int, arm: str) -> list[Step]:
     partition, last = "vision_lora" if arm == "lora" else "vision", (tokenizer, f"--config.train.seed={seed}")
     steps = [
         train("language", "bloom", out / "corpus" / "chat_texts.txt", language, "", *last, *LANGUAGE),
-        train("chat_instruct", "decoder", shards / "text", decoder, f"llm={language}", *last),
+        train("chat_instruct", "decoder", shards / "text", decoder, f"llm={language}", *last, DECODER),
     ]
     start = f"llm={decoder}"
     if arm != "no_titles":
@@ -163,7 +164,7 @@ def main() -> None:
     """Run all steps and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/chat_toy"), help="folder for all outputs")
-    parser.add_argument("--clips", type=int, default=1600, help="training clips to draw; an eighth more for validation")
+    parser.add_argument("--clips", type=int, default=6400, help="training clips to draw; 200 more for validation")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the training, from 0")
     parser.add_argument("--arm", choices=ARMS, default="titles", help="what is trained, see above")
     parser.add_argument(

@@ -42,6 +42,7 @@ SETTINGS = "corpus.json"
 TEST = "classification_test.csv"
 VERSION = 8  # increase it when the same settings draw other files
 CHAT_TRAIN_SHARE = 8  # so many training clips of the chat for one of validation
+MOST_CHAT_VAL = 200  # clips of validation
 MIN_CHAT = 80
 CHAT_TABLES = (
     *(f"chat_titles_{split}.csv" for split in ("train", "val")),
@@ -70,14 +71,14 @@ class Chat(NamedTuple):
 
 
 def plan_chat(clips: int, seed: int) -> Chat:
-    """Plan the clips of the chat: `clips` for training and an eighth of them besides for validation; 0: none.
+    """Plan the clips of the chat: `clips` for training and an eighth of them, at most 200, besides for validation; 0: none.
 
     Raises:
       ValueError: too few clips.
     """
     if 0 < clips < MIN_CHAT:
         raise ValueError(f"--chat {clips}: too few for training and validation splits; give {MIN_CHAT} or more")
-    val = chat_clips.plan("val", clips // CHAT_TRAIN_SHARE, seed)
+    val = chat_clips.plan("val", min(clips // CHAT_TRAIN_SHARE, MOST_CHAT_VAL), seed)
     backwards = [clip.played_backwards() for clip in val if clip.motions]
     return Chat(chat_clips.plan("train", clips, seed), val, backwards)
 
@@ -195,7 +196,7 @@ def _main(argv: list[str] | None) -> None:
         "--chat",
         type=int,
         default=0,
-        help="number of training clips with conversations; an eighth of it is drawn for validation besides (default 0: none)",
+        help="number of training clips with conversations; an eighth of it, at most 200, is drawn for validation besides (default 0: none)",
     )
     args = parser.parse_args(argv)
     out = args.out.absolute()
