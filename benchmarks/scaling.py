@@ -48,7 +48,11 @@ step without a TPU.
 
 
 # Stages of the chat model, the trained partition and the slice.
-CHAT = (("pretrain", "7b-adapters_abstractor", "v5p-4"),)
+CHAT = tuple(
+    (task, config, name)
+    for name in ("v5p-4", "v5e-16")
+    for task, config in (("pretrain", "7b-adapters_abstractor"), ("instruct", "7b-lora"))
+)
 # Rows that one chip answers together, with int8 weights: prompts of PROMPT tokens with a clip each, and NEW new tokens.
 ANSWERED, PROMPT, NEW = (1, 4), 1984, 64
 ANSWER_FLAGS = (

@@ -1,7 +1,7 @@
 """Layouts of runs of the chat model on TPU slices, tuned with `--mode compile`; see SCALING.md.
 
 BLOOMZ-7B1 in bf16 takes 13.2 GiB. It is replicated where it fits, so that chips exchange only the gradient of the trained parameters;
-on v5e it is sharded, and every layer is gathered when it is needed. The batch size grows with the slice, but the learning rates of the
+on v5e it is sharded over four chips, and every layer is gathered when it is needed. The batch size grows with the slice, but the learning rates of the
 recipe are for its own batches.
 """
 
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 SIZES = ("7b",)  # sizes that the layouts were compiled for
 SLICES = {
     "v5p-4": Layout("v5p:2x2x1", 4, {"mplug_chat_pretrain": 8, "mplug_chat_instruct": 8}, "dots"),
-    "v5e-16": Layout("v5e:4x4", 16, {"mplug_chat_pretrain": 2, "mplug_chat_instruct": 4}, "full", fsdp=16),
+    "v5e-16": Layout("v5e:4x4", 16, {"mplug_chat_pretrain": 2, "mplug_chat_instruct": 4}, "full", fsdp=4),
 }
 
 
