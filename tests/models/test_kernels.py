@@ -182,7 +182,7 @@ def test_half_precision_rounds_operands_only() -> None:
 
 
 def test_block_of_rows_too_long_for_vmem_is_none() -> None:
-    assert kernels.block_of(8, 8, 197, 197, 96) == (8, 197)
+    assert kernels.block_of(8, 8, 197, 197, 96) == kernels.Block(8, 197)
     assert kernels.block_of(16, 16, 2048, 2048, 128).queries < 2048
     assert kernels.block_of(6, 6, 20000, 20000, 64) is None
 
@@ -192,9 +192,9 @@ def test_sharded_decoder_rows(monkeypatch: pytest.MonkeyPatch, groups: int) -> N
     """Slopes are sharded with their heads; a single key/value head is repeated so that query heads can be sharded."""
     original, local = kernels.attention, []
 
-    def run(*given) -> jax.Array:
+    def run(*given, block=None) -> jax.Array:
         local.append([x.shape[2] for x in given[:3]])
-        return original(*given, True)
+        return original(*given, True, block)
 
     monkeypatch.setattr(sharding, "computes_on", lambda name: name == "tpu")
     monkeypatch.setattr(kernels, "attention", run)
@@ -206,6 +206,28 @@ def test_sharded_decoder_rows(monkeypatch: pytest.MonkeyPatch, groups: int) -> N
     assert local == [[2, 1, 1]]
     monkeypatch.undo()
     wanted = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)), causal=True, **given)
+    np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.03)
+
+
+@pytest.mark.parametrize(("tensor", "block"), [(4, kernels.Block(2, 12, True)), (8, None)])
+def test_flat_rows_are_read_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, tensor: int, block: kernels.Block | None
+) -> None:
+    """Two heads of 64 on each device fill its lanes; one alone does not."""
+    original, blocks = kernels.attention, []
+
+    def run(*given, block=None) -> jax.Array:
+        blocks.append(block)
+        return original(*given, True, block)
+
+    monkeypatch.setattr(sharding, "computes_on", lambda name: name == "tpu")
+    monkeypatch.setattr(kernels, "attention", run)
+    q, k, v = (x.astype(jnp.bfloat16) for x in normal(2, 12, 8, 64, count=3))
+    with sharding.computing(sharding.make_mesh(8 // tensor, 1, tensor), RULES), kernels.recording() as uses:
+        made = jax.jit(lambda *x: attention.attend(*x, flat=True))(q, k, v)
+    assert blocks == [block] and [use.beside for use in uses] == [block is not None]
+    monkeypatch.undo()
+    wanted = attention.attend(*(x.astype(jnp.float32) for x in (q, k, v)))
     np.testing.assert_allclose(made.astype(jnp.float32), wanted, atol=0.03)
 
 
