@@ -192,7 +192,10 @@ def test_a_layer_cannot_be_missing(source: Path, tmp_path: Path, capsys: pytest.
         ("--modle bloom", "unrecognized arguments: --modle bloom"),
         ("--out gs://bucket/x", "--out gs://bucket/x: not a local folder; convert into a local folder and copy it"),
         ("--weights x.pt", "unrecognized arguments: --weights x.pt"),
-        ("--heads 32", "--heads 32: not NAME=NUMBER; choose one of llm, vision, text, abstractor, fusion, universal, e.g. llm=32"),
+        (
+            "--heads 32",
+            "--heads 32: not NAME=NUMBER; choose one of llm, vision, text, abstractor, fusion, universal, e.g. llm=32",
+        ),
         ("--heads llm=", "--heads llm=: not NAME=NUMBER; choose"),
         ("--heads llm=x", "--heads llm=x: not NAME=NUMBER"),
         ("--heads llm=0", "--heads llm=0: not NAME=NUMBER"),
