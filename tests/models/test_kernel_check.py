@@ -14,9 +14,10 @@ from ymplug_jax.training import step as step_lib
 
 ROWS = Use("tpu_rows", 24, 24, 4, 2, 16, "bfloat16", causal=True, masked=True, alibi=True)
 PACKED = ROWS._replace(length=48, keys=48, masked=False, packed=True)
+BESIDE = Use("tpu_rows", 24, 24, 6, 6, 64, "bfloat16", beside=True)
 USES = (
     *(ROWS, Use("tpu_frames", 3, 16, 2, 2, 16, "bfloat16"), ROWS._replace(kernel="cudnn")),
-    *(PACKED, PACKED._replace(kernel="cudnn")),
+    *(PACKED, PACKED._replace(kernel="cudnn"), BESIDE),
 )
 
 
@@ -24,12 +25,18 @@ def test_correct_kernels_stay_enabled(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert kernel_check.differing([*USES, ROWS]) == frozenset()
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 5 and "alibi, packed: error" in "".join(lines)
+    assert len(lines) == 6 and "alibi, packed: error" in "".join(lines)
     assert "24 x 24, 4 heads on 2 of 16, bfloat16, causal, masked, alibi:" in "".join(lines)
 
 
-def without_mask(q, k, v, per_key, slopes, segments, causal, interpret):
+def without_mask(q, k, v, per_key, slopes, segments, causal, interpret, block):
+    assert block is None
     return attention.attend(q, k, v, causal=causal)
+
+
+def swapped(q, k, v, per_key, slopes, segments, causal, interpret, block):
+    assert block.beside
+    return attention.attend(q[:, :, ::-1], k, v)
 
 
 def wrong_gradient(q, k, v, heads, interpret):
@@ -52,12 +59,14 @@ def refused(*given, **more):
         (USES[1], (kernels, "over_frames"), wrong_gradient),
         (USES[2], (attention, "with_columns"), not_finite),
         (PACKED, (kernels, "attention"), without_mask),
+        (BESIDE, (kernels, "attention"), swapped),
     ],
 )
 def test_wrong_kernels_are_disabled(monkeypatch, caplog, use: Use, place: tuple, wrong) -> None:
     monkeypatch.setattr(*place, wrong)
     with caplog.at_level(logging.WARNING):
         assert kernel_check.differing([use]) == {use.kernel}
+    assert len(caplog.records) == (2 if wrong is refused else 1)  # an exception has a line of its own
     assert "plain XLA computes it in this run" in caplog.text
 
 

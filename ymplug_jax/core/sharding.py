@@ -51,6 +51,11 @@ def make_mesh(
     return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
+def under(prefix: str, axes: AxisRules) -> tuple[tuple[str, str], ...]:
+    """The axis words of a module whose parameters stand below `prefix`, such as "vision/"."""
+    return tuple((prefix + path, words) for path, words in axes)
+
+
 def axis_words(path: str, axes: AxisRules) -> tuple[str, ...]:
     """Return the axis words of a parameter path, e.g. ("layers", "embed", "mlp").
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ymplug_jax.core import sharding
 from ymplug_jax.core.sharding import constrain
 from ymplug_jax.models import bert, layers, mplug_video, timesformer
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
@@ -21,15 +22,11 @@ TEMPERATURE = (0.001, 0.5)  # bounds of the learned temperature
 VARIANTS = ("youku", "salesforce")
 
 
-def _under(prefix: str, axes: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    return tuple((prefix + path, words) for path, words in axes)
-
-
 _PARTS = (
-    *_under("vision/", timesformer.AXES),
-    *_under("text/", bert.TEXT_AXES),
-    *_under("fusion/", bert.FUSION_AXES),
-    *_under("mlm/", bert.HEAD_AXES),
+    *sharding.under("vision/", timesformer.AXES),
+    *sharding.under("text/", bert.TEXT_AXES),
+    *sharding.under("fusion/", bert.FUSION_AXES),
+    *sharding.under("mlm/", bert.HEAD_AXES),
     ("connector/proj/kernel", "embed embed"),
     ("connector/(proj/bias|norm/scale|norm/bias)", "embed"),
     ("(vision_proj|text_proj)/kernel", "embed proj"),
@@ -42,7 +39,7 @@ _PARTS = (
     ("(head|entity)/out/kernel", "mlp classes"),
     ("(head|entity)/out/bias", "classes"),
 )
-AXES = (*_PARTS, *_under("prompter/", _PARTS), ("prompter/(image_)?entities", "classes proj"))
+AXES = (*_PARTS, *sharding.under("prompter/", _PARTS), ("prompter/(image_)?entities", "classes proj"))
 
 
 class Connector(nn.Module):

@@ -76,30 +76,30 @@ def attend(
     segments = None if segments is None else segments.astype(jnp.int32)
     slopes = None if slopes is None else jax.lax.stop_gradient(slopes.astype(jnp.float32))
     if mask is None and bias is None and (key is None or dropout == 0) and v.dtype in HALF:
-        use = kernels.Use(
-            "",
-            q.shape[1],
-            k.shape[1],
-            heads,
-            groups,
-            q.shape[3],
-            str(v.dtype),
-            causal,
-            key_mask is not None,
-            slopes is not None,
-            segments is not None,
-        )
-        if kernels.uses("tpu_rows") and kernels.block_of(heads, groups, q.shape[1], k.shape[1], q.shape[3]):
-            block = _beside(q, k) if flat else None
-            kernels.note(use._replace(kernel="tpu_rows", beside=block is not None))
-            return tokens_only(_on_tpu(q, k, v, causal, key_mask, slopes, key_positions, segments, block), segments)
-        extra = 0 if key_mask is None and slopes is None and segments is None else 8
-        if kernels.uses("cudnn") and q.shape[-1] % 8 == 0 and q.shape[-1] + extra <= _widest():
-            kernels.note(use._replace(kernel="cudnn"))
-            made = with_columns(q, k, v, causal, key_mask, slopes, key_positions, "cudnn", segments)
+        made = _in_kernel(q, k, v, causal, key_mask, slopes, key_positions, segments, flat)
+        if made is not None:
             return tokens_only(made, segments)
     given = plain_attention.Given(causal, mask, key_mask, slopes, key_positions, bias, segments, dropout, key)
     return tokens_only(plain_attention.attend(q, k, v, given), segments)
+
+
+def _in_kernel(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, key_mask: jax.Array | None, slopes: jax.Array | None,
+    key_positions: jax.Array | None, segments: jax.Array | None, flat: bool,
+) -> jax.Array | None:  # fmt: skip
+    """`attend` by the device's fused kernel; None if the device has none or the row does not fit."""
+    heads, groups, width = q.shape[2], k.shape[2], q.shape[3]
+    given = causal, key_mask is not None, slopes is not None, segments is not None
+    use = kernels.Use("", q.shape[1], k.shape[1], heads, groups, width, str(v.dtype), *given)
+    if kernels.uses("tpu_rows") and kernels.block_of(heads, groups, q.shape[1], k.shape[1], width):
+        block = _beside(q, k) if flat else None
+        kernels.note(use._replace(kernel="tpu_rows", beside=block is not None))
+        return _on_tpu(q, k, v, causal, key_mask, slopes, key_positions, segments, block)
+    extra = 8 if any(given[1:]) else 0
+    if kernels.uses("cudnn") and width % 8 == 0 and width + extra <= _widest():
+        kernels.note(use._replace(kernel="cudnn"))
+        return with_columns(q, k, v, causal, key_mask, slopes, key_positions, "cudnn", segments)
+    return None
 
 
 def tokens_only(y: jax.Array, segments: jax.Array | None) -> jax.Array:

@@ -78,10 +78,11 @@ def _inputs(use: Use) -> tuple[list[jax.Array], _Row]:
     heads, groups = use.heads, use.groups
     if use.kernel != "tpu_frames":
         ratio = heads // groups
+        least = kernels.LANES // use.width if use.beside else 1  # heads side by side are computed together
         groups = next(
             n
             for n in range(groups, 0, -1)
-            if groups % n == 0 and (n == 1 or n * ratio * use.length * use.keys <= LOGITS)
+            if groups % n == n % least == 0 and (n == least or n * ratio * use.length * use.keys <= LOGITS)
         )
         heads = groups * ratio
     rows = 2 if 2 * heads * use.length * use.keys <= LOGITS else 1

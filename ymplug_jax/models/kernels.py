@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from ymplug_jax.core import sharding
 from ymplug_jax.models.frame_kernel import over_frames
-from ymplug_jax.models.row_kernel import attention, block_of
+from ymplug_jax.models.row_kernel import LANES, attention, block_of
 from ymplug_jax.models.row_program import LOWEST, Block
 
 __all__ = [
     "KERNELS",
+    "LANES",
     "LOWEST",
     "Block",
     "Use",

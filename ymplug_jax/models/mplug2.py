@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ymplug_jax.core import sharding
 from ymplug_jax.core.sharding import AxisRules, constrain
 from ymplug_jax.models import bert, bert_decoder, clip_vit, layers, mplug_video, temporal, timesformer, universal
 from ymplug_jax.models.alpro import Connector, Head
@@ -33,17 +34,13 @@ TEMPORAL: Mapping[str, tuple[str, ...]] = {
 RESIZE = {**mplug_video.RESIZE, "vision/patch/kernel": temporal.resize_patch}
 
 
-def _under(prefix: str, axes: AxisRules) -> AxisRules:
-    return tuple((prefix + path, words) for path, words in axes)
-
-
 _PARTS = (
-    *_under("text/", bert.TEXT_AXES),
-    *_under("universal/", universal.UNIVERSAL_AXES),
-    *_under("fusion/", universal.FUSION_AXES),
-    *_under("decoder/", bert_decoder.AXES),
+    *sharding.under("text/", bert.TEXT_AXES),
+    *sharding.under("universal/", universal.UNIVERSAL_AXES),
+    *sharding.under("fusion/", universal.FUSION_AXES),
+    *sharding.under("decoder/", bert_decoder.AXES),
     ("mlm/token_embed", "vocab embed"),
-    *_under("mlm/", bert.HEAD_AXES),
+    *sharding.under("mlm/", bert.HEAD_AXES),
     ("connector/proj/kernel", "embed embed"),
     ("(connector/(proj/bias|norm/scale|norm/bias)|visual_norm/(scale|bias))", "embed"),
     ("(vision_proj|text_proj)/kernel", "embed proj"),
@@ -61,7 +58,7 @@ _PARTS = (
 def axes_of(model: "MPLUG2") -> AxisRules:
     """Axis words of the model's parameters by path; those of its video encoder depend on the variant."""
     vision = clip_vit.VIDEO_AXES if isinstance(model.vision, VideoClipViT) else timesformer.AXES
-    return (*_under("vision/", vision), *_PARTS)
+    return (*sharding.under("vision/", vision), *_PARTS)
 
 
 class WordHead(nn.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ymplug_jax.core import sharding
 from ymplug_jax.core.sharding import AxisRules, constrain
 from ymplug_jax.models import clip_vit, language_models, layers, query_abstractor
 from ymplug_jax.models.clip_vit import ClipViT
@@ -39,13 +40,10 @@ RESIZE = {"vision/pos_embed": lambda table, shape: layers.resize_pos_embed(table
 def axes_of(model: "MPLUGChat") -> AxisRules:
     """Axis words of the model's parameters by path; those of its language model depend on the kind."""
 
-    def under(prefix: str, axes: AxisRules) -> tuple[tuple[str, str], ...]:
-        return tuple((prefix + path, words) for path, words in axes)
-
     return (
-        *under("vision/", clip_vit.AXES),
-        *under("abstractor/", query_abstractor.AXES),
-        *under("llm/", language_models.axes_of(model.llm)),
+        *sharding.under("vision/", clip_vit.AXES),
+        *sharding.under("abstractor/", query_abstractor.AXES),
+        *sharding.under("llm/", language_models.axes_of(model.llm)),
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ymplug_jax.core import sharding
 from ymplug_jax.core.sharding import AxisRules, constrain
 from ymplug_jax.models import abstractor, language_models, layers, timesformer
 from ymplug_jax.models.abstractor import Abstractor
@@ -24,13 +25,9 @@ RESIZE = {
 }
 
 
-def _under(prefix: str, axes: AxisRules) -> tuple[tuple[str, str], ...]:
-    return tuple((prefix + path, words) for path, words in axes)
-
-
 _OWN_AXES = (
-    *_under("vision/", timesformer.AXES),
-    *_under("abstractor/", abstractor.AXES),
+    *sharding.under("vision/", timesformer.AXES),
+    *sharding.under("abstractor/", abstractor.AXES),
     ("connector/proj/kernel", "embed embed"),
     ("connector/(proj/bias|norm/scale|norm/bias)", "embed"),
     ("(vision_proj|text_proj)/kernel", "embed proj"),
@@ -45,7 +42,7 @@ _OWN_AXES = (
 
 def axes_of(model: "MPLUGVideo") -> AxisRules:
     """Logical axes of the parameters by path; those of the language model depend on its kind."""
-    return (*_OWN_AXES, *_under("llm/", language_models.axes_of(model.llm)))
+    return (*_OWN_AXES, *sharding.under("llm/", language_models.axes_of(model.llm)))
 
 
 class Connector(nn.Module):
