@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.torch_captioner import decoder_to_jax
-from ymplug_jax.models import decode, decode_beam
+from ymplug_jax.models import decode, decode_beam, layers
 from ymplug_jax.models.gpt3 import GPT3
 
 MODELS = {
@@ -49,8 +49,9 @@ def ours(lm: GPT3, beams: int, new_tokens: int) -> Callable[[dict, jax.Array], j
     def run(params: dict, prefix: jax.Array) -> jax.Array:
         begin, ones = jnp.full((len(prefix), 1), START), jnp.ones(len(prefix), jnp.int32)
         search = decode.greedy if beams == 1 else partial(decode_beam.beam, beams=beams)
-        prompt = decode.prompt_of(lm, params, prefix, begin, ones)
-        return search(lm, params, *prompt, new_tokens=new_tokens, eos=-1).ids
+        with layers.unrolled(0):  # as in `predict`
+            prompt = decode.prompt_of(lm, params, prefix, begin, ones)
+            return search(lm, params, *prompt, new_tokens=new_tokens, eos=-1).ids
 
     return jax.jit(run)
 

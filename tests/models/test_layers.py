@@ -157,3 +157,36 @@ def test_attention_with_fewer_key_heads_norms_and_no_biases() -> None:
     np.testing.assert_allclose(v, np.einsum("bld,dkh->blkh", x, params["params"]["v"]["kernel"]), rtol=1e-5, atol=1e-5)
     out, params = start(jax.random.key(0), q, method="output")
     assert out.shape == x.shape and set(params["params"]["o"]) == {"kernel"}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_unrolled_layers_give_the_same_and_still_recompute(remat: str) -> None:
+    """All layers in one pass have the results and gradients of a loop, and remat still computes every layer again."""
+
+    class Block(nn.Module):
+        """A layer with one product."""
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.sin(nn.Dense(8)(x)), None
+
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    stacked = layers.stack(Block, 3, remat=remat, in_axes=())
+    params = stacked().init(jax.random.key(1), x)["params"]
+
+    def loss(params: dict) -> jax.Array:
+        return jnp.sum(layers.stack(Block, 3, remat=remat, in_axes=())().apply({"params": params}, x)[0] ** 2)
+
+    found, barriers = {}, {}
+    for together in (1, 2, 9):
+        with layers.unrolled(together):
+            # A function of its own, because JAX remembers what it traced.
+            lowered = jax.jit(lambda params: jax.value_and_grad(loss)(params)).lower(params)
+        found[together] = lowered.compile()(params)
+        barriers[together] = "optimization_barrier" in lowered.as_text()
+    for together in (2, 9):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found[1], found[together])
+    # The barriers keep XLA from merging the second computation with the first.
+    assert barriers == {1: False, 2: remat == "full", 9: remat == "full"}
+    with layers.unrolled(0):  # these tests have no GPU
+        assert "unroll=1" in str(jax.make_jaxpr(lambda params: loss(params))(params))

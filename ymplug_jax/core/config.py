@@ -121,6 +121,8 @@ class Train:
     keep_logits: bool = False
     # Precision of frozen parameters: float32, bfloat16, float16 or int8. "int8" quantises stacked matrices in device memory; checkpoints keep bfloat16.
     frozen_dtype: str = "bfloat16"
+    # Layers that one pass of a loop over layers computes. 0: all on an NVIDIA GPU, which is faster and compiles longer, elsewhere one.
+    unroll: int = 0
     fused_kernels: bool = True  # Use fused attention kernels on TPU and NVIDIA GPU. False: plain XLA attention.
 
     def __post_init__(self) -> None:
@@ -167,7 +169,8 @@ LEAST: Mapping[str, Mapping[str, float]] = {
     "config.optim": {"lr": 0, "min_lr": 0, "weight_decay": 0, "eps": 1e-30, "clip": 1e-30},
     "config.mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     "config.train": {
-        "batch_size": 1, "accumulate": 1, "seed": 0, "eval_examples": 0, "keep": 1, "max_bad_steps": 1
+        "batch_size": 1, "accumulate": 1, "seed": 0, "eval_examples": 0, "keep": 1, "max_bad_steps": 1,
+        "unroll": 0,
     },
 }  # fmt: skip
 # Maximum values; b1 and b2 must be strictly smaller.

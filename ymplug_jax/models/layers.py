@@ -3,8 +3,10 @@
 Parameters are created in float32; `dtype` is the type of the computation. Norms always compute in float32.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from ymplug_jax.core import quantize
+from ymplug_jax.core import quantize, sharding
 
 Initializer = Callable[..., jax.Array]
 # Layers whose frozen kernel may be stored in eight bits.
@@ -24,6 +26,8 @@ DenseGeneral = partial(nn.DenseGeneral, promote_dtype=quantize.promote)
 # are saved after the bias is added, because saving them before makes XLA write both.
 PRODUCT = "product"
 REMAT = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
+
+_TOGETHER: ContextVar[int] = ContextVar("layers that one pass of a loop computes", default=1)
 
 # Logical axes of a stack of transformer blocks, by path below the tower.
 BLOCK_AXES = (
@@ -279,6 +283,19 @@ def rms_norm(name: str | None, eps: float, dtype: str) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=eps, dtype=jnp.dtype(dtype), name=name)
 
 
+@contextlib.contextmanager
+def unrolled(layers: int) -> Iterator[None]:
+    """Let one pass of every `stack` traced inside compute this many layers; 0: all on an NVIDIA GPU, elsewhere one.
+
+    A GPU's matrix products are calls of a library, for which a loop copies the weights of a layer out of the stack.
+    """
+    token = _TOGETHER.set(layers)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
+
+
 def stack(
     block: type[nn.Module], depth: int, *, remat: str, in_axes: Any, static_argnums: Sequence[int] = ()
 ) -> Callable[..., nn.Module]:
@@ -294,16 +311,20 @@ def stack(
     Raises:
       ValueError: `remat` is unknown.
     """
+    together = min(_TOGETHER.get() or (depth if sharding.computes_on("nvidia") else 1), depth)
     if remat != "none":
         if remat not in REMAT:
             raise ValueError(f"config.model: unknown remat policy {remat!r}; choose one of none, {', '.join(REMAT)}")
-        block = nn.remat(block, policy=REMAT[remat], prevent_cse=False, static_argnums=tuple(static_argnums))
+        # Without a loop, XLA would merge the recomputation with the first computation.
+        apart, static = together > 1, tuple(static_argnums)
+        block = nn.remat(block, policy=REMAT[remat], prevent_cse=apart, static_argnums=static)
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
+        unroll=together,
     )
 
 

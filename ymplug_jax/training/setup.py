@@ -18,7 +18,7 @@ from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.state import Params, TrainState
 from ymplug_jax.data.source import open_split
-from ymplug_jax.models import kernels, lora
+from ymplug_jax.models import kernels, layers, lora
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
 from ymplug_jax.training import carried, mixing
@@ -50,8 +50,13 @@ class Run:
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Apply the run's mesh, mesh rules and enabled kernels; trace all programs of the run inside."""
-        with sharding.computing(self.mesh, self.experiment.mesh.rules), kernels.without(self.kernels_off):
+        """Apply the run's mesh, mesh rules, enabled kernels and unrolling; trace all programs of the run inside."""
+        experiment = self.experiment
+        with (
+            sharding.computing(self.mesh, experiment.mesh.rules),
+            kernels.without(self.kernels_off),
+            layers.unrolled(experiment.train.unroll),
+        ):
             yield
 
 
