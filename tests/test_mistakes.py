@@ -343,6 +343,17 @@ def test_questions_with_a_list_of_answers(home: Path, tmp_path: Path, refused: R
     )
 
 
+def test_captions_of_another_language(refused: Refused):
+    """Said before a training whose evaluations would score nothing."""
+    line = refused("--config.options.language=en", task="caption")
+    assert line.startswith("videos/0.mp4: the reference '") and line.endswith(
+        "' has no Latin letter and no digit, so it is not English; if the captions are Chinese, set "
+        'config.options.language="zh", otherwise remove it from the split'
+    )
+    line = refused("--config.options.language=de", task="caption")
+    assert line == "config.options.language: unknown language 'de'; choose one of zh, en"
+
+
 def test_splits_of_two_kinds_in_one_folder(home: Path, tmp_path: Path, refused: Refused):
     """Each split is built separately; the manifest's top-level kind is that of the split built last."""
     folder = shutil.copytree(home / "captioning", tmp_path / "data")

@@ -237,6 +237,21 @@ def test_captions():
     assert text.clean_caption("描述： 红 描述：圆形", "描 述：") == "圆形"
     assert text.clean_caption("圆形", "描述：") == "圆形"
     assert text.clean_caption("") == ""
+    assert text.clean_caption("  a man  is\nplaying ", "", "en") == "a man is playing"
+    assert text.clean_caption("a video of  a man", "a  video of ", "en") == "a man"
+    assert text.clean_caption("a man", "a video of", "en") == "a man"
+
+
+def test_words_come_back_from_word_pieces(tmp_path: Path):
+    """Pieces are joined to words; English keeps the spaces between words, Chinese has none."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "play", "##ing", "guitar", "##s", "男", "人"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    tokenizer = text.load_tokenizer(str(tmp_path / "vocab.txt"))
+    ids = tokenizer.encode(text.clean_text("A man-playing, guitars!", 30))
+    assert [words[i] for i in ids] == ["a", "man", "play", "##ing", "guitar", "##s"]
+    full = [tokenizer.bos, *ids, tokenizer.eos, tokenizer.pad]
+    assert text.clean_caption(tokenizer.decode(full), "", "en") == "a man playing guitars"
+    assert text.clean_caption(tokenizer.decode(tokenizer.encode("男人")), "", "zh") == "男人"
 
 
 @given(ids=IDS, length=st.integers(1, 20))

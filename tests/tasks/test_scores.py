@@ -1,16 +1,20 @@
 """Scores on hand-made rows: ties, several rows of a clip, and values that are not finite."""
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 from ymplug_jax.core import exits
 from ymplug_jax.data.records import Record
 from ymplug_jax.tasks.alpro import retrieve as alpro_retrieve
 from ymplug_jax.tasks.common import (
     caption_metrics,
+    caption_report,
     class_votes,
     gallery,
     losses,
@@ -216,7 +220,7 @@ def test_references_of_all_rows_of_a_clip_count() -> None:
         record("a"),
     ]
     said = ["一块键盘的特写", "一只狗", "别的", "别的"]
-    scores, answers = caption.report_of(said, rows, records)
+    scores, answers = caption_report.report_of(said, rows, records)
     assert (scores["rows"], scores["clips"], scores["labelled"], scores["references"]) == (4, 2, 2, 4)
     assert [answer["references"] for answer in answers] == [["黑色的键盘", "一块键盘的特写", "键盘"], ["一只猫在睡觉"]]
     assert [(answer["index"], answer["caption"]) for answer in answers] == [(0, "一块键盘的特写"), (1, "一只狗")]
@@ -226,9 +230,9 @@ def test_references_of_all_rows_of_a_clip_count() -> None:
 
 
 def test_one_clip_has_cider_zero_and_a_note() -> None:
-    scores, answers = caption.report_of(["键盘"], [{"index": 0}], [record("a", "键盘")])
+    scores, answers = caption_report.report_of(["键盘"], [{"index": 0}], [record("a", "键盘")])
     assert scores["bleu1"] == pytest.approx(1) and scores["cider"] == 0 and "CIDEr" in scores["note"]
-    scores, answers = caption.report_of(["键盘"], [{"index": 0}], [record("a")])
+    scores, answers = caption_report.report_of(["键盘"], [{"index": 0}], [record("a")])
     assert "nothing is scored" in scores["note"] and answers[0]["references"] == []
 
 
@@ -237,12 +241,64 @@ def test_references_without_chinese_are_refused() -> None:
     with pytest.raises(
         exits.Mistake, match=r"b \(example 1 of the split\): the reference 'a black keyboard 3.5' has no Chinese"
     ):
-        caption.report_of(["", ""], [{"index": 0}, {"index": 1}], records)
-    with pytest.raises(ValueError, match="item 1: the reference 'cat' has no Chinese character"):
+        caption_report.report_of(["", ""], [{"index": 0}, {"index": 1}], records)
+    with pytest.raises(ValueError, match="item 1: the reference 'cat' is not in the language 'zh'"):
         caption_metrics.score(["一", "二"], [["一"], ["二", "cat"]])
-    assert (
-        caption.report_of(["hello"], [{"index": 0}], records)[0]["bleu1"] == 0
-    )  # a caption without Chinese characters is allowed
+    with pytest.raises(exits.Mistake, match=r'set config\.options\.language="en"'):
+        caption_report.report_of(["", ""], [{"index": 0}, {"index": 1}], records)
+    english = [record("a", "a cat"), record("b", "a dog", "一只狗")]
+    with pytest.raises(
+        exits.Mistake, match=r"^b \(example 1 of the split\): the reference '一只狗' has .*language=\"zh\""
+    ):
+        caption_report.report_of(["a", "b"], [{"index": 0}, {"index": 1}], english, "en")
+
+
+def test_generated_captions_of_another_language_are_said_to_count_as_empty() -> None:
+    """A caption without tokens scores 0; that all of them lack tokens, though they are not empty, is in the note."""
+    records = [record("a", "黑色的键盘"), record("b", "一只猫")]
+    rows = [{"index": 0}, {"index": 1}]
+    scores, _ = caption_report.report_of(["", "a cat"], rows, records)
+    assert scores["bleu1"] == 0 and "no generated caption is in the language" in scores["note"]
+    for some in (["", ""], ["a", "猫"]):
+        assert "note" not in caption_report.report_of(some, rows, records)[0]
+    english = [record("a", "a cat"), record("b", "a dog")]
+    scores, _ = caption_report.report_of(["?", "一只猫"], rows, english, "en")
+    assert scores["rouge_l"] == 0 and "no generated caption" in scores["note"]
+
+
+def test_english_captions_are_scored_by_words() -> None:
+    records = [record("a", "A man's dog."), record("b", "a red-hot car")]
+    scores, answers = caption_report.report_of(["a man 's dog", "a car"], [{"index": 0}, {"index": 1}], records, "en")
+    assert (scores["language"], answers[0]["rouge_l"]) == ("en", 1) and scores["cider"] > 0
+    assert scores["bleu1"] == pytest.approx(np.exp(1 - 7 / 6))  # 6 of 6 words, references of 4 and 3
+    assert "meteor" not in scores and "meteor" not in answers[0] and "METEOR is left out" in scores["note"]
+    known = [score.name for score in caption_report.scores_of(caption.SCORES, "en")]
+    assert "meteor" not in known and {name for name in scores if name in known} >= {"bleu4", "rouge_l", "cider"}
+    assert caption_report.scores_of(caption.SCORES, "zh") == caption.SCORES
+
+
+@pytest.mark.parametrize(("language", "said"), [("en", "a man playing"), ("zh", "amanplaying")])
+def test_the_captioning_task_speaks_the_language_of_its_option(tmp_path: Path, language: str, said: str) -> None:
+    """Generated ids become words with spaces, in the scores and in the answer of `predict caption`."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "play", "##ing"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    options = {"language": language, "prompt_tokens": 4, "new_tokens": 6}
+    made = dataclasses.replace(tiny.experiment(data={"tokenizer": str(tmp_path / "vocab.txt")}), options=options)
+    task = caption.make(made)
+    records = [record("a", "a man is playing" if language == "en" else "一个人")]
+    row = {"index": np.array(0), "generated": np.array([5, 6, 7, 8, 3, 0], np.int32)}
+    report = task.score([row], records)
+    assert report.rows[0]["caption"] == said and report.scores["language"] == language
+    assert task.describe["caption"](row, records[0], 1).json["caption"] == said
+    assert ("meteor" in report.scores) == ("meteor" in {score.name for score in task.scores}) == (language == "zh")
+    task.scorable(records[0])
+    with pytest.raises(exits.Mistake, match=rf'^b: the reference .* set config\.options\.language="{language}"'):
+        caption_report.checker("zh" if language == "en" else "en")(record("b", *records[0].captions))
+
+
+def test_unknown_language_of_captions() -> None:
+    with pytest.raises(ValueError, match=r"config\.options\.language: unknown language 'de'; choose one of zh, en"):
+        caption_report.checker("de")
 
 
 def test_titles_of_all_rows_of_a_clip_count_as_correct() -> None:

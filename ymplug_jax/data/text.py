@@ -227,12 +227,20 @@ def clean_text(text: str, max_words: int) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-def clean_caption(decoded: str, prompt: str = "") -> str:
-    """Extract a caption from decoded text: the part after the last occurrence of the prompt, without spaces."""
-    caption = decoded.replace(" ", "").strip()
-    if prompt := prompt.replace(" ", "").strip():
-        caption = caption.rpartition(prompt)[2]
-    return caption
+def clean_caption(decoded: str, prompt: str = "", language: str = "zh") -> str:
+    """Extract a caption from decoded text: the part after the last occurrence of the prompt.
+
+    Args:
+      decoded: Text that a tokenizer decoded.
+      prompt: Text before the caption.
+      language: "zh" removes all spaces; any other keeps single spaces between words.
+    """
+
+    def spaced(text: str) -> str:
+        return text.replace(" ", "").strip() if language == "zh" else " ".join(text.split())
+
+    caption, prompt = spaced(decoded), spaced(prompt)
+    return caption.rpartition(prompt)[2].lstrip(" ") if prompt else caption
 
 
 def encode_text(ids: Sequence[int], max_length: int, *, bos: int, eos: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

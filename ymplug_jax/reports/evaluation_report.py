@@ -19,7 +19,7 @@ from ymplug_jax.tasks.presentation import Page, ReadableRow, Score
 
 LONGEST = 400  # characters of a text on the page; longer texts are truncated
 SAID = 10  # examples printed on the terminal
-FACTS = ("task", "split", "step", "examples", "labelled", "search", "note", "unlisted")
+FACTS = ("task", "split", "step", "examples", "labelled", "search", "language", "note", "unlisted")
 
 
 def write(

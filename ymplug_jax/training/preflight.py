@@ -1,6 +1,7 @@
 """Check settings, files and data before anything is compiled or initialised and before the run folder is created."""
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ from ymplug_jax.core import checkpoint_files
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import measuring, schema
-from ymplug_jax.data.records import Split
+from ymplug_jax.data.records import CorruptRecord, Record, Split
 from ymplug_jax.data.source import open_split, parts_of
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.training import mixing, run_folder, setup, vision_settings
+
+TRIED = 8  # records of the evaluation split that `Task.scorable` sees; a setting that does not fit the split fails at the first
 
 
 def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
@@ -61,6 +64,8 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         task.score_named(train.best)
     for split, found in records.items():
         _check_split(experiment, split, found, task.kinds)
+    if data.eval_split and task.scorable:
+        _check_scorable(task.scorable, records[data.eval_split], data.skip_corrupt)
     # Measures the records and traces the model; the slowest checks come last.
     run = setup.prepare(experiment, training=mode == "train", workdir=workdir)
     if not begun:
@@ -69,6 +74,18 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         mixing.check(run.mixture, workdir, checkpoint_files.examples_seen(str(workdir)))
     if data.eval_split:
         _check_evaluated(experiment, task, records[data.eval_split], train.eval_examples if mode == "train" else 0)
+
+
+def _check_scorable(scorable: Callable[[Record], None], records: Split, skip_corrupt: bool) -> None:
+    """Check the first records that are evaluated; the others are checked when they are scored."""
+    for i in range(min(TRIED, len(records))):
+        try:
+            record = records[i]
+        except CorruptRecord:
+            if not skip_corrupt:
+                raise
+            continue
+        scorable(record)
 
 
 def _check_evaluated(experiment: Experiment, task: task_lib.Task, records: Split, examples: int) -> None:

@@ -181,7 +181,10 @@ def test_long_prompts_and_missing_other_clips_are_counted() -> None:
     rows = [row(0, same("a", "a", "a")), row(1, same("b", "b", "b")), row(2, same("c", "c", "c"), asked=False)]
     scores = answering.report(rows, held, KNOWN).scores
     assert (scores["too_long"], scores["questions"], scores["exact/black"]) == (1, 2, 1) and "exact/other" not in scores
-    assert scores["note"] == "2 questions have no other clip to be asked about and no control with one"
+    assert scores["note"] == (
+        "2 questions have no other clip to be asked about and no control with one; no right answer has a Chinese character: "
+        "caption metrics are left out"
+    )
 
 
 def test_a_likelihood_that_is_not_finite_names_its_example() -> None:

@@ -1,6 +1,7 @@
-"""BLEU, METEOR, ROUGE-L and CIDEr on single Chinese characters, equal to the COCO caption toolkit's but without Java.
+"""BLEU, METEOR, ROUGE-L and CIDEr of captions, equal to the COCO caption toolkit's but without Java.
 
-Each item has one predicted text and one or more references. Texts are normalised first, so that a token is one Chinese character.
+Each item has one predicted text and one or more references. Texts become tokens first: single Chinese characters, or the words of
+`english_tokens`. METEOR is computed for Chinese only, because for English it compares stems, synonyms and paraphrases as well.
 BLEU comes from sacrebleu. The other three are implemented here because no maintained library computes the COCO versions without a
 Java runtime. The tests compare all four with stored outputs of the toolkit. See docs/models/mplug_video.md, "Caption metrics".
 """
@@ -8,9 +9,11 @@ Java runtime. The tests compare all four with stored outputs of the toolkit. See
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from ymplug_jax.tasks.common import english_tokens
 
 ROUGE_BETA = 1.2
 CIDER_SIGMA, CIDER_ORDER = 6.0, 4
@@ -18,6 +21,7 @@ CIDER_SIGMA, CIDER_ORDER = 6.0, 4
 # of function words contains none of them.
 METEOR_ALPHA, METEOR_BETA, METEOR_GAMMA = 0.85, 0.2, 0.6
 METEOR_BEAM = 40
+NO_METEOR = "METEOR is left out: for English it compares stems, synonyms and paraphrases, which need its Java program"
 
 Tokens = list[str]
 
@@ -27,43 +31,50 @@ def normalise(text: str) -> Tokens:
     return re.findall(r"[\u4e00-\u9fa5]", text)
 
 
+TOKENS: dict[str, Callable[[str], Tokens]] = {"zh": normalise, "en": english_tokens.tokens}
+LANGUAGES = tuple(TOKENS)
+
+
+def counts(text: str, language: str) -> bool:
+    """Whether the metrics of a language count a text: it has a Chinese character or, for English, a Latin letter or a digit."""
+    return bool(normalise(text) if language == "zh" else re.search(r"[A-Za-z0-9\u00C0-\u024F]", text))
+
+
 def score(
-    predictions: Sequence[str], references: Sequence[Sequence[str]]
+    predictions: Sequence[str], references: Sequence[Sequence[str]], language: str = "zh"
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Score a set of captions.
 
     Args:
       predictions: N texts.
       references: N lists of at least one text.
+      language: Language of all texts, one of LANGUAGES.
 
     Returns:
       {"bleu1", ..., "bleu4", "meteor", "rouge_l", "cider"} of the whole set, as fractions (CIDEr: 0..10), and
-      {"meteor", "rouge_l", "cider"} of each item.
+      {"meteor", "rouge_l", "cider"} of each item; without "meteor" for English.
 
     Raises:
-      ValueError: There is nothing to score, an item has no references, or a reference has no Chinese character.
+      ValueError: There is nothing to score, an item has no references, or a reference is not in the language.
     """
     if not predictions or len(predictions) != len(references) or not all(references):
         raise ValueError(
             f"{len(predictions)} predictions and {len(references)} lists of references; give each prediction one or more references"
         )
-    said = [normalise(text) for text in predictions]
-    right = [[normalise(text) for text in texts] for texts in references]
-    for item, (texts, tokens) in enumerate(zip(references, right, strict=True)):
-        if not all(tokens):
-            raise ValueError(
-                f"item {item}: the reference {texts[tokens.index([])]!r} has no Chinese character, the only ones that the "
-                "metrics count; remove it"
-            )
+    for item, texts in enumerate(references):
+        for text in texts:
+            if not counts(text, language):
+                raise ValueError(f"item {item}: the reference {text!r} is not in the language {language!r}; remove it")
+    said = [TOKENS[language](text) for text in predictions]
+    right = [[TOKENS[language](text) for text in texts] for texts in references]
     total: dict[str, float] = {f"bleu{n}": bleu(said, right, n) for n in range(1, 5)}
-    total["meteor"], meteors = meteor(said, right)
-    rouges = [rouge_l(tokens, texts) for tokens, texts in zip(said, right, strict=True)]
-    ciders = cider(said, right)
-    total |= {"rouge_l": float(np.mean(rouges)), "cider": float(np.mean(ciders))}
-    each = [
-        {"meteor": m, "rouge_l": r, "cider": c} for m, r, c in zip(meteors, rouges, ciders, strict=True)
-    ]  # fmt: skip
-    return total, each
+    each: dict[str, list[float]] = {}
+    if language == "zh":
+        total["meteor"], each["meteor"] = meteor(said, right)
+    each["rouge_l"] = [rouge_l(tokens, texts) for tokens, texts in zip(said, right, strict=True)]
+    each["cider"] = cider(said, right)
+    total |= {name: float(np.mean(each[name])) for name in ("rouge_l", "cider")}
+    return total, [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
 
 
 def bleu(predictions: list[Tokens], references: list[list[Tokens]], order: int) -> float:

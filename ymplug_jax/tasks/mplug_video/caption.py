@@ -5,14 +5,12 @@ Beam search and metrics follow the reference, see `decode_beam.beam`, `caption_m
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ymplug_jax.core.config import Experiment
-from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record, Split
@@ -20,7 +18,7 @@ from ymplug_jax.data.text import clean_caption, clean_text
 from ymplug_jax.models import decode, decode_beam
 from ymplug_jax.models.decode_sampling import Rules
 from ymplug_jax.models.mplug_video import MPLUGVideo
-from ymplug_jax.tasks.common import caption_metrics, example_pages, losses, preprocess, scores, task_metrics
+from ymplug_jax.tasks.common import caption_report, example_pages, losses, preprocess, scores
 from ymplug_jax.tasks.common.passes import within
 from ymplug_jax.tasks.mplug_video import passes
 from ymplug_jax.tasks.mplug_video.passes import spoken
@@ -37,6 +35,8 @@ class Options:
     """How captions are generated."""
 
     prompt: str = ""  # Text between the start token and the caption.
+    # Language of the captions, "zh" or "en": how generated captions are written and which tokens the metrics count.
+    language: str = "zh"
     # How captions are generated: "beam" (the reference's beam search), "beam_by_length" (scores divided by the length), "greedy" or
     # "sample".
     search: str = "beam"
@@ -61,6 +61,8 @@ def make(experiment: Experiment) -> Task:
         raise ValueError(
             f"config.options.search: unknown search {options.search!r}; choose one of {', '.join(SEARCHES)}"
         )
+
+    scorable = caption_report.checker(options.language)
 
     def example(record: Record, rng: np.random.Generator | None) -> Example:
         known, texts = preprocess.given(tokenizer), record.captions
@@ -89,10 +91,11 @@ def make(experiment: Experiment) -> Task:
         return {"generated": ids, "valid": batch["valid"]}
 
     def text_of(row: Mapping[str, np.ndarray]) -> str:
-        return clean_caption(preprocess.decode(preprocess.given(tokenizer), row["generated"]), options.prompt)
+        decoded = preprocess.decode(preprocess.given(tokenizer), row["generated"])
+        return clean_caption(decoded, options.prompt, options.language)
 
     def score(rows: list[Row], records: Split) -> Report:
-        found, answers = report_of([text_of(row) for row in rows], rows, records)
+        found, answers = caption_report.report_of([text_of(row) for row in rows], rows, records, options.language)
         return Report({"modalities": "video", "search": options.search} | found, answers)
 
     row = preprocess.row_spec(length)
@@ -106,51 +109,11 @@ def make(experiment: Experiment) -> Task:
         loss=loss,
         predict=predict,
         score=score,
-        scores=SCORES,
+        scorable=scorable,
+        scores=caption_report.scores_of(SCORES, options.language),
         page=example_pages.captions(),
         describe={"caption": lambda row, record, best: spoken(record, text_of(row))},
     )
-
-
-def report_of(said: list[str], rows: list[Row], records: Split) -> tuple[dict[str, object], list[dict[str, Any]]]:
-    """Scores and readable rows of captions.
-
-    As in the COCO toolkit, a clip counts once: the caption of its first row is scored against the references of all its rows.
-
-    Args:
-      said: The generated captions of N rows.
-      rows: N rows; "index" is the position in the split.
-      records: Records of the split.
-
-    Raises:
-      Mistake: A reference has no Chinese character, so no caption could match it; the message names the clip.
-    """
-    clips: dict[str, dict[str, Any]] = {}
-    for text, row in zip(said, rows, strict=True):
-        index = int(row["index"])
-        record = records[index]
-        own = {"index": index, "id": record.media_id, "caption": text, "references": []}
-        references = clips.setdefault(record.media_id, own)["references"]
-        for reference in record.captions:
-            if not caption_metrics.normalise(reference):
-                raise Mistake(
-                    f"{task_metrics.example_name(row, records)}: the reference {reference!r} has no Chinese character, the only "
-                    "ones that the metrics count; remove it from the split"
-                )
-            references.append(reference)
-    answers = list(clips.values())
-    told = [answer for answer in answers if answer["references"]]
-    count = sum(len(answer["references"]) for answer in told)
-    found: dict[str, object] = {"rows": len(rows), "clips": len(answers), "labelled": len(told), "references": count}
-    if not told:
-        return found | {"note": "this split has no captions: predictions are written, nothing is scored"}, answers
-    if len(told) == 1:
-        found["note"] = "only one clip has references: CIDEr is 0, because it weighs words by their rarity among clips"
-    texts = [[reference.lower() for reference in answer["references"]] for answer in told]
-    total, each = caption_metrics.score([answer["caption"] for answer in told], texts)
-    for answer, values in zip(told, each, strict=True):
-        answer |= values
-    return found | total, answers
 
 
 def keys_of(video: jax.Array) -> jax.Array:
