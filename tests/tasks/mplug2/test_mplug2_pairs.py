@@ -271,33 +271,40 @@ def test_negatives_teacher_and_queue_on_eight_devices(
 def test_accumulation_follows_its_rule(data: Data) -> None:
     """Keys of a micro-batch are its own rows and the queue; teacher and queue change once, with the rows in the order of the batch."""
     run = setup.prepare(experiment("mplug2_retrieve", data, train={"accumulate": 4}, **TAUGHT), jax.devices()[:1])
-    before, batch, key = jax.tree.map(jnp.copy, setup.fresh_state(run)[0]), placed(run), jax.random.key(1)
-    loss = jax.jit(jax.value_and_grad(
-        lambda params, part, key: (lambda value, *rest: (value, rest))(*run.task.carried.loss(params, before.carried, part, key)),
-        has_aux=True,
-    ))  # fmt: skip
-    total, weight, grads = 0.0, 0.0, jax.tree.map(jnp.zeros_like, before.trainable)
-    rows = {}
-    for part in range(4):
-        own = jax.random.fold_in(jax.random.fold_in(key, 0), part)
-        (value, (metrics, seen)), gradient = loss(before.trainable, {k: v[part::4] for k, v in batch.items()}, own)
-        count = float(metrics["loss"].weight)
-        total, weight = total + float(value) * count, weight + count
-        grads = jax.tree.map(lambda a, b, count=count: a + count * b, grads, gradient)
-        for name, values in seen.items():
-            rows.setdefault(name, np.zeros((8, *values.shape[1:]), values.dtype))[part::4] = values
-    updates, _ = run.tx.update(jax.tree.map(lambda g: g / weight, grads), before.opt_state, before.trainable)
-    params = jax.tree.map(lambda p, u: p - run.rate(jnp.int32(0)) * u, before.trainable, updates)
-    want = run.task.carried.update(params, before.carried, rows)
+    carried, key, now = run.task.carried, jax.random.key(1), setup.fresh_state(run)[0]
+    before, batch = jax.device_get(now), jax.device_get(placed(run))  # the step takes the memory of `now`
 
-    now, metrics = step_lib.compile_step(run)(setup.fresh_state(run)[0], {}, batch, key)
-    np.testing.assert_allclose(metrics["loss"].value(), total / weight, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), now.carried, want)
-    assert int(now.carried["updates"]) == 1 and int(now.carried["queue"]["next"]) == 8
-    np.testing.assert_array_equal(now.carried["queue"]["clip"][:8], batch["clip"])
-    moved = jax.tree.map(
-        lambda new, old: float(np.abs(new - old).max()), now.carried["momentum"], before.carried["momentum"]
+    def loss(params: dict, part: dict, number: jax.Array) -> tuple:
+        own = jax.random.fold_in(jax.random.fold_in(key, 0), number)
+        value, metrics, rows = carried.loss(params, before.carried, part, own)
+        return value, (metrics["loss"].weight, rows)
+
+    def rule(grads: dict, rows: dict) -> dict:
+        updates, _ = run.tx.update(grads, before.opt_state, before.trainable)
+        params = jax.tree.map(lambda p, u: p - run.rate(jnp.int32(0)) * u, before.trainable, updates)
+        return carried.update(params, before.carried, rows)
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    parts = [{k: v[part::4] for k, v in batch.items()} for part in range(4)]
+    found = [jax.device_get(gradient(before.trainable, part, i)) for i, part in enumerate(parts)]
+    weights = np.array([weight for (_, (weight, _)), _ in found])
+    rows = {
+        name: np.stack([seen[name] for (_, (_, seen)), _ in found], axis=1).reshape(8, *value.shape[1:])
+        for name, value in found[0][0][1][1].items()
+    }
+    grads = jax.tree.map(
+        lambda *parts: sum(w * g for w, g in zip(weights, parts, strict=True)) / weights.sum(), *(g for _, g in found)
     )
+    want = jax.device_get(jax.jit(rule)(grads, rows))
+
+    after, metrics = step_lib.compile_step(run)(now, {}, placed(run), key)
+    after = jax.device_get(after.carried)
+    total = np.dot(weights, [value for (value, _), _ in found]) / weights.sum()
+    assert metrics["loss"].value() == pytest.approx(total, rel=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), after, want)
+    assert after["updates"] == 1 and after["queue"]["next"] == 8
+    np.testing.assert_array_equal(after["queue"]["clip"][:8], batch["clip"])
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), after["momentum"], before.carried["momentum"])
     assert max(jax.tree.leaves(moved)) > 1e-6 and set(moved) == {"vision", "text", "vision_proj", "text_proj"}
 
 
