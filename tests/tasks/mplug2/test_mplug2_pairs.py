@@ -272,7 +272,10 @@ def test_accumulation_follows_its_rule(data: Data) -> None:
     """Keys of a micro-batch are its own rows and the queue; teacher and queue change once, with the rows in the order of the batch."""
     run = setup.prepare(experiment("mplug2_retrieve", data, train={"accumulate": 4}, **TAUGHT), jax.devices()[:1])
     carried, key, now = run.task.carried, jax.random.key(1), setup.fresh_state(run)[0]
-    before, batch = jax.device_get(now), jax.device_get(placed(run))  # the step takes the memory of `now`
+    before, batch = (
+        jax.device_put(jax.device_get(now)),
+        jax.device_get(placed(run)),
+    )  # the step takes the memory of `now`
 
     def loss(params: dict, part: dict, number: jax.Array) -> tuple:
         own = jax.random.fold_in(jax.random.fold_in(key, 0), number)
