@@ -35,6 +35,23 @@ def model(size: str, *, frames: int, **parts: Any) -> MPLUG2:
     return made.clone(**inner)
 
 
-def optim(model: MPLUG2, lr: float, min_lr: float, warmup: str) -> Optim:
+def tiny(variant: str) -> str:
+    """The tiny size of a variant.
+
+    Raises:
+      ValueError: The variant is unknown.
+    """
+    sizes = {"mplug_youku": "youku-tiny", "mplug2": "tiny"}
+    if variant not in sizes:
+        raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(mplug2.VARIANTS)}")
+    return sizes[variant]
+
+
+def no_decay(model: MPLUG2) -> tuple[str, ...]:
+    """Patterns of the parameters without weight decay; each matches a parameter of the model."""
+    return tuple(path for path in NO_DECAY[model.variant] if path != "temperature" or model.contrastive_width)
+
+
+def optim(model: MPLUG2, lr: float, min_lr: float, warmup: str, *, eps: float = 1e-6) -> Optim:
     """AdamW with two learning rates."""
-    return Optim(lr=lr, min_lr=min_lr, warmup=warmup, no_decay=NO_DECAY[model.variant], lr_scales=CLIP_LR)
+    return Optim(lr=lr, min_lr=min_lr, warmup=warmup, eps=eps, no_decay=no_decay(model), lr_scales=CLIP_LR)

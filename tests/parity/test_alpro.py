@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.tasks.alpro import encode_pairs, pretrain, prompter, retrieve
-from ymplug_jax.tasks.common import losses, pair_losses, preprocess, task_metrics
+from ymplug_jax.tasks.common import losses, matching, pair_losses, preprocess, task_metrics
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
 
@@ -448,7 +449,7 @@ def pair_logits(model: ALPRO, params: dict, tokens: jax.Array, states: jax.Array
     """Match logits of every video with every text by the evaluation's step, [videos, texts, 2]."""
     texts = {"states": states, "mask": mask}
     tiled = {name: jnp.broadcast_to(value, (len(tokens), *value.shape)) for name, value in texts.items()}
-    return retrieve.pair_logits(model, params, tokens, tiled)
+    return matching.pair_logits(partial(retrieve.logits_of, model), params, tokens, tiled)
 
 
 def test_retrieval(read) -> None:
@@ -467,7 +468,7 @@ def test_retrieval(read) -> None:
     probability = np.asarray(jax.nn.softmax(logits, axis=-1)[..., 1])
     file.check("out/eval_vtm_prob", probability, OUTPUT)
     right = np.arange(len(video))[:, None] == file["in/eval_txt2vid"]
-    ours = np.asarray(retrieve.match_score(logits))
+    ours = np.asarray(matching.match_score(logits))
     for name, scores in (
         ("sim", np.asarray(video @ text_units.T)),
         ("vtm", np.asarray(logits[..., 1])),

@@ -11,13 +11,13 @@ import pytest
 import tiny
 from ymplug_jax.core import exits
 from ymplug_jax.data.records import Record
-from ymplug_jax.tasks.alpro import retrieve as alpro_retrieve
 from ymplug_jax.tasks.common import (
     caption_metrics,
     caption_report,
     class_votes,
     gallery,
     losses,
+    matching,
     pair_losses,
     pair_ranking,
     preprocess,
@@ -130,7 +130,7 @@ def test_both_stages_of_retrieval_agree_with_their_rows() -> None:
     scores = np.array([[1, 5, 0, 0], [1, 4, 0, 0], [1, 0, 3, 0], [1, 0, 0, 0]], np.float32)
     similarity = np.arange(16, dtype=np.float32).reshape(4, 4) / 16
     rows = pairs_of(records, scores, np.ones((4, 4), bool), video=units, text=units, fallback=similarity)
-    report = alpro_retrieve.score(rows, records)
+    report = matching.report(rows, records)
     assert [row["t2v_rank"] for row in report.rows] == [4, 2, 1, 4]
     assert [row["v2t_rank"] for row in report.rows] == [2, 1, 1, 4]
     assert [row["similarity_rank"] for row in report.rows] == [1] * 4

@@ -163,7 +163,7 @@ class MPLUG2(nn.Module):
         Args:
           states: f[B, L, C] of `encode_text`.
           mask: int or bool[B, L].
-          tokens: f[B, M, C] of `encode_video`, all visible.
+          tokens: f[B, M, C] of `encode_video`, all visible. M 0: the text alone.
           deterministic: False applies dropout, which needs the random stream "dropout".
 
         Returns:

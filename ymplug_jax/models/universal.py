@@ -48,6 +48,11 @@ def _layers_of(owner: "Universal | Fusion", stack: nn.Module, depth: int, determ
     return [one(i) for i in range(depth)]
 
 
+def _memory(tokens: jax.Array) -> Memory | None:
+    """What a text reads of a video f[B, M, D]: nothing if M is 0."""
+    return Memory(tokens) if tokens.shape[1] else None
+
+
 class Universal(nn.Module):
     """The last layers of the text encoder, which read video too; its fields are its settings.
 
@@ -146,7 +151,7 @@ class Fusion(nn.Module):
         Args:
           states: f[B, L, D], the text.
           mask: int or bool[B, L], 1 at its tokens.
-          tokens: f[B, M, D], the video, all visible.
+          tokens: f[B, M, D], the video, all visible. M 0: the text alone, which skips cross-attention.
           deterministic: False applies dropout, which needs the random stream "dropout".
 
         Returns:
@@ -156,7 +161,7 @@ class Fusion(nn.Module):
         dtype = jnp.dtype(self.dtype)
         states, tokens, bias = states.astype(dtype), tokens.astype(dtype), bert.added(mask)
         if not self.joined:
-            return tokens, self.blocks(states, bias, deterministic, Memory(tokens))[0]
+            return tokens, self.blocks(states, bias, deterministic, _memory(tokens))[0]
         if self.is_initializing():
             self.blocks(states, bias, True, Memory(tokens))
             self.connected(states, bias, True, None)
@@ -169,6 +174,6 @@ class Fusion(nn.Module):
                 self.sow("intermediates", "layer", x)
                 tokens, states = tokens + x[:, : tokens.shape[1]], x[:, tokens.shape[1] :]
             else:
-                states = next(cross)(states, bias, Memory(tokens))
+                states = next(cross)(states, bias, _memory(tokens))
                 self.sow("intermediates", "layer", states)
         return tokens, states

@@ -127,26 +127,14 @@ def names_of(data: Data, answers: str, classes: int) -> Sequence[str]:
     Raises:
       Mistake, ValueError: The settings contradict each other; the message names the one to change.
     """
-    if not classes:
-        raise ValueError(
-            f"config.model.classes: 0 classes; set it to the number of categories, {len(preprocess.class_names(data))}"
-        )
-    if answers and data.classes:
+    if not answers:
+        return preprocess.head_names(data, classes)
+    if data.classes:
         raise Mistake(
             "config.options.answers, config.data.classes: both are set; set answers for questions or classes for videos"
         )
-    names = class_names(answers, classes if not data.path else 0) if answers else preprocess.class_names(data)
-    if not answers:
-        preprocess.check_classes(data, names)
-    if data.classes and len(names) != classes:
-        raise Mistake(
-            f"config.model.classes: {classes} classes, but there are {len(names)} names in {data.classes} (config.data.classes); set "
-            f"config.model.classes={len(names)}"
-        )
-    if len(names) > classes:
-        raise ValueError(
-            f"config.model.classes: {classes} classes, but there are {len(names)} names; set it to {len(names)} or more"
-        )
+    names = class_names(answers, classes if not data.path else 0)
+    preprocess.check_room(len(names), classes)
     return names
 
 

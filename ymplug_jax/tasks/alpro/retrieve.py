@@ -5,25 +5,25 @@ See docs/models/alpro.md, "Retrieval head".
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.metrics import Metrics
 from ymplug_jax.core.state import Params
-from ymplug_jax.data.records import Record, Split
+from ymplug_jax.data.records import Record
 from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import alpro
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.tasks.alpro import encode_pairs
-from ymplug_jax.tasks.common import example_pages, gallery, pair_losses, pair_ranking, pair_scoring, preprocess, scores
+from ymplug_jax.tasks.common import example_pages, gallery, matching, pair_losses, preprocess, scores
 from ymplug_jax.tasks.common.passes import within
 from ymplug_jax.tasks.kept_rows import KeptRows
 from ymplug_jax.tasks.options import build, option
-from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Report, Row, Task
+from ymplug_jax.tasks.task import CAPTIONED, TITLED, Batch, Example, Row, Task
 
 ANSWERS = ("retrieve",)
 SCORES = (
@@ -78,7 +78,7 @@ def make(experiment: Experiment) -> Task:
         return row | {name: out[name] for name in ("tokens", "states", "video", "text")}
 
     def rescore(params: Params, rows: list[Row], kept: KeptRows) -> list[Row]:
-        return score_pairs(model, params, rows, kept, options.best)
+        return matching.score_pairs(partial(logits_of, model), params, rows, kept, options.best)
 
     row = preprocess.row_spec(length)
     return encode_pairs.task_of(
@@ -90,7 +90,7 @@ def make(experiment: Experiment) -> Task:
         predict=predict,
         rescore=rescore,
         kept=("tokens", "states"),
-        score=score,
+        score=matching.report,
         scores=SCORES,
         page=example_pages.ranking("match_score", "text_match_score", "matching_accuracy"),
         embeds=True,
@@ -99,70 +99,6 @@ def make(experiment: Experiment) -> Task:
     )
 
 
-def pair_logits(model: ALPRO, params: Params, tokens: jax.Array, texts: dict[str, jax.Array]) -> jax.Array:
-    """Matching logits of every video with each of its K texts.
-
-    Args:
-      model: With a matching head.
-      params: Its parameters.
-      tokens: f[V, 1 + P, C] of `encode_video`.
-      texts: states f[V, K, L, C] of `encode_text`, mask int32[V, K, L].
-
-    Returns:
-      f32[V, K, 2]; class 1 is a match.
-    """
-    v, k, length = texts["mask"].shape
-    states = texts["states"].reshape(v * k, length, -1)
-    mask = texts["mask"].reshape(v * k, length)
-
-    def read(run: ALPRO) -> jax.Array:
-        return run.match_logits(run.fuse(states, mask, jnp.repeat(tokens, k, axis=0)))
-
-    return within(model, params, read).reshape(v, k, 2)
-
-
-def match_score(logits: jax.Array) -> jax.Array:
-    """Log-odds of a match, f32[..., 2] -> f32[...]. They order pairs as the probability does, but do not saturate at 0 and 1."""
-    return logits[..., 1] - logits[..., 0]
-
-
-def score_pairs(model: ALPRO, params: Params, rows: list[Row], kept: KeptRows, best: int) -> list[Row]:
-    """Add the matching scores of a row's video with its `best` texts and with the texts that have it among their `best` videos.
-
-    With `best` 0 all pairs are scored.
-
-    Returns:
-      The rows with match, f32[texts], -inf where not scored; `scored`, bool[texts]; and `fallback`, f32[texts], the similarity
-      that orders the unscored pairs.
-    """
-    clip, first = gallery.clips_of([row["clip"].tobytes().hex() for row in rows])
-    similarity = np.stack([rows[i]["video"] for i in first]) @ np.stack([row["text"] for row in rows]).T
-    wanted = pair_scoring.best_of(similarity, best) if best else np.ones(similarity.shape, bool)
-
-    def score(params: Params, videos: Params, texts: Params) -> dict[str, jax.Array]:
-        return {"match": match_score(pair_logits(model, params, videos["tokens"], texts))}
-
-    places, mask = [int(row["index"]) for row in rows], np.stack([row["mask"] for row in rows])
-    sides = pair_scoring.Sides(("tokens",), [places[i] for i in first], ("states",), places, {"mask": mask})
-    found = pair_scoring.scores(score, params, kept, sides, wanted, ("match",))
-    keep = ("index", "clip", "video", "text")
-    return [
-        {key: row[key] for key in keep} | {"match": found["match"][c], "scored": wanted[c], "fallback": similarity[c]}
-        for row, c in zip(rows, clip, strict=True)
-    ]
-
-
-def score(rows: list[Row], records: Split) -> Report:
-    """Recalls of both stages: by similarity as in task "retrieve", and by the matching head under "match/".
-
-    The readable rows show the ranking of the matching head; "similarity" lists the similarities of the retrieved videos.
-    """
-    by_similarity, by_match = gallery.rank_all(rows, records), pair_ranking.score(rows, records, ("match",))
-    places = {int(row["index"]): row for row in rows}
-    readable = []
-    for r, (first, second) in enumerate(zip(by_similarity.rows, by_match.rows, strict=True)):
-        answer = first | second | {"similarity_rank": first["t2v_rank"]}
-        del answer["text_similarity"]  # dropped: it is in the order of the first stage
-        answer["similarity"] = [round(float(places[i]["fallback"][r]), 4) for i in second["retrieved_index"]]
-        readable.append(answer)
-    return Report(by_match.scores | by_similarity.scores, readable, by_similarity.arrays)
+def logits_of(model: ALPRO, params: Params, tokens: jax.Array, states: jax.Array, mask: jax.Array) -> jax.Array:
+    """`matching.Logits` of the model, whose tokens are those of `encode_video` and states those of `encode_text`."""
+    return within(model, params, lambda run: run.match_logits(run.fuse(states, mask, tokens)))

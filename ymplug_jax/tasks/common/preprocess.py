@@ -169,6 +169,41 @@ def names_in(path: str, setting: str, what: str = "class name") -> tuple[str, ..
         raise Mistake(str(error)) from None
 
 
+def head_names(data: Data, classes: int) -> tuple[str, ...]:
+    """`class_names`, which are those of the shards and fit a classifier.
+
+    Args:
+      data: Data settings.
+      classes: `config.model.classes`, which may exceed the number of names unless a file lists them.
+
+    Raises:
+      Mistake, ValueError: The settings contradict each other; the message names the one to change.
+    """
+    names = class_names(data)
+    check_classes(data, names)
+    if data.classes and len(names) != classes > 0:
+        raise Mistake(
+            f"config.model.classes: {classes} classes, but there are {len(names)} names in {data.classes} (config.data.classes); set "
+            f"config.model.classes={len(names)}"
+        )
+    check_room(len(names), classes)
+    return names
+
+
+def check_room(names: int, classes: int) -> None:
+    """Check that a classifier (`config.model.classes`) has a class for every name.
+
+    Raises:
+      ValueError: It has fewer classes, or none.
+    """
+    if not classes:
+        raise ValueError(f"config.model.classes: 0 classes; set it to the number of categories, {names}")
+    if names > classes:
+        raise ValueError(
+            f"config.model.classes: {classes} classes, but there are {names} names; set it to {names} or more"
+        )
+
+
 def check_classes(data: Data, names: Sequence[str]) -> None:
     """Check that the shards were built with the same class names. A manifest without class names means the 45 categories.
 

@@ -11,6 +11,7 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import text
 from ymplug_jax.data.text import Tokenizer
 from ymplug_jax.models import mplug2
+from ymplug_jax.models.bert import Text
 from ymplug_jax.models.bert_decoder import Decoder
 from ymplug_jax.models.clip_vit import VideoClipViT
 from ymplug_jax.models.mplug2 import MPLUG2
@@ -63,12 +64,16 @@ def _check(data: Data, model: MPLUG2) -> None:
         raise Mistake(
             f"config.data.image_size: {data.image_size} px, but config.model.vision.image_size is {vision.image_size}; make them equal"
         )
-    tables = {"text": model.text if model.reads else None, "decoder": model.decoder if model.generates else None}
-    for name, part in tables.items():
-        if part is not None and data.max_tokens > part.max_positions:
+    for name, part in _tables(model).items():
+        if data.max_tokens > part.max_positions:
             raise Mistake(
                 f"config.data.max_tokens: {data.max_tokens} exceeds config.model.{name}.max_positions {part.max_positions}; lower it"
             )
+
+
+def _tables(model: MPLUG2) -> dict[str, Text | Decoder]:
+    """The parts that have a table of words, by the name of their setting."""
+    return ({"text": model.text} if model.reads else {}) | ({"decoder": model.decoder} if model.generates else {})
 
 
 def tokenizer_of(data: Data, model: MPLUG2) -> Tokenizer | None:
@@ -77,8 +82,9 @@ def tokenizer_of(data: Data, model: MPLUG2) -> Tokenizer | None:
     Raises:
       ValueError: The tokenizer has more tokens than the model's vocabularies, or no [MASK] token.
     """
-    vocab = min(model.text.vocab, model.decoder.vocab) if model.reads else model.decoder.vocab
-    tokenizer = preprocess.tokenizer_for(data, vocab, "config.model.text.vocab and config.model.decoder.vocab")
+    tables = _tables(model)
+    settings = " and ".join(f"config.model.{name}.vocab" for name in tables)
+    tokenizer = preprocess.tokenizer_for(data, min(part.vocab for part in tables.values()), settings)
     if tokenizer is not None and getattr(tokenizer, "mask", None) is None:
         raise ValueError(f"{data.tokenizer} has no [MASK] token; give a BERT vocab.txt or tokenizer.json")
     return tokenizer

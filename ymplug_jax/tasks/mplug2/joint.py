@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ymplug_jax.core.config import Train
+from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
 from ymplug_jax.core.state import Params
 from ymplug_jax.models import mplug2
@@ -25,6 +27,18 @@ EMBEDS = ("(vision|connector|universal|visual_norm|text|vision_proj|text_proj)/.
 READS = ("(fusion|mlm)/.*",)
 
 Loss = Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics, Rows]]
+
+
+def check_teacher(momentum_teacher: bool, queue: int, train: Train) -> None:
+    """Check `config.options.momentum` and `config.options.queue`.
+
+    Raises:
+      Mistake: A queue without a teacher, or one that is shorter than a batch.
+    """
+    if queue and not momentum_teacher:
+        raise Mistake("config.options.queue: holds features of a momentum teacher; set config.options.momentum=True")
+    if queue:
+        momentum.check_queue(queue, train)
 
 
 def carried_of(model: MPLUG2, loss: Loss, *, queue: int, teacher: Sequence[str], fixed: Sequence[str] = ()) -> Carried:

@@ -69,10 +69,7 @@ def make(experiment: Experiment) -> Task:
         raise Mistake(
             "config.model: pre-training needs contrastive_width, matching, masked, reads and generates; set all five"
         )
-    if options.queue and not options.momentum:
-        raise Mistake("config.options.queue: holds features of a momentum teacher; set config.options.momentum=True")
-    if options.queue:
-        momentum.check_queue(options.queue, experiment.train)
+    joint.check_teacher(options.momentum, options.queue, experiment.train)
     tokenizer, length = inputs.tokenizer_of(data, model), data.max_tokens
     group = pair_losses.group_of(experiment.train, options.group)
     losses = _Losses(model, options, group, inputs.specials_of(tokenizer), experiment.train.keep_logits)
