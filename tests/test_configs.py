@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs.mplug2 import slices as mplug2_slices
 from configs.mplug_chat import recipe as chat_recipe
 from configs.mplug_chat import slices as chat_slices
 from configs.mplug_video import recipe, slices
@@ -57,6 +58,13 @@ VARIANTS = {
     ("mplug_chat/instruct", "qwen2.5-1.5b-lora"): {"fsdp": 4, "tensor": 2},
     ("mplug2/pretrain", "youku-b16"): {"fsdp": 8},
     ("mplug2/pretrain", "large"): {"fsdp": 4, "tensor": 2},
+    ("mplug2/caption", "large"): {"fsdp": 8},
+    ("mplug2/caption", "youku-b16"): {"fsdp": 8},
+    ("mplug2/answer", "large"): {"fsdp": 4, "tensor": 2},
+    ("tiny/mplug2_caption", "mplug_youku"): {},
+    ("tiny/mplug2_caption", "mplug2"): {},
+    ("tiny/mplug2_answer", "mplug_youku"): {},
+    ("tiny/mplug2_answer", "mplug2"): {},
     ("mplug2/retrieve", "youku-b16"): {"fsdp": 8},
     ("mplug2/retrieve", "large"): {"fsdp": 4, "tensor": 2},
     ("mplug2/classify", "youku-b16"): {"fsdp": 8},
@@ -158,6 +166,10 @@ def arguments(name: str) -> Iterator[str | None]:
         yield from recipe.TINY
     else:
         yield from (argument for one, argument in VARIANTS if one == name)
+    if name == "mplug2/pretrain":
+        yield from (f"{size}@{place}" for place, layout in mplug2_slices.SLICES.items() for size in layout.batch)
+    if name in ("mplug2/caption", "mplug2/answer"):
+        yield from (f"large@{place}" for place in mplug2_slices.SLICES)
 
 
 def flat(settings: object, before: str = "") -> dict[str, object]:

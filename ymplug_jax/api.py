@@ -1,4 +1,4 @@
-"""The Python API: `ymplug_jax.load` gives a model that captions, classifies and embeds video files. See docs/python.md.
+"""The Python API: `ymplug_jax.load` gives a model that captions, classifies and embeds video files, and answers questions. See docs/python.md.
 
     model = ymplug_jax.load("runs/caption")
     model.caption(["clip.mp4"])
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # Command of `ymplug_jax.predict` -> methods of `VideoModel` that need a task with these answers.
 METHODS = {
-    "caption": ("caption",), "classify": ("classify",), "retrieve": ("embed_videos", "embed_texts"), "chat": ("chat",)
+    "caption": ("caption",), "classify": ("classify",), "answer": ("answer",), "retrieve": ("embed_videos", "embed_texts"),
+    "chat": ("chat",),
 }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def load(
         `get_config` returns.
       tokenizer: tokenizer file of the source model; default: `config.data.tokenizer` of the settings.
       classes: file of class names, one a line; default: `config.data.classes` of the settings, or the 45 categories.
-      needs: "caption", "classify", "retrieve" or "chat" to refuse a folder whose task does not answer it.
+      needs: "caption", "classify", "answer", "retrieve" or "chat" to refuse a folder whose task does not answer it.
       int8: hold frozen matrices in eight bits, which halves their memory, see docs/models/language_models.md.
 
     Returns:
@@ -183,6 +184,27 @@ class VideoModel:
             for answer in found
         ]
 
+    def answer(self, paths: Sequence[Name], questions: Sequence[str]) -> list[str]:
+        """Answer a question about each video.
+
+        Args:
+          paths: video files.
+          questions: the question about each video, in their order; name a file again to ask about it again.
+
+        Returns:
+          An answer for each question, in order.
+
+        Raises:
+          Mistake: the task answers no questions, a file cannot be read, nothing remains of a question after cleaning, or the number of
+            questions differs from that of the files.
+          PlaceFailed: the decoder cannot start.
+        """
+        self._must_offer("answer")
+        questions, files = self._texts(questions, "questions"), len(arguments.names(paths))
+        if len(questions) != files:
+            raise Mistake(f"questions: {len(questions)} questions for {files} files; give one for each, in their order")
+        return [answer.json["answer"] for answer in self._answers("answer", paths, questions, 1)]
+
     def embed_videos(self, paths: Sequence[Name]) -> np.ndarray:
         """Compute vectors of videos.
 
@@ -212,14 +234,8 @@ class VideoModel:
         Raises:
           Mistake: the task has no vectors, or nothing remains of a text after cleaning.
         """
-        from ymplug_jax.data.text import clean_text
-
         self._must_offer("embed_texts")
-        texts = arguments.words(texts, "texts")
-        for text in texts:
-            if not clean_text(text, 30):
-                raise Mistake(f"texts: {text!r}: nothing is left after cleaning; give words")
-        return self.predictor.embed_texts(texts)
+        return self.predictor.embed_texts(self._texts(texts, "texts"))
 
     def chat(
         self,
@@ -282,6 +298,20 @@ class VideoModel:
         raise Mistake(
             f"{method}(): {self.predictor.folder} is a run of task {self.task!r}, which offers {offered}; load another run"
         )
+
+    def _texts(self, texts: Sequence[str], name: str) -> list[str]:
+        """Texts with words in them.
+
+        Raises:
+          Mistake: an element is no text, or nothing remains of it after cleaning.
+        """
+        from ymplug_jax.data.text import clean_text
+
+        listed = arguments.words(texts, name)
+        for text in listed:
+            if not clean_text(text, 30):
+                raise Mistake(f"{name}: {text!r}: nothing is left after cleaning; give words")
+        return listed
 
     def _answers(
         self, command: str, paths: Sequence[Name], titles: Sequence[str] | None, best: int

@@ -1,7 +1,8 @@
-"""Classify, caption and search video files with a trained run, or talk about them.
+"""Classify, caption and search video files with a trained run, answer questions about them, or talk about them.
 
     python -m ymplug_jax.predict classify --checkpoint RUN --video clip.mp4 [--title TEXT]
     python -m ymplug_jax.predict caption  --checkpoint RUN --video clip.mp4 other.mkv
+    python -m ymplug_jax.predict answer   --checkpoint RUN --video clip.mp4 --question "视频里有什么"
     python -m ymplug_jax.predict retrieve --checkpoint RUN --video FOLDER --text "红色的圆形" [--export index.npz]
     python -m ymplug_jax.predict retrieve --checkpoint RUN --index index.npz --text "红色的圆形"
     python -m ymplug_jax.predict retrieve --checkpoint RUN --video clip.mp4 --text TEXT TEXT ... --rank texts

@@ -19,6 +19,9 @@ NO_DECAY = {
 }
 # CLIP weights use a tenth of the learning rate; the temporal parts are new and use the full rate.
 CLIP_LR = ((r"vision/(?!.*temporal).*", 0.1),)
+VISION_LR = (("vision/.*", 0.1),)  # of the released recipes: the whole vision tower, temporal modules included
+UNCLIPPED = 1e9  # the released recipes clip no gradient: a norm that no usable step reaches
+DATA = ("msrvtt", "msvd", "youku")  # data sets of fine-tuning; the first two are English
 
 
 def model(size: str, *, frames: int, **parts: Any) -> MPLUG2:
@@ -55,3 +58,38 @@ def no_decay(model: MPLUG2) -> tuple[str, ...]:
 def optim(model: MPLUG2, lr: float, min_lr: float, warmup: str, *, eps: float = 1e-6) -> Optim:
     """AdamW with two learning rates."""
     return Optim(lr=lr, min_lr=min_lr, warmup=warmup, eps=eps, no_decay=no_decay(model), lr_scales=CLIP_LR)
+
+
+def split_arg(arg: str) -> tuple[str, str]:
+    """Split an argument of fine-tuning such as "large", "large-msvd" or "youku-b16" into (size, data set).
+
+    Without a data set, sizes with "youku" get Youku's and all others MSRVTT. English has 30,522 words, so a size with "youku", which is
+    Chinese, has no English data set.
+
+    Raises:
+      ValueError: The size or the data set is unknown.
+    """
+    chinese = arg.startswith("youku")
+    size, _, data = (arg, "", "youku") if chinese else arg.partition("-")
+    if size not in SIZES or (data or DATA[0]) not in DATA:
+        sizes = ", ".join(size for size in SIZES if not size.startswith("youku"))
+        raise ValueError(
+            f"unknown argument {arg!r}; choose youku-b16, youku-l14, or one of {sizes}, each also as SIZE-DATA with DATA one of {', '.join(DATA)}"
+        )
+    return size, data or DATA[0]
+
+
+def tuning_optim(model: MPLUG2) -> Optim:
+    """AdamW of fine-tuning, as published with the released models."""
+    return Optim(
+        lr=2e-5,
+        min_lr=1e-6,
+        warmup="200 steps",
+        schedule="mplug2",
+        warmup_lr=1e-6,
+        weight_decay=0.02,
+        eps=1e-8,
+        clip=UNCLIPPED,
+        no_decay=no_decay(model),
+        lr_scales=VISION_LR,
+    )

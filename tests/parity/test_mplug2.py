@@ -24,7 +24,7 @@ from ymplug_jax.models.mplug2 import MPLUG2
 from ymplug_jax.models.universal import Fusion, Universal
 from ymplug_jax.tasks.common import distillation, losses, momentum
 from ymplug_jax.tasks.common.pair_losses import Negatives
-from ymplug_jax.tasks.mplug2 import joint
+from ymplug_jax.tasks.mplug2 import answer, caption, joint
 
 OUTPUT, GRADIENT, FLOOR = 1e-5, 1e-4, 1e-5
 KEPT: dict[str, Any] = {"capture_intermediates": True, "mutable": "intermediates"}
@@ -437,8 +437,8 @@ def check_caption(file, prompt: int) -> dict:
         tokens, kept = encoded(model, params, video)
         states = model.apply({"params": params}, ids, mask, Memory(tokens), method="decode")
         logits = model.apply({"params": params}, states, method="logits")
-        total, count = losses.next_token(logits[:, :-1], ids, mask, np.full(len(ids), prompt))
-        return total / count, (tokens, logits, kept)
+        mean = caption.caption_loss(model, params, video, ids, mask, prompt, None)
+        return mean.total / mean.weight, (tokens, logits, kept)
 
     (total, (tokens, logits, kept)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     file.check("out/logits", logits, OUTPUT)
@@ -493,7 +493,8 @@ def test_cls(read) -> None:
 def test_vqa(read) -> None:
     file = read("vqa.npz")
     model, params, named_of = loaded(file)
-    questions, mask, video = file["in/question_ids"], file["in/question_mask"], channels_last(file["in/video"])
+    questions, mask = jnp.asarray(file["in/question_ids"]), jnp.asarray(file["in/question_mask"])
+    video = jnp.asarray(channels_last(file["in/video"]))
     answers, of_answers = file["in/answer_ids"], file["in/answer_mask"]
     each = np.repeat(np.arange(len(questions)), file["in/answers_per_question"])
 
@@ -503,8 +504,12 @@ def test_vqa(read) -> None:
         seen, fused = run.fuse(run.encode_text(questions, mask), mask, tokens)
         memory = mplug2.memory_of(seen, fused, mask)
         logits = run.logits(run.decode(answers, of_answers, jax.tree.map(lambda x: x[each], memory)))
-        token = losses.token_losses(logits[:, :-1], answers[:, 1:])
-        rows = jnp.sum(jnp.where(losses.target_mask(of_answers), token, 0), axis=1)
+
+        def one(question: jax.Array, words: jax.Array, told: jax.Array) -> jax.Array:
+            row = {"ids": questions[question][None], "mask": mask[question][None], "answer": words[None]}
+            return answer.answer_loss(model, params, video[question][None], row, told[None], None)[0]
+
+        rows = jax.vmap(one)(jnp.asarray(each), jnp.asarray(answers), jnp.asarray(of_answers))
         total = jnp.sum(rows * file["in/answer_weights"]) / len(questions)
         return total, {"tokens": tokens, "seen": seen, "fused": fused, "memory": memory, "logits": logits, **kept}
 

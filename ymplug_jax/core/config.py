@@ -92,6 +92,7 @@ class Mesh:
         ("heads", "tensor"),
         ("kv_heads", "tensor"),
         ("vocab", "tensor"),
+        ("queue", "fsdp"),
     )
 
 

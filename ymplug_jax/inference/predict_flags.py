@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from ymplug_jax.inference.chat_session import Style
     from ymplug_jax.inference.clip_stream import File
 
-COMMANDS = ("classify", "caption", "retrieve", "chat")
+COMMANDS = ("classify", "caption", "answer", "retrieve", "chat")
 ONLY_FOR = {
     "title": "classify", "text": "retrieve", "index": "retrieve", "export": "retrieve", "rank": "retrieve",
-    "image": "chat", "question": "chat", "questions": "chat", "out": "chat", "video_root": "chat", "tokenizer": "chat",
+    "image": "chat", "question": "answer or chat", "questions": "chat", "out": "chat", "video_root": "chat", "tokenizer": "chat",
     "temperature": "chat", "top_k": "chat", "top_p": "chat", "repetition_penalty": "chat", "no_repeat_ngram": "chat",
     "int8": "chat", "beams": "chat", "new_tokens": "chat", "seed": "chat", "context": "chat", "introduction": "chat",
 }  # fmt: skip
@@ -49,7 +49,7 @@ def parse(argv: list[str], doc: str) -> argparse.Namespace:
         parser.add_argument("--index", type=Path, help="retrieve: search this index instead of files"),
         parser.add_argument("--export", type=Path, help="retrieve: write the vectors of the videos to this index (.npz)"),
         parser.add_argument("--rank", choices=["videos", "texts"], help="retrieve: rank videos for each text, or texts for each video (default videos)"),
-        parser.add_argument("--best", type=int, help="number of classes or ranks in an answer (default 5)"),
+        parser.add_argument("--best", type=int, help="number of classes, ranks or listed answers in an answer (default 5)"),
         parser.add_argument("--json", action="store_true", help="print one JSON object per line"),
         parser.add_argument("--sheet", type=Path, help="draw the frames of at most 64 clips, with the answers, to this PNG"),
         parser.add_argument("--decoders", type=int, help="number of decoding processes (default: one per core, at most eight)"),
@@ -73,7 +73,7 @@ def _chat_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     add = parser.add_argument
     return [
         add("--image", nargs="+", action="extend", help="chat: image files, shown after the videos"),
-        add("--question", nargs="+", action="extend", help="chat: ask these questions, one after the other, and end"),
+        add("--question", nargs="+", action="extend", help="answer: question about each video, in their order, or one about all; chat: ask these questions, one after the other, and end"),
         add("--questions", type=Path, help='chat: answer every line {"video": [...], "image": [...], "question": TEXT, "prompt": INTRODUCTION} of this file'),
         add("--out", type=Path, help="chat: write the answers to --questions to this file"),
         add("--video_root", type=Path, help="chat: folder of the files that --questions names (default: the current folder)"),
@@ -123,14 +123,31 @@ def check(args: argparse.Namespace) -> "list[File]":
     files = clip_stream.files_of(args.video)
     if args.title and len(args.title) != len(files):
         raise Mistake(f"--title: {len(args.title)} titles for {len(files)} files; give one for each, in their order")
+    if args.command == "answer":
+        args.title = _questions(args.question, len(files))
     return files
+
+
+def _questions(given: list[str] | None, files: int) -> list[str]:
+    """The question about each file.
+
+    Raises:
+      Mistake: there are neither as many questions as files nor one.
+    """
+    if not given:
+        raise Mistake("--question: missing; give the question about each video, or one about all")
+    if len(given) not in (1, files):
+        raise Mistake(
+            f"--question: {len(given)} questions for {files} files; give one for each, in their order, or one for all"
+        )
+    return given if len(given) == files else given * files
 
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags of other commands and an empty checkpoint."""
-    for flag, command in ONLY_FOR.items():
-        if getattr(args, flag) is not None and args.command != command:
-            raise Mistake(f"--{flag}: {args.command} does not use it, only {command} does; leave it out")
+    for flag, commands in ONLY_FOR.items():
+        if getattr(args, flag) is not None and args.command not in commands.split(" or "):
+            raise Mistake(f"--{flag}: {args.command} does not use it, only {commands} does; leave it out")
     if not args.checkpoint:
         raise Mistake("--checkpoint: the name is empty; give the --workdir of a run")
 
@@ -203,12 +220,13 @@ def _check_search(args: argparse.Namespace) -> None:
 def _check_texts(args: argparse.Namespace) -> None:
     from ymplug_jax.data.text import clean_text
 
-    for flag in ("text", "title"):
+    for flag in ("text", "title", "question"):
         if given := getattr(args, flag):
             setattr(args, flag, [_as_text(flag, text) for text in given])
-    for text in args.text or []:
-        if not clean_text(text, 30):
-            raise Mistake(f"--text {text!r}: nothing is left after cleaning; give words")
+    for flag in ("text", "question"):
+        for text in getattr(args, flag) or []:
+            if not clean_text(text, 30):
+                raise Mistake(f"--{flag} {text!r}: nothing is left after cleaning; give words")
 
 
 def _as_text(flag: str, text: str) -> str:
