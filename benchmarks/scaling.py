@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chart
+from configs.mplug2 import slices as mplug2
 from configs.mplug_chat import slices as chat
 from configs.mplug_video.slices import SLICES
 
@@ -53,8 +54,15 @@ CHAT = tuple(
     for name in ("v5p-4", "v5e-16")
     for task, config in (("pretrain", "7b-adapters_abstractor"), ("instruct", "7b-lora"))
 )
+# Runs of mPLUG-2: the task's config, the size and the slice.
+MPLUG2 = (
+    *(("pretrain", size, "v5e-16") for size in ("youku-b16", "youku-l14", "base", "large")),
+    ("caption", "large", "v5e-16"),
+    ("answer", "large", "v5e-16"),
+)
 # Rows that one chip answers together, with int8 weights: prompts of PROMPT tokens with a clip each, and NEW new tokens.
 ANSWERED, PROMPT, NEW = (1, 4), 1984, 64
+FAMILIES = {"chat": "mplug_chat", "answers": "mplug_chat", "mplug2": "mplug2"}  # table -> folder of its configs
 ANSWER_FLAGS = (
     "--program=predict",
     "--config.train.frozen_dtype=int8",
@@ -67,7 +75,7 @@ ANSWER_FLAGS = (
 
 
 def jobs() -> list[dict]:
-    """Rows: pre-training and fine-tuning on every slice, weak scaling from 16 to 256 chips, two slices over the network, chat."""
+    """Rows: pre-training and fine-tuning on every slice, weak scaling from 16 to 256 chips, two slices over the network, chat, mPLUG-2."""
     rows = []
     for task in ("pretrain", "classify", "caption", "retrieve", "match"):
         for size in ("1.3b", "2.7b"):
@@ -84,6 +92,7 @@ def jobs() -> list[dict]:
         more = [f"--config.train.batch_size={2 * SLICES[name].chips * SLICES[name].batch['1.3b']}"]
         rows.append(_job(["slices"], "pretrain", f"1.3b@{name}", SLICES[name].topology, slices=2, more=more))
     rows += [_job(["chat"], task, f"{config}@{name}", chat.SLICES[name].topology) for task, config, name in CHAT]
+    rows += [_job(["mplug2"], task, f"{size}@{name}", mplug2.SLICES[name].topology) for task, size, name in MPLUG2]
     for count in ANSWERED:
         more = [*ANSWER_FLAGS, f"--config.train.batch_size={count}"]
         rows.append(_job(["answers"], "instruct", f"7b-lora, {count} rows", "v5e:1x1", more=more))
@@ -103,7 +112,7 @@ def key(job: dict) -> str:
 def measure(job: dict) -> dict:
     """What the command prints for one row."""
     command = [sys.executable, "-m", "ymplug_jax.main", "--mode", "compile", "--topology", job["topology"]]
-    family = "mplug_chat" if {"chat", "answers"} & set(job["tables"]) else "mplug_video"
+    family = next((FAMILIES[table] for table in job["tables"] if table in FAMILIES), "mplug_video")
     config = job["config"].partition(",")[0] if "answers" in job["tables"] else job["config"]
     command += ["--config", f"configs/{family}/{job['task']}.py:{config}", "--slices", str(job["slices"])]
     done = subprocess.run([*command, *job["more"]], cwd=ROOT, capture_output=True, text=True)
@@ -198,6 +207,7 @@ def draw(results: dict[str, dict]) -> str:
         ("tune", "Fine-tuning with the recipe's batches; matching on 16 chips of v5e with half of them"),
         ("weak", "Weak scaling: the same work per chip"),
         ("slices", "Two slices, gradients summed over the network between them"),
+        ("mplug2", "mPLUG-2 with the layouts of `configs/mplug2/slices.py`"),
         (
             "chat",
             "Chat model with BLOOMZ-7B1, rows of 2,048 tokens, with the layouts of `configs/mplug_chat/slices.py`",

@@ -5,12 +5,13 @@ Use `configs/mplug2/pretrain.py:youku-b16`, `:youku-l14`, `:base` or `:large` wi
     --config.train.init_from=vision=CLIP_DIR,text=BERT_DIR,fusion=BERT_DIR,decoder=BERT_DIR,mlm=BERT_DIR
 where BERT_DIR comes from `ymplug_jax.convert --model bert_mplug2`. `:base` and `:large` also take universal=BERT_DIR; for `:base` convert
 with --heads universal=2.
+`@SLICE` adds the layout and batch size for a TPU slice: `:large@v5e-16`; see slices.py.
 All values are assumed, see docs/models/mplug2.md, "Recipe".
 """
 
 from ml_collections import ConfigDict
 
-from configs.mplug2 import recipe
+from configs.mplug2 import recipe, slices
 from ymplug_jax.core.config import Data, Experiment, Train, to_config_dict
 from ymplug_jax.tasks.mplug2.pretrain import Options
 
@@ -20,6 +21,7 @@ QUEUE = 65_664  # rows: a multiple of the batch, near the 65,536 of the models b
 
 def get_config(arg: str = "youku-b16") -> ConfigDict:
     """Settings by size; sizes without "youku" have no teacher, and half of their examples follow an instruction."""
+    arg, _, place = arg.partition("@")
     youku, large = arg.startswith("youku"), arg in ("youku-l14", "large")
     batch = recipe.DEVICES * 48
     parts = {"contrastive_width": 256, "matching": True, "masked": True}
@@ -37,4 +39,4 @@ def get_config(arg: str = "youku-b16") -> ConfigDict:
         train=Train(batch_size=batch, duration="10 epochs", save_every="2000 steps", eval_every="2000 steps"),
         options=options,
     )
-    return to_config_dict(experiment)
+    return to_config_dict(slices.on(experiment, arg, place) if place else experiment)
