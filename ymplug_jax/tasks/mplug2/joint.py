@@ -3,6 +3,8 @@
 See docs/models/mplug2.md, "Losses" and "Momentum and queues". Random draws come from a key or from an argument.
 """
 
+import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +41,32 @@ def check_teacher(momentum_teacher: bool, queue: int, train: Train) -> None:
         raise Mistake("config.options.queue: holds features of a momentum teacher; set config.options.momentum=True")
     if queue:
         momentum.check_queue(queue, train)
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses(abc.ABC):
+    """The training loss of a task, with and without a teacher."""
+
+    model: MPLUG2
+    options: Any  # Options of the task.
+    group: int  # Number of neighbouring rows that share negatives.
+
+    @abc.abstractmethod
+    def of(
+        self, params: Params, carried: Params | None, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics, Rows]:
+        """`Carried.loss`; without a teacher (`carried` None) there are no rows."""
+
+    def alone(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        """`Task.loss`: without a teacher, in evaluation (`key` None) without dropout."""
+        loss, metrics, _ = self.of(params, None, batch, key)
+        return loss, metrics
+
+    def taught(
+        self, params: Params, carried: Params, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics, Rows]:
+        """`Carried.loss`."""
+        return self.of(params, carried, batch, key)
 
 
 def carried_of(model: MPLUG2, loss: Loss, *, queue: int, teacher: Sequence[str], fixed: Sequence[str] = ()) -> Carried:

@@ -113,27 +113,13 @@ def make(experiment: Experiment) -> Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Losses:
-    """The training loss with and without a teacher."""
+class _Losses(joint.Losses):
+    """The losses of the task."""
 
-    model: MPLUG2
-    options: Options
-    group: int
     specials: dict[str, int]
     keep_logits: bool
 
-    def alone(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        """`Task.loss`: without a teacher, in evaluation (`key` None) without dropout."""
-        loss, metrics, _ = self._of(params, None, batch, key)
-        return loss, metrics
-
-    def taught(
-        self, params: Params, carried: Params, batch: Batch, key: jax.Array | None
-    ) -> tuple[jax.Array, Metrics, Rows]:
-        """`Carried.loss`."""
-        return self._of(params, carried, batch, key)
-
-    def _of(
+    def of(
         self, params: Params, carried: Params | None, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, Metrics, Rows]:
         model, options, valid = self.model, self.options, batch["valid"]
