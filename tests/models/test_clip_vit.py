@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ymplug_jax.core import sharding, state
 from ymplug_jax.models import clip_vit, temporal
@@ -67,3 +68,20 @@ def test_adapters_that_cannot_be_built_are_refused():
             jax.eval_shape(SMALL.clone(**fields).init, jax.random.key(0), clip_of(1))
     with pytest.raises(ValueError, match=r"config.data.image_size: the frames have shape"):
         jax.eval_shape(SMALL.clone(image_size=16).init, jax.random.key(0), clip_of(1))
+
+
+def test_still_images_pass_the_temporal_modules() -> None:
+    """With `stills`, a clip of one frame sees no adapter and a longer one sees all; the parameters are the same."""
+    still = SMALL.clone(stills=True)
+    video = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 3))
+    params = SMALL.init(jax.random.key(1), video[:, :1])["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+        jnp.shape, still.init(jax.random.key(1), video[:, :1])["params"]
+    )
+    flat = flatten_dict(params, sep="/")
+    loud = {k: jax.random.normal(jax.random.key(2), v.shape) if "/up/" in k else v for k, v in flat.items()}
+    mute = {k: jnp.zeros_like(v) if "/up/" in k else v for k, v in flat.items()}
+    loud, mute = ({"params": unflatten_dict(tree, sep="/")} for tree in (loud, mute))
+    np.testing.assert_allclose(still.apply(loud, video[:, :1]), SMALL.apply(mute, video[:, :1]), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(SMALL.apply(loud, video[:, :1]), SMALL.apply(mute, video[:, :1]), atol=1e-2)
+    np.testing.assert_array_equal(still.apply(loud, video), SMALL.apply(loud, video))

@@ -138,7 +138,7 @@ class VideoBlock(nn.Module):
 
     heads: int  # Number of attention heads.
     mlp: int  # Width of the MLP M.
-    adapters: int  # Number of adapters, 1 or 2.
+    adapters: int  # Number of adapters, 1 or 2; 0 runs none.
     reduction: float  # D divided by the width inside an adapter.
     activation: bool  # Applies quick GELU inside the adapters.
     std: float  # Standard deviation of the initial kernels.
@@ -164,7 +164,7 @@ class VideoBlock(nn.Module):
 class VideoClipViT(nn.Module):
     """Clips -> tokens; CLIP's tower with local temporal modules. The fields are its settings.
 
-    The adapters also run on clips of one frame.
+    The adapters also run on clips of one frame, unless `stills` is set.
     """
 
     image_size: int = 224  # Height and width of a frame S, in pixels.
@@ -176,6 +176,9 @@ class VideoClipViT(nn.Module):
     adapters: int = 2  # Adapters in a layer: 2, before attention and before the MLP, as released; 1, before attention.
     reduction: float = 2.0  # Width D divided by the width inside an adapter, rounded down.
     activation: bool = True  # Applies quick GELU inside the adapters; False makes them linear after their norm.
+    stills: bool = (
+        False  # Clips of one frame pass the adapters, as still images do in the paper; the released code runs them.
+    )
     # Stride over the frames of patches that reach over three frames, which shortens the clip; 0 projects frames one by one.
     temporal_stride: int = 0
     std: float = STD  # Standard deviation of the initial kernels; CLIP's, which is meant for large widths.
@@ -214,10 +217,11 @@ class VideoClipViT(nn.Module):
         x = jnp.concatenate([cls, x], axis=2)  # [B, T', 1 + P, D]
         x = x + self.param("pos_embed", normal, x.shape[2:]).astype(dtype)
         x = layers.norm("norm_pre", VIDEO_EPS, self.dtype)(x)
+        skipped = self.stills and video.shape[1] == 1 and not self.is_initializing()
         x, _ = layers.stack(VideoBlock, self.depth, remat=self.remat, in_axes=())(
             heads=self.heads,
             mlp=self.mlp,
-            adapters=self.adapters,
+            adapters=0 if skipped else self.adapters,
             reduction=self.reduction,
             activation=self.activation,
             std=self.std,
