@@ -130,6 +130,29 @@ class Predictor:
                     _check_finite(values, record.media_id)
             yield about(row, record, best)
 
+    def cut(self, texts: Sequence[str]) -> list[tuple[str, int, int]]:
+        """(text, number of its tokens, how many of them the model reads) of the texts that are too long for it."""
+        if self.task.lengths is None:
+            return []
+        found = [(text, *self.task.lengths(blank(text))) for text in texts]
+        return [(text, tokens, read) for text, tokens, read in found if read < tokens]
+
+    def check_questions(self, questions: Sequence[str], name: str) -> None:
+        """Check that the model reads whole questions.
+
+        Args:
+          questions: the questions.
+          name: of the argument that holds them, for the message.
+
+        Raises:
+          Mistake: a question has more tokens than the model reads.
+        """
+        for text, tokens, read in self.cut(questions):
+            raise Mistake(
+                f"{name} {text!r}: has {tokens} tokens, of which this run reads {read} "
+                f"(config.data.max_tokens {self.experiment.data.max_tokens}); ask in fewer words"
+            )
+
     def embed_records(self, records: Sequence[Record]) -> np.ndarray:
         """Unit vectors of clips, f32[N, E].
 

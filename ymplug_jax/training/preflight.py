@@ -1,7 +1,8 @@
 """Check settings, files and data before anything is compiled or initialised and before the run folder is created."""
 
 import difflib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ymplug_jax.tasks import options
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.training import mixing, run_folder, setup, vision_settings
 
+READ = 64  # first records of a split whose texts are measured, to say how many are cut
 TRIED = 8  # records of the evaluation split that `Task.scorable` sees; a setting that does not fit the split fails at the first
 
 
@@ -64,6 +66,7 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         task.score_named(train.best)
     for split, found in records.items():
         _check_split(experiment, split, found, task.kinds)
+        _say_cut(task, split, found, data.skip_corrupt)
     if data.eval_split and task.scorable:
         _check_scorable(task.scorable, records[data.eval_split], data.skip_corrupt)
     # Measures the records and traces the model; the slowest checks come last.
@@ -78,14 +81,31 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
 
 def _check_scorable(scorable: Callable[[Record], None], records: Split, skip_corrupt: bool) -> None:
     """Check the first records that are evaluated; the others are checked when they are scored."""
-    for i in range(min(TRIED, len(records))):
+    for record in _first(records, TRIED, skip_corrupt):
+        scorable(record)
+
+
+def _first(records: Split, count: int, skip_corrupt: bool) -> Iterator[Record]:
+    """Yield the first `count` records."""
+    for i in range(min(count, len(records))):
         try:
-            record = records[i]
+            yield records[i]
         except CorruptRecord:
             if not skip_corrupt:
                 raise
-            continue
-        scorable(record)
+
+
+def _say_cut(task: task_lib.Task, split: str, records: Split, skip_corrupt: bool) -> None:
+    """Say how many of the first records have texts of which the model reads a part only."""
+    if task.lengths is None:
+        return
+    found = [task.lengths(record) for record in _first(records, READ, skip_corrupt)]
+    if cut := [whole - read for whole, read in found if read < whole]:
+        logging.warning(
+            "split %r: texts of %d of the first %d records are cut, by up to %d tokens; config.data.max_tokens, config.data.max_words and the "
+            "task's options say where",
+            split, len(cut), len(found), max(cut),
+        )  # fmt: skip
 
 
 def _check_evaluated(experiment: Experiment, task: task_lib.Task, records: Split, examples: int) -> None:
