@@ -20,7 +20,7 @@ from ymplug_jax.inference.wording import shown
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks.presentation import Answer
 from ymplug_jax.tasks.task import Batch, Example, Row, Task
-from ymplug_jax.training import evaluate, setup
+from ymplug_jax.training import evaluate, preflight, setup
 
 BATCH = 8
 
@@ -53,6 +53,8 @@ class Predictor:
             self._run = setup.prepare(self.experiment, jax.devices()[:1])
             if source.converted:  # a run was compared with its settings when it began
                 checkpoint.load_params(str(self.folder), self._abstract, values=False)
+                if not train.other_tokenizer:
+                    preflight.check_words(self.experiment, str(self.folder))
         except (ValueError, FileNotFoundError) as error:
             text = str(error).replace(data.tokenizer, str(source.tokenizer)) if data.tokenizer else str(error)
             raise Mistake(f"{self.folder}: {text}") from None

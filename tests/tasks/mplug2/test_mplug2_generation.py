@@ -12,6 +12,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -22,7 +23,7 @@ from configs.mplug2 import caption as caption_config
 from configs.mplug2 import recipe
 from task_rows import batch_of, rows_of
 from ymplug_jax import predict
-from ymplug_jax.core import config
+from ymplug_jax.core import checkpoint_files, config
 from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Record, Records
@@ -226,14 +227,27 @@ def test_control_tokens_in_a_question_are_text(folder: Path) -> None:
     assert task.one(record("红" * 40), None)["ids"].tolist()[1:] == [ids[1]] * 11
 
 
+def test_a_conversion_with_another_number_of_words_is_refused(folder: Path, tmp_path: Path) -> None:
+    made = experiment(folder, YOUKU, "question")
+    for words in (64, len((folder / "vocab.txt").read_text().splitlines())):
+        tree = {"text": {"token_embed": jnp.zeros((words, 16))}}
+        place = tmp_path / str(words) / "checkpoints" / checkpoint_files.CONVERTED
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+            writer.save(epath.Path(place), args=ocp.args.PyTreeSave(tree))
+        wrong = words == 64
+        with pytest.raises(Mistake, match=r"but text/token_embed of .* has 64") if wrong else contextlib.nullcontext():
+            preflight.check_words(made, str(tmp_path / str(words)))
+    preflight.check_words(made, str(tmp_path / "64"), "vision/")
+
+
 def test_texts_that_are_cut_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked, _ = prepared(experiment(folder, YOUKU, "question"))
     record = Record("x", [], np.zeros(0, np.int64), "红" * 11, [], "蓝" * 10, -1)
     assert asked.lengths(record) == (21, 21)
     assert asked.lengths(record._replace(title="红" * 14, label_text="蓝" * 13)) == (27, 21)
     told, _ = prepared(experiment(folder, YOUKU, "captioning", prompt=PROMPT))
-    captions = record._replace(captions=["红" * 8, "红" * 9])
-    assert told.lengths(captions) == (17, 16)
+    captions = record._replace(captions=["红" * 9, "红" * 20])
+    assert told.lengths(captions) == (9, 8)
     split = [captions, record, record._replace(captions=["红" * 20])]
     preflight._say_cut(told, "train", split, False)
     assert "'train': texts of 2 of the first 3 records are cut, by up to 12 tokens" in caplog.text
