@@ -195,14 +195,15 @@ class VideoModel:
           An answer for each question, in order.
 
         Raises:
-          Mistake: the task answers no questions, a file cannot be read, nothing remains of a question after cleaning, or the number of
-            questions differs from that of the files.
+          Mistake: the task answers no questions, a file cannot be read, nothing remains of a question after cleaning, a question is longer
+            than the model reads, or the number of questions differs from that of the files.
           PlaceFailed: the decoder cannot start.
         """
         self._must_offer("answer")
         questions, files = self._texts(questions, "questions"), len(arguments.names(paths))
         if len(questions) != files:
             raise Mistake(f"questions: {len(questions)} questions for {files} files; give one for each, in their order")
+        self.predictor.check_questions(questions, "questions:")
         return [answer.json["answer"] for answer in self._answers("answer", paths, questions, 1)]
 
     def embed_videos(self, paths: Sequence[Name]) -> np.ndarray:

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from ymplug_jax.inference import answers
 
     model, reading = api.load(args.checkpoint, needs=args.command), Reading(files, args)
+    answers.check_lengths(args, model.predictor)
     answer_all = answers.retrieve if args.command == "retrieve" else answers.describe
     for answer in answer_all(args, model.predictor, reading):
         say(as_json(answer, sys.stdout.encoding) if args.json else readable(answer))
@@ -112,8 +113,10 @@ class Reading:
             for reads in clip_stream.read_all(files, size, self._processes or clip_stream.decoders()):
                 found = [record for read in reads if (record := self._record(read)) is not None]
                 self._answered += len(found)
-                if found:
-                    yield found
+                if found and len(files) == 1:  # one file may have several questions
+                    found = [found[0]._replace(title=title) for title in self._titles or [found[0].title]]
+                for start in range(0, len(found), size):
+                    yield found[start : start + size]
                 bar.update(len(reads))
 
     def report(self) -> None:

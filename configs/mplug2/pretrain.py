@@ -3,8 +3,9 @@
 Use `configs/mplug2/pretrain.py:youku-b16`, `:youku-l14`, `:base` or `:large` with
     --config.data.path=SHARDS --config.data.tokenizer=vocab.txt
     --config.train.init_from=vision=CLIP_DIR,text=BERT_DIR,fusion=BERT_DIR,decoder=BERT_DIR,mlm=BERT_DIR
-where BERT_DIR comes from `ymplug_jax.convert --model bert_mplug2`. `:base` and `:large` also take universal=BERT_DIR; for `:base` convert
-with --heads universal=2.
+BERT_DIR comes from `ymplug_jax.convert --model bert_mplug2`. CLIP_DIR comes from `--model clip` for the sizes with "youku" and from
+`--model clip_mplug2` for `:base` and `:large`. These two also take universal=BERT_DIR; for `:base` convert BERT with --heads universal=2.
+docs/models/mplug2.md, "Initialisation", lists the files.
 `@SLICE` adds the layout and batch size for a TPU slice: `:large@v5e-16`; see slices.py.
 All values are assumed, see docs/models/mplug2.md, "Recipe".
 """

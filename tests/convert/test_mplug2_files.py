@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -11,8 +12,11 @@ import transformers
 from safetensors.torch import load_file
 
 import trees
+from benchmarks import torch_sources
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import mplug2 as tables
+from ymplug_jax.core import state
+from ymplug_jax.models import mplug2
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mplug2"
 # Names that stay behind, by file: everything else comes back bit by bit.
@@ -135,6 +139,31 @@ def test_a_bert_starts_all_parts(
     back = ["--model", "bert_mplug2", "--source", str(tmp_path / "jax"), "--out", str(tmp_path / "b"), "--to", "torch"]
     assert command.main(back) == 2
     assert "holds parts of one bert_mplug2 several times; use the original file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["hugging_face", "openai"])
+def test_a_clip_starts_the_tower_and_goes_back(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if layout == "hugging_face":
+        (file,) = torch_sources.clip(
+            tmp_path / "hf", heads=4, width=64, depth=2, patch=16, image=64, dtype=torch.float32
+        )
+        source = load_file(file)
+    else:
+        torch.manual_seed(0)
+        source = {name: torch.randn(shape) / 9 for name, shape in torch_sources.openai_names(64, 2, 16, 64).items()}
+        torch.save(source, file := tmp_path / "clip.pt")
+    argv = ["--model", "clip_mplug2", "--source", str(file), "--out", str(tmp_path / "jax")]
+    assert command.main([*argv, "--heads", "vision=4", "--check"]) == 0
+    assert float(capsys.readouterr().out.split()[-1]) < 1e-5
+    like = jax.eval_shape(lambda: mplug2.init(mplug2.sized("tiny", reads=False), jax.random.key(0)))
+    wanted = {path: leaf.shape for path, leaf in state.flatten({"vision": like["vision"]}).items()}
+    stored = {path: leaf.shape for path, leaf in trees.stored_params(str(tmp_path / "jax")).items()}
+    assert stored == {path: shape for path, shape in wanted.items() if "temporal" not in path}
+    assert (
+        command.main([*argv[:2], "--source", str(tmp_path / "jax"), "--out", str(tmp_path / "b"), "--to", "torch"]) == 0
+    )
+    back = load_file(tmp_path / "b" / "model.safetensors")
+    assert len(back) > 20 and all(torch.equal(value, source[name]) for name, value in back.items())
 
 
 def test_a_bert_of_another_size_needs_numbers_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -237,6 +237,22 @@ def test_frozen_parameters_of_a_run_that_never_saved_are_replaced(tmp_path: Path
     assert np.array_equal(found["llm/token_embed"], frozen["llm"]["token_embed"] + 2)
 
 
+def test_a_table_with_another_number_of_axes_is_not_resized(tmp_path: Path):
+    state, frozen = state_of(prepare())
+    checkpoints = checkpoint.Checkpoints(str(tmp_path))
+    checkpoints.save_frozen(frozen)
+    checkpoints.save(state, 3, 24)
+    checkpoints.close()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    size = frozen["llm"]["token_embed"].shape
+    for shape, message in (((1, *size), r"other shape: llm/token_embed"), ((size[0] + 1, size[1]), "")):
+        wanted = {"llm": {"token_embed": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}}
+        grown = {"llm/token_embed": lambda x, shape: jnp.resize(x, shape)}
+        with pytest.raises(checkpoint_files.CheckpointError, match=message) if message else contextlib.nullcontext():
+            found = checkpoint.load_params(str(tmp_path), wanted, resize=grown)
+            assert found["llm/token_embed"].shape == shape
+
+
 def test_unreadable_first_save_stops_the_run(tmp_path: Path):
     """Orbax writes to such a folder without an error, but cannot read it back."""
     state, frozen = state_of(prepare())

@@ -5,6 +5,7 @@
     --model gpt3          ModelScope's nlp_gpt3_text-generation_*: all tensor-parallel pieces model/mp_rank_*_model_states.pt
     --model clip          CLIP, OpenAI's file or the Hugging Face layout: initialises the spatial part of the video encoder
     --model clip_chat     the same files: initialises the vision tower of the chat model
+    --model clip_mplug2   the same files: initialises the vision tower of an mPLUG-2 of variant mplug2
     --model vit           ViT of timm: initialises the spatial part of the video encoder
     --model bloom         BLOOM and BLOOMZ in the Hugging Face layout, with or without LoRA adapters
     --model qwen          Qwen2, Qwen2.5 and Qwen3 (dense) in the Hugging Face layout; needs the model's config.json

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 from ymplug_jax.convert.oracles import EAGER, Read, filled, openai
-from ymplug_jax.models.clip_vit import EPS, ClipViT
+from ymplug_jax.models.clip_vit import EPS, ClipViT, VideoClipViT
 from ymplug_jax.models.mplug_chat import MPLUGChat
 
 FRAMES = 2
@@ -113,7 +113,9 @@ def _logits(read: Read, model: MPLUGChat, slots: torch.Tensor, ids: np.ndarray) 
 
 
 @torch.inference_mode()
-def clip_tower(read: Read, sizes: ClipViT, media: np.ndarray, layout: str) -> dict[str, np.ndarray]:
+def clip_tower(
+    read: Read, sizes: ClipViT | VideoClipViT, media: np.ndarray, layout: str, eps: float = EPS
+) -> dict[str, np.ndarray]:
     """States of Hugging Face's CLIPVisionModel with the epsilon of our tower, for media f32[M, 1, S, S, 3]."""
     config = transformers.CLIPVisionConfig(
         hidden_size=sizes.width,
@@ -123,7 +125,7 @@ def clip_tower(read: Read, sizes: ClipViT, media: np.ndarray, layout: str) -> di
         image_size=sizes.image_size,
         patch_size=sizes.patch_size,
         hidden_act="quick_gelu",
-        layer_norm_eps=EPS,
+        layer_norm_eps=eps,
         **EAGER,
     )
     model = transformers.CLIPVisionModel(config)

@@ -21,7 +21,7 @@ from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
 from ymplug_jax.core import checkpoint, state
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
-from ymplug_jax.models.clip_vit import ClipViT
+from ymplug_jax.models.clip_vit import VIDEO_EPS, ClipViT, VideoClipViT
 from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.models.mplug2 import MPLUG2
 from ymplug_jax.models.mplug_chat import MPLUGChat
@@ -68,6 +68,7 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
         "bert": _bert,
         "clip": _image_tower,
         "clip_chat": _clip_chat,
+        "clip_mplug2": _clip_mplug2,
         "vit": _image_tower,
         "mplug_video": _mplug_video,
         "alpro": _alpro,
@@ -264,6 +265,18 @@ def _clip_chat(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> 
         return {name: value[:, 0] for name, value in (_blocks(kept, "") | {"norm": norm}).items()}
 
     return lambda: chat_check.clip_tower(read, model, media, opened.plan.layout), ours
+
+
+def _clip_mplug2(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:
+    model = _module(opened, VideoClipViT)
+    media = rng.normal(size=(2, 1, model.image_size, model.image_size, 3)).astype(np.float32)
+
+    def ours(params: dict) -> dict[str, np.ndarray]:
+        fresh = state.flatten(model.init(jax.random.key(0), media)["params"])  # its temporal modules add nothing
+        tokens, kept = _applied(model, state.unflatten(fresh | state.flatten(params["vision"])), media)
+        return {name: value[:, 0] for name, value in _blocks(kept, "").items()} | {"norm": tokens}
+
+    return lambda: chat_check.clip_tower(read, model, media, opened.plan.layout, VIDEO_EPS), ours
 
 
 def _alpro(opened: Opened, read: oracles.Read, rng: np.random.Generator) -> Sides:

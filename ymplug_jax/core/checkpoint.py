@@ -280,6 +280,11 @@ def load_params(
         raise damaged(folder, step, error, load) from None
 
 
+def _resized(stored: Any, wanted: jax.ShapeDtypeStruct) -> bool:
+    """Whether a stored table has another size than the wanted one. With another number of axes it is another parameter."""
+    return tuple(stored.shape) != wanted.shape and len(stored.shape) == len(wanted.shape)
+
+
 def _load(
     workdir: epath.Path,
     step: int | None,
@@ -313,9 +318,7 @@ def _load(
         for path, leaf in wanted.items()
         if path in there or not any(re.fullmatch(pattern, path) for pattern in allow_missing)
     }
-    other = {
-        path for path in wanted if path in resize and path in there and tuple(there[path].shape) != wanted[path].shape
-    }
+    other = {path for path in wanted if path in resize and path in there and _resized(there[path], wanted[path])}
     fits(there, {path: leaf for path, leaf in wanted.items() if path not in other}, folder, extra_allowed=True)
     if not values:
         return {}

@@ -19,6 +19,23 @@ from ymplug_jax.tasks.presentation import Answer
 SHEET = 64  # largest number of clips on a sheet
 
 
+def check_lengths(args: argparse.Namespace, predictor: Predictor) -> None:
+    """Say which titles and texts to search for are longer than the model reads; in training they were cut as well.
+
+    Raises:
+      Mistake: a question is.
+    """
+    if args.command == "answer":
+        predictor.check_questions(args.title, "--question")
+        return
+    for flag in ("title", "text"):
+        for text, tokens, read in predictor.cut(getattr(args, flag) or []):
+            print(
+                f"--{flag} {shown(text)}: has {tokens} tokens; the model reads the first {read}, as in training",
+                file=sys.stderr,
+            )
+
+
 def describe(args: argparse.Namespace, predictor: Predictor, reading: Any) -> Iterator[Answer]:
     """Yield the answer of the task about each readable file, in order.
 
@@ -26,11 +43,11 @@ def describe(args: argparse.Namespace, predictor: Predictor, reading: Any) -> It
       Mistake: predictions are not finite.
     """
     drawn: list[tuple[Record, str]] = []
-    count = 0
+    count, last = 0, ""
     for records in reading.records(reading.files, BATCH):
         for answer, record in zip(predictor.answers(args.command, records, args.best), records, strict=True):
             yield answer
-            count += 1
+            count, last = count + (record.media_id != last), record.media_id  # several questions may be about one clip
             if args.sheet and len(drawn) < SHEET:
                 drawn.append((record, readable(answer)))
     draw(args, predictor, drawn, count)

@@ -73,7 +73,7 @@ def _chat_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     add = parser.add_argument
     return [
         add("--image", nargs="+", action="extend", help="chat: image files, shown after the videos"),
-        add("--question", nargs="+", action="extend", help="answer: question about each video, in their order, or one about all; chat: ask these questions, one after the other, and end"),
+        add("--question", nargs="+", action="extend", help="answer: question about each video, in their order, one about all, or several about one video; chat: ask these questions, one after the other, and end"),
         add("--questions", type=Path, help='chat: answer every line {"video": [...], "image": [...], "question": TEXT, "prompt": INTRODUCTION} of this file'),
         add("--out", type=Path, help="chat: write the answers to --questions to this file"),
         add("--video_root", type=Path, help="chat: folder of the files that --questions names (default: the current folder)"),
@@ -129,18 +129,18 @@ def check(args: argparse.Namespace) -> "list[File]":
 
 
 def _questions(given: list[str] | None, files: int) -> list[str]:
-    """The question about each file.
+    """The question about each file, or the questions about a single file.
 
     Raises:
-      Mistake: there are neither as many questions as files nor one.
+      Mistake: there are neither as many questions as files nor one, and several files.
     """
     if not given:
         raise Mistake("--question: missing; give the question about each video, or one about all")
-    if len(given) not in (1, files):
+    if files > 1 and len(given) not in (1, files):
         raise Mistake(
-            f"--question: {len(given)} questions for {files} files; give one for each, in their order, or one for all"
+            f"--question: {len(given)} questions for {files} files; give one for each, in their order, one for all, or several about one file"
         )
-    return given if len(given) == files else given * files
+    return given * files if len(given) == 1 else given
 
 
 def _check_flags(args: argparse.Namespace) -> None:

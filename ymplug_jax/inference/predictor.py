@@ -20,7 +20,7 @@ from ymplug_jax.inference.wording import shown
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks.presentation import Answer
 from ymplug_jax.tasks.task import Batch, Example, Row, Task
-from ymplug_jax.training import evaluate, setup
+from ymplug_jax.training import evaluate, preflight, setup
 
 BATCH = 8
 
@@ -53,6 +53,8 @@ class Predictor:
             self._run = setup.prepare(self.experiment, jax.devices()[:1])
             if source.converted:  # a run was compared with its settings when it began
                 checkpoint.load_params(str(self.folder), self._abstract, values=False)
+                if not train.other_tokenizer:
+                    preflight.check_words(self.experiment, str(self.folder))
         except (ValueError, FileNotFoundError) as error:
             text = str(error).replace(data.tokenizer, str(source.tokenizer)) if data.tokenizer else str(error)
             raise Mistake(f"{self.folder}: {text}") from None
@@ -129,6 +131,29 @@ class Predictor:
                 if jax.numpy.issubdtype(values.dtype, np.floating):
                     _check_finite(values, record.media_id)
             yield about(row, record, best)
+
+    def cut(self, texts: Sequence[str]) -> list[tuple[str, int, int]]:
+        """(text, number of its tokens, how many of them the model reads) of the texts that are too long for it."""
+        if self.task.lengths is None:
+            return []
+        found = [(text, *self.task.lengths(blank(text))) for text in texts]
+        return [(text, tokens, read) for text, tokens, read in found if read < tokens]
+
+    def check_questions(self, questions: Sequence[str], name: str) -> None:
+        """Check that the model reads whole questions.
+
+        Args:
+          questions: the questions.
+          name: of the argument that holds them, for the message.
+
+        Raises:
+          Mistake: a question has more tokens than the model reads.
+        """
+        for text, tokens, read in self.cut(questions):
+            raise Mistake(
+                f"{name} {text!r}: has {tokens} tokens, of which this run reads {read} "
+                f"(config.data.max_tokens {self.experiment.data.max_tokens}); ask in fewer words"
+            )
 
     def embed_records(self, records: Sequence[Record]) -> np.ndarray:
         """Unit vectors of clips, f32[N, E].

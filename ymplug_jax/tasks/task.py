@@ -69,6 +69,8 @@ class Task:
     rescore: Callable[[Params, list[Row], KeptRows], list[Row]] | None = None
     kept: tuple[str, ...] = ()  # predictions that stay on the devices for `rescore`, too large to gather to hosts
     score: Callable[[list[Row], Split], Report] | None = None  # (rows, records of the split, or views[""]) -> report
+    # Record -> (number of tokens of the texts that an evaluation reads, how many of them fit). None: the task does not tell.
+    lengths: Callable[[Record], tuple[int, int]] | None = None
     # Raises Mistake for a record that `score` could not score. Checked for some records before a run starts. None: no such record.
     scorable: Callable[[Record], None] | None = None
     # Split -> the splits that evaluation predicts: "" is the split as it is evaluated, all others are the same examples with

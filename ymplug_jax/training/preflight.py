@@ -1,7 +1,8 @@
 """Check settings, files and data before anything is compiled or initialised and before the run folder is created."""
 
 import difflib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import measuring, schema
 from ymplug_jax.data.records import CorruptRecord, Record, Split
 from ymplug_jax.data.source import open_split, parts_of
+from ymplug_jax.data.text import load_tokenizer
 from ymplug_jax.tasks import options
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.training import mixing, run_folder, setup, vision_settings
 
+READ = 64  # first records of a split whose texts are measured, to say how many are cut
 TRIED = 8  # records of the evaluation split that `Task.scorable` sees; a setting that does not fit the split fails at the first
 
 
@@ -55,6 +58,7 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         )
     if not begun:
         run_folder.check_init_from(experiment)
+        _check_words(experiment)
         vision_settings.check(experiment)
     _check_files(experiment)
     splits = (data.train_split, data.eval_split) if mode == "train" else (data.eval_split,)
@@ -64,6 +68,7 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
         task.score_named(train.best)
     for split, found in records.items():
         _check_split(experiment, split, found, task.kinds)
+        _say_cut(task, split, found, data.skip_corrupt)
     if data.eval_split and task.scorable:
         _check_scorable(task.scorable, records[data.eval_split], data.skip_corrupt)
     # Measures the records and traces the model; the slowest checks come last.
@@ -78,14 +83,66 @@ def check(experiment: Experiment, workdir: epath.Path, mode: str) -> None:
 
 def _check_scorable(scorable: Callable[[Record], None], records: Split, skip_corrupt: bool) -> None:
     """Check the first records that are evaluated; the others are checked when they are scored."""
-    for i in range(min(TRIED, len(records))):
+    for record in _first(records, TRIED, skip_corrupt):
+        scorable(record)
+
+
+def _first(records: Split, count: int, skip_corrupt: bool) -> Iterator[Record]:
+    """Yield the first `count` records."""
+    for i in range(min(count, len(records))):
         try:
-            record = records[i]
+            yield records[i]
         except CorruptRecord:
             if not skip_corrupt:
                 raise
-            continue
-        scorable(record)
+
+
+def _check_words(experiment: Experiment) -> None:
+    """`check_words` for the folders of config.train.init_from."""
+    if experiment.train.other_tokenizer:
+        return
+    for subtree, stored_as, name in checkpoint_files.sources(experiment.train.init_from):
+        if subtree.split("/")[0] != "vision":
+            check_words(experiment, name, stored_as)
+
+
+def check_words(experiment: Experiment, name: str, below: str = "") -> None:
+    """Check that a BERT vocabulary has as many words as the tables of a conversion, which holds no tokenizer to compare with.
+
+    Args:
+      experiment: settings; a tokenizer that is no vocab.txt is not compared, because tables of other models have spare rows.
+      name: a conversion. Nothing is compared with a run.
+      below: path of the parameters in it that are used.
+
+    Raises:
+      Mistake: the vocabulary has more or fewer words; it is that of another language, for example.
+    """
+    from ymplug_jax.core.verified_read import stored_in
+
+    data = experiment.data
+    if not data.tokenizer.endswith(".txt") or (checkpoint_files.folder_of(name) / run_folder.CONFIG).exists():
+        return
+    words = load_tokenizer(data.tokenizer, lower_case=data.lower_case).vocab_size
+    stored = {path: leaf for place in checkpoint_files.places(name) for path, leaf in stored_in(place).items()}
+    for path, leaf in stored.items():
+        if path.startswith(below) and path.endswith("token_embed") and leaf.shape[0] != words:
+            raise Mistake(
+                f"config.data.tokenizer: {data.tokenizer} has {words} words, but {path} of {name} has {leaf.shape[0]}; give the vocab.txt "
+                "of the source model, or set config.train.other_tokenizer=True if the meaning of token ids may differ"
+            )
+
+
+def _say_cut(task: task_lib.Task, split: str, records: Split, skip_corrupt: bool) -> None:
+    """Say how many of the first records have texts of which the model reads a part only."""
+    if task.lengths is None:
+        return
+    found = [task.lengths(record) for record in _first(records, READ, skip_corrupt)]
+    if cut := [whole - read for whole, read in found if read < whole]:
+        logging.warning(
+            "split %r: texts of %d of the first %d records are cut, by up to %d tokens; config.data.max_tokens, config.data.max_words and the "
+            "task's options say where",
+            split, len(cut), len(found), max(cut),
+        )  # fmt: skip
 
 
 def _check_evaluated(experiment: Experiment, task: task_lib.Task, records: Split, examples: int) -> None:

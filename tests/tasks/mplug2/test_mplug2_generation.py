@@ -12,6 +12,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -22,7 +23,7 @@ from configs.mplug2 import caption as caption_config
 from configs.mplug2 import recipe
 from task_rows import batch_of, rows_of
 from ymplug_jax import predict
-from ymplug_jax.core import config
+from ymplug_jax.core import checkpoint_files, config
 from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Record, Records
@@ -41,7 +42,7 @@ from ymplug_jax.tasks.common.passes import within
 from ymplug_jax.tasks.mplug2 import answer, generation
 from ymplug_jax.tasks.mplug2.answer_list import AnswerList
 from ymplug_jax.tasks.task import Task
-from ymplug_jax.training import evaluate, loop
+from ymplug_jax.training import evaluate, loop, preflight
 
 SIZES = {"width": 16, "heads": 2, "hidden": 24}
 SMALL = {"vocab": 64, "depth": 1, "max_positions": 24, "dropout": 0.0, **SIZES}
@@ -226,6 +227,35 @@ def test_control_tokens_in_a_question_are_text(folder: Path) -> None:
     assert task.one(record("红" * 40), None)["ids"].tolist()[1:] == [ids[1]] * 11
 
 
+def test_a_conversion_with_another_number_of_words_is_refused(folder: Path, tmp_path: Path) -> None:
+    made = experiment(folder, YOUKU, "question")
+    for words in (64, len((folder / "vocab.txt").read_text().splitlines())):
+        tree = {"text": {"token_embed": jnp.zeros((words, 16))}}
+        place = tmp_path / str(words) / "checkpoints" / checkpoint_files.CONVERTED
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+            writer.save(epath.Path(place), args=ocp.args.PyTreeSave(tree))
+        wrong = words == 64
+        with pytest.raises(Mistake, match=r"but text/token_embed of .* has 64") if wrong else contextlib.nullcontext():
+            preflight.check_words(made, str(tmp_path / str(words)))
+    preflight.check_words(made, str(tmp_path / "64"), "vision/")
+
+
+def test_texts_that_are_cut_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked, _ = prepared(experiment(folder, YOUKU, "question"))
+    record = Record("x", [], np.zeros(0, np.int64), "红" * 11, [], "蓝" * 10, -1)
+    assert asked.lengths(record) == (21, 21)
+    assert asked.lengths(record._replace(title="红" * 14, label_text="蓝" * 13)) == (27, 21)
+    told, _ = prepared(experiment(folder, YOUKU, "captioning", prompt=PROMPT))
+    captions = record._replace(captions=["红" * 9, "红" * 20])
+    assert told.lengths(captions) == (9, 8)
+    split = [captions, record, record._replace(captions=["红" * 20])]
+    preflight._say_cut(told, "train", split, False)
+    assert "'train': texts of 2 of the first 3 records are cut, by up to 12 tokens" in caplog.text
+    caplog.clear()
+    preflight._say_cut(told, "train", split[1:2], False)
+    assert not caplog.text
+
+
 def test_loss_is_the_mean_over_questions(folder: Path) -> None:
     task, params = prepared(experiment(folder, YOUKU, "question"))
     batch = batch_of(task, Records(str(folder / "question"), "train"), None, range(3))
@@ -341,7 +371,9 @@ def said_by(*flags: str | Path) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["captioning", "question"])
-def test_a_run_trains_evaluates_and_predicts(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_a_run_trains_evaluates_and_predicts(
+    kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     made, home = experiment(folder, YOUKU, kind, new_tokens=6, beams=2), tmp_path / "run"
     loop.train(dataclasses.replace(made, data=dataclasses.replace(made.data, eval_split="")), epath.Path(home))
     clips = [videos.write(tmp_path / name) for name in ("a.mp4", "b.mp4")]
@@ -353,6 +385,11 @@ def test_a_run_trains_evaluates_and_predicts(kind: str, folder: Path, tmp_path: 
     assert found["examples"] == 5 and math.isfinite(found["loss"]) and found["exact"] == 0  # no token for the answer
     asked = ["answer", "--checkpoint", home, "--video", *clips, "--question"]
     assert [one["question"] for one in said_by(*asked, "红色", "[SEP]")] == ["红色", "[SEP]"]
+    questions = [f"红色{number}" for number in "一二三四五六七八九"]
+    found = said_by("answer", "--checkpoint", home, "--video", clips[0], "--question", *questions)
+    assert [(one["question"], one["video"]) for one in found] == [(one, str(clips[0])) for one in questions]
+    assert predict.main([*map(str, asked), "红" * 12]) == 2
+    assert "has 12 tokens, of which this run reads 11" in capsys.readouterr().err
 
 
 def test_questions_belong_to_files(tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def make(experiment: Experiment) -> Task:
         )  # fmt: skip
         return {"generated": ids, "valid": batch["valid"]}
 
+    def lengths(record: Record) -> tuple[int, int]:
+        asked, read = inputs.lengths(tokenizer, data, [record.title], length - 1)
+        told = len(preprocess.given(tokenizer).encode(record.label_text))
+        return asked + told, read + min(told, options.answer_tokens - 2)
+
     def described(row: Mapping[str, np.ndarray], record: Record, best: int) -> Answer:
         return describe(row, record, best, preprocess.given(tokenizer), listed)
 
@@ -105,6 +110,7 @@ def make(experiment: Experiment) -> Task:
         kinds=("question",),
         example=example,
         spec=spec | {"labelled": jax.ShapeDtypeStruct((), jnp.bool_)},
+        lengths=lengths,
         loss=loss,
         predict=predict,
         score=score,

@@ -106,6 +106,7 @@ def make(experiment: Experiment) -> Task:
         kinds=CAPTIONED,
         example=example,
         spec=spec | {"labelled": jax.ShapeDtypeStruct((), jnp.bool_)},
+        lengths=lambda record: inputs.lengths(tokenizer, data, record.captions[:1], length - 2 - len(prompt)),
         loss=loss,
         predict=predict,
         score=score,

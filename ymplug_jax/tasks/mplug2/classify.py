@@ -79,6 +79,7 @@ def make(experiment: Experiment) -> Task:
         kinds=("classification",),
         example=example,
         spec={"video": preprocess.video_spec(data), "ids": row, "mask": row, "label": label},
+        lengths=lambda record: inputs.lengths(tokenizer, data, [record.title], length - 2),
         loss=loss,
         predict=predict,
         score=partial(class_votes.report, names=names, by=BY),

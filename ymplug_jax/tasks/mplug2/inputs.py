@@ -142,6 +142,14 @@ def continuation(
     }
 
 
+def lengths(tokenizer: Tokenizer | None, data: Data, texts: Sequence[str], room: int) -> tuple[int, int]:
+    """(number of tokens of the texts, how many of them `config.data.max_words` and `room` tokens a text leave)."""
+    known = preprocess.given(tokenizer)
+    whole = [len(known.encode(text.clean_text(one, len(one) + 1))) for one in texts]
+    kept = [len(known.encode(text.clean_text(one, data.max_words))) for one in texts]
+    return sum(whole), sum(min(count, room) for count in kept)
+
+
 def task_of(model: MPLUG2, **own: Any) -> Task:
     """The `Task` record of a task on this model; `own` holds its other fields."""
 

@@ -100,6 +100,7 @@ def make(experiment: Experiment) -> Task:
         kinds=TITLED,
         example=example,
         spec=spec | dict.fromkeys(names, preprocess.row_spec(length)),
+        lengths=lambda record: inputs.lengths(tokenizer, data, [record.title], length - 2),
         loss=losses.alone,
         carried=carried,
         predict=partial(joint.vectors, model),

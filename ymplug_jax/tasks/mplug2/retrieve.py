@@ -87,6 +87,7 @@ def make(experiment: Experiment) -> Task:
         kinds=(*CAPTIONED, *TITLED),
         example=example,
         spec={"video": preprocess.video_spec(data), "ids": row, "mask": row, "clip": preprocess.row_spec(2)},
+        lengths=lambda record: inputs.lengths(tokenizer, data, (record.captions or [record.title])[:1], length - 2),
         loss=losses.alone,
         carried=carried,
         predict=predict,
