@@ -177,7 +177,10 @@ def check_search(
     def states_of(ids: jax.Array, memory: Memory) -> jax.Array:
         return within(model, params, lambda run: jax.nn.log_softmax(run.logits(run.decode(ids, None, memory))))
 
-    found, lengths = jax.device_get(jax.jit(task.predict)(params, batch)["generated"]), set()
+    predict = jax.jit(task.predict)
+    found, lengths = jax.device_get(predict(params, batch)["generated"]), set()
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+    assert not np.isfinite(predict(broken, batch)["value"]).any()  # so `predict` refuses such weights
     for row, said in enumerate(found):
         own = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], memory)
 

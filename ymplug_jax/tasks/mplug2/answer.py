@@ -87,10 +87,10 @@ def make(experiment: Experiment) -> Task:
                 model.decoder, params["decoder"], memory, jnp.asarray(listed.ids), jnp.asarray(listed.mask), best
             )
             return {"ranked": found.answers, "probabilities": found.probabilities, "valid": batch["valid"]}
-        ids = generation.generate(
+        made = generation.generate(
             model.decoder, params["decoder"], memory, [known.bos], known.eos, **_search(options)
         )  # fmt: skip
-        return {"generated": ids, "valid": batch["valid"]}
+        return made | {"valid": batch["valid"]}
 
     def lengths(record: Record) -> tuple[int, int]:
         asked, read = inputs.lengths(tokenizer, data, [record.title], length - 1)

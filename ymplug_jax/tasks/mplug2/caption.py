@@ -85,8 +85,8 @@ def make(experiment: Experiment) -> Task:
         known, video = preprocess.given(tokenizer), preprocess.normalize(batch["video"], model.vision.dtype)
         memory = Memory(within(model, params, lambda run: run.encode_video(video)))
         begin = [known.bos, *prompt]
-        ids = generation.generate(model.decoder, params["decoder"], memory, begin, known.eos, **search)
-        return {"generated": ids, "valid": batch["valid"]}
+        made = generation.generate(model.decoder, params["decoder"], memory, begin, known.eos, **search)
+        return made | {"valid": batch["valid"]}
 
     def text_of(row: Mapping[str, np.ndarray]) -> str:
         return generation.text_of(preprocess.given(tokenizer), row["generated"])

@@ -64,8 +64,8 @@ def generate(
     beams: int,
     least_tokens: int,
     new_tokens: int,
-) -> jax.Array:
-    """The best text of a beam search for each row, without the tokens it begins with: -> int32[B, new_tokens].
+) -> dict[str, jax.Array]:
+    """The best text of a beam search for each row, without the tokens it begins with.
 
     Args:
       decoder: The decoder, unbound.
@@ -76,15 +76,20 @@ def generate(
       beams: As for `check`, like the other two.
       least_tokens: See `check`.
       new_tokens: See `check`.
+
+    Returns:
+      generated int32[B, new_tokens], and its value f32[B], which is not finite if the model computes such numbers.
     """
     rows = memory.states.shape[0]
     ids = jnp.broadcast_to(jnp.asarray(begin, jnp.int32), (rows, len(begin)))
     embeds: Any = decoder.apply({"params": params}, ids, method="embed")
     state = decode.start(decoder, params, embeds, jnp.ones(ids.shape, bool), new_tokens, beams, memory=memory)
-    return decode_beam.search(
+    found = decode_beam.search(
         decoder, params, state, jnp.full(rows, new_tokens), Rules(), new_tokens, eos, length_power=POWER,
         length_offset=OFFSET, least_tokens=least_tokens,
-    ).ids  # fmt: skip
+    )  # fmt: skip
+    assert found.scores is not None
+    return {"generated": found.ids, "value": found.scores}
 
 
 def text_of(tokenizer: Tokenizer, ids: np.ndarray) -> str:
