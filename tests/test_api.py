@@ -140,7 +140,10 @@ def test_mistakes_are_one_line_with_the_name() -> None:
     refused("^paths: .* is a single value; give a list", model.caption, PurePath(CLIPS[0]))
     assert model.caption([os.fsencode(CLIPS[0])]) == model.caption(CLIPS[:1])
     refused(
-        "^needs='search': unknown; give one of caption, classify, retrieve, chat", ymplug_jax.load, ".", needs="search"
+        "^needs='search': unknown; give one of caption, classify, answer, retrieve, chat",
+        ymplug_jax.load,
+        ".",
+        needs="search",
     )
     refused("^texts: ' ': nothing is left", ymplug_jax.load("runs/retrieve").embed_texts, ["红色", " "])
     refused(

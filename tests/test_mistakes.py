@@ -110,6 +110,8 @@ KINDS = {
     "caption": "captioning",
     "retrieve": "retrieval",
     "alpro_classify": "classification",
+    "mplug2_answer": "question",
+    "mplug2_caption": "captioning",
     "mplug2_classify": "classification",
 }
 
@@ -121,7 +123,7 @@ def base(home: Path, task: str) -> list[str]:
     small = ALPRO if bert else LANGUAGE if task == "language" else runs.SMALL
     if task.startswith("mplug_chat"):
         small = []  # the tiny configs are small enough for checks that come before anything is compiled
-    if task in ("alpro_classify", "alpro_prompter", "mplug2_classify"):
+    if task in ("alpro_classify", "alpro_prompter", "mplug2_answer", "mplug2_caption", "mplug2_classify"):
         small = [flag for flag in small if "group" not in flag]
     data = [f"--config.data.path={home / kind}", f"--config.data.tokenizer={home / tokenizer}"]
     return [
@@ -293,6 +295,8 @@ TAKES = {
     "alpro_pretrain": TITLE,
     "alpro_prompter": TITLE,
     "alpro_retrieve": TITLE | CAPTION,
+    "mplug2_answer": {"question"},
+    "mplug2_caption": CAPTION,
     "mplug2_classify": {"classification"},
     "mplug2_pretrain": TITLE,
     "mplug2_retrieve": TITLE | CAPTION,

@@ -105,6 +105,7 @@ def test_options_that_name_files() -> None:
         ("alpro_prompter", "prompts"): (),
         ("alpro_prompter", "image_prompts"): (),
         ("alpro_classify", "answers"): (),
+        ("mplug2_answer", "answers"): (),
     }
     made = Experiment("match", {}, options={"candidates": "i.npz"})
     assert options.files(made) == [("candidates", "i.npz", ("video", "text"))]
