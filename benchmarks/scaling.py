@@ -55,7 +55,7 @@ CHAT = tuple(
     for task, config in (("pretrain", "7b-adapters_abstractor"), ("instruct", "7b-lora"))
 )
 # Runs of mPLUG-2: the task's config, the size and the slice.
-MPLUG2 = (("pretrain", "youku-b16", "v5e-16"),)
+MPLUG2 = (("pretrain", "youku-b16", "v5e-16"), ("pretrain", "youku-l14", "v5e-16"))
 # Rows that one chip answers together, with int8 weights: prompts of PROMPT tokens with a clip each, and NEW new tokens.
 ANSWERED, PROMPT, NEW = (1, 4), 1984, 64
 FAMILIES = {"chat": "mplug_chat", "answers": "mplug_chat", "mplug2": "mplug2"}  # table -> folder of its configs
