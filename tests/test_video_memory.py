@@ -7,7 +7,7 @@ import pytest
 from benchmarks import video_memory
 from ymplug_jax.models import plain_attention
 
-LONG = 3 * plain_attention.BLOCK  # tokens, more than are computed at once
+LONG = 6 * plain_attention.BLOCK  # tokens, more than are computed at once
 
 
 def rows(capsys: pytest.CaptureFixture[str], tokens: int) -> tuple[list[dict], list[str]]:
@@ -20,7 +20,7 @@ def test_a_long_video_takes_less_memory_than_all_its_logits(capsys: pytest.Captu
     (row,), table = rows(capsys, LONG)
     whole, blocks = (row[way] for way in video_memory.WAYS)
     assert whole > 4 * 2 * 4 * LONG**2, "float32 logits of two videos and four heads exist"
-    assert blocks < 0.6 * whole, "three blocks; the share falls with the number of blocks"
+    assert 2 * blocks < whole
     assert f"| {100 * blocks / whole:.0f} % |" in table[-1]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ymplug_jax.models import attention, layers
+from ymplug_jax.models import attention, layers, position_tables
 
 
 def test_what_remat_keeps() -> None:
@@ -75,14 +75,14 @@ def test_gelu_of_half_precision_is_rounded_once() -> None:
 
 def test_resize_keeps_equal_sizes_and_lines() -> None:
     table = np.random.default_rng(0).normal(size=(1 + 16, 5)).astype(np.float32)
-    np.testing.assert_allclose(layers.resize_pos_embed(table, 16), table, atol=1e-6)
-    np.testing.assert_allclose(layers.resize_temporal_embed(table, 17), table, atol=1e-6)
+    np.testing.assert_allclose(position_tables.resize_pos_embed(table, 16), table, atol=1e-6)
+    np.testing.assert_allclose(position_tables.resize_temporal_embed(table, 17), table, atol=1e-6)
     # Half-pixel centres: new frame i of 8 lies at old position (i + 0.5) / 2 - 0.5, clamped to the ends.
     line = np.arange(4, dtype=np.float32)[:, None]
     expected = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)
-    np.testing.assert_allclose(layers.resize_temporal_embed(line, 8)[:, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(position_tables.resize_temporal_embed(line, 8)[:, 0], expected, atol=1e-6)
     # Without antialiasing, downsampling reads the two nearest entries only.
-    halved = layers.resize_temporal_embed(np.eye(8, 1), 2)
+    halved = position_tables.resize_temporal_embed(np.eye(8, 1), 2)
     np.testing.assert_allclose(halved[:, 0], [0, 0], atol=1e-6)
 
 
@@ -90,14 +90,14 @@ def test_resize_is_separable_over_rows_and_columns() -> None:
     grid = np.arange(4)[:, None] * 10 + np.arange(4)
     table = np.concatenate([[7], grid.ravel()]).astype(np.float32)[:, None]
     at = np.clip((np.arange(6) + 0.5) * 4 / 6 - 0.5, 0, 3)
-    resized = np.asarray(layers.resize_pos_embed(table, 36))[:, 0]
+    resized = np.asarray(position_tables.resize_pos_embed(table, 36))[:, 0]
     assert resized[0] == 7
     np.testing.assert_allclose(resized[1:].reshape(6, 6), at[:, None] * 10 + at, atol=1e-4)
 
 
 def test_resize_of_a_non_square_grid_raises() -> None:
     with pytest.raises(ValueError, match="squares"):
-        layers.resize_pos_embed(np.zeros((1 + 12, 4), np.float32), 16)
+        position_tables.resize_pos_embed(np.zeros((1 + 12, 4), np.float32), 16)
 
 
 def test_rms_norm_equals_float64() -> None:

@@ -21,7 +21,7 @@ from ymplug_jax.convert import rules
 from ymplug_jax.core import optim, state
 from ymplug_jax.core.config import Optim
 from ymplug_jax.data import frames, text
-from ymplug_jax.models import alpro, attention, bert, layers
+from ymplug_jax.models import alpro, attention, bert, position_tables
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.timesformer import TimeSformer
@@ -177,10 +177,12 @@ def check_video_encoder(file, table: tuple, video: np.ndarray, *, salesforce: bo
         for way in ("up", "down"):
             if f"in/pos_embed_{way}" in file.arrays:
                 expected = file[f"out/pos_embed_{way}"].shape[1] - 1
-                found = layers.resize_pos_embed(jnp.asarray(file[f"in/pos_embed_{way}"][0]), expected)
+                found = position_tables.resize_pos_embed(jnp.asarray(file[f"in/pos_embed_{way}"][0]), expected)
                 file.check(f"out/pos_embed_{way}", found[None], OUTPUT)
                 expected = file[f"out/temporal_embed_{way}"].shape[1]
-                found = layers.resize_temporal_embed(jnp.asarray(file[f"in/temporal_embed_{way}"][0]), expected)
+                found = position_tables.resize_temporal_embed(
+                    jnp.asarray(file[f"in/temporal_embed_{way}"][0]), expected
+                )
                 file.check(f"out/temporal_embed_{way}", found[None], OUTPUT)
     named = rules.to_torch(table, grads)
     check_gradients(file, named)

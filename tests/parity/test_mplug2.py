@@ -15,7 +15,15 @@ from ymplug_jax.convert import clip_video, plan, rules
 from ymplug_jax.convert import mplug2 as tables
 from ymplug_jax.core import optim, state
 from ymplug_jax.core.config import Optim
-from ymplug_jax.models import clip_vit, decode, decode_answers, decode_past_end, layers, mplug2, temporal
+from ymplug_jax.models import (
+    clip_vit,
+    decode,
+    decode_answers,
+    decode_past_end,
+    mplug2,
+    position_tables,
+    temporal,
+)
 from ymplug_jax.models.bert import Text
 from ymplug_jax.models.bert_decoder import Decoder
 from ymplug_jax.models.clip_vit import VideoClipViT
@@ -198,7 +206,9 @@ def test_vision(read) -> None:
     check_tower(file, tower_of(file.config), clip_video.VISION, "visual_encoder.", "vision_embeds", merged=True)
     for name in ("up", "down"):
         wanted = file[f"out/pos_embed_{name}"]
-        file.check(f"out/pos_embed_{name}", layers.resize_pos_embed(file["in/pos_embed"], len(wanted) - 1), OUTPUT)
+        file.check(
+            f"out/pos_embed_{name}", position_tables.resize_pos_embed(file["in/pos_embed"], len(wanted) - 1), OUTPUT
+        )
     still = file["in/conv2d_weight"].transpose(2, 3, 1, 0)[None]  # [1, p, p, 3, D]
     for name in [name for name in file.arrays if name.startswith("out/inflate_")]:
         kind, taps = re.fullmatch(r"out/inflate_(center|mean)_k(\d+)", name).groups()

@@ -25,7 +25,7 @@ from ymplug_jax.convert import rules
 from ymplug_jax.core import optim, state
 from ymplug_jax.core.config import Optim, from_config_dict
 from ymplug_jax.data import frames, text, transforms
-from ymplug_jax.models import decode, decode_beam, decode_sampling, layers, mplug_video
+from ymplug_jax.models import decode, decode_beam, decode_sampling, mplug_video, position_tables
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.gpt3 import GPT3
 from ymplug_jax.models.mplug_video import MPLUGVideo
@@ -104,8 +104,8 @@ def check_encoder(file) -> None:
 
     other = file.config["resize_to"]
     patches = (other["img_size"] // model.patch_size) ** 2
-    file.check("out/pos_embed_resized", layers.resize_pos_embed(params["pos_embed"], patches)[None], OUTPUT)
-    temporal = layers.resize_temporal_embed(params["temporal_embed"], other["num_frames"])
+    file.check("out/pos_embed_resized", position_tables.resize_pos_embed(params["pos_embed"], patches)[None], OUTPUT)
+    temporal = position_tables.resize_temporal_embed(params["temporal_embed"], other["num_frames"])
     file.check("out/temporal_embed_resized", temporal[None], OUTPUT)
     file.done()
 

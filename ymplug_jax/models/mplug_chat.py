@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from ymplug_jax.core import sharding
 from ymplug_jax.core.sharding import AxisRules, constrain
-from ymplug_jax.models import clip_vit, language_models, layers, query_abstractor
+from ymplug_jax.models import clip_vit, language_models, position_tables, query_abstractor
 from ymplug_jax.models.clip_vit import ClipViT
 from ymplug_jax.models.language_model import LanguageModel
 from ymplug_jax.models.query_abstractor import QueryAbstractor
@@ -34,7 +34,7 @@ LORA = {
     "adapters_abstractor_lora": ("attn/[qkv]",),
     "all_linears": ("attn/.*", "mlp/.*"),
 }
-RESIZE = {"vision/pos_embed": lambda table, shape: layers.resize_pos_embed(table, shape[0] - 1)}
+RESIZE = {"vision/pos_embed": lambda table, shape: position_tables.resize_pos_embed(table, shape[0] - 1)}
 
 
 def axes_of(model: "MPLUGChat") -> AxisRules:

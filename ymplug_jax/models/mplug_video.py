@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from ymplug_jax.core import sharding
 from ymplug_jax.core.sharding import AxisRules, constrain
-from ymplug_jax.models import abstractor, language_models, layers, timesformer
+from ymplug_jax.models import abstractor, language_models, layers, position_tables, timesformer
 from ymplug_jax.models.abstractor import Abstractor
 from ymplug_jax.models.language_model import LanguageModel, last_state
 from ymplug_jax.models.timesformer import TimeSformer
@@ -20,8 +20,8 @@ FROZEN = (r"llm/(?!blocks/lora/).*",)  # path regexes, full match; LoRA adapters
 TEMPORAL = ("vision/temporal_embed", "vision/blocks/temporal_.*")
 # Tables that are resized if a checkpoint has another resolution or number of frames.
 RESIZE = {
-    "vision/pos_embed": lambda table, shape: layers.resize_pos_embed(table, shape[0] - 1),
-    "vision/temporal_embed": lambda table, shape: layers.resize_temporal_embed(table, shape[0]),
+    "vision/pos_embed": lambda table, shape: position_tables.resize_pos_embed(table, shape[0] - 1),
+    "vision/temporal_embed": lambda table, shape: position_tables.resize_temporal_embed(table, shape[0]),
 }
 
 

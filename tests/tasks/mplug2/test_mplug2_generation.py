@@ -21,6 +21,7 @@ import videos
 from configs.mplug2 import answer as answer_config
 from configs.mplug2 import caption as caption_config
 from configs.mplug2 import recipe
+from small_mplug2 import RELEASED, YOUKU
 from task_rows import batch_of, rows_of
 from ymplug_jax import predict
 from ymplug_jax.core import checkpoint_files, config
@@ -29,13 +30,8 @@ from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Record, Records
 from ymplug_jax.data.text import load_tokenizer
 from ymplug_jax.inference import predict_flags
-from ymplug_jax.models.bert import Text
-from ymplug_jax.models.bert_decoder import Decoder
-from ymplug_jax.models.clip_vit import VideoClipViT
 from ymplug_jax.models.language_model import Memory
 from ymplug_jax.models.mplug2 import MPLUG2
-from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.models.universal import Fusion, Universal
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.common import preprocess
 from ymplug_jax.tasks.common.passes import within
@@ -44,20 +40,6 @@ from ymplug_jax.tasks.mplug2.answer_list import AnswerList
 from ymplug_jax.tasks.task import Task
 from ymplug_jax.training import evaluate, loop, preflight
 
-SIZES = {"width": 16, "heads": 2, "hidden": 24}
-SMALL = {"vocab": 64, "depth": 1, "max_positions": 24, "dropout": 0.0, **SIZES}
-YOUKU = MPLUG2(
-    vision=TimeSformer(image_size=16, patch_size=8, depth=1, width=16, heads=2, frames=2),
-    text=Text(**SMALL),
-    fusion=Fusion(depth=1, dropout=0.0, **SIZES),
-    decoder=Decoder(**SMALL),
-    variant="mplug_youku",
-)
-RELEASED = YOUKU.clone(
-    vision=VideoClipViT(image_size=16, patch_size=8, depth=1, width=16, heads=2, mlp=32),
-    universal=Universal(queries=4, dropout=0.0, **SIZES),
-    variant="mplug2",
-)
 PROMPT = "视频"
 BOTH = pytest.mark.parametrize("model", [YOUKU, RELEASED], ids=lambda model: model.variant)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import shards
+import small_mplug2
 from task_rows import batch_of, kept_of, rows_of
 from ymplug_jax.core import sharding
 from ymplug_jax.core import state as state_lib
@@ -17,11 +18,7 @@ from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean
 from ymplug_jax.data.records import Record, Records
-from ymplug_jax.models.bert import Text
-from ymplug_jax.models.bert_decoder import Decoder
-from ymplug_jax.models.clip_vit import VideoClipViT
 from ymplug_jax.models.mplug2 import MPLUG2
-from ymplug_jax.models.timesformer import TimeSformer
 from ymplug_jax.models.universal import Fusion, Universal
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.common import pair_scoring, task_metrics
@@ -31,21 +28,7 @@ from ymplug_jax.tasks.task import Task
 from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 
-SIZES = {"width": 16, "heads": 2, "hidden": 24}
-SMALL = {"vocab": 64, "depth": 1, "max_positions": 24, "dropout": 0.0, **SIZES}
-YOUKU = MPLUG2(
-    vision=TimeSformer(image_size=16, patch_size=8, depth=1, width=16, heads=2, frames=2),
-    text=Text(**SMALL),
-    fusion=Fusion(depth=1, dropout=0.0, **SIZES),
-    decoder=Decoder(**SMALL),
-    generates=False,
-    variant="mplug_youku",
-)
-RELEASED = YOUKU.clone(
-    vision=VideoClipViT(image_size=16, patch_size=8, depth=1, width=16, heads=2, mlp=32),
-    universal=Universal(queries=4, dropout=0.0, **SIZES),
-    variant="mplug2",
-)
+YOUKU, RELEASED = (model.clone(generates=False) for model in (small_mplug2.YOUKU, small_mplug2.RELEASED))
 PAIRS = {"contrastive_width": 8, "matching": True}
 HEADS = {"mplug2_retrieve": PAIRS, "mplug2_classify": {"classes": 45}}
 TAUGHT = {"momentum": True, "queue": 16, "soft_ramp": 2}
@@ -174,7 +157,9 @@ def clips_of(first: list[int]) -> list[int]:
 def without_video(blocks: dict, states: jax.Array, mask: np.ndarray) -> jax.Array:
     """One layer of fusion on a text, without its cross-attention."""
     params = {"blocks": blocks, "latents": jnp.zeros((50, 16))}
-    return Universal(depth=1, dropout=0.0, **SIZES).apply({"params": params}, states, mask, method="read_text")
+    return Universal(depth=1, dropout=0.0, **small_mplug2.SIZES).apply(
+        {"params": params}, states, mask, method="read_text"
+    )
 
 
 @variants
@@ -205,7 +190,7 @@ def test_classification_with_and_without_each_input(model: MPLUG2, data: Data) -
 
 
 def test_a_connected_layer_reads_the_text_alone() -> None:
-    fusion, rng = Fusion(depth=2, stride=1, dropout=0.0, **SIZES), np.random.default_rng(0)
+    fusion, rng = Fusion(depth=2, stride=1, dropout=0.0, **small_mplug2.SIZES), np.random.default_rng(0)
     states, mask = rng.normal(size=(2, 5, 16)).astype(np.float32), np.array([[1] * 5, [1, 1, 1, 0, 0]])
     params = fusion.init(jax.random.key(0), states, mask, states)["params"]
     tokens, fused = fusion.apply({"params": params}, states, mask, states[:, :0])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import shards
+import small_mplug2
 from task_rows import batch_of
 from ymplug_jax.core import sharding
 from ymplug_jax.core import state as state_lib
@@ -17,34 +18,16 @@ from ymplug_jax.core.checkpoint import Checkpoints
 from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Records
-from ymplug_jax.models.bert import Text
-from ymplug_jax.models.bert_decoder import Decoder
-from ymplug_jax.models.clip_vit import VideoClipViT
 from ymplug_jax.models.mplug2 import MPLUG2
-from ymplug_jax.models.timesformer import TimeSformer
-from ymplug_jax.models.universal import Fusion, Universal
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.common import pair_losses, preprocess
 from ymplug_jax.tasks.mplug2 import inputs
 from ymplug_jax.training import setup
 from ymplug_jax.training import step as step_lib
 
-SIZES = {"width": 16, "heads": 2, "hidden": 24}
-SMALL = {"vocab": 64, "depth": 1, "max_positions": 24, "dropout": 0.0, **SIZES}
-YOUKU = MPLUG2(
-    vision=TimeSformer(image_size=16, patch_size=8, depth=1, width=16, heads=2, frames=2),
-    text=Text(**SMALL),
-    fusion=Fusion(depth=1, dropout=0.0, **SIZES),
-    decoder=Decoder(**SMALL),
-    contrastive_width=8,
-    matching=True,
-    masked=True,
-    variant="mplug_youku",
-)
-RELEASED = YOUKU.clone(
-    vision=VideoClipViT(image_size=16, patch_size=8, depth=1, width=16, heads=2, mlp=32),
-    universal=Universal(queries=4, dropout=0.0, **SIZES),
-    variant="mplug2",
+YOUKU, RELEASED = (
+    model.clone(contrastive_width=8, matching=True, masked=True)
+    for model in (small_mplug2.YOUKU, small_mplug2.RELEASED)
 )
 TAUGHT = {"momentum": True, "queue": 16, "soft_ramp": 2}
 
