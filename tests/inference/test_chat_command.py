@@ -306,7 +306,7 @@ def test_other_commands_refuse_the_flags_of_chat(home: Path, capsys: pytest.Capt
     assert predict_lib.main(["caption", "--checkpoint", "chat", "--video", "a.mp4"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: --question: caption does not use it, only answer or chat does; leave it out",
-        "error: chat is a run of task 'mplug_chat_instruct'; caption needs a run of task caption or mplug2_caption or pretrain",
+        "error: chat is a run of task 'mplug_chat_instruct'; caption needs a run of task caption, mplug2_caption or pretrain",
     ]
 
 

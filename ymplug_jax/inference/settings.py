@@ -182,7 +182,8 @@ def check_task(task: str, folder: epath.Path, needs: str) -> None:
       Mistake: they do not; the message names the tasks that do.
     """
     if needs and task not in (able := names.answering(needs)):
-        raise Mistake(f"{folder} is a run of task {task!r}; {needs} needs a run of task {' or '.join(able)}")
+        listed = " or ".join(filter(None, (", ".join(able[:-1]), able[-1])))
+        raise Mistake(f"{folder} is a run of task {task!r}; {needs} needs a run of task {listed}")
 
 
 def _stored_settings(folder: epath.Path) -> Experiment:
