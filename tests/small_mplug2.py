@@ -18,6 +18,6 @@ YOUKU = MPLUG2(
 )
 RELEASED = YOUKU.clone(
     vision=VideoClipViT(image_size=16, patch_size=8, depth=1, width=16, heads=2, mlp=32),
-    universal=Universal(queries=4, dropout=0.0, **SIZES),
+    universal=Universal(queries=4, dropout=0.0, attn_dropout=0.0, **SIZES),
     variant="mplug2",
 )

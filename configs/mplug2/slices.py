@@ -1,7 +1,8 @@
 """Layouts of runs of mPLUG-2 on TPU slices; whether they fit is seen by `--mode compile`.
 
 All parameters are trained, so on v5e and v6e the larger sizes are sharded over four chips, together with optimizer, teacher and queue.
-Negatives for matching come from the chip's own rows, as in the reference, so that no video is gathered. The batch size grows with the slice, but the learning rates of the recipe are for its own batches.
+The universal layers have no dropout on attention there: over 4,097 tokens it would keep attention out of the fused kernel, and
+libtpu 0.0.42 overflows its stack when it compiles that for ViT-L/14. Negatives for matching come from the chip's own rows, as in the reference, so that no video is gathered. The batch size grows with the slice, but the learning rates of the recipe are for its own batches.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ def on(experiment: Experiment, size: str, name: str) -> Experiment:
         options = dataclasses.replace(options, soft_ramp=options.soft_ramp * experiment.train.batch_size // batch)
     return dataclasses.replace(
         experiment,
-        model=_rematerialised(experiment.model, layout.remat),
+        model=_laid_out(experiment.model, layout.remat),
         train=dataclasses.replace(experiment.train, batch_size=batch),
         mesh=dataclasses.replace(experiment.mesh, fsdp=layout.fsdp.get(size, 1)),
         options=options,
@@ -64,5 +65,6 @@ def _group(each: int) -> int:
     return next(each * n for n in (1, 2, 4, 8) if each * n >= 8)
 
 
-def _rematerialised(model: MPLUG2, remat: str) -> MPLUG2:
-    return model.clone(**{name: getattr(model, name).clone(remat=remat) for name in PARTS})
+def _laid_out(model: MPLUG2, remat: str) -> MPLUG2:
+    parts = {name: getattr(model, name).clone(remat=remat) for name in PARTS}
+    return model.clone(**parts | {"universal": parts["universal"].clone(attn_dropout=0.0)})

@@ -51,6 +51,7 @@ class Block(nn.Module):
     ln_eps: float  # Epsilon of the norms.
     dropout: float  # Dropout rate in training.
     dtype: str  # Type of the computation.
+    attn_dropout: float | None = None  # Dropout rate on attention in training; None: that of the rest.
 
     @nn.compact
     def __call__(
@@ -67,7 +68,8 @@ class Block(nn.Module):
         Returns:
           f[B, L, D], and None for `nn.scan`.
         """
-        d, normal, rate = x.shape[-1], nn.initializers.normal(STD), 0.0 if deterministic else self.dropout
+        d, normal = x.shape[-1], nn.initializers.normal(STD)
+        rate = 0.0 if deterministic else self.dropout if self.attn_dropout is None else self.attn_dropout
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         attn = layers.Attention(d, self.heads, normal, normal, dtype=self.dtype, name="attn")
         key = self.make_rng("dropout") if rate > 0 else None

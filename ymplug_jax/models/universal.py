@@ -28,7 +28,13 @@ def _stack(owner: "Universal | Fusion", depth: int) -> nn.Module:
 
 
 def _settings(owner: "Universal | Fusion") -> dict:
-    return {name: getattr(owner, name) for name in ("heads", "hidden", "ln_eps", "dropout", "dtype")}
+    own = {name: getattr(owner, name) for name in ("heads", "hidden", "ln_eps", "dropout", "dtype")}
+    return own | ({"attn_dropout": owner.attn_dropout} if isinstance(owner, Universal) else {})
+
+
+def _rates(owner: "Universal | Fusion") -> float:
+    """Return 0 if training drops nothing."""
+    return max(owner.dropout, owner.attn_dropout if isinstance(owner, Universal) else 0.0)
 
 
 def _layers_of(owner: "Universal | Fusion", stack: nn.Module, depth: int, deterministic: bool) -> list[Layer]:
@@ -41,7 +47,7 @@ def _layers_of(owner: "Universal | Fusion", stack: nn.Module, depth: int, determ
         return block.apply({"params": own}, x, bias, deterministic, memory, rngs=rngs)[0]
 
     def one(i: int) -> Layer:
-        key = None if deterministic or not owner.dropout else owner.make_rng("dropout")
+        key = None if deterministic or not _rates(owner) else owner.make_rng("dropout")
         layer = partial(run, i, key)
         return layer if owner.remat == "none" else jax.checkpoint(layer, policy=layers.REMAT[owner.remat])
 
@@ -65,7 +71,8 @@ class Universal(nn.Module):
     heads: int = 12  # Number of attention heads, which must divide the width.
     hidden: int = 3072  # Width of the MLP M.
     ln_eps: float = 1e-12  # Epsilon of the LayerNorms.
-    dropout: float = 0.1  # Dropout rate on attention and before each residual sum in training.
+    dropout: float = 0.1  # Dropout rate before each residual sum in training.
+    attn_dropout: float = 0.1  # Dropout rate on attention in training.
     remat: str = "none"  # Backward pass recomputes nothing ("none"), all but matrix products ("dots") or all ("full").
     dtype: str = "float32"  # Type of the computation; norms and softmax stay float32.
 
