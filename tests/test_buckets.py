@@ -153,7 +153,7 @@ def test_a_killed_run_resumes_to_the_bit_on_two_processes(server: buckets.Server
     want, got = parameters(straight), parameters(resumed)
     assert want.keys() == got.keys() and want and all(want[path].tobytes() == got[path].tobytes() for path in want)
     names = server.names("runs", "killed/")
-    for file in ("config.json", "environment.json", "metrics.jsonl", "loss.png", "README.md", "tokenizer/t.model"):
+    for file in ("config.json", "environment.json", "metrics.jsonl", "loss.png", "MODEL_CARD.md", "tokenizer/t.model"):
         assert f"killed/{file}" in names, names
     assert any("/tensorboard/events" in name for name in names)
 
