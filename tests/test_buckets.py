@@ -5,6 +5,7 @@ slow answers, and connections cut in the middle of a read and of a save.
 """
 
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def said(capsys: pytest.CaptureFixture):
         capsys.readouterr()
         assert program([*flags]) == code
         out, err = capsys.readouterr()
+        logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # the program's handler holds a closed stream
         assert "Traceback" not in err
         return (err if code else out).strip().splitlines()[-1]
 
@@ -134,6 +136,9 @@ def resumed(server: buckets.Server, place: Path, straight: str) -> str:
         buckets.Fault("503", "POST", "checkpoints/", times=3),
         buckets.Fault("503 after", "POST", "checkpoints/", times=2),
         buckets.Fault("503", "DELETE", "checkpoints/", times=1),
+        buckets.Fault("503", "POST", "uploadType=multipart", times=2),  # gcsfs: metrics, settings, Orbax's metadata
+        buckets.Fault("cut write", "POST", "uploadType=multipart", times=1),
+        buckets.Fault("503 after", "POST", "uploadType=multipart", times=1),
     )
     finished(Group(place / "resumed", FLAGS, 2, url="gs://runs/killed"))
     assert not server.waiting()
@@ -166,6 +171,10 @@ def test_evaluation(server: buckets.Server, straight: str, resumed: str, said):
     files = {name.rpartition("/")[2] for name in server.names("runs", "killed/eval/validation/")}
     assert {"scores.json", "predictions.jsonl", "report.html"} <= files
     assert json.loads(server.get("runs", "killed/eval/validation/scores.json"))["loss"] == lines[0]["loss"]
+    server.inject(buckets.Fault("403", "POST", "/upload/", times=-1))
+    line = said(train, "--workdir=gs://runs/killed", "--mode=eval", SCORED, code=5)
+    assert line.startswith("error: gs://runs/killed") and "injected 403" in line
+    server.heal()
     said(compare.main, "gs://runs/straight", "gs://runs/killed", "--out=gs://runs/pages/compare.html")
     assert b"gs://runs/killed" in server.get("runs", "pages/compare.html")
 
@@ -192,7 +201,7 @@ def test_a_conversion(server: buckets.Server, resumed: str, said):
     back = ["--model=mplug_video", "--source=gs://runs/torch/model.safetensors", "--out=gs://runs/orbax"]
     sizes = ["--heads", "llm=2", "vision=2", "abstractor=2"]
     server.inject(
-        buckets.Fault("503", "POST", "orbax/", times=2), buckets.Fault("cut write", "POST", "orbax/", least=100)
+        buckets.Fault("503", "POST", "b/runs/", times=2), buckets.Fault("cut write", "POST", "b/runs/", least=100)
     )
     assert said(convert.main, *back, *sizes) == "gs://runs/orbax/checkpoints/converted"
     assert not server.waiting()
@@ -229,8 +238,3 @@ def test_a_missing_bucket_is_one_line(server: buckets.Server, said):
     line = said(train, "--workdir=gs:/runs/new", *FLAGS, code=2)
     assert line == "error: --workdir gs:/runs/new: not a place; write gs://runs/new"
     assert not server.names("runs", "new")
-
-
-def test_a_place_that_may_not_be_written_is_one_line(server: buckets.Server, said):
-    server.inject(buckets.Fault("403", "POST", "/upload/", times=-1))
-    assert said(train, "--workdir=gs://runs/refused", *FLAGS, code=5).startswith("error: gs://runs/refused")
