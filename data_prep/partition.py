@@ -35,6 +35,9 @@ from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_file import DecoderFailed
 
 
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+
+
 class Job(NamedTuple):
     """What the workers need to know. Travels in the pipeline, so it does not grow with the rows."""
 
@@ -154,7 +157,7 @@ class BuildPartition(beam.DoFn):
         finally:
             partial.unlink(missing_ok=True)
         if rejects:
-            lines = (json.dumps({**line, "split": self._job.split}, ensure_ascii=False) for line in rejects)
+            lines = (ENCODE({**line, "split": self._job.split}) for line in rejects)
             # Half a surrogate pair, which UTF-8 cannot hold, becomes an escape that JSON reads.
             text = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
             places.write_bytes(self._work / part_name(number, ".rejects.jsonl"), text)
