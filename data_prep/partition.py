@@ -66,7 +66,8 @@ def _one_line(work: str) -> Iterator[None]:
         message = str(error)
         if isinstance(error, OSError) and error.strerror:
             message = f"{error.filename or work}: {error.strerror}"
-        raise PartitionFailed(" ".join(message.split())) from None
+        message = " ".join(message.split()).removesuffix(", then run the same command again")  # the driver adds it
+        raise PartitionFailed(message) from None
 
 
 class ListPartitions(beam.DoFn):

@@ -272,7 +272,7 @@ def read_bytes(path: str | os.PathLike[str], start: int = 0, end: int | None = N
         url = os.fspath(path)
         if end is not None and end <= start:
             return b""
-        data: bytes = _asked(path, "read", lambda files: files.cat_file(url, start=start or None, end=end))
+        data: bytes = asked(path, "read", lambda files: files.cat_file(url, start=start or None, end=end))
         return data
     with open(path, "rb") as file:
         file.seek(start)
@@ -283,7 +283,7 @@ def delete(path: str | os.PathLike[str]) -> None:
     """Delete a file. A missing one is no error. Raises OSError with one line."""
     try:
         if is_remote(path):
-            _asked(path, "deleted", lambda files: files.rm_file(os.fspath(path)))
+            asked(path, "deleted", lambda files: files.rm_file(os.fspath(path)))
         else:
             os.unlink(path)
     except FileNotFoundError:
@@ -294,7 +294,7 @@ def delete_folder(path: str | os.PathLike[str]) -> None:
     """Delete a folder with everything in it. A missing one is no error. Raises OSError with one line."""
     try:
         if is_remote(path):
-            _asked(path, "deleted", lambda files: files.rm(os.fspath(path), recursive=True))
+            asked(path, "deleted", lambda files: files.rm(os.fspath(path), recursive=True))
         else:
             shutil.rmtree(path)
     except FileNotFoundError:
