@@ -137,6 +137,12 @@ class Checkpoints:
                 _must_read(folder / name, tree, sums[name])
             self._read_back = True
 
+    def keep_only(self, step: int | None) -> None:
+        """Delete all complete steps but this one; None: all. Call it on all processes, after `wait`."""
+        with self._whole_or_not():
+            for other in set(self._manager.all_steps()) - {step}:
+                self._manager.delete(other)
+
     def restore(self, abstract: state_lib.TrainState, step: int) -> tuple[state_lib.TrainState, int]:
         """Restore (state, examples_seen) of a step with the shardings of `abstract`.
 
