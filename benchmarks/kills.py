@@ -9,8 +9,8 @@ a tenth of a second. Afterwards all that a run leaves behind must equal the refe
 step, scores, lines of metrics.jsonl and files, see `kills_compare`. The last line is one JSON object; OUT/kills.jsonl has a line per
 kill, and OUT/logs what each start said.
 
-`--place` puts data and runs into a bucket, while logs and compiled programs stay in OUT. For an emulator, set STORAGE_EMULATOR_HOST and
-TENSORSTORE_GCS_HTTP_URL as in tests/buckets.py.
+`--place` puts data and runs into a bucket, while logs and compiled programs stay in OUT. `--emulator` starts the storage server of the
+tests as that bucket; with `--faults`, a proxy before it refuses, delays and cuts requests at random during the killed runs.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from benchmarks import kills_compare, kills_data
+from ymplug_jax.core import places
 from ymplug_jax.core.text_table import columns
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +282,10 @@ def main() -> None:
         "--out", type=Path, required=True, help="new folder for logs, compiled programs and, without --place, runs"
     )
     parser.add_argument("--place", default="", help="folder for data and runs, local or gs://; default: OUT")
+    parser.add_argument(
+        "--emulator", action="store_true", help="a bucket on this machine instead of --place; needs the extra dev"
+    )
+    parser.add_argument("--faults", type=float, default=0.0, help="with --emulator: injected faults per second")
     parser.add_argument("--task", choices=sorted(kills_data.TASKS), default="pretrain", help="what is trained")
     parser.add_argument("--kills", type=int, default=100, help="kills in all runs together")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of a run")
@@ -292,9 +298,27 @@ def main() -> None:
     if out.exists():
         raise SystemExit(f"--out {out}: exists already; give a new folder")
     (out / "logs").mkdir(parents=True)
-    runs = epath.Path(flags.place or out)
-    place = Place(out, runs, kills_data.make(flags.task, out / "made", runs / "data"), flags.processes)
-    print(json.dumps(result(Killer(place, flags.seed, flags.aimed), place, flags)), flush=True)
+    with contextlib.ExitStack() as stack:
+        if flags.emulator:
+            from tests import buckets
+
+            server = stack.enter_context(buckets.served("kills", faults=bool(flags.faults)))
+            flags.place = "gs://kills/runs"
+            if flags.faults:
+                threading.Thread(target=disturb, args=(server, flags.seed, flags.faults), daemon=True).start()
+        runs = places.place(flags.place, "--place") if flags.place else epath.Path(out)
+        place = Place(out, runs, kills_data.make(flags.task, out / "made", runs / "data"), flags.processes)
+        print(json.dumps(result(Killer(place, flags.seed, flags.aimed), place, flags)), flush=True)
+
+
+def disturb(server: Any, seed: int, rate: float) -> None:
+    """Inject faults for ever, that many per second; each hits the next request that it fits."""
+    from tests import buckets
+
+    order = random.Random(seed)
+    while True:
+        time.sleep(order.expovariate(rate))
+        server.inject(buckets.Fault(order.choice(("503", "503 after", "429", "slow", "cut read", "cut write"))))
 
 
 def result(killer: Killer, place: Place, flags: argparse.Namespace) -> dict[str, Any]:

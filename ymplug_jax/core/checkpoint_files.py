@@ -23,6 +23,7 @@ STEPS = "steps"
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
 CARRIED = "carried"  # in the steps of tasks that carry state beside their parameters
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a step
+COMMITTED = "commit_success.txt"  # Orbax's file in a complete folder; in a bucket, where no folder can be renamed, it makes it complete
 CONVERTED = "converted"  # item folder of parameters converted from another program's checkpoint
 
 SPACE = "check its free space and permissions, then run the same command again to resume from the newest checkpoint"
@@ -96,7 +97,8 @@ def examples_seen(workdir: str) -> int:
 def steps_of(workdir: epath.Path) -> list[int]:
     """Return the steps whose checkpoints are complete."""
     folder = workdir / "checkpoints" / STEPS
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    return [int(p.name) for p in found if not places_lib.is_remote(p) or (p / COMMITTED).exists()]
 
 
 def places(workdir: str, step: int | None = None) -> list[epath.Path]:
