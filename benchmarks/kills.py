@@ -3,7 +3,7 @@
     python -m benchmarks.kills --out runs/kills [--kills 100] [--task mplug2] [--processes 2] [--place gs://BUCKET/FOLDER]
 
 A tiny run without interruption is the reference, and a second one the control. Then runs of the same command are started, killed
-with all their processes, and started again until they end. A kill comes at a moment drawn uniformly over the time of a whole run,
+with all their processes, and started again until they end. A kill comes at a moment drawn uniformly over the time line of the control,
 from its start to its exit; the share `--aimed` of the kills waits instead for something rare, such as the first save, and follows within
 a tenth of a second. Afterwards all that a run leaves behind must equal the reference: parameters, optimizer state, carried state, data position, best
 step, scores, lines of metrics.jsonl and files, see `kills_compare`. The last line is one JSON object; OUT/kills.jsonl has a line per
@@ -33,31 +33,21 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from benchmarks import kills_compare, kills_data
+from benchmarks.kills_phases import BEST, CHECK, END, EVALUATE, FIRST, FROZEN, PHASES, SAVING, STEPS, Seen, look, phase
 from ymplug_jax.core import places
 from ymplug_jax.core.text_table import columns
 
 ROOT = Path(__file__).parents[1]
-STEPS, SAVE, EVALUATE = 24, 4, 2  # evaluations between two saves are repeated after a kill
+SAVE = 4  # steps; evaluations between two saves are repeated after a kill
 GIVE_UP = 900  # seconds for one start
+REFERENCE, CONTROL = "reference", "control"  # runs that are not killed
 RETRY = 5  # exit code of a failed disk or bucket: start again
-SAVING, FIRST, BEST, FROZEN = "a save", "the first save", "a write of best/", "the write of frozen parameters"
-START, TRAIN, CHECK, END = "start-up", "a training step", "an evaluation", "the end, after the last evaluation"
-PHASES = (START, FROZEN, TRAIN, CHECK, FIRST, SAVING, BEST, END)
 AIMS = (FROZEN, FIRST, SAVING, BEST, CHECK, END)
 FLAGS = (
     f"--config.train.duration={STEPS} steps", f"--config.train.save_every={SAVE} steps", f"--config.train.eval_every={EVALUATE} steps",
     f"--config.train.eval_scores_every={EVALUATE} steps", "--config.train.best=loss", "--config.train.log_every=1 steps",
     "--config.train.keep=2", "--config.train.batch_size=8", "--config.optim.lr=0.02", "--config.optim.warmup=2 steps",
 )  # fmt: skip
-
-
-class Seen(NamedTuple):
-    """A run's folder at one moment."""
-
-    unfinished: dict[str, set[Any]]  # kind of write -> its temporary folders
-    steps: set[int]  # complete checkpoints
-    best: tuple[list[int], int | None]  # steps in best/, and the step that best.json names
-    lines: list[str]  # of metrics.jsonl
 
 
 class Place(NamedTuple):
@@ -67,79 +57,6 @@ class Place(NamedTuple):
     runs: epath.Path  # data and runs
     data: list[str]  # flags that name the data
     processes: int
-
-
-def look(workdir: epath.Path) -> Seen:
-    """Describe the folder, without changing it."""
-    checkpoints = {"": workdir / "checkpoints", BEST: workdir / "best" / "checkpoints"}
-    unfinished = {
-        SAVING: _unfinished(checkpoints[""] / "steps"),
-        BEST: _unfinished(checkpoints[BEST] / "steps"),
-        FROZEN: _unfinished(checkpoints[""]),
-    }
-    steps, in_best = (sorted(_complete(folder / "steps")) for folder in checkpoints.values())
-    note = None
-    with contextlib.suppress(OSError, ValueError):
-        note = json.loads((workdir / "best" / "best.json").read_text())["step"]
-    file = workdir / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return Seen(unfinished, set(steps), (in_best, note), lines)
-
-
-def _entries(folder: epath.Path) -> list[epath.Path]:
-    try:
-        return [*folder.iterdir()] if folder.exists() else []
-    except FileNotFoundError:
-        return []
-
-
-def _committed(folder: epath.Path) -> bool:
-    """Whether Orbax has finished a folder: it renames local folders, and marks those in a bucket."""
-    if "://" in str(folder):
-        return (folder / "commit_success.txt").exists()
-    return "tmp" not in folder.name
-
-
-def _complete(folder: epath.Path) -> list[int]:
-    return [int(entry.name) for entry in _entries(folder) if entry.name.isdigit() and _committed(entry)]
-
-
-def _unfinished(folder: epath.Path) -> set[Any]:
-    """Temporary folders of saves, with what distinguishes those of two starts."""
-    found = set()
-    for entry in _entries(folder):
-        if (
-            entry.name == "steps"
-            or _committed(entry)
-            or (entry.name != "frozen" and not entry.name[:1].isdigit() and "tmp" not in entry.name)
-        ):
-            continue
-        with contextlib.suppress(OSError):
-            if "://" in str(entry):
-                found.add((entry.name, len(_entries(entry))))
-            else:
-                found.add((entry.name, Path(entry).stat().st_ino, Path(entry).stat().st_mtime_ns))
-    return found
-
-
-def phase(before: Seen, after: Seen) -> str:
-    """What a start was doing when it was killed, from the run's folder before the start and after the kill."""
-    new = {kind for kind, folders in after.unfinished.items() if folders - before.unfinished[kind]}
-    in_best, note = after.best
-    if BEST in new or (after.best != before.best and in_best != [note]):
-        return BEST
-    if SAVING in new:
-        return SAVING if after.steps else FIRST
-    if FROZEN in new:
-        return FROZEN
-    if len(after.lines) == len(before.lines):
-        return START
-    line = json.loads(after.lines[-1])
-    evaluated = any(key.startswith("eval/") for key in line)
-    if line["step"] == STEPS and evaluated:
-        return END
-    due = line["step"] % EVALUATE == 0 or line["step"] == STEPS
-    return CHECK if due and not evaluated else TRAIN
 
 
 class Start:
@@ -193,25 +110,53 @@ class Start:
         return "\n".join(log.read_text(errors="replace")[-3000:] for log in self._logs)
 
 
-def wait(start: Start, workdir: epath.Path, before: Seen, aim: tuple[str, int] | None, seconds: float) -> None:
-    """Return when it is time to kill, or when the start has ended.
+class Clock:
+    """The time line of a run without interruption, in which the moments of kills are drawn.
 
-    Args:
-      start: the start to watch.
-      workdir: folder of the run.
-      before: the folder before the start.
-      aim: (phase to wait for, first step from which it counts); None: only the time counts.
-      seconds: time to wait from now, without an aim, or from the moment that the phase is seen.
+    Other programs on the machine make one start slower than another, so moments are told by what a start has written: some time
+    after its n-th line of metrics.jsonl. Before the first line, the time is scaled by the duration of the latest start-up.
     """
-    while aim and not start.ended():
-        now = look(workdir)
-        far = json.loads(now.lines[-1])["step"] if len(now.lines) > len(before.lines) else -1
-        if phase(before, now) == aim[0] and (far >= aim[1] or aim[0] in (FROZEN, FIRST, END)):
-            break
-        time.sleep(0.002)
-    deadline = time.monotonic() + seconds
-    while not start.ended() and (left := deadline - time.monotonic()) > 0:
-        time.sleep(min(left, 0.05))
+
+    def __init__(self, poll: float):
+        self.lines: list[float] = []  # seconds from the start to each line
+        self.end = 0.0  # seconds from the start to the exit
+        self._poll = poll
+        self._slow = 1.0  # duration of the latest start-up over that of this time line
+
+    def measure(self, start: Start, workdir: epath.Path, began: float) -> None:
+        """Follow a start without interruption to its end."""
+        self.lines = []
+        while not start.ended():
+            new = len(look(workdir).lines) - len(self.lines)
+            self.lines += [time.monotonic() - began] * new
+            time.sleep(self._poll)
+        self.end = time.monotonic() - began
+
+    def wait(self, moment: float, start: Start, workdir: epath.Path, before: Seen, began: float) -> None:
+        """Return at the moment (seconds on the time line), or when the start has ended."""
+        earlier = [line for line in self.lines if line <= moment]
+        seen = 0
+        while seen < len(earlier) and not start.ended():
+            new = len(look(workdir).lines) - len(before.lines)
+            if new and not seen:
+                self._slow = (time.monotonic() - began) / self.lines[0]
+            seen = new
+            time.sleep(self._poll)
+        self.pause((moment - (earlier[-1] if earlier else 0)) * self._slow, start)
+
+    def aim(self, what: str, least: int, start: Start, workdir: epath.Path, before: Seen) -> None:
+        """Return when the start is seen in a phase after a step of at least `least`, or when it has ended."""
+        while not start.ended():
+            now = look(workdir)
+            step = json.loads(now.lines[-1])["step"] if len(now.lines) > len(before.lines) else -1
+            if phase(before, now) == what and (step >= least or what in (FROZEN, FIRST, END)):
+                return
+            time.sleep(self._poll)
+
+    def pause(self, seconds: float, start: Start) -> None:
+        deadline = time.monotonic() + seconds
+        while not start.ended() and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.05))
 
 
 class Killer:
@@ -223,7 +168,7 @@ class Killer:
         self.early: Counter[str] = Counter()  # before the first checkpoint
         self.unequal: list[str] = []
         self.restarts = 0  # after an error of the disk or bucket
-        self.lifetime = 0.0  # seconds of a run without interruption
+        self.clock = Clock(0.2 if places.is_remote(place.runs) else 0.01)
 
     def kills(self) -> int:
         return sum(self.phases.values())
@@ -236,15 +181,16 @@ class Killer:
             began = time.monotonic()
             start = Start(self._place, workdir, self._place.out / "logs" / f"{name}_{number:03}")
             if most > 0:
-                self._wait(start, workdir, before)
+                self._wait(start, workdir, before, began)
                 start.kill(self._random)
+            elif name in (REFERENCE, CONTROL):
+                self.clock.measure(start, workdir, began)
             codes = start.codes()
             seconds = time.monotonic() - began
             if -signal.SIGKILL in codes:
                 most -= 1
                 self._count(name, number, seconds, before, look(workdir))
             elif not any(codes):
-                self.lifetime = self.lifetime or seconds
                 return kills_compare.content(workdir)
             elif RETRY in codes:
                 self.restarts += 1
@@ -252,11 +198,13 @@ class Killer:
                 raise SystemExit(f"run {name}, start {number}: exit codes {codes}\n{start.said()}")
         raise SystemExit(f"run {name}: still not at its end after 1000 starts")
 
-    def _wait(self, start: Start, workdir: epath.Path, before: Seen) -> None:
-        aim = None
+    def _wait(self, start: Start, workdir: epath.Path, before: Seen, began: float) -> None:
         if self._random.random() < self._aimed:
-            aim = self._random.choice(AIMS), self._random.randrange(STEPS)
-        wait(start, workdir, before, aim, self._random.uniform(0, 0.1 if aim else self.lifetime))
+            aim = self._random.choice(AIMS[2:] if before.steps else AIMS)
+            self.clock.aim(aim, self._random.randrange(STEPS), start, workdir, before)
+            self.clock.pause(self._random.uniform(0, 0.1), start)
+        else:
+            self.clock.wait(self._random.uniform(0, self.clock.end), start, workdir, before, began)
 
     def _count(self, name: str, number: int, seconds: float, before: Seen, after: Seen) -> None:
         what = phase(before, after)
@@ -324,9 +272,9 @@ def disturb(server: Any, seed: int, rate: float) -> None:
 def result(killer: Killer, place: Place, flags: argparse.Namespace) -> dict[str, Any]:
     """Make all runs, print the table of phases and return the counts."""
     began = time.monotonic()
-    want = killer.run("reference", 0)
-    killer.lifetime = 0.0  # that run compiled
-    problems = {"control": kills_compare.differences(want, killer.run("control", 0))}
+    want = killer.run(REFERENCE, 0)
+    # The first run compiled, so the second one sets the time line.
+    problems = {CONTROL: kills_compare.differences(want, killer.run(CONTROL, 0))}
     number = 0
     while killer.kills() < flags.kills:
         name = f"{number:03}"
@@ -341,10 +289,10 @@ def result(killer: Killer, place: Place, flags: argparse.Namespace) -> dict[str,
     bad = {name: lines for name, lines in problems.items() if lines}
     return {
         "task": flags.task, "place": str(place.runs), "processes": place.processes, "seed": flags.seed, "kills": killer.kills(),
-        "runs": number, "equal": number - len(bad.keys() - {"control"}), "control_equal": "control" not in bad,
+        "runs": number, "equal": number - len(bad.keys() - {CONTROL}), "control_equal": CONTROL not in bad,
         "unequal": dict(Counter(kind for lines in bad.values() for kind in {re.split(": ", line)[0] for line in lines})),
         "compared": len(want), "phases": dict(killer.phases), "before_first_checkpoint": sum(killer.early.values()),
-        "restarts_after_errors": killer.restarts, "seconds_of_a_run": round(killer.lifetime, 1), "seconds": round(time.monotonic() - began),
+        "restarts_after_errors": killer.restarts, "seconds_of_a_run": round(killer.clock.end, 1), "seconds": round(time.monotonic() - began),
     }  # fmt: skip
 
 
