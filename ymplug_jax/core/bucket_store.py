@@ -6,6 +6,7 @@ failure that is not "not found" is a PlaceFailed, after the repetitions of gcsfs
 """
 
 import functools
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from fsspec import asyn
 
 from ymplug_jax.core.exits import PlaceFailed
 
+logging.getLogger("gcsfs").setLevel(
+    logging.CRITICAL
+)  # it logs each open file, and a traceback for an error that it also raises
 # What fsspec calls of an asynchronous file system; each becomes a method without the underscore.
 GUARDED = (
     "_info", "_ls", "_find", "_cat_file", "_pipe_file", "_put_file", "_get_file", "_cp_file", "_rm_file", "_rm", "_mkdir",
