@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from ymplug_jax.core.checkpoint_files import COMMITTED
+
 STEPS, EVALUATE = 24, 2  # length of the runs of `kills`, and steps between their evaluations
 SAVING, FIRST, BEST, FROZEN = "a save", "the first save", "a write of best/", "the write of frozen parameters"
 START, TRAIN, CHECK, END = "start-up", "a training step", "an evaluation", "the end, after the last evaluation"
@@ -49,7 +51,7 @@ def _entries(folder: epath.Path) -> list[epath.Path]:
 def _committed(folder: epath.Path) -> bool:
     """Whether Orbax has finished a folder: it renames local folders, and marks those in a bucket."""
     if "://" in str(folder):
-        return (folder / "commit_success.txt").exists()
+        return (folder / COMMITTED).exists()
     return "tmp" not in folder.name
 
 

@@ -24,7 +24,6 @@ COMMITTED = "commit_success.txt"  # written last by Orbax into a folder on gs://
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
 CARRIED = "carried"  # in the steps of tasks that carry state beside their parameters
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a step
-COMMITTED = "commit_success.txt"  # Orbax's file in a complete folder; in a bucket, where no folder can be renamed, it makes it complete
 CONVERTED = "converted"  # item folder of parameters converted from another program's checkpoint
 
 SPACE = "check its free space and permissions, then run the same command again to resume from the newest checkpoint"
