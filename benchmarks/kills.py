@@ -33,7 +33,21 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from benchmarks import kills_compare, kills_data
-from benchmarks.kills_phases import BEST, CHECK, END, EVALUATE, FIRST, FROZEN, PHASES, SAVING, STEPS, Seen, look, phase
+from benchmarks.kills_phases import (
+    BEST,
+    CHECK,
+    END,
+    EVALUATE,
+    FIRST,
+    FROZEN,
+    PHASES,
+    SAVING,
+    STEPS,
+    Seen,
+    lines_of,
+    look,
+    phase,
+)
 from ymplug_jax.core import places
 from ymplug_jax.core.text_table import columns
 
@@ -67,7 +81,7 @@ class Start:
             server.bind(("localhost", 0))
             port = server.getsockname()[1]
         env = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(place.out / "compiled"),
+            "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(place.out / "compiled")),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT),
             # These programs run for a moment: LLVM's optimisations would cost more than they save.
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
@@ -127,7 +141,7 @@ class Clock:
         """Follow a start without interruption to its end."""
         self.lines = []
         while not start.ended():
-            new = len(look(workdir).lines) - len(self.lines)
+            new = len(lines_of(workdir)) - len(self.lines)
             self.lines += [time.monotonic() - began] * new
             time.sleep(self._poll)
         self.end = time.monotonic() - began
@@ -137,7 +151,7 @@ class Clock:
         earlier = [line for line in self.lines if line <= moment]
         seen = 0
         while seen < len(earlier) and not start.ended():
-            new = len(look(workdir).lines) - len(before.lines)
+            new = len(lines_of(workdir)) - len(before.lines)
             if new and not seen:
                 self._slow = (time.monotonic() - began) / self.lines[0]
             seen = new
@@ -168,7 +182,7 @@ class Killer:
         self.early: Counter[str] = Counter()  # before the first checkpoint
         self.unequal: list[str] = []
         self.restarts = 0  # after an error of the disk or bucket
-        self.clock = Clock(0.2 if places.is_remote(place.runs) else 0.01)
+        self.clock = Clock(0.5 if places.is_remote(place.runs) else 0.04)
 
     def kills(self) -> int:
         return sum(self.phases.values())

@@ -36,9 +36,13 @@ def look(workdir: epath.Path) -> Seen:
     note = None
     with contextlib.suppress(OSError, ValueError):
         note = json.loads((workdir / "best" / "best.json").read_text())["step"]
+    return Seen(unfinished, set(steps), (in_best, note), lines_of(workdir))
+
+
+def lines_of(workdir: epath.Path) -> list[str]:
+    """Lines of metrics.jsonl that end."""
     file = workdir / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return Seen(unfinished, set(steps), (in_best, note), lines)
+    return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
 def _entries(folder: epath.Path) -> list[epath.Path]:
