@@ -15,6 +15,7 @@ tests as that bucket; with `--faults`, a proxy before it refuses, delays and cut
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,54 +178,71 @@ class Clock:
 class Killer:
     """Starts, kills and compares runs, and counts."""
 
-    def __init__(self, place: Place, seed: int, aimed: float):
-        self._place, self._random, self._aimed = place, random.Random(seed), aimed
+    def __init__(self, place: Place, kills: int, seed: int, aimed: float, minutes: float = 1e6):
+        self._place, self._seed, self._aimed = place, seed, aimed
+        self._left, self._deadline = kills, time.monotonic() + 60 * minutes
+        self._lock = threading.Lock()
         self.phases: Counter[str] = Counter()
         self.early: Counter[str] = Counter()  # before the first checkpoint
-        self.unequal: list[str] = []
         self.restarts = 0  # after an error of the disk or bucket
         self.clock = Clock(0.5 if places.is_remote(place.runs) else 0.04)
 
     def kills(self) -> int:
         return sum(self.phases.values())
 
-    def run(self, name: str, most: int) -> kills_compare.Content:
-        """Make one run with at most that many kills, and return what it leaves behind."""
+    def left(self) -> int:
+        """Return the number of kills to do."""
+        return self._left if time.monotonic() < self._deadline else 0
+
+    def _take(self) -> bool:
+        with self._lock:
+            taken = self.left() > 0
+            self._left -= taken
+        return taken
+
+    def run(self, name: str) -> kills_compare.Content:
+        """Make one run, killed as long as kills are left unless it is the reference or the control, and return what it leaves behind."""
         workdir = self._place.runs / name / "run"  # a name of its own, since the model card repeats it
+        order = random.Random(f"{self._seed} {name}")
+        alone = name in (REFERENCE, CONTROL)
         for number in range(1000):
             before = look(workdir)
             began = time.monotonic()
             start = Start(self._place, workdir, self._place.out / "logs" / f"{name}_{number:03}")
-            if most > 0:
-                self._wait(start, workdir, before, began)
-                start.kill(self._random)
-            elif name in (REFERENCE, CONTROL):
+            taken = not alone and self._take()
+            if taken:
+                self._wait(order, start, workdir, before, began)
+                start.kill(order)
+            elif alone:
                 self.clock.measure(start, workdir, began)
             codes = start.codes()
             seconds = time.monotonic() - began
-            if -signal.SIGKILL in codes:
-                most -= 1
+            killed = -signal.SIGKILL in codes
+            with self._lock:
+                self._left += taken and not killed
+            if killed:
                 self._count(name, number, seconds, before, look(workdir))
             elif not any(codes):
                 return kills_compare.content(workdir)
             elif RETRY in codes:
                 self.restarts += 1
             else:
-                raise SystemExit(f"run {name}, start {number}: exit codes {codes}\n{start.said()}")
-        raise SystemExit(f"run {name}: still not at its end after 1000 starts")
+                raise RuntimeError(f"run {name}, start {number}: exit codes {codes}\n{start.said()}")
+        raise RuntimeError(f"run {name}: still not at its end after 1000 starts")
 
-    def _wait(self, start: Start, workdir: epath.Path, before: Seen, began: float) -> None:
-        if self._random.random() < self._aimed:
-            aim = self._random.choice(AIMS[2:] if before.steps else AIMS)
-            self.clock.aim(aim, self._random.randrange(STEPS), start, workdir, before)
-            self.clock.pause(self._random.uniform(0, 0.1), start)
+    def _wait(self, order: random.Random, start: Start, workdir: epath.Path, before: Seen, began: float) -> None:
+        if order.random() < self._aimed:
+            aim = order.choice(AIMS[2:] if before.steps else AIMS)
+            self.clock.aim(aim, order.randrange(STEPS), start, workdir, before)
+            self.clock.pause(order.uniform(0, 0.1), start)
         else:
-            self.clock.wait(self._random.uniform(0, self.clock.end), start, workdir, before, began)
+            self.clock.wait(order.uniform(0, self.clock.end), start, workdir, before, began)
 
     def _count(self, name: str, number: int, seconds: float, before: Seen, after: Seen) -> None:
         what = phase(before, after)
-        self.phases[what] += 1
-        self.early[what] += not after.steps
+        with self._lock:
+            self.phases[what] += 1
+            self.early[what] += not after.steps
         step = json.loads(after.lines[-1])["step"] if after.lines else None
         line = {
             "run": name,
@@ -253,6 +272,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of a run")
     parser.add_argument("--aimed", type=float, default=0.4, help="share of the kills that wait for something rare")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--streams", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--minutes", type=float, default=1e6, help="kill nothing after this time, and let the runs end")
     parser.add_argument("--keep", action="store_true", help="keep the folders of equal runs")
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
@@ -270,7 +291,10 @@ def main() -> None:
                 threading.Thread(target=disturb, args=(server, flags.seed, flags.faults), daemon=True).start()
         runs = places.place(flags.place, "--place") if flags.place else epath.Path(out)
         place = Place(out, runs, kills_data.make(flags.task, out / "made", runs / "data"), flags.processes)
-        print(json.dumps(result(Killer(place, flags.seed, flags.aimed), place, flags)), flush=True)
+        print(
+            json.dumps(result(Killer(place, flags.kills, flags.seed, flags.aimed, flags.minutes), place, flags)),
+            flush=True,
+        )
 
 
 def disturb(server: Any, seed: int, rate: float) -> None:
@@ -286,24 +310,29 @@ def disturb(server: Any, seed: int, rate: float) -> None:
 def result(killer: Killer, place: Place, flags: argparse.Namespace) -> dict[str, Any]:
     """Make all runs, print the table of phases and return the counts."""
     began = time.monotonic()
-    want = killer.run(REFERENCE, 0)
+    want = killer.run(REFERENCE)
     # The first run compiled, so the second one sets the time line.
-    problems = {CONTROL: kills_compare.differences(want, killer.run(CONTROL, 0))}
-    number = 0
-    while killer.kills() < flags.kills:
-        name = f"{number:03}"
-        problems[name] = kills_compare.differences(want, killer.run(name, flags.kills - killer.kills()))
-        for line in problems[name]:
-            print(f"run {name} differs: {line}", file=sys.stderr, flush=True)
-        if not problems[name] and not flags.keep:
-            (place.runs / name).rmtree()
-        number += 1
+    problems = {CONTROL: kills_compare.differences(want, killer.run(CONTROL))}
+    numbers = itertools.count()
+
+    def stream() -> None:
+        while killer.left() > 0:
+            name = f"{next(numbers):03}"
+            problems[name] = kills_compare.differences(want, killer.run(name))
+            for line in problems[name]:
+                print(f"run {name} differs: {line}", file=sys.stderr, flush=True)
+            if not problems[name] and not flags.keep:
+                (place.runs / name).rmtree()
+
+    with ThreadPoolExecutor(flags.streams) as pool:
+        for done in [pool.submit(stream) for _ in range(flags.streams)]:
+            done.result()
     rows = [(name, str(killer.phases[name]), str(killer.early[name])) for name in PHASES]
     print(columns([("killed in", "kills", "before the first checkpoint"), *rows], right=2), file=sys.stderr)
     bad = {name: lines for name, lines in problems.items() if lines}
     return {
         "task": flags.task, "place": str(place.runs), "processes": place.processes, "seed": flags.seed, "kills": killer.kills(),
-        "runs": number, "equal": number - len(bad.keys() - {CONTROL}), "control_equal": CONTROL not in bad,
+        "runs": len(problems) - 1, "equal": len(problems.keys() - bad.keys() - {CONTROL}), "control_equal": CONTROL not in bad,
         "unequal": dict(Counter(kind for lines in bad.values() for kind in {re.split(": ", line)[0] for line in lines})),
         "compared": len(want), "phases": dict(killer.phases), "before_first_checkpoint": sum(killer.early.values()),
         "restarts_after_errors": killer.restarts, "seconds_of_a_run": round(killer.clock.end, 1), "seconds": round(time.monotonic() - began),

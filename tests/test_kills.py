@@ -59,10 +59,12 @@ def test_killed_runs_end_like_the_reference(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     runs = epath.Path(tmp_path / "runs")
     place = kills.Place(tmp_path, runs, kills_data.make("pretrain", tmp_path / "made", runs / "data"), 1)
-    killer = kills.Killer(place, seed=0, aimed=1.0)
-    want = killer.run(kills.REFERENCE, 0)
-    got = killer.run("killed", 3)
-    assert 1 <= killer.kills() <= 3 and kills_compare.differences(want, got) == []
+    killer = kills.Killer(place, 3, seed=0, aimed=1.0)
+    want = killer.run(kills.REFERENCE)
+    got = killer.run("killed")
+    assert (
+        1 <= killer.kills() <= 3 and killer.left() == 3 - killer.kills() and kills_compare.differences(want, got) == []
+    )
     kinds = {kind for kind, _ in want}
     assert {
         "parameters",

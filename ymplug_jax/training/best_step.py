@@ -75,12 +75,12 @@ class Best:
         with contextlib.closing(Checkpoints(str(self._folder), keep=2, frozen_sums=frozen_sums)) as checkpoints:
             if not again:
                 # Of a killed run, which may have been further: Orbax saves no step before the newest one.
-                checkpoints.keep_only(self._step if self._step is not None and self._step < step else None)
+                checkpoints.keep_only([self._step] if self._step is not None and self._step < step else [])
             checkpoints.save(state, step, examples_seen)
             checkpoints.wait()
             if jax.process_index() == 0:
                 self._describe(step, value)
-            checkpoints.keep_only(step)
+            checkpoints.keep_only([step])
         self._value, self._step = value, step
         return True
 
