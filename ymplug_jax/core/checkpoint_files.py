@@ -12,13 +12,15 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax.core import leaf_checksums
+from ymplug_jax.core import exits, leaf_checksums
+from ymplug_jax.core import places as places_lib
 from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.core.verified_read import Damaged
 
 FROZEN = "frozen"
 BEST = "best"  # subfolder of a run: a run folder with its best step only, which uses the run's frozen parameters
 STEPS = "steps"
+COMMITTED = "commit_success.txt"  # written last by Orbax into a folder on gs://
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
 CARRIED = "carried"  # in the steps of tasks that carry state beside their parameters
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a step
@@ -41,9 +43,9 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or does not fit the model. The message names the folder, the parameter and the fix."""
 
 
-def folder_of(name: str) -> epath.Path:
-    """Return the folder that a flag or setting names: a local path, file:///..., or gs://bucket/... (which pathlib would break)."""
-    return epath.Path(str(name).removeprefix("file://")).expanduser()
+def folder_of(name: str, what: str = "") -> epath.Path:
+    """Return the folder that a flag or setting names, see `places.place`."""
+    return places_lib.place(name, what)
 
 
 def whole(name: str) -> epath.Path:
@@ -63,9 +65,9 @@ def place_of(folder: epath.Path) -> Iterator[None]:
     except (PlaceFailed, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-            chain.append(cause)
+        if hidden := exits.place_failed(error):
+            raise PlaceFailed(str(hidden)) from error
+        chain = exits.chain_of(error)
         for one in chain:
             if isinstance(one, OSError):
                 raise PlaceFailed(f"{folder}: cannot be written ({one.strerror or one}); {SPACE}") from error
@@ -93,9 +95,10 @@ def examples_seen(workdir: str) -> int:
 
 
 def steps_of(workdir: epath.Path) -> list[int]:
-    """Return the steps whose checkpoints are complete."""
+    """Return the steps whose checkpoints are complete: renamed on a disk, and in a bucket, which has no renames, with a file that says so."""
     folder = workdir / "checkpoints" / STEPS
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    return [int(p.name) for p in found if not places_lib.is_remote(p) or (p / COMMITTED).exists()]
 
 
 def places(workdir: str, step: int | None = None) -> list[epath.Path]:
