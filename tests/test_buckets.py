@@ -118,9 +118,14 @@ def straight(server: buckets.Server, place: Path) -> str:
 
 @pytest.fixture(scope="module")
 def resumed(server: buckets.Server, place: Path, straight: str) -> str:
-    """The same run, killed with SIGKILL in the middle of its second save, then resumed while the bucket fails now and then."""
+    """The same run from its first checkpoint on, killed in the middle of the next save, then resumed while the bucket fails now and then."""
+    for name in server.names("runs", "straight/"):
+        if not any(f"/steps/{step}/" in name for step in (2 * SAVE, STEPS)) and "/tensorboard/" not in name:
+            server.put("runs", name.replace("straight/", "killed/", 1), server.get("runs", name))
+    lines = server.get("runs", "straight/metrics.jsonl").splitlines(keepends=True)
+    server.put("runs", "killed/metrics.jsonl", b"".join(line for line in lines if json.loads(line)["step"] <= SAVE))
     group = Group(place / "killed", FLAGS, 2, pause=0.2, url="gs://runs/killed")
-    wait(group, lambda: whole(server, "killed", SAVE) and server.names("runs", f"killed/checkpoints/steps/{2 * SAVE}/"))
+    wait(group, lambda: server.names("runs", f"killed/checkpoints/steps/{2 * SAVE}/"))
     for process in group.processes:
         process.kill()
     group.end(60)
