@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -55,7 +54,7 @@ from ymplug_jax.core.text_table import columns
 
 ROOT = Path(__file__).parents[1]
 SAVE = 4  # steps; evaluations between two saves are repeated after a kill
-GIVE_UP = 900  # seconds for one start
+GIVE_UP = 3600  # seconds for one start
 REFERENCE, CONTROL = "reference", "control"  # runs that are not killed
 RETRY = 5  # exit code of a failed disk or bucket: start again
 AIMS = (FROZEN, FIRST, SAVING, BEST, CHECK, END)
@@ -158,7 +157,7 @@ class Clock:
                 self._slow = (time.monotonic() - began) / self.lines[0]
             seen = new
             time.sleep(self._poll)
-        self.pause((moment - (earlier[-1] if earlier else 0)) * self._slow, start)
+        self.pause(moment - earlier[-1] if earlier else moment * self._slow, start)
 
     def aim(self, what: str, least: int, start: Start, workdir: epath.Path, before: Seen) -> None:
         """Return when the start is seen in a phase after a step of at least `least`, or when it has ended."""
@@ -176,19 +175,17 @@ class Clock:
 
 
 class Killer:
-    """Starts, kills and compares runs, and counts."""
+    """Starts, kills and compares runs. OUT/kills.jsonl and OUT/runs.jsonl keep what was done, so the program itself may be killed."""
 
     def __init__(self, place: Place, kills: int, seed: int, aimed: float, minutes: float = 1e6):
         self._place, self._seed, self._aimed = place, seed, aimed
-        self._left, self._deadline = kills, time.monotonic() + 60 * minutes
+        self._left, self._deadline = kills - len(self.kills()), time.monotonic() + 60 * minutes
         self._lock = threading.Lock()
-        self.phases: Counter[str] = Counter()
-        self.early: Counter[str] = Counter()  # before the first checkpoint
-        self.restarts = 0  # after an error of the disk or bucket
         self.clock = Clock(0.5 if places.is_remote(place.runs) else 0.04)
 
-    def kills(self) -> int:
-        return sum(self.phases.values())
+    def kills(self) -> list[dict[str, Any]]:
+        """Return the kills so far, one dict each."""
+        return read(self._place.out / "kills.jsonl")
 
     def left(self) -> int:
         """Return the number of kills to do."""
@@ -200,33 +197,49 @@ class Killer:
             self._left -= taken
         return taken
 
+    def undisturbed(self) -> tuple[kills_compare.Content, list[str]]:
+        """Make the reference and the control, or read those of an earlier call.
+
+        Returns:
+          (what the reference leaves behind, what the control leaves behind in another way).
+        """
+        file = self._place.out / "clock.json"
+        if not file.exists():
+            for name in (REFERENCE, CONTROL):  # the first one compiles, so the second one sets the time line
+                self.run(name)
+            file.write_text(json.dumps({"lines": self.clock.lines, "end": self.clock.end}))
+        self.clock.lines, self.clock.end = json.loads(file.read_text()).values()
+        want, same = (kills_compare.content(self._place.runs / name / "run") for name in (REFERENCE, CONTROL))
+        return want, kills_compare.differences(want, same)
+
     def run(self, name: str) -> kills_compare.Content:
-        """Make one run, killed as long as kills are left unless it is the reference or the control, and return what it leaves behind."""
+        """Make or go on with a run, killed as long as kills are left, but not the reference and the control.
+
+        Returns:
+          What it leaves behind.
+        """
         workdir = self._place.runs / name / "run"  # a name of its own, since the model card repeats it
-        order = random.Random(f"{self._seed} {name}")
-        alone = name in (REFERENCE, CONTROL)
-        for number in range(1000):
+        first = len(list((self._place.out / "logs").glob(f"{name}_*.0")))
+        for number in range(first, first + 1000):
+            order = random.Random(f"{self._seed} {name} {number}")
             before = look(workdir)
             began = time.monotonic()
             start = Start(self._place, workdir, self._place.out / "logs" / f"{name}_{number:03}")
-            taken = not alone and self._take()
+            taken = name not in (REFERENCE, CONTROL) and self._take()
             if taken:
                 self._wait(order, start, workdir, before, began)
                 start.kill(order)
-            elif alone:
+            elif name in (REFERENCE, CONTROL):
                 self.clock.measure(start, workdir, began)
             codes = start.codes()
-            seconds = time.monotonic() - began
             killed = -signal.SIGKILL in codes
             with self._lock:
                 self._left += taken and not killed
             if killed:
-                self._count(name, number, seconds, before, look(workdir))
+                self._count(name, number, time.monotonic() - began, before, look(workdir))
             elif not any(codes):
                 return kills_compare.content(workdir)
-            elif RETRY in codes:
-                self.restarts += 1
-            else:
+            elif RETRY not in codes:
                 raise RuntimeError(f"run {name}, start {number}: exit codes {codes}\n{start.said()}")
         raise RuntimeError(f"run {name}: still not at its end after 1000 starts")
 
@@ -239,28 +252,38 @@ class Killer:
             self.clock.wait(order.uniform(0, self.clock.end), start, workdir, before, began)
 
     def _count(self, name: str, number: int, seconds: float, before: Seen, after: Seen) -> None:
-        what = phase(before, after)
-        with self._lock:
-            self.phases[what] += 1
-            self.early[what] += not after.steps
         step = json.loads(after.lines[-1])["step"] if after.lines else None
         line = {
             "run": name,
             "start": number,
-            "phase": what,
+            "phase": phase(before, after),
             "step": step,
             "checkpoints": sorted(after.steps),
-            "seconds": round(seconds, 2),
         }
-        with (self._place.out / "kills.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"kill {self.kills()}: {line}", file=sys.stderr, flush=True)
+        line["seconds"] = round(seconds, 2)
+        with self._lock:
+            write(self._place.out / "kills.jsonl", line)
+        print(line, file=sys.stderr, flush=True)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def write(file: Path, line: dict[str, Any]) -> None:
+    """Append a JSON line."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, help="new folder for logs, compiled programs and, without --place, runs"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for logs, compiled programs and, without --place, runs; the same command goes on",
     )
     parser.add_argument("--place", default="", help="folder for data and runs, local or gs://; default: OUT")
     parser.add_argument(
@@ -278,9 +301,11 @@ def main() -> None:
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
     out = flags.out.absolute()
-    if out.exists():
-        raise SystemExit(f"--out {out}: exists already; give a new folder")
-    (out / "logs").mkdir(parents=True)
+    if out.exists() and flags.emulator:
+        raise SystemExit(
+            f"--out {out}: exists, but the bucket of --emulator does not outlive this program; give a new folder"
+        )
+    (out / "logs").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if flags.emulator:
             from tests import buckets
@@ -309,33 +334,39 @@ def disturb(server: Any, seed: int, rate: float) -> None:
 
 def result(killer: Killer, place: Place, flags: argparse.Namespace) -> dict[str, Any]:
     """Make all runs, print the table of phases and return the counts."""
-    began = time.monotonic()
-    want = killer.run(REFERENCE)
-    # The first run compiled, so the second one sets the time line.
-    problems = {CONTROL: kills_compare.differences(want, killer.run(CONTROL))}
-    numbers = itertools.count()
+    want, control = killer.undisturbed()
+    ended = {line["run"] for line in read(place.out / "runs.jsonl")}
+    begun = {line["run"] for line in killer.kills()} - ended
+    fresh = (name for i in itertools.count() if (name := f"{i:03}") not in ended | begun)
+    names = itertools.chain(sorted(begun), fresh)
 
     def stream() -> None:
-        while killer.left() > 0:
-            name = f"{next(numbers):03}"
-            problems[name] = kills_compare.differences(want, killer.run(name))
-            for line in problems[name]:
-                print(f"run {name} differs: {line}", file=sys.stderr, flush=True)
-            if not problems[name] and not flags.keep:
+        while begun or killer.left() > 0:
+            name = next(names)
+            begun.discard(name)
+            found = kills_compare.differences(want, killer.run(name))
+            write(place.out / "runs.jsonl", {"run": name, "differences": found})
+            print(f"run {name} differs: {found}" if found else f"run {name} is equal", file=sys.stderr, flush=True)
+            if not found and not flags.keep:
                 (place.runs / name).rmtree()
 
     with ThreadPoolExecutor(flags.streams) as pool:
         for done in [pool.submit(stream) for _ in range(flags.streams)]:
             done.result()
-    rows = [(name, str(killer.phases[name]), str(killer.early[name])) for name in PHASES]
+    runs, kills = read(place.out / "runs.jsonl"), killer.kills()
+    phases, early = (
+        Counter(kill["phase"] for kill in some) for some in (kills, [k for k in kills if not k["checkpoints"]])
+    )
+    rows = [(name, str(phases[name]), str(early[name])) for name in PHASES]
     print(columns([("killed in", "kills", "before the first checkpoint"), *rows], right=2), file=sys.stderr)
-    bad = {name: lines for name, lines in problems.items() if lines}
+    bad = [{line.partition(": ")[0] for line in run["differences"]} for run in runs if run["differences"]]
+    starts = len(list((place.out / "logs").glob("[0-9]*_*.0")))
     return {
-        "task": flags.task, "place": str(place.runs), "processes": place.processes, "seed": flags.seed, "kills": killer.kills(),
-        "runs": len(problems) - 1, "equal": len(problems.keys() - bad.keys() - {CONTROL}), "control_equal": CONTROL not in bad,
-        "unequal": dict(Counter(kind for lines in bad.values() for kind in {re.split(": ", line)[0] for line in lines})),
-        "compared": len(want), "phases": dict(killer.phases), "before_first_checkpoint": sum(killer.early.values()),
-        "restarts_after_errors": killer.restarts, "seconds_of_a_run": round(killer.clock.end, 1), "seconds": round(time.monotonic() - began),
+        "task": flags.task, "place": str(place.runs), "processes": place.processes, "seed": flags.seed, "kills": len(kills),
+        "runs": len(runs), "equal": len(runs) - len(bad), "control_equal": not control,
+        "unequal": dict(Counter(kind for kinds in bad for kind in kinds)), "compared": len(want), "phases": dict(phases),
+        "before_first_checkpoint": sum(early.values()), "restarts_after_errors": starts - len(kills) - len(runs),
+        "seconds_of_a_run": round(killer.clock.end, 1), "seconds_of_killed_starts": round(sum(kill["seconds"] for kill in kills)),
     }  # fmt: skip
 
 
