@@ -18,177 +18,41 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import random
-import re
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
 from benchmarks import kills_compare, kills_data
-from benchmarks.kills_phases import (
-    BEST,
-    CHECK,
-    END,
-    EVALUATE,
-    FIRST,
-    FROZEN,
-    PHASES,
-    SAVING,
-    STEPS,
-    Seen,
-    lines_of,
-    look,
-    phase,
-)
+from benchmarks.kills_phases import BEST, CHECK, END, FIRST, FROZEN, PHASES, SAVING, STEPS, Seen, look, phase
+from benchmarks.kills_starts import Clock, Place, Start
 from ymplug_jax.core import places
 from ymplug_jax.core.text_table import columns
 
-ROOT = Path(__file__).parents[1]
-SAVE = 4  # steps; evaluations between two saves are repeated after a kill
-GIVE_UP = 900  # seconds for one start
 REFERENCE, CONTROL = "reference", "control"  # runs that are not killed
 RETRY = 5  # exit code of a failed disk or bucket: start again
 AIMS = (FROZEN, FIRST, SAVING, BEST, CHECK, END)
-FLAGS = (
-    f"--config.train.duration={STEPS} steps", f"--config.train.save_every={SAVE} steps", f"--config.train.eval_every={EVALUATE} steps",
-    f"--config.train.eval_scores_every={EVALUATE} steps", "--config.train.best=loss", "--config.train.log_every=1 steps",
-    "--config.train.keep=2", "--config.train.batch_size=8", "--config.optim.lr=0.02", "--config.optim.warmup=2 steps",
-)  # fmt: skip
-
-
-class Place(NamedTuple):
-    """Where everything is."""
-
-    out: Path  # logs and compiled programs
-    runs: epath.Path  # data and runs
-    data: list[str]  # flags that name the data
-    processes: int
-
-
-class Start:
-    """One start of a run: all of its processes, each in a process group of its own."""
-
-    def __init__(self, place: Place, workdir: epath.Path, log: Path):
-        with socket.socket() as server:
-            server.bind(("localhost", 0))
-            port = server.getsockname()[1]
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(place.out / "compiled")),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT),
-            # These programs run for a moment: LLVM's optimisations would cost more than they save.
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "ymplug_jax.main", f"--workdir={workdir}", *place.data, *FLAGS]
-        self._processes, self._logs = [], []
-        for i in range(place.processes):
-            many = [
-                f"--coordinator=localhost:{port}",
-                f"--processes={place.processes}",
-                f"--process_id={i}",
-                "--config.mesh.fsdp=2",
-            ]
-            self._logs.append(Path(f"{log}.{i}"))
-            with self._logs[-1].open("w") as file:
-                self._processes.append(subprocess.Popen(
-                    [*command, *(many if place.processes > 1 else [])],
-                    cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True,
-                ))  # fmt: skip
-
-    def ended(self) -> bool:
-        return all(process.poll() is not None for process in self._processes)
-
-    def kill(self, order: random.Random) -> None:
-        """Kill all processes, in random order and within a moment."""
-        for process in order.sample(self._processes, len(self._processes)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-    def codes(self) -> list[int]:
-        """Wait for all processes and return their exit codes."""
-        deadline = time.monotonic() + GIVE_UP
-        try:
-            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self._processes]
-        except subprocess.TimeoutExpired:
-            self.kill(random.Random(0))
-            raise SystemExit(f"{self._logs[0]}: this start did not end within {GIVE_UP} s") from None
-
-    def said(self) -> str:
-        return "\n".join(log.read_text(errors="replace")[-3000:] for log in self._logs)
-
-
-class Clock:
-    """The time line of a run without interruption, in which the moments of kills are drawn.
-
-    Other programs on the machine make one start slower than another, so moments are told by what a start has written: some time
-    after its n-th line of metrics.jsonl. Before the first line, the time is scaled by the duration of the latest start-up.
-    """
-
-    def __init__(self, poll: float):
-        self.lines: list[float] = []  # seconds from the start to each line
-        self.end = 0.0  # seconds from the start to the exit
-        self._poll = poll
-        self._slow = 1.0  # duration of the latest start-up over that of this time line
-
-    def measure(self, start: Start, workdir: epath.Path, began: float) -> None:
-        """Follow a start without interruption to its end."""
-        self.lines = []
-        while not start.ended():
-            new = len(lines_of(workdir)) - len(self.lines)
-            self.lines += [time.monotonic() - began] * new
-            time.sleep(self._poll)
-        self.end = time.monotonic() - began
-
-    def wait(self, moment: float, start: Start, workdir: epath.Path, before: Seen, began: float) -> None:
-        """Return at the moment (seconds on the time line), or when the start has ended."""
-        earlier = [line for line in self.lines if line <= moment]
-        seen = 0
-        while seen < len(earlier) and not start.ended():
-            new = len(lines_of(workdir)) - len(before.lines)
-            if new and not seen:
-                self._slow = (time.monotonic() - began) / self.lines[0]
-            seen = new
-            time.sleep(self._poll)
-        self.pause((moment - (earlier[-1] if earlier else 0)) * self._slow, start)
-
-    def aim(self, what: str, least: int, start: Start, workdir: epath.Path, before: Seen) -> None:
-        """Return when the start is seen in a phase after a step of at least `least`, or when it has ended."""
-        while not start.ended():
-            now = look(workdir)
-            step = json.loads(now.lines[-1])["step"] if len(now.lines) > len(before.lines) else -1
-            if phase(before, now) == what and (step >= least or what in (FROZEN, FIRST, END)):
-                return
-            time.sleep(self._poll)
-
-    def pause(self, seconds: float, start: Start) -> None:
-        deadline = time.monotonic() + seconds
-        while not start.ended() and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(left, 0.05))
 
 
 class Killer:
-    """Starts, kills and compares runs, and counts."""
+    """Starts, kills and compares runs. OUT/kills.jsonl and OUT/runs.jsonl keep what was done, so the program itself may be killed."""
 
     def __init__(self, place: Place, kills: int, seed: int, aimed: float, minutes: float = 1e6):
         self._place, self._seed, self._aimed = place, seed, aimed
-        self._left, self._deadline = kills, time.monotonic() + 60 * minutes
+        self._left, self._deadline = kills - len(self.kills()), time.monotonic() + 60 * minutes
         self._lock = threading.Lock()
-        self.phases: Counter[str] = Counter()
-        self.early: Counter[str] = Counter()  # before the first checkpoint
-        self.restarts = 0  # after an error of the disk or bucket
         self.clock = Clock(0.5 if places.is_remote(place.runs) else 0.04)
 
-    def kills(self) -> int:
-        return sum(self.phases.values())
+    def kills(self) -> list[dict[str, Any]]:
+        """Return the kills so far, one dict each."""
+        return read(self._place.out / "kills.jsonl")
 
     def left(self) -> int:
         """Return the number of kills to do."""
@@ -200,33 +64,49 @@ class Killer:
             self._left -= taken
         return taken
 
+    def undisturbed(self) -> tuple[kills_compare.Content, list[str]]:
+        """Make the reference and the control, or read those of an earlier call.
+
+        Returns:
+          (what the reference leaves behind, what the control leaves behind in another way).
+        """
+        file = self._place.out / "clock.json"
+        if not file.exists():
+            for name in (REFERENCE, CONTROL):  # the first one compiles, so the second one sets the time line
+                self.run(name)
+            file.write_text(json.dumps({"lines": self.clock.lines, "end": self.clock.end}))
+        self.clock.lines, self.clock.end = json.loads(file.read_text()).values()
+        want, same = (kills_compare.content(self._place.runs / name / "run") for name in (REFERENCE, CONTROL))
+        return want, kills_compare.differences(want, same)
+
     def run(self, name: str) -> kills_compare.Content:
-        """Make one run, killed as long as kills are left unless it is the reference or the control, and return what it leaves behind."""
+        """Make or go on with a run, killed as long as kills are left, but not the reference and the control.
+
+        Returns:
+          What it leaves behind.
+        """
         workdir = self._place.runs / name / "run"  # a name of its own, since the model card repeats it
-        order = random.Random(f"{self._seed} {name}")
-        alone = name in (REFERENCE, CONTROL)
-        for number in range(1000):
+        first = len(list((self._place.out / "logs").glob(f"{name}_*.0")))
+        for number in range(first, first + 1000):
+            order = random.Random(f"{self._seed} {name} {number}")
             before = look(workdir)
             began = time.monotonic()
             start = Start(self._place, workdir, self._place.out / "logs" / f"{name}_{number:03}")
-            taken = not alone and self._take()
+            taken = name not in (REFERENCE, CONTROL) and self._take()
             if taken:
                 self._wait(order, start, workdir, before, began)
                 start.kill(order)
-            elif alone:
+            elif name in (REFERENCE, CONTROL):
                 self.clock.measure(start, workdir, began)
             codes = start.codes()
-            seconds = time.monotonic() - began
             killed = -signal.SIGKILL in codes
             with self._lock:
                 self._left += taken and not killed
             if killed:
-                self._count(name, number, seconds, before, look(workdir))
+                self._count(name, number, time.monotonic() - began, before, look(workdir))
             elif not any(codes):
                 return kills_compare.content(workdir)
-            elif RETRY in codes:
-                self.restarts += 1
-            else:
+            elif RETRY not in codes:
                 raise RuntimeError(f"run {name}, start {number}: exit codes {codes}\n{start.said()}")
         raise RuntimeError(f"run {name}: still not at its end after 1000 starts")
 
@@ -239,28 +119,38 @@ class Killer:
             self.clock.wait(order.uniform(0, self.clock.end), start, workdir, before, began)
 
     def _count(self, name: str, number: int, seconds: float, before: Seen, after: Seen) -> None:
-        what = phase(before, after)
-        with self._lock:
-            self.phases[what] += 1
-            self.early[what] += not after.steps
         step = json.loads(after.lines[-1])["step"] if after.lines else None
         line = {
             "run": name,
             "start": number,
-            "phase": what,
+            "phase": phase(before, after),
             "step": step,
             "checkpoints": sorted(after.steps),
-            "seconds": round(seconds, 2),
         }
-        with (self._place.out / "kills.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"kill {self.kills()}: {line}", file=sys.stderr, flush=True)
+        line["seconds"] = round(seconds, 2)
+        with self._lock:
+            write(self._place.out / "kills.jsonl", line)
+        print(line, file=sys.stderr, flush=True)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def write(file: Path, line: dict[str, Any]) -> None:
+    """Append a JSON line."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, help="new folder for logs, compiled programs and, without --place, runs"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for logs, compiled programs and, without --place, runs; the same command goes on",
     )
     parser.add_argument("--place", default="", help="folder for data and runs, local or gs://; default: OUT")
     parser.add_argument(
@@ -278,9 +168,11 @@ def main() -> None:
     flags = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax
     out = flags.out.absolute()
-    if out.exists():
-        raise SystemExit(f"--out {out}: exists already; give a new folder")
-    (out / "logs").mkdir(parents=True)
+    if out.exists() and flags.emulator:
+        raise SystemExit(
+            f"--out {out}: exists, but the bucket of --emulator does not outlive this program; give a new folder"
+        )
+    (out / "logs").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if flags.emulator:
             from tests import buckets
@@ -309,33 +201,39 @@ def disturb(server: Any, seed: int, rate: float) -> None:
 
 def result(killer: Killer, place: Place, flags: argparse.Namespace) -> dict[str, Any]:
     """Make all runs, print the table of phases and return the counts."""
-    began = time.monotonic()
-    want = killer.run(REFERENCE)
-    # The first run compiled, so the second one sets the time line.
-    problems = {CONTROL: kills_compare.differences(want, killer.run(CONTROL))}
-    numbers = itertools.count()
+    want, control = killer.undisturbed()
+    ended = {line["run"] for line in read(place.out / "runs.jsonl")}
+    begun = {line["run"] for line in killer.kills()} - ended
+    fresh = (name for i in itertools.count() if (name := f"{i:03}") not in ended | begun)
+    names = itertools.chain(sorted(begun), fresh)
 
     def stream() -> None:
-        while killer.left() > 0:
-            name = f"{next(numbers):03}"
-            problems[name] = kills_compare.differences(want, killer.run(name))
-            for line in problems[name]:
-                print(f"run {name} differs: {line}", file=sys.stderr, flush=True)
-            if not problems[name] and not flags.keep:
+        while begun or killer.left() > 0:
+            name = next(names)
+            begun.discard(name)
+            found = kills_compare.differences(want, killer.run(name))
+            write(place.out / "runs.jsonl", {"run": name, "differences": found})
+            print(f"run {name} differs: {found}" if found else f"run {name} is equal", file=sys.stderr, flush=True)
+            if not found and not flags.keep:
                 (place.runs / name).rmtree()
 
     with ThreadPoolExecutor(flags.streams) as pool:
         for done in [pool.submit(stream) for _ in range(flags.streams)]:
             done.result()
-    rows = [(name, str(killer.phases[name]), str(killer.early[name])) for name in PHASES]
+    runs, kills = read(place.out / "runs.jsonl"), killer.kills()
+    phases, early = (
+        Counter(kill["phase"] for kill in some) for some in (kills, [k for k in kills if not k["checkpoints"]])
+    )
+    rows = [(name, str(phases[name]), str(early[name])) for name in PHASES]
     print(columns([("killed in", "kills", "before the first checkpoint"), *rows], right=2), file=sys.stderr)
-    bad = {name: lines for name, lines in problems.items() if lines}
+    bad = [{line.partition(": ")[0] for line in run["differences"]} for run in runs if run["differences"]]
+    starts = len(list((place.out / "logs").glob("[0-9]*_*.0")))
     return {
-        "task": flags.task, "place": str(place.runs), "processes": place.processes, "seed": flags.seed, "kills": killer.kills(),
-        "runs": len(problems) - 1, "equal": len(problems.keys() - bad.keys() - {CONTROL}), "control_equal": CONTROL not in bad,
-        "unequal": dict(Counter(kind for lines in bad.values() for kind in {re.split(": ", line)[0] for line in lines})),
-        "compared": len(want), "phases": dict(killer.phases), "before_first_checkpoint": sum(killer.early.values()),
-        "restarts_after_errors": killer.restarts, "seconds_of_a_run": round(killer.clock.end, 1), "seconds": round(time.monotonic() - began),
+        "task": flags.task, "place": str(place.runs), "processes": place.processes, "seed": flags.seed, "kills": len(kills),
+        "runs": len(runs), "equal": len(runs) - len(bad), "control_equal": not control,
+        "unequal": dict(Counter(kind for kinds in bad for kind in kinds)), "compared": len(want), "phases": dict(phases),
+        "before_first_checkpoint": sum(early.values()), "restarts_after_errors": starts - len(kills) - len(runs),
+        "seconds_of_a_run": round(killer.clock.end, 1), "seconds_of_killed_starts": round(sum(kill["seconds"] for kill in kills)),
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from ymplug_jax.data import schema
 TITLES = [
     f"{colour}的{shape}在移动" for colour in ("红色", "蓝色", "绿色", "黄色") for shape in ("圆形", "方形", "三角形")
 ]
+FLAGS = "flags.json"  # written last
 SPLITS = {"train": 53, "validation": 9}  # not a multiple of the batch: the last batch of an epoch ends in the next one
 VISION = ("image_size=16", "patch_size=8", "width=16", "heads=2", "frames=2", "depth=1")
 SHARED = (
@@ -43,20 +44,24 @@ def make(task: str, local: Path, folder: epath.Path) -> list[str]:
 
     Args:
       task: one of TASKS.
-      local: new folder for the tokenizer.
-      folder: new folder for the shards, local or in a bucket.
+      local: folder for the tokenizer. What an earlier call wrote there is kept, with its shards.
+      folder: folder for the shards, local or in a bucket.
 
     Returns:
       The flags that name the task, its sizes and the data.
     """
-    local.mkdir(parents=True)
+    if (local / FLAGS).exists():
+        return list(json.loads((local / FLAGS).read_text()))
+    local.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, count) in enumerate(SPLITS.items()):
         _shard(folder, split, count, seed)
     facts = {"schema_version": schema.SCHEMA_VERSION, "kind": "pretrain"}
     (folder / schema.MANIFEST).write_text(json.dumps(facts))
     tokenizer = _vocabulary(local) if task == "mplug2" else _pieces(local)
-    return [*TASKS[task], *SHARED, f"--config.data.path={folder}", f"--config.data.tokenizer={tokenizer}"]
+    flags = [*TASKS[task], *SHARED, f"--config.data.path={folder}", f"--config.data.tokenizer={tokenizer}"]
+    (local / FLAGS).write_text(json.dumps(flags))
+    return flags
 
 
 def _shard(folder: epath.Path, split: str, count: int, seed: int) -> None:

@@ -310,3 +310,12 @@ def test_error_names_damaged_leaves_only(tmp_path: Path):
     with pytest.raises(verified_read.Damaged) as error:
         verified_read.read(folder, wanted, None)
     assert error.value.what in {f"{name}/kernel" for name in tree if name not in whole}
+
+
+def test_steps_left_by_a_kill_are_deleted(copy: Path) -> None:
+    """A process killed between its last save and the deletion of older steps leaves one too many."""
+    for keep, left in ((2, {5, 10}), (1, {10})):
+        with contextlib.closing(checkpoint.Checkpoints(str(copy), keep=keep)) as checkpoints:
+            checkpoints.keep_newest()
+        assert set(checkpoint_files.steps_of(copy)) == left
+    assert not list((copy / "checkpoints" / "steps").glob("5*"))
