@@ -1,0 +1,50 @@
+"""Arrays whose memory is used again. Fresh memory costs a page fault and zeroing for every 4 KB, a fifth of the loader's time."""
+
+import sys
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+# References to an array that nobody else holds: the list, the loop variable and the argument of `getrefcount`.
+_OWN = 3
+
+
+class Arrays:
+    """Uninitialised arrays. One that nobody refers to any more, directly or through a view, is given out again.
+
+    CPython counts the references, and a view counts as one to the array that owns the memory. What uses an array without Python,
+    such as a transfer to a device, holds a reference until it ends.
+    """
+
+    def __init__(self, keep: int):
+        """Remember at most `keep` arrays; the oldest is forgotten first."""
+        self._arrays: list[np.ndarray] = []
+        self._keep, self._lock = keep, threading.Lock()
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
+        """As `np.empty`."""
+        shape, dtype = tuple(shape), np.dtype(dtype)
+        with self._lock:
+            for array in self._arrays:
+                if sys.getrefcount(array) == _OWN and array.shape == shape and array.dtype == dtype:
+                    return array
+            array = np.empty(shape, dtype)
+            self._arrays = [*self._arrays, array][-self._keep :]
+            return array
+
+
+class Scratch(threading.local):
+    """Memory of one thread for intermediate results, by name. It grows to the largest array asked for."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, np.ndarray] = {}
+
+    def empty(self, name: str, shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
+        """As `np.empty`; the array is valid until the thread asks for the same name again."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = self._memory.get(name)
+        if memory is None or memory.size < size:
+            memory = self._memory[name] = np.empty(size, np.uint8)
+        return memory[:size].view(dtype).reshape(shape)
