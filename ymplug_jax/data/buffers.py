@@ -7,8 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-# References to an array that nobody else holds: the list, the loop variable and the argument of `getrefcount`.
-_OWN = 3
+
+def _references(arrays: list[np.ndarray], i: int) -> int:
+    return sys.getrefcount(arrays[i])
+
+
+_OWN = _references(
+    [np.empty(0)], 0
+)  # references to an array that only the list holds; it depends on the version of Python
 
 
 class Arrays:
@@ -27,9 +33,11 @@ class Arrays:
         """As `np.empty`."""
         shape, dtype = tuple(shape), np.dtype(dtype)
         with self._lock:
-            for array in self._arrays:
-                if sys.getrefcount(array) == _OWN and array.shape == shape and array.dtype == dtype:
-                    return array
+            for i in range(len(self._arrays)):
+                if _references(self._arrays, i) == _OWN:
+                    array = self._arrays[i]
+                    if array.shape == shape and array.dtype == dtype:
+                        return array
             array = np.empty(shape, dtype)
             self._arrays = [*self._arrays, array][-self._keep :]
             return array

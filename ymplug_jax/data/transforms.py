@@ -84,7 +84,9 @@ def _augment(clip: Clip, size: int, crop: Crop, steps: "list[Step]", *, wrap: bo
     """Crop, resize and convert each frame, then apply the steps: uint8[T, size, size, 3]. Intermediate results stay in the cache."""
     out = _CLIPS.empty((len(clip), size, size, 3), np.uint8)
     between = [_SCRATCH.empty(f"frame {i % 2}", (size, size, 3), np.uint8) for i in range(len(steps))]
-    whole = _SCRATCH.empty("whole", (size, size, 3), np.int16)
+    whole = _SCRATCH.empty(
+        "crop", (size, size, 3), np.int16
+    )  # over the crop, which is no longer needed and still in the cache
     for t, values in enumerate(_crop_resize(clip, crop, size, _SCRATCH)):
         frame, *results = [*between, out[t]]
         np.copyto(whole, values, casting="unsafe")  # truncates toward zero
