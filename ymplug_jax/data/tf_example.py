@@ -78,7 +78,7 @@ def _feature(data: bytes, place: tuple[int, int]) -> Feature:
 
 def _values(data: bytes, at: int, end: int) -> list[slice]:
     """Return the position of each value of a BytesList; `_messages` with less overhead, since a record has many values."""
-    found = []
+    found: list[slice] = []
     while at < end:
         if data[at] != 1 << 3 | BYTES:
             return found + [slice(*value) for value in _messages(data, (at, end), 1)]
