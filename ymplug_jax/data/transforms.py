@@ -27,7 +27,7 @@ WARPS = ("ShearX", "ShearY", *TRANSLATIONS, "Rotate")
 Frame = np.ndarray  # uint8[H, W, 3]
 Crop = tuple[int, int, int, int]  # top, left, height, width
 _SCRATCH = Scratch()
-_CLIPS = Arrays(keep=64)
+CLIPS = Arrays(keep=64)  # results of a thread, which the loader copies into its batch
 
 
 class Clip(Protocol):
@@ -82,7 +82,7 @@ def still_transform(image: Frame, size: int, rng: np.random.Generator) -> np.nda
 
 def _augment(clip: Clip, size: int, crop: Crop, steps: "list[Step]", *, wrap: bool = False) -> np.ndarray:
     """Crop, resize and convert each frame, then apply the steps: uint8[T, size, size, 3]. Intermediate results stay in the cache."""
-    out = _CLIPS.empty((len(clip), size, size, 3), np.uint8)
+    out = CLIPS.empty((len(clip), size, size, 3), np.uint8)
     between = [_SCRATCH.empty(f"frame {i % 2}", (size, size, 3), np.uint8) for i in range(len(steps))]
     whole = _SCRATCH.empty(
         "crop", (size, size, 3), np.int16
@@ -206,7 +206,7 @@ def _sharpness(frame: Frame, level: float) -> Frame:
 
 
 def _warp(name: str, frame: Frame, level: float) -> Frame:
-    return _remap(_warp_maps(name, level, *frame.shape[:2]), frame, None)
+    return _remap(warp_maps(name, level, *frame.shape[:2]), frame, None)
 
 
 def _translate(name: str, frame: Frame, level: float, out: Frame | None = None) -> Frame:
@@ -233,7 +233,7 @@ def _steps(size: int, flip: bool, names: Sequence[str], level: float) -> list[St
     steps: list[Step] = []
     for name in names:
         if name in MATRICES and not (name in TRANSLATIONS and level == round(level)):
-            steps.append(partial(_remap, _warp_maps(name, level, size, size, flip=flip)))
+            steps.append(partial(_remap, warp_maps(name, level, size, size, flip=flip)))
             flip = False
         elif name in WARPS or (name in COLOURS and _factor(level) != 1.0):
             steps += [_flip] if flip else []
@@ -270,7 +270,7 @@ MATRICES: dict[str, Callable[[int, int, float], np.ndarray]] = {
 
 
 @lru_cache(64)
-def _warp_maps(name: str, level: float, height: int, width: int, *, flip: bool = False) -> Maps:
+def warp_maps(name: str, level: float, height: int, width: int, *, flip: bool = False) -> Maps:
     """Return where each pixel of the result lies in the source, in the fixed-point form of OpenCV 4: 5 fractional bits.
 
     `warpAffine` computes the same numbers for every frame and hands them to `remap`.
