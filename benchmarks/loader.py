@@ -4,10 +4,11 @@
 
 The bare loop decodes the same frames of the same JPEGs from memory and resizes one crop of each: no files, checksums, parsing,
 augmentation or batches. A second bare loop also applies the train transform, which separates the cost of the loader from that of
-the recipe. Every measurement starts with empty buffers and consumes all of its batches. The rows are measured in turn for several
-rounds, so that other load on the machine affects all of them, and the median round is printed. Clips per second use wall time; the
-ratio to the bare loop is also given in processor time, which other programs disturb less. Without --path the program generates
-shards of 16 textured frames of 256 x 340 pixels, JPEG quality 90.
+the recipe. The row "for the devices" is the loader with config.data.window. Every measurement starts with empty buffers and
+consumes all of its batches. The rows are measured in turn for several rounds, so that other load on the machine affects all of
+them, and the median round is printed. Clips per second use wall time; the ratio to the bare loop is also given in processor time,
+which other programs disturb less. Without --path the program generates shards of 16 textured frames of 256 x 340 pixels, JPEG
+quality 90.
 
 --against runs another checkout of the project too, such as the state before a change: the two take turns on the same shards, in
 processes of their own, and each prints its table.
@@ -29,10 +30,11 @@ import cv2
 import google_crc32c
 import numpy as np
 
-from ymplug_jax.data import frames, loader, schema, transforms
+from ymplug_jax.data import frames, loader, schema, transforms, windows
 from ymplug_jax.data.records import Record, Records
 
 SIZE = 224  # pixels
+WINDOW = 342  # config.data.window for frames of 256 pixels
 MEASURES = ("clips_per_second", "clips_per_processor_second")  # keys of the report
 BATCH = 48  # clips per device in the 1.3b recipe
 
@@ -141,6 +143,7 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
         "records only": lambda: on_threads(lambda i: len(records[i].frames)),
         "loader, plain resize": lambda: pipeline(lambda clip, rng: transforms.eval_transform(clip, SIZE)),
         "loader, train transform": lambda: pipeline(lambda clip, rng: transforms.train_transform(clip, SIZE, rng)),
+        "loader, for the devices": lambda: pipeline(lambda clip, rng: windows.train_window(clip, WINDOW, rng)),
     }
     rates: dict[str, list[float]] = {name: [] for name in rows}
     by_processor: dict[str, list[float]] = {name: [] for name in rows}

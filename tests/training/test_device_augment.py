@@ -109,7 +109,7 @@ def test_a_step_reads_windows(devices: int):
     ("changes", "message"),
     [
         ({"augment": False}, "needs config.data.augment"),
-        ({"window": 8}, "8 is smaller than config.data.image_size"),
+        ({"window": 8}, "8 is smaller than config.data.image_size; set it to 16 or more"),
         ({"frames": 3}, "this task prepares its media on the host"),
     ],
 )

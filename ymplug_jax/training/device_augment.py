@@ -34,7 +34,9 @@ def window_spec(data: Data, spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
     if video is None or video.shape != preprocess.video_spec(data).shape:
         raise Mistake("config.data.window: this task prepares its media on the host; set it to 0")
     if data.window < data.image_size:
-        raise Mistake(f"config.data.window: {data.window} is smaller than config.data.image_size, {data.image_size}")
+        raise Mistake(
+            f"config.data.window: {data.window} is smaller than config.data.image_size; set it to {data.image_size} or more"
+        )
     return {"video": jax.ShapeDtypeStruct(windows.shape(data.frames, data.window), jnp.uint8)}
 
 
