@@ -4,7 +4,8 @@ import threading
 
 import numpy as np
 
-from ymplug_jax.data.buffers import Arrays, Scratch
+from ymplug_jax.data import loader
+from ymplug_jax.data.buffers import RESULTS, Arrays, Scratch
 
 
 def address(array: np.ndarray) -> int:
@@ -83,3 +84,35 @@ def test_scratch_belongs_to_a_thread():
     thread.start()
     thread.join()
     assert found[0] != address(scratch.empty("x", (2, 3), np.float32))
+
+
+class Twins:
+    """Examples of two arrays of one shape, made one after the other; which is stored under which name alternates."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+        first, second = RESULTS.empty((8,), np.int64), RESULTS.empty((8,), np.int64)
+        first[:], second[:] = k, -k
+        return {"a": first, "b": second} if k % 2 else {"a": second, "b": first}
+
+
+def test_examples_made_in_a_batch_are_what_they_would_be_elsewhere():
+    """Results taken from the batch's own memory never overwrite one another, nor batches that are still in use."""
+    batches = list(loader.in_threads(Twins(), 4, 3))
+    for number, batch in enumerate(batches):
+        for row in range(4):
+            k = 4 * number + row
+            sign = 1 if k % 2 else -1
+            assert (batch["a"][row] == sign * k).all() and (batch["b"][row] == -sign * k).all()
+
+
+def test_memory_on_offer_is_taken_once_and_only_if_it_fits():
+    row = np.empty((4,), np.uint8)
+    RESULTS.offer(row)
+    assert RESULTS.empty((5,), np.uint8) is not row and RESULTS.empty((4,), np.int8) is not row
+    assert RESULTS.empty((4,), np.uint8) is row and RESULTS.empty((4,), np.uint8) is not row
+    RESULTS.offer(row)
+    RESULTS.offer(None)
+    assert RESULTS.empty((4,), np.uint8) is not row

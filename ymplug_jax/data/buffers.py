@@ -43,6 +43,30 @@ class Arrays:
             return array
 
 
+class Results(threading.local):
+    """Where a thread's next result goes: memory that the loader offers, such as a row of its batch, else an array used again."""
+
+    _spare = Arrays(keep=64)  # shared by all threads
+
+    def __init__(self) -> None:
+        self._offered: np.ndarray | None = None
+
+    def offer(self, array: np.ndarray | None) -> None:
+        """Offer memory for the next result of its shape and dtype, instead of the memory offered before; None: offer none."""
+        self._offered = array
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
+        """As `np.empty`. The memory on offer is taken at most once."""
+        offered = self._offered
+        if offered is not None and offered.shape == tuple(shape) and offered.dtype == np.dtype(dtype):
+            self._offered = None
+            return offered
+        return self._spare.empty(shape, dtype)
+
+
+RESULTS = Results()
+
+
 class Scratch(threading.local):
     """Memory of one thread for intermediate results, by name. It grows to the largest array asked for."""
 

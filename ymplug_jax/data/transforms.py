@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ymplug_jax.data.buffers import Arrays, Scratch
+from ymplug_jax.data.buffers import RESULTS, Scratch
 from ymplug_jax.data.frames import opencv
 
 # Mean and standard deviation of CLIP's images, RGB, for values in 0..1.
@@ -27,7 +27,6 @@ WARPS = ("ShearX", "ShearY", *TRANSLATIONS, "Rotate")
 Frame = np.ndarray  # uint8[H, W, 3]
 Crop = tuple[int, int, int, int]  # top, left, height, width
 _SCRATCH = Scratch()
-CLIPS = Arrays(keep=64)  # results of a thread, which the loader copies into its batch
 
 
 class Clip(Protocol):
@@ -82,7 +81,7 @@ def still_transform(image: Frame, size: int, rng: np.random.Generator) -> np.nda
 
 def _augment(clip: Clip, size: int, crop: Crop, steps: "list[Step]", *, wrap: bool = False) -> np.ndarray:
     """Crop, resize and convert each frame, then apply the steps: uint8[T, size, size, 3]. Intermediate results stay in the cache."""
-    out = CLIPS.empty((len(clip), size, size, 3), np.uint8)
+    out = RESULTS.empty((len(clip), size, size, 3), np.uint8)
     between = [_SCRATCH.empty(f"frame {i % 2}", (size, size, 3), np.uint8) for i in range(len(steps))]
     whole = _SCRATCH.empty(
         "crop", (size, size, 3), np.int16

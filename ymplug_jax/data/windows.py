@@ -8,6 +8,7 @@ import numpy as np
 
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import transforms
+from ymplug_jax.data.buffers import RESULTS
 from ymplug_jax.data.transforms import Clip, Crop
 
 DRAWS = 5  # height and width of the crop, 1 for a flip, and the places of two operations in OPERATIONS: uint16, little-endian
@@ -50,7 +51,7 @@ def _packed(clip: Clip, side: int, crop: Crop, flip: bool, names: list[str]) -> 
         )
     places = list(transforms.OPERATIONS)
     draws = np.array([height, width, flip, *(places.index(name) for name in names)], "<u2")
-    out = transforms.CLIPS.empty(shape(len(clip), side), np.uint8)
+    out = RESULTS.empty(shape(len(clip), side), np.uint8)
     out[:, :height, width:], out[:, height:] = 0, 0
     out.reshape(len(clip), -1)[:, side * side * 3 :][:, : 2 * DRAWS] = draws.view(np.uint8)
     for t, frame in enumerate(clip):

@@ -91,10 +91,10 @@ def _cubic(length: jax.Array, side: int, size: int) -> jax.Array:
     taps = [far(x + 1), near(x), near(1 - x)]
     taps.append(1 - taps[0] - taps[1] - taps[2])
     columns = jnp.arange(side)
-    return sum(
-        jnp.where(columns == jnp.clip(first + k - 1, 0, length - 1)[:, None], tap[:, None], 0.0)
-        for k, tap in enumerate(taps)
-    )
+    matrix = jnp.zeros((size, side))
+    for k, tap in enumerate(taps):
+        matrix += jnp.where(columns == jnp.clip(first + k - 1, 0, length - 1)[:, None], tap[:, None], 0.0)
+    return matrix
 
 
 def _branch(name: str, size: int) -> Callable[[jax.Array], jax.Array]:
