@@ -1,6 +1,6 @@
 """What a host must deliver to keep the chips of each slice busy: the table in docs/scale.md, "Feeding a pod".
 
-    python -m benchmarks.feeding [--clip_us 4500] [--frame_kb 37] [--stored 16] [--write]
+    python -m benchmarks.feeding [--clip_us 4240] [--frame_kb 37] [--stored 16] [--write]
 
 Steps and batches are those of SCALING.json. The costs of a clip are measured: `--clip_us` by `python -m benchmarks.loader` in
 processor time; for shards of your own (`--path`) give what it prints. Machine types are those of Google Cloud with four chips, of
@@ -42,7 +42,7 @@ MACHINES = {
 class Costs:
     """Costs of a clip. All but the first are independent of the number of frames that a task uses."""
 
-    frame_us: float = 1050.0  # one core: decode and augment a frame, its share of reading and batching
+    frame_us: float = 1060.0  # one core: decode and augment a frame, its share of reading and batching
     bucket_us: float = 830.0  # one core: TensorStore reads a record of 590 KB from a bucket
     frame_bytes: float = 37_000.0  # a stored JPEG
     stored: int = 16  # frames of a record
