@@ -1,19 +1,25 @@
 """Clips per second of the input pipeline, compared with bare decoding and cropping.
 
-    python -m benchmarks.loader [--path SHARDS] [--clips 960] [--threads 2] [--json FILE]
+    python -m benchmarks.loader [--path SHARDS] [--clips 960] [--threads 2] [--json FILE] [--against CHECKOUT]
 
 The bare loop decodes the same frames of the same JPEGs from memory and resizes one crop of each: no files, checksums, parsing,
 augmentation or batches. A second bare loop also applies the train transform, which separates the cost of the loader from that of
-the recipe. Every measurement starts with empty buffers and consumes all of its batches. The rows are measured in turn for several
-rounds, so that other load on the machine affects all of them, and the median round is printed. Clips per second use wall time; the
-ratio to the bare loop is also given in processor time, which other programs disturb less. Without --path the program generates
-shards of 16 textured frames of 256 x 340 pixels, JPEG quality 90.
+the recipe. The row "for the devices" is the loader with config.data.window. Every measurement starts with empty buffers and
+consumes all of its batches. The rows are measured in turn for several rounds, so that other load on the machine affects all of
+them, and the median round is printed. Clips per second use wall time; the ratio to the bare loop is also given in processor time,
+which other programs disturb less. Without --path the program generates shards of 16 textured frames of 256 x 340 pixels, JPEG
+quality 90.
+
+--against runs another checkout of the project too, such as the state before a change: the two take turns on the same shards, in
+processes of their own, and each prints its table.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,10 +30,12 @@ import cv2
 import google_crc32c
 import numpy as np
 
-from ymplug_jax.data import frames, loader, schema, transforms
+from ymplug_jax.data import frames, loader, schema, transforms, windows
 from ymplug_jax.data.records import Record, Records
 
 SIZE = 224  # pixels
+WINDOW = 342  # config.data.window for frames of 256 pixels
+MEASURES = ("clips_per_second", "clips_per_processor_second")  # keys of the report
 BATCH = 48  # clips per device in the 1.3b recipe
 
 
@@ -135,6 +143,7 @@ def measure(path: str, shown: int, clips: int, threads: int, rounds: int) -> tup
         "records only": lambda: on_threads(lambda i: len(records[i].frames)),
         "loader, plain resize": lambda: pipeline(lambda clip, rng: transforms.eval_transform(clip, SIZE)),
         "loader, train transform": lambda: pipeline(lambda clip, rng: transforms.train_transform(clip, SIZE, rng)),
+        "loader, for the devices": lambda: pipeline(lambda clip, rng: windows.train_window(clip, WINDOW, rng)),
     }
     rates: dict[str, list[float]] = {name: [] for name in rows}
     by_processor: dict[str, list[float]] = {name: [] for name in rows}
@@ -156,13 +165,44 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads in every row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="JSON file for the figures")
+    parser.add_argument("--against", type=Path, help="another checkout of the project, to compare with")
     args = parser.parse_args()
     if args.clips % BATCH:
         parser.error(f"--clips {args.clips}: give a multiple of the batch, {BATCH}")
     with tempfile.TemporaryDirectory() as folder:
         if not args.path:
             make_shards(Path(folder), clips=192)
-        rates, by_processor = measure(args.path or folder, args.frames, args.clips, args.threads, args.rounds)
+        path = args.path or folder
+        if args.against:
+            for name, tables in in_turns(args, path).items():
+                print(f"\n{name}")
+                show(args, *tables)
+        else:
+            show(args, *measure(path, args.frames, args.clips, args.threads, args.rounds))
+
+
+def in_turns(args: argparse.Namespace, path: str) -> dict[str, tuple[dict, dict]]:
+    """Measure two checkouts in turn, one round each. Name of the checkout -> results of `measure`."""
+    found: dict[str, tuple[dict, dict]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.rounds):
+            for name, tree in (("before", args.against), ("after", Path(__file__).parents[1])):
+                file = Path(folder) / "round.json"
+                settings = {"path": path, "clips": args.clips, "frames": args.frames, "threads": args.threads}
+                flags = [f"--{key}={value}" for key, value in settings.items()]
+                subprocess.run(
+                    [sys.executable, "-m", "benchmarks.loader", *flags, "--rounds=1", f"--json={file}"],
+                    cwd=tree, env=os.environ | {"PYTHONPATH": str(tree.resolve())}, check=True, stdout=subprocess.DEVNULL,
+                )  # fmt: skip
+                report = json.loads(file.read_text(encoding="utf-8"))
+                for table, key in zip(found.setdefault(name, ({}, {})), MEASURES, strict=True):
+                    for row, rates in report[key].items():
+                        table.setdefault(row, []).extend(rates)
+    return found
+
+
+def show(args: argparse.Namespace, rates: dict[str, list[float]], by_processor: dict[str, list[float]]) -> None:
+    """Print the table of `measure` and write it to --json."""
     cores = min(args.threads, os.cpu_count() or 1)
     found = {name: statistics.median(values) for name, values in rates.items()}
     busy = {name: statistics.median(values) for name, values in by_processor.items()}
@@ -177,7 +217,7 @@ def main() -> None:
             f"{name:26} {rate:7.0f}  {spread:>20}  {rate / cores:12.0f}  {rate / found[base]:7.0%}  {busy[name] / busy[base]:17.0%}"
         )
     report = {"frames": args.frames, "threads": args.threads, "cores": cores, "opencv": cv2.__version__}
-    for key, table in (("clips_per_second", rates), ("clips_per_processor_second", by_processor)):
+    for key, table in zip(MEASURES, (rates, by_processor), strict=True):
         report[key] = {name: [round(rate, 1) for rate in values] for name, values in table.items()}
     print(json.dumps(report))
     if args.json:

@@ -119,6 +119,37 @@ def test_warp_directions(name: str, level: float, moved: tuple[float, float]):
     assert abs(x - 30 - moved[0]) < 0.6 and abs(y - 10 - moved[1]) < 0.6
 
 
+@pytest.mark.parametrize("name", sorted(transforms.MATRICES))
+@pytest.mark.parametrize(("height", "width", "level"), [(64, 64, 5.0), (64, 64, -7.0), (37, 50, 3.3)])
+def test_warps_are_those_of_opencv(name: str, height: int, width: int, level: float):
+    """Equal to `warpAffine` in every bit, as the reference was."""
+    frame = noise(1, height, width)[0]
+    matrix = transforms.MATRICES[name](height, width, level)
+    expected = cv2.warpAffine(frame, matrix, (width, height), borderValue=transforms.FILL, flags=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(transforms.operate(frame, name, level), expected)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_train_transform_is_its_parts(wrap: bool):
+    """The short cuts (a flip within a warp, no identities, shared memory) change no bit."""
+    drawn = set()
+    for seed in range(60):
+        clip, rng = noise(2, 50, 61, seed), np.random.default_rng(seed)
+        crop = transforms.choose_crop(50, 61, rng)
+        flip, names = rng.random() < 0.5, transforms.choose_operations(rng)
+        drawn |= {(bool(flip), name) for name in names}
+        expected = []
+        for values in transforms.crop_resize(clip, crop, 32):
+            frame = transforms.to_uint8(values, wrap=wrap)
+            frame = np.ascontiguousarray(frame[:, ::-1]) if flip else frame
+            for name in names:
+                frame = transforms.operate(frame, name)
+            expected.append(frame)
+        out = transforms.train_transform(clip, 32, np.random.default_rng(seed), wrap_uint8=wrap)
+        np.testing.assert_array_equal(out, expected, err_msg=f"seed {seed}: {flip}, {names}")
+    assert len(drawn) == 18, "each operation, with and without a flip"
+
+
 def test_warps_fill_with_grey():
     frame = np.zeros((20, 20, 3), np.uint8)
     out = transforms.operate(frame, "TranslateX")

@@ -186,7 +186,7 @@ class _Synthetic:
             shape = (len(rows), *leaf.shape[1:])
             return rng.integers(0, 256, shape, np.uint8) if leaf.dtype == jnp.uint8 else np.ones(shape, leaf.dtype)
 
-        self._batch = {name: make(leaf) for name, leaf in setup.abstract_batch(run).items()}
+        self._batch = {name: make(leaf) for name, leaf in setup.training_batch(run).items()}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         while True:

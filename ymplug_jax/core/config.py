@@ -52,6 +52,9 @@ class Data:
     augment: bool = True
     # With `augment`: let pixel values outside 0 to 255 wrap around before RandAugment, as the reference does. False: clip them.
     wrap_uint8: bool = False
+    # With `augment`: the host only decodes frames and cuts out the crop, and the devices resize and augment it. Side in pixels of the
+    # square that the host sends for each frame: 4/3 of the shorter side of the stored frames, 342 for 256. 0: the host does it all.
+    window: int = 0
     threads: int = 8  # Threads per host that read and decode; with `workers`, threads per worker process.
     workers: int = 0  # Processes per host that read and decode. 0: threads of the main process only.
     skip_corrupt: bool = False  # Mask out records whose checksum does not match instead of stopping the run.

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ymplug_jax.data.buffers import RESULTS, Arrays
 from ymplug_jax.data.mixture import Order
 from ymplug_jax.data.records import CorruptRecord, Split
 
@@ -96,10 +97,11 @@ def in_threads(source: Source, width: int, threads: int) -> Generator[Example]:
     ahead = max(2, -(-2 * threads // width))
     numbers = iter(range(len(source) // width))
     begun: deque[tuple[_Rows, list[Future[None]]]] = deque()
+    memory = Arrays(keep=64)
     try:
         while True:
             for number in islice(numbers, ahead + 1 - len(begun)):
-                batch = _Rows(width)
+                batch = _Rows(width, memory)
                 begun.append(
                     (batch, [pool.submit(batch.fill, row, source, number * width + row) for row in range(width)])
                 )
@@ -116,25 +118,33 @@ def in_threads(source: Source, width: int, threads: int) -> Generator[Example]:
 class _Rows:
     """A batch filled row by row by threads. Its arrays are allocated with the shapes and dtypes of the first example."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, memory: Arrays):
         self.arrays: Example = {}
-        self._width, self._lock = width, threading.Lock()
+        self._width, self._memory, self._lock = width, memory, threading.Lock()
 
     def fill(self, row: int, source: Source, k: int) -> None:
-        example = {key: np.asarray(value) for key, value in source[k].items()}
+        """Put example k into a row. Its largest array may be made in the row itself; else it is copied there last."""
+        largest = max(self.arrays, key=lambda key: self.arrays[key].nbytes, default="")
+        place = self.arrays[largest][row] if largest else None
+        RESULTS.offer(place)
+        try:
+            example = {key: np.asarray(value) for key, value in source[k].items()}
+        finally:
+            RESULTS.offer(None)
         with self._lock:
             if not self.arrays:
                 self.arrays = {
-                    key: np.empty((self._width, *value.shape), value.dtype) for key, value in example.items()
+                    key: self._memory.empty((self._width, *value.shape), value.dtype) for key, value in example.items()
                 }
-        for key, array in self.arrays.items():
-            value = example[key]
+        for key in sorted(self.arrays, key=lambda key: key == largest):
+            value, array = example[key], self.arrays[key]
             if (value.shape, value.dtype) != (array.shape[1:], array.dtype):
                 raise ValueError(
                     f"{key}: an example has {value.dtype}{list(value.shape)}, another one in its batch "
                     f"{array.dtype}{list(array.shape[1:])}; make all examples of a task alike in shape and dtype"
                 )
-            array[row] = value
+            if key != largest or value is not place:
+                array[row] = value
 
 
 def in_processes(source: Source, width: int, threads: int, workers: int) -> Generator[Example]:
@@ -261,6 +271,7 @@ class _Source:
         """Return padding: the example of the split's first readable record, with `valid` False."""
         with self._lock:
             if self._filler is None:
+                RESULTS.offer(None)  # it is kept, so that it must not lie in a batch
                 self._filler = self._first_readable() | {"valid": np.array(False)}
             return self._filler
 

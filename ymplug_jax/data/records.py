@@ -321,6 +321,8 @@ def _media(
     names: list[str], still: list[int], counts: list[int], frames: Sequence[bytes], where: str
 ) -> tuple[Medium, ...]:
     """Divide the frames of a conversation among its media."""
+    if not (names or still or counts or frames):
+        return ()
     whole = len(names) == len(still) == len(counts) and sum(counts) == len(frames)
     if not whole or any(count < 1 or (count > 1 and image) for image, count in zip(still, counts, strict=True)):
         raise CorruptRecord(f"{where}: its frames do not agree with its images and clips; build the shards again")

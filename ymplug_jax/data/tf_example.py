@@ -67,13 +67,27 @@ def parse_example(data: bytes, start: int, end: int) -> dict[str, Feature]:
 
 
 def _feature(data: bytes, place: tuple[int, int]) -> Feature:
-    slices = [slice(*value) for values in _messages(data, place, 1) for value in _messages(data, values, 1)]
+    slices = [value for values in _messages(data, place, 1) for value in _values(data, *values)]
     integers: list[int] = []
     for values in _messages(data, place, 3):
         for number, kind, value in _fields(data, *values):
             if number == 1:
                 integers += [_signed(value)] if isinstance(value, int) else _packed(data, *_message(kind, value))
     return Feature(slices, integers)
+
+
+def _values(data: bytes, at: int, end: int) -> list[slice]:
+    """Return the position of each value of a BytesList; `_messages` with less overhead, since a record has many values."""
+    found: list[slice] = []
+    while at < end:
+        if data[at] != 1 << 3 | BYTES:
+            return found + [slice(*value) for value in _messages(data, (at, end), 1)]
+        size, at = _varint(data, at + 1, end)
+        if at + size > end:
+            raise ValueError(f"invalid field 1 of {size} bytes at byte {at}")
+        found.append(slice(at, at + size))
+        at += size
+    return found
 
 
 def _messages(data: bytes, place: tuple[int, int], wanted: int) -> Iterator[tuple[int, int]]:

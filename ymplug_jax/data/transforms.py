@@ -6,12 +6,13 @@ the reference did (OpenCV 5 differs by up to 5 grey levels). See docs/models/mpl
 """
 
 import math
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
 
+from ymplug_jax.data.buffers import RESULTS, Scratch
 from ymplug_jax.data.frames import opencv
 
 # Mean and standard deviation of CLIP's images, RGB, for values in 0..1.
@@ -20,8 +21,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LEVEL = 5  # RandAugment level, out of 10
 STILL_LEVEL = 7  # of still images
 FILL = (128, 128, 128)
+COLOURS = ("Contrast", "Brightness", "Sharpness")
+TRANSLATIONS = ("TranslateX", "TranslateY")
+WARPS = ("ShearX", "ShearY", *TRANSLATIONS, "Rotate")
 Frame = np.ndarray  # uint8[H, W, 3]
 Crop = tuple[int, int, int, int]  # top, left, height, width
+_SCRATCH = Scratch()
 
 
 class Clip(Protocol):
@@ -46,19 +51,10 @@ def train_transform(clip: Clip, size: int, rng: np.random.Generator, *, wrap_uin
     Returns:
       uint8[T, size, size, 3].
     """
-    cv2 = opencv()
     height, width = clip[0].shape[:2]
     crop = choose_crop(height, width, rng)
     flip = rng.random() < 0.5
-    operations = [(name, LEVEL) for name in choose_operations(rng)]
-    out = np.empty((len(clip), size, size, 3), np.uint8)
-    for t, values in enumerate(_crop_resize(clip, crop, size)):
-        frame = to_uint8(values, wrap=True) if wrap_uint8 else np.clip(values, 0, 255, out=values).astype(np.uint8)
-        frame = cv2.flip(frame, 1) if flip else frame
-        for name, level in operations:
-            frame = operate(frame, name, level)
-        out[t] = frame
-    return out
+    return _augment(clip, size, crop, _steps(size, flip, choose_operations(rng), LEVEL), wrap=wrap_uint8)
 
 
 def still_transform(image: Frame, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -79,12 +75,25 @@ def still_transform(image: Frame, size: int, rng: np.random.Generator) -> np.nda
     crop = choose_crop(height, width, rng, least=0.2)
     flip = rng.random() < 0.5
     operations = [name for name in choose_operations(rng) if rng.random() < 0.5]
-    (values,) = _crop_resize([image], crop, size)
-    frame = np.clip(values, 0, 255).astype(np.uint8)
-    frame = opencv().flip(frame, 1) if flip else frame
-    for name in operations:
-        frame = operate(frame, name, STILL_LEVEL)
+    frame: np.ndarray = _augment([image], size, crop, _steps(size, flip, operations, STILL_LEVEL))[0]
     return frame
+
+
+def _augment(clip: Clip, size: int, crop: Crop, steps: "list[Step]", *, wrap: bool = False) -> np.ndarray:
+    """Crop, resize and convert each frame, then apply the steps: uint8[T, size, size, 3]. Intermediate results stay in the cache."""
+    out = RESULTS.empty((len(clip), size, size, 3), np.uint8)
+    between = [_SCRATCH.empty(f"frame {i % 2}", (size, size, 3), np.uint8) for i in range(len(steps))]
+    whole = _SCRATCH.empty(
+        "crop", (size, size, 3), np.int16
+    )  # over the crop, which is no longer needed and still in the cache
+    for t, values in enumerate(_crop_resize(clip, crop, size, _SCRATCH)):
+        frame, *results = [*between, out[t]]
+        np.copyto(whole, values, casting="unsafe")  # truncates toward zero
+        np.copyto(frame, whole if wrap else np.clip(whole, 0, 255, out=whole), casting="unsafe")  # or wraps
+        for step, result in zip(steps, results, strict=True):
+            step(frame, result)
+            frame = result
+    return out
 
 
 def eval_transform(clip: Clip, size: int, *, bilinear: bool = False) -> np.ndarray:
@@ -141,16 +150,16 @@ def crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
     Bicubic with a = -0.75, half-pixel centres, replicated edges and no antialiasing. The filter overshoots, so values are whole
     numbers that may lie outside 0..255.
     """
-    for values in _crop_resize(clip, crop, size):
+    for values in _crop_resize(clip, crop, size, Scratch()):
         yield np.trunc(values, out=values)
 
 
-def _crop_resize(clip: Clip, crop: Crop, size: int) -> Iterator[np.ndarray]:
+def _crop_resize(clip: Clip, crop: Crop, size: int, memory: Scratch) -> Iterator[np.ndarray]:
     """`crop_resize` without truncation."""
     cv2 = opencv()
     top, left, height, width = crop
-    part = np.empty((height, width, 3), np.float32)
-    out = np.empty((size, size, 3), np.float32)
+    part = memory.empty("crop", (height, width, 3), np.float32)
+    out = memory.empty("resized", (size, size, 3), np.float32)
     for frame in clip:
         np.copyto(part, frame[top : top + height, left : left + width])
         yield cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
@@ -195,32 +204,102 @@ def _sharpness(frame: Frame, level: float) -> Frame:
     return out
 
 
-def _warp(frame: Frame, matrix: list[list[float]] | np.ndarray) -> Frame:
-    """Warp with `matrix` [2, 3], which maps (x, y, 1) of the source to (x, y) of the result. Bilinear; grey outside."""
-    height, width = frame.shape[:2]
-    return opencv().warpAffine(
-        frame, np.asarray(matrix, np.float32), (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR
-    )
+def _warp(name: str, frame: Frame, level: float) -> Frame:
+    return _remap(warp_maps(name, level, *frame.shape[:2]), frame, None)
 
 
-def _translate(frame: Frame, x: float, y: float) -> Frame:
-    """Shift a frame by (x, y) pixels. Whole shifts are copies, which give the same result as a warp."""
-    if x != round(x) or y != round(y):
-        return _warp(frame, [[1, 0, x], [0, 1, y]])
+def _translate(name: str, frame: Frame, level: float, out: Frame | None = None) -> Frame:
+    """Shift a frame by `level` pixels, left or up. Whole shifts are copies, which give the same result as a warp."""
+    if level != round(level):
+        return _warp(name, frame, level)
     cv2 = opencv()
     height, width = frame.shape[:2]
-    x, y = (max(-side, min(side, round(shift))) for shift, side in ((x, width), (y, height)))
+    x, y = (-round(level), 0) if name == "TranslateX" else (0, -round(level))
+    x, y = max(-width, min(width, x)), max(-height, min(height, y))
     kept = frame[max(-y, 0) : height - max(y, 0), max(-x, 0) : width - max(x, 0)]
     if not kept.size:
         return np.full_like(frame, FILL)
     edges = max(y, 0), max(-y, 0), max(x, 0), max(-x, 0)  # top, bottom, left, right
-    return cv2.copyMakeBorder(kept, *edges, cv2.BORDER_CONSTANT | cv2.BORDER_ISOLATED, value=FILL)
+    return cv2.copyMakeBorder(kept, *edges, cv2.BORDER_CONSTANT | cv2.BORDER_ISOLATED, dst=out, value=FILL)
 
 
-def _rotate(frame: Frame, level: float) -> Frame:
-    height, width = frame.shape[:2]
-    matrix = opencv().getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1)  # degrees, counter-clockwise
-    return opencv().warpAffine(frame, matrix, (width, height), borderValue=FILL, flags=opencv().INTER_LINEAR)
+Maps = tuple[np.ndarray, np.ndarray]
+Step = Callable[[Frame, Frame], object]  # reads its first argument, writes its second
+
+
+def _steps(size: int, flip: bool, names: Sequence[str], level: float) -> list[Step]:
+    """What a flip and RandAugment operations do to frames of `size` pixels. A warp after the flip does both at once."""
+    steps: list[Step] = []
+    for name in names:
+        if name in MATRICES and not (name in TRANSLATIONS and level == round(level)):
+            steps.append(partial(_remap, warp_maps(name, level, size, size, flip=flip)))
+            flip = False
+        elif name in WARPS or (name in COLOURS and _factor(level) != 1.0):
+            steps += [_flip] if flip else []
+            steps.append(partial(_operate_into, name, level))
+            flip = False
+    return [*steps, _flip] if flip else steps
+
+
+def _flip(frame: Frame, out: Frame) -> None:
+    opencv().flip(frame, 1, dst=out)
+
+
+def _operate_into(name: str, level: float, frame: Frame, out: Frame) -> None:
+    result = _translate(name, frame, level, out) if name in TRANSLATIONS else operate(frame, name, level)
+    if result is not out:
+        np.copyto(out, result)
+
+
+def _remap(maps: Maps, frame: Frame, out: Frame | None) -> Frame:
+    """Bilinear; grey outside."""
+    cv2 = opencv()
+    return cv2.remap(frame, *maps, cv2.INTER_LINEAR, dst=out, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL)
+
+
+# Matrices [2, 3] of (height, width, level), which map (x, y, 1) of the source to (x, y) of the result.
+MATRICES: dict[str, Callable[[int, int, float], np.ndarray]] = {
+    "ShearX": lambda height, width, level: np.array([[1, level / 10 * 0.3, 0], [0, 1, 0]], np.float32),
+    "ShearY": lambda height, width, level: np.array([[1, 0, 0], [level / 10 * 0.3, 1, 0]], np.float32),
+    "TranslateX": lambda height, width, level: np.array([[1, 0, -level], [0, 1, 0]], np.float32),
+    "TranslateY": lambda height, width, level: np.array([[1, 0, 0], [0, 1, -level]], np.float32),
+    # degrees, counter-clockwise
+    "Rotate": lambda height, width, level: opencv().getRotationMatrix2D((width / 2, height / 2), level / 10 * 30, 1),
+}
+
+
+@lru_cache(64)
+def warp_maps(name: str, level: float, height: int, width: int, *, flip: bool = False) -> Maps:
+    """Return where each pixel of the result lies in the source, in the fixed-point form of OpenCV 4: 5 fractional bits.
+
+    `warpAffine` computes the same numbers for every frame and hands them to `remap`.
+
+    Args:
+      name: one of MATRICES.
+      level: RandAugment level.
+      height: height of source and result, pixels.
+      width: width of source and result, pixels.
+      flip: the source is flipped horizontally before the warp.
+
+    Returns:
+      int16[height, width, xy], whole pixels; uint16[height, width], 32 * fraction of y + fraction of x, in 1/32 pixels.
+    """
+    (a, b, x), (c, d, y) = MATRICES[name](height, width, level).astype(np.float64)
+    scale = 1 / (a * d - b * c)
+    a, b, c, d = d * scale, -b * scale, -c * scale, a * scale
+    inverse = ((a, b, -a * x - b * y), (c, d, -c * x - d * y))
+    columns, rows = np.arange(width), np.arange(height)
+    xs, ys = (
+        (  # 10 fractional bits, rounded to 5
+            np.rint((p * rows + origin) * 1024).astype(np.int64)[:, None]
+            + np.rint(o * columns * 1024).astype(np.int64)
+            + 16
+        )
+        >> 5
+        for o, p, origin in inverse
+    )
+    xs = (width - 1) * 32 - xs if flip else xs
+    return np.stack([xs >> 5, ys >> 5], -1).astype(np.int16), ((ys & 31) * 32 + (xs & 31)).astype(np.uint16)
 
 
 OPERATIONS: dict[str, Callable[[Frame, float], Frame]] = {
@@ -228,10 +307,7 @@ OPERATIONS: dict[str, Callable[[Frame, float], Frame]] = {
     "Contrast": _contrast,
     "Brightness": _brightness,
     "Sharpness": _sharpness,
-    "ShearX": lambda frame, level: _warp(frame, [[1, level / 10 * 0.3, 0], [0, 1, 0]]),
-    "ShearY": lambda frame, level: _warp(frame, [[1, 0, 0], [level / 10 * 0.3, 1, 0]]),
-    "TranslateX": lambda frame, level: _translate(frame, -level, 0),
-    "TranslateY": lambda frame, level: _translate(frame, 0, -level),
-    "Rotate": _rotate,
+    **{name: partial(_warp, name) for name in ("ShearX", "ShearY")},
+    **{name: partial(_translate, name) for name in TRANSLATIONS},
+    "Rotate": partial(_warp, "Rotate"),
 }
-WARPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")

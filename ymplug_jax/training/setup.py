@@ -21,7 +21,7 @@ from ymplug_jax.data.source import open_split
 from ymplug_jax.models import kernels, layers, lora
 from ymplug_jax.tasks import task as task_lib
 from ymplug_jax.tasks.task import Task
-from ymplug_jax.training import carried, mixing
+from ymplug_jax.training import carried, device_augment, mixing
 
 if TYPE_CHECKING:
     from ymplug_jax.core import checkpoint
@@ -250,6 +250,15 @@ def abstract_batch(run: Run, more: Mapping[str, jax.ShapeDtypeStruct] | None = N
         for key, leaf in (*run.task.spec.items(), *(more or {}).items())
     }
     return spec | {"valid": jax.ShapeDtypeStruct((size,), "bool", sharding=place)}
+
+
+def training_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes, dtypes and sharding of a global batch of training: with `config.data.window` as the step reads it.
+
+    Raises:
+      Mistake: `config.data.window` does not fit the task or the settings.
+    """
+    return abstract_batch(run, device_augment.window_spec(run.experiment.data, run.task.spec))
 
 
 def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainState, Params, int, dict[str, str]]:

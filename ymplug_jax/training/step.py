@@ -21,7 +21,7 @@ from ymplug_jax.core.state import Params, TrainState
 from ymplug_jax.models import kernel_check, kernels
 from ymplug_jax.tasks.carried import Rows
 from ymplug_jax.tasks.task import Batch, Task
-from ymplug_jax.training import setup
+from ymplug_jax.training import device_augment, setup
 from ymplug_jax.training.setup import Run
 
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
@@ -124,11 +124,16 @@ def _accumulated(
 def trace_step(run: Run) -> jax.stages.Traced:
     """Trace the training step for the run's mesh with abstract arguments; allocates nothing."""
     step = make_train_step(run.task, run.tx, run.rate, run.experiment.train.accumulate)
+    finished = device_augment.finisher(run.experiment.data, run.mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(run.mesh))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(run.mesh)))
+    jitted = jax.jit(
+        lambda state, frozen, batch, key: step(state, frozen, finished(batch), key),
+        donate_argnums=0,
+        out_shardings=(places, sharding.replicated(run.mesh)),
+    )
     with run.tracing():
-        return jitted.trace(run.state, run.held, setup.abstract_batch(run), key)
+        return jitted.trace(run.state, run.held, setup.training_batch(run), key)
 
 
 def with_checked_kernels(run: Run, trace: Callable[[Run], object] | None = None) -> Run:

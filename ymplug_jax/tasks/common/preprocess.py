@@ -12,7 +12,7 @@ from etils import epath
 from ymplug_jax.core import text_files
 from ymplug_jax.core.config import Data
 from ymplug_jax.core.exits import Mistake
-from ymplug_jax.data import frames, schema, text, transforms
+from ymplug_jax.data import frames, schema, text, transforms, windows
 from ymplug_jax.data.records import Record
 from ymplug_jax.data.source import folders_of
 from ymplug_jax.models.timesformer import TimeSformer
@@ -20,12 +20,14 @@ from ymplug_jax.tasks.task import Example
 
 
 def video_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.ndarray:
-    """Video of a record, uint8[T, S, S, 3].
+    """Video of a record, uint8[T, S, S, 3]; in training with `config.data.window` a crop for the devices, see `data/windows.py`.
 
     Only the chosen frames are decoded: a random frame of each segment in training, the middle one in evaluation.
     """
     indices = frames.choose_frames(data.frames, len(record.frames), rng)
     clip = frames.Decoded(record.frames, indices)  # [T, H, W, 3]
+    if rng is not None and data.augment and data.window:
+        return windows.train_window(clip, data.window, rng)
     if rng is not None and data.augment:
         return transforms.train_transform(clip, data.image_size, rng, wrap_uint8=data.wrap_uint8)
     return transforms.eval_transform(clip, data.image_size)
@@ -36,7 +38,8 @@ def still_of(record: Record, data: Data, rng: np.random.Generator | None) -> np.
     if rng is None or not data.augment:
         return video_of(record, data, rng)
     image = transforms.still_transform(frames.Decoded(record.frames, [0])[0], data.image_size, rng)
-    return np.broadcast_to(image, (data.frames, *image.shape)).copy()
+    video = np.broadcast_to(image, (data.frames, *image.shape)).copy()
+    return windows.finished_window(video, data.window) if data.window else video
 
 
 def check_video(data: Data, vision: TimeSformer) -> None:
