@@ -83,7 +83,7 @@ def test_an_older_attempt_does_not_write(undisturbed: Path, monkeypatch: pytest.
     monkeypatch.setattr(pipeline, "run_here", other_begins)
     given = builds.flags(undisturbed / "clips.csv", undisturbed / "root", out, "--workers=1")
     assert build_shards.main(given) == 5
-    assert "another run of the same build has begun, so this one stops" in capfd.readouterr().err.splitlines()[-1]
+    assert "another run of the same build has begun; wait for that one" in capfd.readouterr().err.splitlines()[-1]
     assert parts(out) == 0
 
 
