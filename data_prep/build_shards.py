@@ -20,25 +20,19 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data_prep import conversations
+from data_prep import conversations, runners
 from data_prep import rows as rows_lib
 from data_prep.build_flags import BuildError, check, parse
 from data_prep.build_progress import Progress
 from data_prep.flags import PLACE, run, say
 from data_prep.publish import BUILDING, PLAN, finish, publish
+from data_prep.runners import PlaceError
 from ymplug_jax.data import schema
 from ymplug_jax.data.video_container import REASONS
 
-if TYPE_CHECKING:
-    from data_prep.builder import Settings
-
 NEEDS = ("apache_beam", "tensorflow", "tensorflow_datasets")  # the extra `prep`
-
-
-class PlaceError(RuntimeError):
-    """A disk, a folder or the machine failed during the build. The message names it; the same command resumes."""
 
 
 def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
@@ -139,7 +133,7 @@ def _text(path: Path) -> str:
 
 def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, rows: list, size: int) -> list[dict]:
     """Build the missing partitions and return the summaries of all."""
-    from data_prep.builder import Settings, write_rows
+    from data_prep.builder import Partitions, Settings, write_rows
 
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     todo = [i for i in range(len(parts)) if not (work / f"part-{i:05d}.json").exists()]
@@ -152,37 +146,13 @@ def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, row
             settings = settings._replace(
                 tokenizer=str(args.tokenizer.absolute()), max_tokens=args.max_tokens, slots=args.slots
             )
+        step = Partitions(settings, str(args.video_root.absolute()), str(work.absolute()), tuple(todo))
+        how = runners.choose(beam_flags, args.workers, len(todo))
         with Progress(work, parts):
             for i in todo:
                 write_rows(work, i, parts[i])
-            _run_beam(todo, settings, args, work, beam_flags)
+            runners.run(step.graph, step.state, how, 60 * args.stall_minutes)
     return [json.loads((work / f"part-{i:05d}.json").read_text(encoding="utf-8")) for i in range(len(parts))]
-
-
-def _run_beam(
-    elements: list[int], settings: "Settings", args: argparse.Namespace, work: Path, beam_flags: list[str]
-) -> None:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    from data_prep.builder import FAILED, BuildPartition
-
-    if not any(flag.startswith("--runner") for flag in beam_flags):
-        workers = min(args.workers, len(elements))
-        # FnApiRunner runs local processes. Prism, the default of newer versions of Beam, needs a download.
-        beam_flags = [*beam_flags, "--runner=BundleBasedDirectRunner" if workers == 1 else "--runner=FnApiRunner"]
-        if workers > 1:
-            beam_flags += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
-    if not any(flag.startswith("--default_sdk_harness_log_level") for flag in beam_flags):
-        beam_flags = [*beam_flags, "--default_sdk_harness_log_level=WARNING"]
-    step = BuildPartition(settings, str(args.video_root.absolute()), str(work.absolute()))
-    try:
-        with beam.Pipeline(options=PipelineOptions(beam_flags, save_main_session=False)) as pipeline:
-            pipeline | beam.Create(elements) | beam.Reshuffle() | beam.ParDo(step)
-    except Exception as error:
-        if found := FAILED.search(f"{type(error).__name__}: {error}"):
-            raise PlaceError(f"{found[1]}; fix this and run the same command again") from None
-        raise
 
 
 def _old_manifest(out: Path) -> dict:

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,3 +279,31 @@ class BuildPartition(beam.DoFn):
                 raise Reject(reject.reason, f"{name}: {reject.detail}") from None
         self._cut += cut
         return serialize_talk(row, clips)
+
+
+class Partitions(NamedTuple):
+    """The missing partitions of a build, for `runners.run`."""
+
+    settings: Settings
+    video_root: str
+    folder: str
+    numbers: tuple[int, ...]
+
+    def _missing(self, share: int, shares: int) -> list[int]:
+        return [i for i in self.numbers[share::shares] if not (Path(self.folder) / f"part-{i:05d}.json").exists()]
+
+    def graph(self, pipeline: beam.Pipeline, share: int, shares: int) -> None:
+        """Add the steps that build the missing partitions of a share."""
+        step = BuildPartition(self.settings, self.video_root, self.folder)
+        _ = pipeline | beam.Create(self._missing(share, shares)) | beam.Reshuffle() | beam.ParDo(step)
+
+    def state(self, share: int, shares: int) -> tuple[int, Hashable]:
+        """Return the number of missing partitions of a share, and a value that changes with every finished row."""
+        missing = self._missing(share, shares)
+        rows = []
+        for i in missing:
+            try:
+                rows.append((i, (Path(self.folder) / f"part-{i:05d}.progress").stat().st_mtime_ns))
+            except FileNotFoundError:
+                continue
+        return len(missing), tuple(rows)
