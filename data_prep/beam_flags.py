@@ -23,6 +23,20 @@ def flag_value(flags: Iterable[str], name: str) -> str | None:
     return value
 
 
+def runner_of(flags: Iterable[str]) -> str | None:
+    """Return the runner's name as Beam spells it. None: not given, so this program chooses one."""
+    value = flag_value(flags, "--runner")
+    return value and next((name for name in SERVICES if name.lower() == value.split(".")[-1].lower()), value)
+
+
+def pools(flags: Iterable[str]) -> list[str]:
+    """Return the addresses of the worker pools, which build_shards lets --environment_config list with commas; [] if there are none."""
+    flags = list(flags)
+    if runner_of(flags) != "PortableRunner" or (flag_value(flags, "--environment_type") or "").upper() != "EXTERNAL":
+        return []
+    return [address for address in (flag_value(flags, "--environment_config") or "").split(",") if address]
+
+
 def mistake(flags: list[str], ours: list[str], workers: bool) -> str | None:
     """Return what is wrong with the flags of Beam in one line, or None.
 
@@ -31,7 +45,7 @@ def mistake(flags: list[str], ours: list[str], workers: bool) -> str | None:
       ours: the flags of this program, to recognise misspelt ones.
       workers: whether --workers was given.
     """
-    runner = flag_value(flags, "--runner")
+    runner = runner_of(flags)
     if workers and runner is not None and runner != "PortableRunner":
         return (
             f"--workers: does not apply to --runner {runner}; leave it out, Beam's own flags set the number of workers"

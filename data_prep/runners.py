@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from data_prep.beam_flags import SERVICES, flag_value
+from data_prep.beam_flags import SERVICES, flag_value, pools, runner_of
 
 TRIES = 3  # attempts of a job in a row that finish no partition
 LOCAL = "BundleBasedDirectRunner"  # runs a graph in the process that starts it
@@ -47,16 +47,16 @@ def choose(flags: list[str], workers: int | None, partitions: int) -> Run:
 
     Args:
       flags: flags of Beam as given by the user.
-      workers: processes on this machine, or jobs of a job service. None: all cores here, one job there.
+      workers: processes on this machine, or jobs of a job service. None: all cores here; there a job for each address of a pool.
       partitions: missing partitions; there are no more jobs than these.
     """
-    runner = flag_value(flags, "--runner")
+    runner = runner_of(flags)
     if flag_value(flags, "--default_sdk_harness_log_level") is None:
         flags = [*flags, "--default_sdk_harness_log_level=WARNING"]
     if runner is None:
         jobs = min(workers or os.cpu_count() or 1, partitions)
         return Run((*flags, f"--runner={LOCAL}"), max(jobs, 1), False)
-    return Run(tuple(flags), max(min(workers or 1, partitions), 1), runner in SERVICES)
+    return Run(tuple(flags), max(min(workers or len(pools(flags)) or 1, partitions), 1), runner in SERVICES)
 
 
 def run(graph: Graph, state: State, how: Run, stall: float) -> None:
@@ -173,7 +173,9 @@ def _serve(graph: Graph, how: Run, share: int, answer: Connection) -> None:
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     found: tuple[str, str] | None = None
     try:
-        _submit(graph, how.flags, share, how.jobs)
+        addresses = pools(how.flags)
+        more = [f"--environment_config={addresses[share % len(addresses)]}"] if addresses else []
+        _submit(graph, (*how.flags, *more), share, how.jobs)
     except _Stopped:
         return
     except BaseException as error:
