@@ -1,229 +1,203 @@
-"""Runs the Beam graph of a build and ends well when workers die: choice of the runner, jobs side by side, watchdog, repetition.
+"""Runs the Beam jobs of a build and ends well when workers die: choice of the runner, jobs side by side, watchdog, repetition.
 
 Beam's local runners and its job service (2.77) wait for ever for a worker process that was killed. Therefore every job runs in a child
-process of this one, which notices that the child ended, or that nothing moved for too long, and runs the job again. A graph must build
-only what is missing, so that a job can be repeated at any time.
+process, and this one notices that the child ended, or that nothing moved for too long, and runs the job again: finished partitions stay.
+A job of the local runner or of the job service has one worker, so several jobs side by side build a share of the partitions each, and
+then merge the facts of a share of the groups.
 """
 
-import logging
-import multiprocessing
 import os
-import signal
+import secrets
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Hashable
-from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from multiprocessing.connection import wait
+from typing import NamedTuple
+
+from etils import epath
 
 from data_prep.beam_flags import SERVICES, flag_value, pools, runner_of
+from data_prep.beam_process import BeamProcess, RunnerFailed, submit
+from data_prep.build_flags import PlaceError
+from data_prep.part_files import GROUP, TOKEN, finished
+from data_prep.partition import FAILED, Job
+from ymplug_jax.core import places
 
 TRIES = 3  # attempts of a job in a row that finish no partition
 LOCAL = "BundleBasedDirectRunner"  # runs a graph in the process that starts it
-END = 30.0  # seconds that a job may take to cancel itself and to end
-
-Graph = Callable[[Any, int, int], object]
-"""`graph(pipeline, share, shares)` adds the steps that build the missing partitions i with i % shares == share. It can be pickled."""
-
-State = Callable[[int, int], tuple[int, Hashable]]
-"""`state(share, shares)` is the number of missing partitions of that share, and a value that changes while its workers are at work."""
+LOOK_LOCAL, LOOK_BUCKET = 5.0, 60.0  # seconds between two looks into the work folder
 
 
-class PlaceError(RuntimeError):
-    """A disk, a folder or a machine failed during the build. The message names it; the same command resumes."""
-
-
-class Run(NamedTuple):
-    """How the graph is run."""
+class How(NamedTuple):
+    """How the jobs are run."""
 
     flags: tuple[str, ...]  # of Beam, with --runner
-    jobs: int  # Beam jobs side by side, each with its share of the partitions
-    submitted: bool  # a service runs the job, which must be cancelled there
+    jobs: int  # Beam jobs side by side
+    submitted: bool  # a service runs the jobs
 
 
-def choose(flags: list[str], workers: int | None, partitions: int) -> Run:
+def choose(flags: list[str], workers: int | None, partitions: int) -> How:
     """Choose the runner and the number of jobs.
 
     Args:
       flags: flags of Beam as given by the user.
       workers: processes on this machine, or jobs of a job service. None: all cores here; there a job for each address of a pool.
-      partitions: missing partitions; there are no more jobs than these.
+      partitions: number of partitions; there are no more jobs than these.
     """
     runner = runner_of(flags)
     if flag_value(flags, "--default_sdk_harness_log_level") is None:
         flags = [*flags, "--default_sdk_harness_log_level=WARNING"]
     if runner is None:
-        jobs = min(workers or os.cpu_count() or 1, partitions)
-        return Run((*flags, f"--runner={LOCAL}"), max(jobs, 1), False)
-    return Run(tuple(flags), max(min(workers or len(pools(flags)) or 1, partitions), 1), runner in SERVICES)
+        return How((*flags, f"--runner={LOCAL}"), max(min(workers or os.cpu_count() or 1, partitions), 1), False)
+    return How(tuple(flags), max(min(workers or len(pools(flags)) or 1, partitions), 1), runner in SERVICES)
 
 
-def run(graph: Graph, state: State, how: Run, stall: float) -> None:
-    """Run all jobs to their end. Repeats a job whose worker was lost, at most TRIES times in a row without a finished partition.
+def run(job: Job, partitions: int, beam_flags: list[str], workers: int | None, stall: float) -> None:
+    """Build and merge the partitions that are missing. Repeats a job whose worker was lost.
 
     Args:
-      graph: adds the steps of a job, see `Graph`.
-      state: what is left of a job, see `State`.
-      how: the runner and the number of jobs.
-      stall: seconds without any change of a job's state after which it counts as lost.
+      job: of the build; `step`, `share`, `shares` and `token` are set here.
+      partitions: number of all partitions.
+      beam_flags: flags of Beam; without `--runner` the build runs on this machine.
+      workers: see `choose`.
+      stall: seconds without a finished row after which a job counts as lost.
 
     Raises:
-      PlaceError: a disk or a machine failed, or workers were lost too often.
-      RuntimeError: any other error of a job, with its traceback.
+      PlaceError: a disk, a bucket or a machine failed, or workers were lost TRIES times in a row without a finished partition.
+      RunnerFailed: any other error of a job, with its traceback.
+      OSError: the work folder cannot be read or written.
     """
-    if how.jobs == 1 and flag_value(how.flags, "--runner") == LOCAL:
-        try:
-            _submit(graph, how.flags, 0, 1)
-        except Exception as error:
-            _raise_failed(f"{type(error).__name__}: {error}")
-            raise
-        return
-    jobs = [_Job(graph, state, how, share) for share in range(how.jobs)]
+    how = choose(beam_flags, workers, partitions)
+    groups = -(-partitions // GROUP)
+    for step in ("all",) if how.jobs == 1 else ("build", "merge"):
+        folder = _Folder(job.work, partitions, step)
+        job = job._replace(step=step, shares=min(how.jobs, groups) if step == "merge" else how.jobs)
+        if not folder.missing(job):
+            continue
+        if how.jobs == 1 and flag_value(how.flags, "--runner") == LOCAL:
+            _run_here(job, how.flags)
+        else:
+            _run_side_by_side(job, folder, how, stall)
+        folder.look()
+        if folder.missing(job._replace(share=0, shares=1)):
+            raise RunnerFailed(f"{job.work}: Beam ended without building the partitions")
+
+
+def _run_here(job: Job, flags: tuple[str, ...]) -> None:
+    job = job._replace(token=secrets.token_hex(8))
+    places.write_text(epath.Path(job.work) / TOKEN, job.token)
     try:
-        while running := [job for job in jobs if not job.done]:
-            wait([job.answer for job in running], timeout=min(5.0, stall / 4))
-            for job in running:
-                job.look(stall)
-    finally:
-        for job in jobs:
-            job.end()
-
-
-class _Job:
-    """A share of the partitions and the child process that builds it."""
-
-    def __init__(self, graph: Graph, state: State, how: Run, share: int):
-        self._graph, self._state, self._how, self._share = graph, state, how, share
-        self._tries, self._left = 0, sys.maxsize
-        self.done = False
-        self._start()
-
-    def _start(self) -> None:
-        left, self._beat = self._state(self._share, self._how.jobs)
-        self._tries = 1 if left < self._left else self._tries + 1
-        self._left, self._moved = left, time.monotonic()
-        context = multiprocessing.get_context("spawn")  # forking a process with threads could deadlock
-        self.answer, theirs = context.Pipe(duplex=False)
-        what = (self._graph, self._how, self._share, theirs)
-        self._process = context.Process(target=_serve, args=what, name=f"job {self._share}")
-        self._process.start()
-        theirs.close()  # so that the death of the child ends the pipe
-
-    def look(self, stall: float) -> None:
-        """Note the end or the loss of the job, and start it again if it was lost. Raises as `run`."""
-        if self.answer.poll():
-            try:
-                found: tuple[str, str] | None = self.answer.recv()
-            except (EOFError, OSError):
-                self.end()
-                return self._again(f"a worker process {_cause(self._process.exitcode)}")
-            self.end()
-            if found is None:
-                self.done = True
-                return None
-            _raise_failed(found[0])
-            if not self._how.submitted:
-                raise RuntimeError(f"the build failed\n{found[1]}")
-            return self._again(_last_line(found[0]))
-        _, beat = self._state(self._share, self._how.jobs)
-        if beat != self._beat:
-            self._beat, self._moved = beat, time.monotonic()
-        elif time.monotonic() - self._moved > stall:
-            self.end()
-            return self._again(f"no row was finished for {stall / 60:.3g} minutes, so its worker seems lost")
-        return None
-
-    def _again(self, what: str) -> None:
-        left, _ = self._state(self._share, self._how.jobs)
-        where = f"--runner {flag_value(self._how.flags, '--runner')}" if self._how.submitted else "--workers"
-        if left >= self._left and self._tries >= TRIES:
-            fix = "check its workers and their memory" if self._how.submitted else "the machine may be short of memory"
-            raise PlaceError(
-                f"{where}: {what}; {TRIES} attempts in a row finished no partition; {fix}, then run the same command again"
-            )
-        print(f"{where}: {what}; {left} missing partitions are built again", file=sys.stderr)
-        self._start()
-
-    def end(self) -> None:
-        """End the child process. A submitted job is cancelled first."""
-        self.answer.close()
-        if self._process.is_alive() and self.done:
-            self._process.join(END)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join(END)
-        if self._process.is_alive():
-            self._process.kill()
-        self._process.join()
-
-
-class _Stopped(BaseException):
-    """The parent asked this process to cancel its job and to end."""
-
-
-def _serve(graph: Graph, how: Run, share: int, answer: Connection) -> None:
-    """Run one job in a child process. Answer None, or the error and its traceback."""
-    logging.getLogger().addHandler(logging.NullHandler())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
-    if how.submitted:
-        signal.signal(signal.SIGTERM, _stop)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    found: tuple[str, str] | None = None
-    try:
-        addresses = pools(how.flags)
-        more = [f"--environment_config={addresses[share % len(addresses)]}"] if addresses else []
-        _submit(graph, (*how.flags, *more), share, how.jobs)
-    except _Stopped:
-        return
-    except BaseException as error:
-        found = f"{type(error).__name__}: {error}", traceback.format_exc()
-    answer.send(found)
-
-
-def _stop(*_: object) -> None:
-    raise _Stopped
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent has ended, also by SIGKILL."""
-    wait([parent])
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(END)
-    os._exit(1)
-
-
-def _submit(graph: Graph, flags: tuple[str, ...], share: int, shares: int) -> None:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    pipeline = beam.Pipeline(options=PipelineOptions(list(flags), save_main_session=False))
-    graph(pipeline, share, shares)
-    result = pipeline.run()
-    try:
-        result.wait_until_finish()
-    except _Stopped:
-        result.cancel()
+        submit(job, flags)
+    except RunnerFailed as error:
+        _raise_failed(str(error))
         raise
+
+
+def _run_side_by_side(job: Job, folder: "_Folder", how: How, stall: float) -> None:
+    """Run a job of each share to its end. Raises as `run`."""
+    shares = [_Share(job._replace(share=share), folder, how) for share in range(job.shares)]
+    seconds = min(LOOK_BUCKET if places.is_remote(folder.path) else LOOK_LOCAL, stall / 4)
+    try:
+        for share in shares:
+            share.start(shares)
+        while running := [(share, share.process.answer) for share in shares if share.process is not None]:
+            ready = wait([answer for _, answer in running], timeout=seconds)
+            folder.look()
+            for share, answer in running:
+                lost = share.ended() if answer in ready else share.stalled(stall)
+                if lost:
+                    share.start(shares)
+    finally:
+        for share in shares:
+            if share.process is not None:
+                share.process.stop()
+
+
+class _Folder:
+    """The last listing of the work folder."""
+
+    def __init__(self, work: str, partitions: int, step: str):
+        self.path, self._step = epath.Path(work), step
+        self._all = [set(range(partitions)), set(range(-(-partitions // GROUP)))]
+        self.look()
+
+    def look(self) -> None:
+        """List the folder. Raises OSError."""
+        parts, groups, files = finished(self.path)
+        self._missing = [wanted - found for wanted, found in zip(self._all, (parts, groups), strict=True)]
+        self._progress = {int(name[5:10]): size for name, size in files.items() if name.endswith(".progress")}
+
+    def missing(self, job: Job) -> int:
+        """Return how many partitions and groups a job has to build."""
+        kinds = {"build": self._missing[:1], "merge": self._missing[1:], "all": self._missing}[self._step]
+        return sum(number % job.shares == job.share for kind in kinds for number in kind)
+
+    def state(self, job: Job) -> object:
+        """Return a value that changes while the workers of a job are at work."""
+        progress = sorted(item for item in self._progress.items() if item[0] % job.shares == job.share)
+        return self.missing(job), progress
+
+
+class _Share:
+    """The job of one share, which may need several attempts."""
+
+    def __init__(self, job: Job, folder: _Folder, how: How):
+        self.job, self._folder, self._how = job, folder, how
+        self._tries, self._left = 0, folder.missing(job) + 1
+        self.process: BeamProcess | None = None
+
+    def start(self, shares: "list[_Share]") -> None:
+        """Start the next attempt, with a token of its own: workers of the last one stop before they write. Raises PlaceError."""
+        left = self._folder.missing(self.job)
+        self._tries = 1 if left < self._left else self._tries + 1
+        self._left, self._state, self._moved = left, self._folder.state(self.job), time.monotonic()
+        self.job = self.job._replace(token=secrets.token_hex(8))
+        places.write_text(self._folder.path / TOKEN, "\n".join(share.job.token for share in shares))
+        addresses, share = pools(self._how.flags), self.job.share
+        more = (f"--environment_config={addresses[share % len(addresses)]}",) if addresses else ()
+        self.process = BeamProcess(self.job, (*self._how.flags, *more), self._how.submitted)
+
+    def ended(self) -> bool:
+        """Take the result of the process, which has ended. Return whether to start it again. Raises PlaceError, RunnerFailed."""
+        assert self.process is not None
+        error, self.process = self.process.result(), None
+        if error is None:
+            return False
+        _raise_failed(error)
+        if "\n" in error and not self._how.submitted:
+            raise RunnerFailed(error)
+        lines = [line.strip() for line in error.splitlines() if line.strip()]
+        self._lost(lines[-1][:300])
+        return True
+
+    def stalled(self, stall: float) -> bool:
+        """Stop the process if nothing has changed for `stall` seconds. Return whether to start it again. Raises PlaceError."""
+        assert self.process is not None
+        if (state := self._folder.state(self.job)) != self._state:
+            self._state, self._moved = state, time.monotonic()
+        if time.monotonic() - self._moved <= stall:
+            return False
+        process, self.process = self.process, None
+        process.stop()
+        self._lost(f"no row was finished for {stall / 60:.3g} minutes, so its worker seems lost")
+        return True
+
+    def _lost(self, what: str) -> None:
+        """Say what happened. Raises PlaceError if it happened too often."""
+        left = self._folder.missing(self.job)
+        runner = runner_of(self._how.flags) if self._how.submitted else "on this machine"
+        if left >= self._left and self._tries >= TRIES:
+            fix = (
+                "check its workers and their memory"
+                if self._how.submitted
+                else "give fewer --workers if memory is short"
+            )
+            raise PlaceError(
+                f"Beam {runner}: {what}; {TRIES} attempts in a row finished no partition; {fix}, then run the same command again"
+            )
+        print(f"Beam {runner}: {what}; {left} missing partitions are built again", file=sys.stderr)
 
 
 def _raise_failed(text: str) -> None:
     """Raise PlaceError if the text, an error as Beam passes it between processes, is that of a failed disk or machine."""
-    from data_prep.builder import FAILED
-
     if found := FAILED.search(text):
         raise PlaceError(f"{found[1]}; fix this and run the same command again") from None
-
-
-def _cause(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"was killed by signal {-code} ({signal.strsignal(-code)})"
-    return f"ended with exit code {code}"
-
-
-def _last_line(text: str) -> str:
-    """Return the last line of an error of Beam, which holds the traceback of the worker."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "failed without a message"

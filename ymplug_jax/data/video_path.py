@@ -9,6 +9,12 @@ from pathlib import Path
 from ymplug_jax.data.video_container import Reject
 
 
+def refuse_hostile(name: str) -> None:
+    """Raise Reject("hostile_path") unless a name of a row is a path below the video root, without "..", so that it cannot leave it."""
+    if not name or "\x00" in name or os.path.isabs(name) or ".." in name.split("/"):
+        raise Reject("hostile_path", "must be a path below the video root, without '..'")
+
+
 def resolve(video_root: str, name: str, allow_links_to: Sequence[str] = ()) -> Path:
     """Return the file of a row. It lies inside the video root or, through a symbolic link, inside a folder of `allow_links_to`.
 
@@ -23,8 +29,7 @@ def resolve(video_root: str, name: str, allow_links_to: Sequence[str] = ()) -> P
     Raises:
       Reject: hostile_path or missing_file.
     """
-    if not name or "\x00" in name or os.path.isabs(name) or ".." in Path(name).parts:
-        raise Reject("hostile_path", "must be a path below the video root, without '..'")
+    refuse_hostile(name)
     root = Path(video_root).resolve()
     try:
         path = _spelled(root, name).resolve()
