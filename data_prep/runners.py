@@ -194,7 +194,7 @@ class _Share:
             raise PlaceError(
                 f"Beam {runner}: {what}; {TRIES} attempts in a row finished no partition; {fix}, then run the same command again"
             )
-        print(f"Beam {runner}: {what}; {left} missing partitions are built again", file=sys.stderr)
+        print(f"Beam {runner}: {what}; the job starts again with what is missing", file=sys.stderr)
 
 
 def _raise_failed(text: str) -> None:
