@@ -89,6 +89,8 @@ def _refused(flags: list[str], runner: str | None) -> str | None:
     from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
     from apache_beam.runners import create_runner
 
+    if runner == "DataflowRunner" and not flag_value(flags, "--temp_location"):
+        return "--runner DataflowRunner: needs --temp_location=gs://BUCKET/FOLDER; give it"  # Beam would make a bucket
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -97,6 +99,6 @@ def _refused(flags: list[str], runner: str | None) -> str | None:
             errors = PipelineOptionsValidator(options, create_runner(runner) if runner else None).validate()
     except SystemExit:  # argparse, after its usage
         return said.getvalue().strip().split("\n")[-1].split("error: ")[-1] + "; correct the flag"
-    except ValueError as error:
+    except Exception as error:  # whatever a client of the cloud raises
         return f"--runner {runner}: {str(error).splitlines()[0].rstrip('.')}; correct the flag"
     return f"--runner {runner}: {errors[0].rstrip('.')}; correct the flag" if errors else None

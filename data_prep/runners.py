@@ -70,15 +70,16 @@ def run(job: Job, partitions: int, beam_flags: list[str], workers: int | None, s
     groups = -(-partitions // GROUP)
     for step in ("all",) if how.jobs == 1 else ("build", "merge"):
         folder = _Folder(job.work, partitions, step)
-        job = job._replace(step=step, shares=min(how.jobs, groups) if step == "merge" else how.jobs)
-        if not folder.missing(job):
+        whole = job._replace(step=step)
+        if not folder.missing(whole):
             continue
+        job = whole._replace(shares=min(how.jobs, groups) if step == "merge" else how.jobs)
         if how.jobs == 1 and flag_value(how.flags, "--runner") == LOCAL:
             _run_here(job, how.flags)
         else:
             _run_side_by_side(job, folder, how, stall)
         folder.look()
-        if folder.missing(job._replace(share=0, shares=1)):
+        if folder.missing(whole):
             raise RunnerFailed(f"{job.work}: Beam ended without building the partitions")
 
 

@@ -265,7 +265,7 @@ def test_the_number_of_jobs(flags: list[str], workers: int | None, jobs: int, su
         (["--runner=FlinkRunner", "fast"], "fast: unknown flag; "),
         (["--runner=FlinkRunner", "--flink_master=a:1", "--checkpointing_interval=60000"], None),
         (["--runner=DirectRunner", "--direct_num_workers=x"], "argument --direct_num_workers: invalid int value: 'x'; "),
-        (["--runner=DataflowRunner", "--project=my-project", "--region=r"], "--runner DataflowRunner: Missing GCS path option: temp_location; "),
+        (["--runner=DataflowRunner", "--project=my-project", "--region=r"], "--runner DataflowRunner: needs --temp_location=gs://BUCKET/FOLDER; give it"),
         (["--runner=FlinkRuner"], "--runner FlinkRuner: Unexpected pipeline runner: FlinkRuner."),
         (["--runner=SparkRunner", "--environment_type=EXTERNAL"], "--runner SparkRunner: Option external_service_address is required "),
     ],
