@@ -60,7 +60,7 @@ def bucket() -> Iterator[None]:
                 "temp_location": "gs://clips/tmp", "job_name": "shards-1", "sdk_location": "container",
                 "sdk_container_image": "repo/ymplug_worker", "machine_type": "n2-standard-8", "disk_size_gb": 100,
                 "num_workers": 4, "max_num_workers": 50, "autoscaling_algorithm": "THROUGHPUT_BASED",
-                "number_of_worker_harness_threads": 1, "enable_streaming_engine": False, "use_public_ips": False,
+                "number_of_worker_harness_threads": 1, "use_public_ips": False,
                 "service_account_email": "a@b.c", "subnetwork": "regions/r/subnetworks/s", "streaming": False,
             },
         ),
@@ -68,7 +68,7 @@ def bucket() -> Iterator[None]:
             "flink.sh",
             FLINK,
             {
-                "runner": "FlinkRunner", "flink_master": "flink:8081", "parallelism": 64, "sdk_worker_parallelism": 4,
+                "runner": "FlinkRunner", "flink_master": "flink:8081", "parallelism": 64, "sdk_worker_parallelism": "4",
                 "environment_type": "DOCKER", "environment_config": "repo/ymplug_worker", "flink_version": "1.19",
             },
         ),
@@ -76,7 +76,7 @@ def bucket() -> Iterator[None]:
             "flink.sh",
             {**FLINK, "POOL": "localhost:50000", "JAR": "/jars/flink.jar", "SLOTS": "16"},
             {
-                "environment_type": "EXTERNAL", "environment_config": "localhost:50000", "sdk_worker_parallelism": 16,
+                "environment_type": "EXTERNAL", "environment_config": "localhost:50000", "sdk_worker_parallelism": "16",
                 "flink_job_server_jar": "/jars/flink.jar",
             },
         ),

@@ -21,7 +21,7 @@ from data_prep.builder import Settings
 from data_prep.partition import Job
 
 OURS = re.findall(r"--\w+", build_flags.parser().format_help())
-ROWS = 600
+ROWS = 240
 
 
 def free_port() -> int:
@@ -80,7 +80,7 @@ def test_a_killed_worker_of_an_external_pool(services: tuple[list[str], list[sub
     out = tmp_path / "pool"
     process = builds.start(builds.flags(csv, root, out, "--stall_minutes=0.5", "--time_limit=10", *flags))
     work = out / build_shards.BUILDING / "train"
-    builds.wait_for(process, lambda: len(list(work.glob("part-*.json"))), 6)
+    builds.wait_for(process, lambda: len(list(work.glob("part-*.json"))), 3, 300)
     workers = [
         [pid for pid, line in builds.descendants(pool.pid).items() if "SdkHarness(" in line and "spawn" not in line]
         for pool in pools
