@@ -1,4 +1,4 @@
-# Images for the two kinds of machines; every version but two comes from setup.cfg:
+# Images for the two kinds of machines; every version but these two arguments comes from setup.cfg:
 #   docker build --target worker -t ymplug_worker .     Beam workers and the driver of build_shards
 #   docker build --target tpu -t ymplug_jax .           training on TPU hosts, as launch/gke.yaml starts it
 #   docker build --target gpu -t ymplug_jax_gpu .       training on NVIDIA hosts
@@ -22,6 +22,7 @@ RUN useradd --create-home --uid 1000 ymplug
 # Root: Beam's entrypoint makes environments and folders under /opt and /tmp for the files that a job stages.
 FROM code AS worker
 ARG BEAM
+# hadolint ignore=DL3013
 RUN pip install ".[prep,gcs,s3,dataflow]" "apache-beam==${BEAM}"
 COPY --from=beam /opt/apache/beam /opt/apache/beam
 ENV TF_CPP_MIN_LOG_LEVEL=3
@@ -29,14 +30,16 @@ ENTRYPOINT ["/opt/apache/beam/boot"]
 
 # Root: the devices of a TPU and the lock of its library belong to root.
 FROM code AS tpu
+# hadolint ignore=DL3013
 RUN pip install ".[tpu,gcs]"
 ENTRYPOINT []
 CMD ["python", "-m", "ymplug_jax.main", "--help"]
 
 # The driver of the host is mounted by the NVIDIA container toolkit; CUDA itself comes with jax[cuda12].
 FROM code AS gpu
+# hadolint ignore=DL3013
 RUN pip install ".[cuda,gcs]" && chown ymplug /app
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-USER ymplug
+USER 1000
 ENTRYPOINT []
 CMD ["python", "-m", "ymplug_jax.main", "--help"]

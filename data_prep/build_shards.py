@@ -58,7 +58,8 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
             return _build(args, csv, beam_flags)
         except OSError as error:
             if not error.strerror:  # of a bucket: one line that says what to do
-                raise PlaceError(f"{error}; then run the same command again") from None
+                message = str(error).removesuffix(", then run the same command again")
+                raise PlaceError(f"{message}, then run the same command again") from None
             place = error.filename or args.out
             raise PlaceError(
                 f"{place}: cannot be written ({error.strerror}); make it writable, then run the same command again"

@@ -210,7 +210,7 @@ def test_the_entrypoints_of_the_images(images):
         workdirs = [words for instruction, words in launch_files.whole(name, found) if instruction == "WORKDIR"]
         assert workdirs == [["/app"]], "commands name launch/ and configs/ relative to it"
     users = {name: found[name].words("USER") for name in ("worker", "tpu", "gpu")}
-    assert users == {"worker": [], "tpu": [], "gpu": [["ymplug"]]}
+    assert users == {"worker": [], "tpu": [], "gpu": [["1000"]]}
 
 
 def test_the_commands_of_kubernetes_exist_in_the_images(images):
