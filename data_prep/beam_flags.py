@@ -37,40 +37,43 @@ def pools(flags: Iterable[str]) -> list[str]:
     return [address for address in (flag_value(flags, "--environment_config") or "").split(",") if address]
 
 
-def mistake(flags: list[str], ours: list[str], workers: bool) -> str | None:
-    """Return what is wrong with the flags of Beam in one line, or None.
+def check(flags: list[str], ours: list[str], workers: bool) -> None:
+    """Check the flags of Beam.
 
     Args:
       flags: all flags that are not those of this program.
       ours: the flags of this program, to recognise misspelt ones.
       workers: whether --workers was given.
+
+    Raises:
+      ValueError: a flag is unknown or misspelt, or Beam refuses its value. One line.
     """
     runner = runner_of(flags)
     if workers and runner is not None and runner != "PortableRunner":
-        return (
+        raise ValueError(
             f"--workers: does not apply to --runner {runner}; leave it out, Beam's own flags set the number of workers"
         )
     if not flags:
-        return None
+        return
     known = _known()
     before = ""
     for flag in flags:
         name = flag.split("=")[0]
         value = not flag.startswith("--") and before.startswith("--") and "=" not in before
-        if not value and name not in known and (problem := _unknown(name, runner, ours, known)):
-            return problem
+        if not value and name not in known:
+            _check_unknown(name, runner, ours, known)
         before = flag
-    return _refused(flags, runner)
+    _check_values(flags, runner)
 
 
-def _unknown(name: str, runner: str | None, ours: list[str], known: frozenset[str]) -> str | None:
-    """Return the message for a flag that neither this program nor Beam has, or None if it may be one of a job server's own."""
+def _check_unknown(name: str, runner: str | None, ours: list[str], known: frozenset[str]) -> None:
+    """Raise ValueError for a flag that neither this program nor Beam has, unless it may be one of a job server's own."""
     near = difflib.get_close_matches(name, [*ours, *sorted(known)], 1, TYPOS if runner else 0.75)
     if near and name.startswith("--"):
-        return f"{name}: unknown flag; did you mean {near[0]}?"
+        raise ValueError(f"{name}: unknown flag; did you mean {near[0]}?")
     if name.startswith("--") and runner in ("FlinkRunner", "SparkRunner", "PortableRunner"):
-        return None  # e.g. --checkpointingInterval: the job server knows its own flags
-    return f"{name}: unknown flag; neither this program nor Beam has it, --help lists the flags"
+        return  # e.g. --checkpointing_interval: the job server knows its own flags
+    raise ValueError(f"{name}: unknown flag, which neither this program nor Beam has; --help lists the flags")
 
 
 @functools.cache
@@ -83,14 +86,14 @@ def _known() -> frozenset[str]:
     return frozenset(re.findall(r"(?<![\w-])--\w+", helps[0]))
 
 
-def _refused(flags: list[str], runner: str | None) -> str | None:
-    """Return the first objection of Beam to the values of its flags, in one line, or None."""
+def _check_values(flags: list[str], runner: str | None) -> None:
+    """Raise ValueError with the first objection of Beam to the values of its flags."""
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
     from apache_beam.runners import create_runner
 
-    if runner == "DataflowRunner" and not flag_value(flags, "--temp_location"):
-        return "--runner DataflowRunner: needs --temp_location=gs://BUCKET/FOLDER; give it"  # Beam would make a bucket
+    if runner == "DataflowRunner" and not flag_value(flags, "--temp_location"):  # Beam would make a bucket
+        raise ValueError("--runner DataflowRunner: needs --temp_location too; give gs://BUCKET/FOLDER")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -98,7 +101,9 @@ def _refused(flags: list[str], runner: str | None) -> str | None:
             options.get_all_options()
             errors = PipelineOptionsValidator(options, create_runner(runner) if runner else None).validate()
     except SystemExit:  # argparse, after its usage
-        return said.getvalue().strip().split("\n")[-1].split("error: ")[-1] + "; correct the flag"
+        problem = said.getvalue().strip().split("\n")[-1].split("error: ")[-1]
+        raise ValueError(f"{problem}; correct the flag of Beam") from None
     except Exception as error:  # whatever a client of the cloud raises
-        return f"--runner {runner}: {str(error).splitlines()[0].rstrip('.')}; correct the flag"
-    return f"--runner {runner}: {errors[0].rstrip('.')}; correct the flag" if errors else None
+        errors = str(error).splitlines()
+    if errors:
+        raise ValueError(f"--runner {runner}: {errors[0].rstrip('.')}; correct the flag of Beam")

@@ -179,5 +179,7 @@ def _check_lengths(args: argparse.Namespace) -> None:
 def _check_beam_flags(args: argparse.Namespace, flags: list[str]) -> None:
     """Raise BuildError for flags that neither this program nor Beam knows, and for values that Beam refuses."""
     ours = re.findall(r"--\w+", parser().format_help())
-    if problem := beam_flags.mistake(flags, ours, args.workers is not None):
-        raise BuildError(problem)
+    try:
+        beam_flags.check(flags, ours, args.workers is not None)
+    except ValueError as error:
+        raise BuildError(str(error)) from None
