@@ -137,7 +137,7 @@ class BuildPartition(beam.DoFn):
     def _check_token(self) -> None:
         """Raise OSError if another attempt has begun: the driver was killed and started again while this worker went on."""
         if self._job.token not in places.read_bytes(self._work / TOKEN).decode().split():
-            raise OSError(f"{self._job.work}: another run of the same build has begun, so this one stops")
+            raise OSError(f"{self._job.work}: another run of the same build has begun; wait for that one")
 
     def _build(self, number: int, rows: Sequence[Row | Talk]) -> None:
         """Write the files of a partition. Raises OSError, BrokenShard, DecoderFailed."""
