@@ -195,9 +195,9 @@ def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Work, spl
 
 
 def _run_beam(job: Any, work: Work, args: argparse.Namespace, beam_flags: list[str]) -> None:
-    from data_prep import pipeline
+    from data_prep import runners
 
-    pipeline.run(job, work.partitions, beam_flags, min(args.workers, work.partitions))
+    runners.run(job, work.partitions, beam_flags, args.workers, 60 * args.stall_minutes)
 
 
 def _old_manifest(out: epath.Path | Path) -> dict:
