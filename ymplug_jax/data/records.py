@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ymplug_jax.data import schema, tf_example
+from ymplug_jax.data import joined_set, schema, tf_example
 
 if TYPE_CHECKING:
     import tensorstore
@@ -77,12 +77,16 @@ class Records:
         names = self._folder.names()
         self.kind = ""  # stays empty without a manifest
         self._entry: Any = None  # entry of the split in the manifest
+        manifest: dict[str, Any] = {}
         if schema.MANIFEST in names:
             manifest = _manifest(f"{self.path}/{schema.MANIFEST}", self._folder.read_all([schema.MANIFEST])[0])
             self.kind = _kind(manifest, split)
             splits = manifest.get("splits")
             self._entry = splits.get(split) if isinstance(splits, dict) else None
-        self._shards = _shards_of(self.path, split, names)
+        if joined_set.is_joined(manifest):
+            self._shards, names = _shards_of_parts(self.path, manifest, split, self._folder)
+        else:
+            self._shards = _shards_of(self.path, split, names)
         indices = _indices_of(self.path, self._shards, names, self._folder)  # int64[n, 2] each
         self._places = np.concatenate(indices)  # int64[records, 2]: 16 bytes of memory per record
         self._ends = np.cumsum([len(index) for index in indices])
@@ -124,6 +128,10 @@ class _Disk:
             raise FileNotFoundError(_no_folder(self._path))
         return {file.name for file in self._path.iterdir()}
 
+    def names_below(self, parts: list[str]) -> list[set[str]]:
+        folders = [self._path / part for part in parts]
+        return [set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders]
+
     def read(self, name: str, offset: int, size: int) -> bytes:
         file = os.open(os.path.join(self._path, name), os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -164,6 +172,13 @@ class _Bucket:
         if not names:
             raise FileNotFoundError(_no_folder(self._url))
         return names
+
+    def names_below(self, parts: list[str]) -> list[set[str]]:
+        import tensorstore
+
+        ranges = [tensorstore.KvStore.KeyRange(f"{part}/", f"{part}0") for part in parts]  # "0" follows "/"
+        pending = [self._store.list(one, len(part) + 1) for one, part in zip(ranges, parts, strict=True)]
+        return [{key.decode() for key in keys.result()} for keys in pending]
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         try:
@@ -234,6 +249,22 @@ def _shards_of(path: str, split: str, names: set[str]) -> list[str]:
             f"{schema.shard_name(prefix, split, missing[0], count)}; copy them again or build the shards again"
         )
     return [schema.shard_name(prefix, split, shard, count) for shard in range(count)]
+
+
+def _shards_of_parts(
+    path: str, manifest: Mapping[str, Any], split: str, folder: _Disk | _Bucket
+) -> tuple[list[str], set[str]]:
+    """Return the shards of a split of a joined set, as PART/FILE, and the names of all files of its parts."""
+    parts = joined_set.parts_of(manifest, split, f"{path}/{schema.MANIFEST}")
+    below = folder.names_below([part.name for part in parts])
+    there = [part for part, names in zip(parts, below, strict=True) if schema.MANIFEST in names]
+    contents = dict(zip(there, folder.read_all([f"{part.name}/{schema.MANIFEST}" for part in there]), strict=True))
+    joined_set.check_parts(path, parts, [contents.get(part) for part in parts])
+    shards, files = [], set()
+    for part, names in zip(parts, below, strict=True):
+        shards += [f"{part.name}/{name}" for name in _shards_of(f"{path}/{part.name}", split, names)]
+        files |= {f"{part.name}/{name}" for name in names}
+    return shards, files
 
 
 def _indices_of(path: str, shards: list[str], names: set[str], folder: _Disk | _Bucket) -> list[np.ndarray]:
