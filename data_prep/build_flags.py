@@ -5,13 +5,20 @@ import difflib
 import os
 import re
 
-from data_prep.flags import Parser, local_path
+from etils import epath
+
+from data_prep.flags import Parser, local_path, place_of, say
+from ymplug_jax.core import places
 from ymplug_jax.data import schema
 from ymplug_jax.data.text import load_tokenizer
 
 
 class BuildError(ValueError):
     """The build cannot continue. The message says what to change."""
+
+
+class PlaceError(RuntimeError):
+    """A disk, a folder or the machine failed during the build. The message names it; the same command resumes."""
 
 
 def parser(description: str = "") -> Parser:
@@ -21,13 +28,16 @@ def parser(description: str = "") -> Parser:
     parser.add_argument(
         "--csv",
         required=True,
-        type=local_path,
+        type=place_of("--csv"),
         help="CSV file with one row per clip; instruct: one JSON object per line, with text, video and image",
     )
     parser.add_argument(
-        "--video_root", required=True, type=local_path, help="folder to which the paths of the rows are relative"
+        "--video_root",
+        required=True,
+        type=place_of("--video_root"),
+        help="folder to which the paths of the rows are relative",
     )
-    parser.add_argument("--out", required=True, type=local_path, help="folder of the data set to write")
+    parser.add_argument("--out", required=True, type=place_of("--out"), help="folder of the data set to write")
     parser.add_argument(
         "--split",
         choices=("train", "validation", "test"),
@@ -35,7 +45,7 @@ def parser(description: str = "") -> Parser:
     )
     parser.add_argument(
         "--classes",
-        type=local_path,
+        type=place_of("--classes"),
         help="classification: file of class names, one per line; default: the 45 categories of Youku-mPLUG",
     )
     parser.add_argument(
@@ -81,15 +91,7 @@ def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
     Raises:
       BuildError: a flag or a folder cannot be used.
     """
-    if args.csv.is_dir() or not args.csv.exists():
-        raise BuildError(
-            f"--csv {args.csv}: {'a folder, not a file' if args.csv.is_dir() else 'no such file'}; give a CSV"
-        )
-    for flag, folders in (("--video_root", [args.video_root]), ("--allow_links_to", args.allow_links_to)):
-        for folder in folders:
-            if not folder.is_dir():
-                what = "a file, not a folder" if folder.exists() else "no such folder"
-                raise BuildError(f"{flag} {folder}: {what}; give the folder of the videos")
+    _check_places(args)
     for name, value, least in (
         ("num_frames", args.num_frames, 1),
         ("partition_rows", 1 if args.partition_rows is None else args.partition_rows, 1),
@@ -106,6 +108,38 @@ def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
         raise BuildError(f"--classes: applies to --config classification only, not to {args.config}; leave it out")
     _check_lengths(args)
     _check_beam_flags(beam_flags)
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Raise BuildError unless the CSV is a file and the others are folders."""
+    flags = (
+        ("--csv", [args.csv]),
+        ("--video_root", [args.video_root]),
+        ("--allow_links_to", args.allow_links_to),
+    )
+    for flag, paths in flags:
+        for path in paths:
+            try:
+                found = kind_of(path)
+            except OSError as error:
+                raise BuildError(f"{flag} {say(error)}") from None
+            if flag == "--csv" and found != "file":
+                what = "a folder, not a file" if found else "no such file"
+                raise BuildError(f"{flag} {path}: {what}; give a CSV")
+            if flag != "--csv" and found != "folder":
+                what = "a file, not a folder" if found else "no such folder"
+                raise BuildError(f"{flag} {path}: {what}; give the folder of the videos")
+    if places.is_remote(args.video_root) and args.allow_links_to:
+        raise BuildError("--allow_links_to: a bucket has no links; leave it out")
+
+
+def kind_of(path: epath.Path) -> str:
+    """Return "file", "folder" or "" for nothing. Raises OSError if a bucket does not answer."""
+    if not places.is_remote(path):
+        return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
+    if not places.exists(path):
+        return ""
+    return "file" if path.is_file() else "folder"
 
 
 def _check_lengths(args: argparse.Namespace) -> None:

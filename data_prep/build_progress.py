@@ -6,16 +6,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep.flags import Ticks, bar
+from data_prep.part_files import finished
+from data_prep.work_folder import Work
+from ymplug_jax.core import places
+
+LOCAL_SECONDS, BUCKET_SECONDS = 2.0, 60.0  # between two looks into the work folder
 
 
 class Progress:
-    """Shows progress over all rows, from the small files that the partitions write."""
+    """Shows progress over all rows, from the files of finished partitions and, on a local disk, small files of those in work."""
 
-    def __init__(self, work: Path, parts: list):
-        self._work, self._parts, self._end = work, parts, threading.Event()
+    def __init__(self, work: Work):
+        self._work, self._end = work, threading.Event()
+        self._seconds = BUCKET_SECONDS if places.is_remote(work.folder) else LOCAL_SECONDS
 
     def __enter__(self) -> "Progress":
-        total = sum(map(len, self._parts))
+        total = self._work.rows
         self._bar: tqdm[None] = bar(None, "build", "clip", total=total, initial=self._count(), mininterval=0.5)
         self._ticks = Ticks("build", "clip", total)
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -25,25 +31,26 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self._update()
         self._bar.close()
 
     def _watch(self) -> None:
-        while not self._end.wait(0.5):
-            self._update()
-
-    def _update(self) -> None:
-        count = self._count()
-        if self._bar.disable:
-            self._ticks.tell(count)
-        else:
-            self._bar.update(count - self._bar.n)
+        while not self._end.wait(self._seconds):
+            count = self._count()
+            if self._bar.disable:
+                self._ticks.tell(count)
+            else:
+                self._bar.update(count - self._bar.n)
 
     def _count(self) -> int:
-        count = sum(len(self._parts[int(p.stem[5:])]) for p in self._work.glob("part-*.json"))
-        for path in self._work.glob("part-*.progress"):
-            try:
-                count += int(path.read_text() or 0)
-            except (FileNotFoundError, ValueError):  # just renamed, or being written
-                continue
+        try:
+            parts, _, files = finished(self._work.folder)
+        except OSError:  # the build itself reports it
+            return 0
+        count = min(len(parts) * self._work.size, self._work.rows)
+        for name in files:
+            if name.endswith(".progress"):
+                try:
+                    count += int((Path(self._work.folder) / name).read_text() or 0)
+                except (FileNotFoundError, ValueError):  # the partition is complete, or being written
+                    continue
         return count

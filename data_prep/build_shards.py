@@ -10,35 +10,35 @@ Exit codes: 2 for an error in flags, CSV or folders; 5 if a disk or the machine 
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data_prep import conversations
+from etils import epath
+
+from data_prep import conversations, work_folder
 from data_prep import rows as rows_lib
-from data_prep.build_flags import BuildError, check, parse
+from data_prep.build_flags import BuildError, PlaceError, check, parse
 from data_prep.build_progress import Progress
+from data_prep.conversations import Talk
 from data_prep.flags import PLACE, run, say
-from data_prep.publish import BUILDING, PLAN, finish, publish
+from data_prep.part_files import finished
+from data_prep.publish import BUILDING, PLAN, Done, finish, publish, read_groups, remove_work
+from data_prep.rows import Row
+from data_prep.scratch import Scratch
+from data_prep.work_folder import Work
+from ymplug_jax.core import places
 from ymplug_jax.data import schema
 from ymplug_jax.data.video_container import REASONS
 
-if TYPE_CHECKING:
-    from data_prep.builder import Settings
-
 NEEDS = ("apache_beam", "tensorflow", "tensorflow_datasets")  # the extra `prep`
-
-
-class PlaceError(RuntimeError):
-    """A disk, a folder or the machine failed during the build. The message names it; the same command resumes."""
 
 
 def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
@@ -49,75 +49,105 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
       PlaceError: a disk or the machine failed during the build.
     """
     check(args, beam_flags)
+    with Scratch() if places.is_remote(args.csv) else contextlib.nullcontext() as scratch:
+        csv = Path(args.csv)
+        if scratch is not None:
+            csv = scratch.path / args.csv.name
+            places.download(args.csv, csv)
+        try:
+            return _build(args, csv, beam_flags)
+        except OSError as error:
+            if not error.strerror:  # of a bucket: one line that says what to do
+                raise PlaceError(f"{error}; then run the same command again") from None
+            place = error.filename or args.out
+            raise PlaceError(
+                f"{place}: cannot be written ({error.strerror}); make it writable, then run the same command again"
+            ) from None
+        except ValueError as error:
+            if scratch is None:
+                raise
+            raise BuildError(str(error).replace(str(csv), str(args.csv))) from None
+
+
+def _build(args: argparse.Namespace, csv: Path, beam_flags: list[str]) -> dict:
+    """Build from a local copy of the CSV. Raises BuildError, PlaceError, ValueError about rows, OSError."""
     split = args.split or rows_lib.split_of(args.csv)
     classes = schema.CLASS_NAMES
     if args.classes:
         classes = schema.parse_class_names(_text(args.classes), f"--classes {args.classes}")
-    talks = conversations.read_talks(args.csv) if args.config == schema.INSTRUCT else None
-    rows = rows_lib.read_rows(args.csv, args.config, classes) if talks is None else talks
-    size = args.partition_rows or min(1024, max(16, -(-len(rows) // 16)))
     facts = {
         "csv": args.csv.name,
-        "csv_sha256": rows_lib.sha256(args.csv),
+        "csv_sha256": rows_lib.sha256(csv),
         "kind": args.config,
         "num_frames": args.num_frames,
-        "partition_rows": size,
+        "partition_rows": args.partition_rows,
     }
-    if talks is not None:
+    rows: Callable[[], Iterator[Row] | Iterator[Talk]]
+    if args.config == schema.INSTRUCT:
         facts["tokenizer_sha256"] = rows_lib.sha256(args.tokenizer) if args.tokenizer else None
         facts["max_tokens"], facts["slots"] = args.max_tokens, args.slots
+        rows = functools.partial(conversations.iter_talks, csv)
+    else:
+        rows = functools.partial(rows_lib.iter_rows, csv, args.config, classes)
     manifest = _old_manifest(args.out)
     _check_fits(manifest, args, classes)
+    folder = args.out / BUILDING / split
     if split in manifest.get("splits", {}) and not args.overwrite:
         _check_built(args.out, split, manifest["splits"][split], facts)
+        remove_work(args.out, folder)  # what a kill at the very end left
         return manifest
     if args.config == "classification":
         facts["classes"] = list(classes)
-    work = args.out / BUILDING / split
-    _resume_folder(work, args, facts)
-    try:
-        done = _partitions(args, beam_flags, work, rows, size)
-        written, rejected = (sum(part["written"] for part in done), sum(len(part["rejects"]) for part in done))
-        if written + rejected != len(rows):
-            raise BuildError(
-                f"{work}: {written} written + {rejected} rejected rows are not {len(rows)}; delete the folder and build again"
-            )
-        _print_summary(split, done, len(rows))
-        if rejected > args.max_rejects * len(rows):
-            raise BuildError(
-                f"{rejected} of {len(rows)} rows were rejected and nothing was published; fix the rows (reasons above) or raise --max_rejects {args.max_rejects:g}"
-            )
-        if written == 0:
-            raise BuildError(
-                f"all {len(rows)} rows were rejected and nothing was published; fix the rows (reasons above)"
-            )
-        more = _repeated(rows, talks)
-        if talks is not None:
-            more["cut"] = sum(part.get("cut", 0) for part in done)
-        try:
-            return publish(args.out, work, split, facts, done, manifest, more)
-        except ValueError as error:
-            raise BuildError(str(error)) from None
-    except OSError as error:
-        place = error.filename or args.out
-        raise PlaceError(
-            f"{place}: cannot be written ({error.strerror}); make it writable, then run the same command again"
-        ) from None
+    roots = [_absolute(path) for path in (args.video_root, *args.allow_links_to)]
+    settings = {**facts, "places": roots, "time_limit": args.time_limit}
+    work = work_folder.open_work(
+        args.out,
+        folder,
+        settings,
+        rows,
+        lambda count: args.partition_rows or work_folder.default_size(count, args.num_frames),
+    )
+    done = _partitions(args, beam_flags, work, split)
+    _check_counts(args, split, work, done)
+    if work.repeated:
+        what = "files" if args.config != schema.INSTRUCT else "conversations"
+        examples = ", ".join(f"{name} ({count} times)" for name, count in work.examples)
+        print(f"{work.repeated} {what} occur in more than one row (all rows are kept): {examples}", file=sys.stderr)
+    more = {"duplicated_ids": work.repeated}
+    if args.config == schema.INSTRUCT:
+        more["cut"] = sum(part.cut for part in done.parts)
+    return publish(args.out, folder, split, {**facts, "partition_rows": work.size}, done, manifest, more)
 
 
-def _repeated(rows: list, talks: list[conversations.Talk] | None) -> dict[str, int]:
-    """Report what occurs in more than one row: a file, or a whole conversation with its files."""
-    repeated = rows_lib.duplicates(rows) if talks is None else conversations.duplicates(talks)
-    if repeated:
-        what = "files" if talks is None else "conversations"
-        examples = ", ".join(f"{name} ({count} times)" for name, count in list(repeated.items())[:3])
-        print(f"{len(repeated)} {what} occur in more than one row (all rows are kept): {examples}", file=sys.stderr)
-    return {"duplicated_ids": len(repeated)}
+def _absolute(path: epath.Path) -> str:
+    """Return a place as workers with another working directory find it."""
+    return os.fspath(path) if places.is_remote(path) else os.path.abspath(path)
 
 
-def _check_built(out: Path, split: str, old: dict[str, Any], facts: dict[str, Any]) -> None:
+def _check_counts(args: argparse.Namespace, split: str, work: Work, done: Done) -> None:
+    """Print the summary of a build. Raises BuildError if rows are lost, or too many were rejected."""
+    if done.written + done.rejected != work.rows:
+        raise BuildError(
+            f"{work.folder}: {done.written} written + {done.rejected} rejected rows are not {work.rows}; delete the folder and build again"
+        )
+    print(f"{split}: {work.rows:,} rows: {done.written:,} written, {done.rejected:,} rejected", file=sys.stderr)
+    reasons = {**REASONS, **conversations.REASONS}
+    for reason, count in done.rejects.most_common():
+        print(f"  {count:>9,}  {reason:<16} {reasons[reason]}", file=sys.stderr)
+    if cut := sum(part.cut for part in done.parts):
+        print(f"{cut:,} conversations are longer than --max_tokens and will be cut (they are kept)", file=sys.stderr)
+    if done.rejected > args.max_rejects * work.rows:
+        raise BuildError(
+            f"{done.rejected} of {work.rows} rows were rejected and nothing was published; fix the rows (reasons above) or raise --max_rejects {args.max_rejects:g}"
+        )
+    if done.written == 0:
+        raise BuildError(f"all {work.rows} rows were rejected and nothing was published; fix the rows (reasons above)")
+
+
+def _check_built(out: epath.Path, split: str, old: dict[str, Any], facts: dict[str, Any]) -> None:
     """Report that the split already exists. Raises BuildError if it was built with other settings."""
-    if any(old.get(key) != value for key, value in facts.items()):
+    free = ("partition_rows",) if facts["partition_rows"] is None else ()  # any default of any version
+    if any(old.get(key) != value for key, value in facts.items() if key not in free):
         raise BuildError(
             f"{out}: split {split!r} was built from another CSV or with other settings; give --overwrite, or choose another --out"
         )
@@ -125,83 +155,75 @@ def _check_built(out: Path, split: str, old: dict[str, Any], facts: dict[str, An
     print(f"{out}: split {split!r} already exists ({old['written']:,} records); nothing to do{again}", file=sys.stderr)
 
 
-def _text(path: Path) -> str:
+def _text(path: epath.Path) -> str:
     """Read a small UTF-8 file. Raises BuildError."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return places.read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BuildError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except FileNotFoundError:
         raise BuildError(f"{path}: no such file; correct the path") from None
     except OSError as error:
-        raise BuildError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise BuildError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
 
 
-def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Path, rows: list, size: int) -> list[dict]:
-    """Build the missing partitions and return the summaries of all."""
-    from data_prep.builder import Settings, write_rows
+def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Work, split: str) -> Done:
+    """Build the missing partitions and return the facts of all."""
+    from data_prep.builder import Settings
+    from data_prep.partition import Job
 
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    todo = [i for i in range(len(parts)) if not (work / f"part-{i:05d}.json").exists()]
-    if len(todo) < len(parts):
-        print(f"resuming: {len(parts) - len(todo)} of {len(parts)} partitions are already built", file=sys.stderr)
-    if todo:
-        links = tuple(str(folder.absolute()) for folder in args.allow_links_to)
-        settings = Settings(args.config, args.num_frames, args.time_limit, links)
-        if args.tokenizer:
-            settings = settings._replace(
-                tokenizer=str(args.tokenizer.absolute()), max_tokens=args.max_tokens, slots=args.slots
-            )
-        with Progress(work, parts):
-            for i in todo:
-                write_rows(work, i, parts[i])
-            _run_beam(todo, settings, args, work, beam_flags)
-    return [json.loads((work / f"part-{i:05d}.json").read_text(encoding="utf-8")) for i in range(len(parts))]
-
-
-def _run_beam(
-    elements: list[int], settings: "Settings", args: argparse.Namespace, work: Path, beam_flags: list[str]
-) -> None:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    from data_prep.builder import FAILED, BuildPartition
-
-    if not any(flag.startswith("--runner") for flag in beam_flags):
-        workers = min(args.workers, len(elements))
-        # FnApiRunner runs local processes. Prism, the default of newer versions of Beam, needs a download.
-        beam_flags = [*beam_flags, "--runner=BundleBasedDirectRunner" if workers == 1 else "--runner=FnApiRunner"]
-        if workers > 1:
-            beam_flags += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
-    if not any(flag.startswith("--default_sdk_harness_log_level") for flag in beam_flags):
-        beam_flags = [*beam_flags, "--default_sdk_harness_log_level=WARNING"]
-    step = BuildPartition(settings, str(args.video_root.absolute()), str(work.absolute()))
+    parts, _, _ = finished(work.folder)
+    if parts:
+        print(f"resuming: {len(parts)} of {work.partitions} partitions are already built", file=sys.stderr)
+    links = tuple(os.path.abspath(folder) for folder in args.allow_links_to)
+    settings = Settings(args.config, args.num_frames, args.time_limit, links)
+    if args.tokenizer:
+        settings = settings._replace(
+            tokenizer=os.path.abspath(args.tokenizer), max_tokens=args.max_tokens, slots=args.slots
+        )
+    root = _absolute(args.video_root)
+    job = Job(_absolute(work.folder), root, split, work.rows, work.size, settings, token="")
+    with Progress(work):
+        _run_beam(job, work, args, beam_flags)
     try:
-        with beam.Pipeline(options=PipelineOptions(beam_flags, save_main_session=False)) as pipeline:
-            pipeline | beam.Create(elements) | beam.Reshuffle() | beam.ParDo(step)
-    except Exception as error:
-        if found := FAILED.search(f"{type(error).__name__}: {error}"):
-            raise PlaceError(f"{found[1]}; fix this and run the same command again") from None
-        raise
+        return read_groups(work.folder, work.partitions)
+    except ValueError as error:
+        raise BuildError(str(error)) from None
 
 
-def _old_manifest(out: Path) -> dict:
+def _run_beam(job: Any, work: Work, args: argparse.Namespace, beam_flags: list[str]) -> None:
+    from data_prep import pipeline
+
+    pipeline.run(job, work.partitions, beam_flags, min(args.workers, work.partitions))
+
+
+def _old_manifest(out: epath.Path | Path) -> dict:
     """Return the current manifest of the data set, after finishing an interrupted publication.
 
     Raises:
       BuildError: the folder cannot be read, or the manifest is damaged.
     """
+    out = epath.Path(out)
+    path = out / schema.MANIFEST
     try:
-        for plan in sorted(out.glob(f"{BUILDING}/*/{PLAN}")):
-            finish(out, plan.parent)
-        path = out / schema.MANIFEST
-        if not path.exists():
+        for split in ("test", "train", "validation"):
+            if PLAN in places.sizes(out / BUILDING / split):
+                finish(out, out / BUILDING / split)
+        if schema.MANIFEST not in places.sizes(out):
             return {}
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict = json.loads(places.read_bytes(path))
         _ = manifest["kind"], manifest["frames"]["per_clip"], manifest["splits"].items()
+        if manifest.get(schema.PUBLISHING):
+            raise ValueError(f"split {manifest[schema.PUBLISHING]!r} was being published, and {BUILDING} is gone")
         return manifest
+    except NotADirectoryError:
+        return {}  # making the folder will say so
     except OSError as error:
-        raise BuildError(f"--out {out}: cannot be read ({error.strerror}); choose another folder") from None
+        raise BuildError(
+            f"--out {out}: cannot be read ({error.strerror}); choose another folder"
+            if error.strerror
+            else f"--out {error}"
+        ) from None
     except KeyError as error:
         raise BuildError(f"{path}: damaged (no {error} in it); build into another --out") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -230,40 +252,6 @@ def _check_fits(manifest: dict, args: argparse.Namespace, classes: tuple[str, ..
             raise BuildError(
                 f"{args.out} was built with other classes ({other}); give the same --classes, or choose another --out"
             )
-
-
-def _resume_folder(work: Path, args: argparse.Namespace, facts: dict) -> None:
-    """Prepare the folder of the partitions: keep that of an interrupted build with equal settings, else empty it.
-
-    Raises:
-      BuildError: the folder cannot be made or written.
-    """
-    note = work / "build.json"
-    places = [str(path.absolute()) for path in (args.video_root, *args.allow_links_to)]
-    same = json.dumps({**facts, "places": places, "time_limit": args.time_limit})
-    try:
-        if work.exists() and (not note.exists() or note.read_text(encoding="utf-8") != same):
-            shutil.rmtree(work)  # partitions of another CSV or other settings
-        work.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.partial*", "*.progress"):
-            for leftover in work.glob(pattern):
-                leftover.unlink()
-        note.write_text(same, encoding="utf-8")
-    except OSError as error:
-        raise BuildError(
-            f"--out {args.out}: cannot be created or written ({error.strerror}); choose another folder"
-        ) from None
-
-
-def _print_summary(split: str, done: list[dict], rows: int) -> None:
-    rejects = Counter(reject["reason"] for part in done for reject in part["rejects"])
-    written = sum(part["written"] for part in done)
-    print(f"{split}: {rows:,} rows: {written:,} written, {rejects.total():,} rejected", file=sys.stderr)
-    reasons = {**REASONS, **conversations.REASONS}
-    for reason, count in rejects.most_common():
-        print(f"  {count:>9,}  {reason:<16} {reasons[reason]}", file=sys.stderr)
-    if cut := sum(part.get("cut", 0) for part in done):
-        print(f"{cut:,} conversations are longer than --max_tokens and will be cut (they are kept)", file=sys.stderr)
 
 
 @contextlib.contextmanager

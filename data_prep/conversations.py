@@ -8,7 +8,6 @@ See docs/prepare_data.md, "Conversations".
 import json
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,8 +60,10 @@ class _RepeatedKey(ValueError):
     """A JSON object with a key that occurs twice."""
 
 
-def read_talks(file: Path) -> list[Talk]:
-    """Read all rows of a file with one JSON object per line, or with one array of them, UTF-8 with or without byte order mark.
+def iter_talks(file: Path) -> Iterator[Talk]:
+    """Yield the rows of a file with one JSON object per line, or with one array of them, UTF-8 with or without byte order mark.
+
+    Lines are read one after the other; an array is read as a whole.
 
     Args:
       file: path; blank lines are skipped.
@@ -74,22 +75,16 @@ def read_talks(file: Path) -> list[Talk]:
         head = stream.read(256).removeprefix(b"\xef\xbb\xbf")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file}: a Git LFS pointer, not the file itself; run git lfs pull in its repository")
-    talks = [
-        _talk(number, f"{file.name}:{line}", row)
-        for number, (line, row) in enumerate(_array(file) if head.lstrip().startswith(b"[") else _lines(file))
-    ]
-    if not talks:
+    number = -1
+    for number, (line, row) in enumerate(_array(file) if head.lstrip().startswith(b"[") else _lines(file)):
+        yield _talk(number, f"{file.name}:{line}", row)
+    if number < 0:
         raise ValueError(f"{file}: no rows; write one JSON object per line")
-    return talks
 
 
-def duplicates(talks: list[Talk]) -> dict[str, int]:
-    """Return {id of the first: count} of conversations with equal text and files in more than one row."""
-    counts = Counter((talk.text, talk.media) for talk in talks if not talk.problem)
-    names: dict[tuple[str, tuple[tuple[bool, str], ...]], str] = {}
-    for talk in talks:
-        names.setdefault((talk.text, talk.media), talk.media_id)
-    return {names[key]: count for key, count in counts.items() if count > 1}
+def read_talks(file: Path) -> list[Talk]:
+    """Return all rows of a file as `iter_talks` yields them."""
+    return list(iter_talks(file))
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Any]]:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
 
+from etils import epath
 from tqdm import tqdm
+
+from ymplug_jax.core import places
 
 MISTAKE, PLACE = 2, 5  # exit codes, as in ymplug_jax.core.exits
 EVERY = 30.0  # seconds between progress lines without a terminal
@@ -44,6 +47,23 @@ def local_path(text: str) -> Path:
     if not text or "\x00" in text:
         raise argparse.ArgumentTypeError("the path is empty; give a path")
     return Path(text)
+
+
+def place_of(flag: str) -> Callable[[str], epath.Path]:
+    """Return the parser of a flag that names a place: a local path, or a file or folder of a bucket (gs://, s3://).
+
+    It raises argparse.ArgumentTypeError for an empty path and another scheme.
+    """
+
+    def parse(text: str) -> epath.Path:
+        if not text or "\x00" in text:
+            raise argparse.ArgumentTypeError("the path is empty; give a path")
+        try:
+            return places.place(text, flag)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{flag} ")) from None
+
+    return parse
 
 
 def run(main: Callable[[], int | None]) -> int:

@@ -1,9 +1,8 @@
 """Parser of Youku-mPLUG CSV files into rows of video file, texts and label. Standard library only."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from data_prep.captions import MISSING, captions_of
@@ -24,8 +23,8 @@ class Row(NamedTuple):
     reason: str = "bad_row"
 
 
-def read_rows(csv_file: Path, kind: str, classes: Sequence[str] = schema.CLASS_NAMES) -> list[Row]:
-    """Read all rows of a CSV, UTF-8 with or without byte order mark.
+def iter_rows(csv_file: Path, kind: str, classes: Sequence[str] = schema.CLASS_NAMES) -> Iterator[Row]:
+    """Yield the rows of a CSV, UTF-8 with or without byte order mark, one after the other.
 
     Args:
       csv_file: path of the CSV.
@@ -39,10 +38,16 @@ def read_rows(csv_file: Path, kind: str, classes: Sequence[str] = schema.CLASS_N
     table = read_table(csv_file, (file_column, *text_columns), (file_column,))
     _, header = next(table)
     indices = {name: i for i, name in enumerate(classes)}
-    rows = [_row(i, header, fields, kind, indices) for i, (_, fields) in enumerate(table)]
-    if not rows:
+    number = -1
+    for number, (_, fields) in enumerate(table):
+        yield _row(number, header, fields, kind, indices)
+    if number < 0:
         raise ValueError(f"{csv_file}: no rows after the header; give a CSV with at least one row")
-    return rows
+
+
+def read_rows(csv_file: Path, kind: str, classes: Sequence[str] = schema.CLASS_NAMES) -> list[Row]:
+    """Return all rows of a CSV as `iter_rows` yields them."""
+    return list(iter_rows(csv_file, kind, classes))
 
 
 def _row(number: int, header: list[str], fields: list[str], kind: str, classes: dict[str, int]) -> Row:
@@ -79,18 +84,13 @@ def _row(number: int, header: list[str], fields: list[str], kind: str, classes: 
     return Row(number, text(schema.COLUMNS[kind][0]), title, captions, label, index, problem, reason)
 
 
-def duplicates(rows: list[Row]) -> dict[str, int]:
-    """Return {FILE: count} of files in more than one row (several captions of a clip, or an error)."""
-    return {name: count for name, count in Counter(row.media_id for row in rows).items() if count > 1}
-
-
 def sha256(file: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def split_of(csv_file: Path) -> str:
+def split_of(csv_file: PurePath) -> str:
     """Return the split by the end of the file name: *_val is validation, *_test is test, anything else is train."""
     endings = {"_val": "validation", "_validation": "validation", "_test": "test"}
     return next((split for ending, split in endings.items() if csv_file.stem.endswith(ending)), "train")

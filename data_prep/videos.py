@@ -59,6 +59,10 @@ def open_videos(root: str | epath.Path, allow_links_to: Sequence[str] = (), seco
     return BucketVideos(path, seconds) if places.is_remote(path) else LocalVideos(os.fspath(path), allow_links_to)
 
 
+class RootMissing(FileNotFoundError):
+    """The video root itself is missing."""
+
+
 class LocalVideos:
     """Videos in a local folder. Symbolic links are followed inside the folder and to `allow_links_to` only."""
 
@@ -97,13 +101,22 @@ class LocalVideos:
         """Find the file of a name as `resolve` does. A missing file costs one system call: a list may name millions."""
         refuse_hostile(name)
         if name.isascii():  # other names may be spelled in another normalisation
-            with contextlib.suppress(OSError, UnicodeError):
-                self._refuse_missing(name)
-        return resolve(self._root, name, self._links)
+            self._refuse_missing(name)
+        try:
+            return resolve(self._root, name, self._links)
+        except Reject as reject:
+            if reject.reason == "missing_file":
+                self._check_root()
+            raise
+
+    def _check_root(self) -> None:
+        """Raise FileNotFoundError if there is no video root: a disk that is no longer mounted, not a missing file."""
+        if not os.path.isdir(self._root):
+            raise RootMissing(errno.ENOENT, f"the video root {self._root} is missing")
 
     def _refuse_missing(self, name: str) -> None:
         try:
-            os.lstat(os.path.join(self._root, name))
+            os.lstat(f"{self._root}/{name}")
         except FileNotFoundError:
             folder = os.path.dirname(name)
             if folder not in self._inside:
@@ -112,7 +125,10 @@ class LocalVideos:
                 real = os.path.realpath(os.path.join(self._root, folder))
                 self._inside[folder] = os.path.commonpath([real, self._real]) == self._real
             if self._inside[folder]:
+                self._check_root()
                 raise Reject("missing_file", f"no such file below {self._root}") from None
+        except OSError:
+            return  # `resolve` says what is wrong
 
 
 class BucketVideos:
@@ -161,6 +177,8 @@ class BucketVideos:
         try:
             self._copy(name, local)
             yield local
+        except Reject as reject:  # messages of decoders name the copy
+            raise Reject(reject.reason, reject.detail.replace(str(local), f"{self._root}/{name}")) from None
         finally:
             local.unlink(missing_ok=True)
 
@@ -180,6 +198,7 @@ class BucketVideos:
                 return places.download(self._root / form, local, self._seconds)
             except FileNotFoundError:
                 continue
+        places.check_bucket(self._root)  # raises if it is the bucket that is missing
         raise Reject("missing_file", f"no such file below {self._root}")
 
 

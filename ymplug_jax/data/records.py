@@ -211,6 +211,10 @@ def _manifest(file: str, content: bytes) -> dict[str, Any]:
         version = str(manifest["schema_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a manifest of data_prep ({error!r}); build the shards again") from None
+    if manifest.get(schema.PUBLISHING):
+        raise ValueError(
+            f"{file}: split {manifest[schema.PUBLISHING]!r} is being published; wait until data_prep.build_shards ends, or run its command again if it was stopped"
+        )
     if version.split(".")[0] != schema.SCHEMA_VERSION.split(".")[0]:
         raise ValueError(
             f"{file}: schema_version {version}, but this version reads {schema.SCHEMA_VERSION}; build the shards again"

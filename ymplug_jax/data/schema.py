@@ -133,6 +133,7 @@ FOOTER_BYTES = 4
 CRC_MASK_DELTA = 0xA282EAD8
 
 MANIFEST = "manifest.json"
+PUBLISHING = "publishing"  # key of the manifest while the shards of a split get their names; readers refuse the folder
 REJECTS = "rejects.jsonl"
 INDEX_SUFFIX = ".index.npy"  # int64[n, 2]: (byte offset of the record's header, payload bytes) of each record
 

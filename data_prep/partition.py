@@ -1,0 +1,253 @@
+"""Beam steps of a build: one writes, checks and indexes the shard of a partition, one merges the facts of a group of partitions.
+
+The TFDS writer is not used, because it cannot resume after a kill and shuffles all records through Beam, which is unnecessary: the loader
+permutes globally. Instead, one Beam element is one partition of the rows and becomes one shard, with the files of `part_files`.
+A partition that is built again, because a worker died or a cluster started it twice, gets the same bytes.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+from etils import epath
+
+from data_prep import row_table
+from data_prep.builder import Media, Settings, is_cut, serialize, serialize_talk
+from data_prep.conversations import Talk
+from data_prep.index_shards import BrokenShard, frame, index_of
+from data_prep.part_files import GROUP, TOKEN, finished, group_name, part_name
+from data_prep.rows import Row
+from data_prep.scratch import Scratch
+from ymplug_jax.core import places
+from ymplug_jax.data import schema
+from ymplug_jax.data.text import load_tokenizer
+from ymplug_jax.data.video_container import Reject
+from ymplug_jax.data.video_file import DecoderFailed
+
+
+class Job(NamedTuple):
+    """What the workers need to know. Travels in the pipeline, so it does not grow with the rows."""
+
+    work: str  # folder of the partitions: absolute, or in a bucket
+    video_root: str
+    split: str
+    rows: int  # of the whole table
+    size: int  # rows of all partitions but the last
+    settings: Settings
+    token: str  # of this attempt; workers of an earlier one stop
+
+
+class PartitionFailed(RuntimeError):
+    """The machine failed, not a row: the disk is full, a folder is missing, a bucket does not answer or no decoder starts.
+
+    The message is one line. Beam passes errors between processes as text, where `FAILED` finds the message.
+    """
+
+
+FAILED = re.compile(r"PartitionFailed: ([^\n]*?)(?: \[while running|\n|$)")
+
+
+@contextlib.contextmanager
+def _one_line(work: str) -> Iterator[None]:
+    """Turn a failure of the machine into PartitionFailed."""
+    try:
+        yield
+    except (OSError, DecoderFailed, BrokenShard) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            message = f"{error.filename or work}: {error.strerror}"
+        raise PartitionFailed(" ".join(message.split())) from None
+
+
+class ListPartitions(beam.DoFn):
+    """Yields (number, first byte, last byte + 1, whether it is complete) of the partitions of all groups that are not merged yet."""
+
+    def __init__(self, job: Job):
+        self._job = job
+
+    def process(self, _: None) -> Iterator[tuple[int, int, int, bool]]:
+        """List the work folder once. Raises PartitionFailed."""
+        work = epath.Path(self._job.work)
+        with _one_line(self._job.work):
+            offsets = row_table.read_offsets(work)
+            parts, groups, _files = finished(work)
+        numbers = range(len(offsets) - 1)
+        open_groups = {number // GROUP for number in numbers if number not in parts} | (
+            {number // GROUP for number in numbers} - groups
+        )
+        for number in numbers:
+            if number // GROUP in open_groups:
+                yield number, int(offsets[number]), int(offsets[number + 1]), number in parts
+
+
+class BuildPartition(beam.DoFn):
+    """Builds a partition, see the head of this module, and yields (group, number)."""
+
+    def __init__(self, job: Job):
+        self._job = job
+
+    def setup(self) -> None:
+        """Create the decoder of this worker and load the tokenizer."""
+        self._work = epath.Path(self._job.work)
+        self._media = Media(self._job.settings, self._job.video_root)
+        tokenizer = self._job.settings.tokenizer
+        self._tokenizer = load_tokenizer(tokenizer) if tokenizer else None
+        self._scratch = Scratch() if places.is_remote(self._work) else None
+
+    def teardown(self) -> None:
+        """Stop the decoder process and delete temporary files."""
+        self._media.close()
+        if self._scratch is not None:
+            self._scratch.close()
+
+    def process(self, element: tuple[int, int, int, bool]) -> Iterator[tuple[int, int]]:
+        """Build one partition.
+
+        Raises:
+          PartitionFailed: a disk, a bucket or the decoder failed.
+        """
+        number, start, end, done = element
+        if not done:
+            with _one_line(self._job.work):
+                self._check_token()
+                count = min(self._job.size, self._job.rows - number * self._job.size)
+                rows = row_table.read_slice(self._work, self._job.settings.kind, start, end, count)
+                self._build(number, rows)
+        yield number // GROUP, number
+
+    def _check_token(self) -> None:
+        """Raise OSError if another attempt has begun: the driver was killed and started again while this worker went on."""
+        if places.read_bytes(self._work / TOKEN).decode() != self._job.token:
+            raise OSError(f"{self._job.work}: another run of the same build has begun, so this one stops")
+
+    def _build(self, number: int, rows: list[Row] | list[Talk]) -> None:
+        """Write the files of a partition. Raises OSError, BrokenShard, DecoderFailed."""
+        folder = Path(self._job.work) if self._scratch is None else self._scratch.path
+        partial = folder / part_name(number, f".partial-{secrets.token_hex(4)}")
+        try:
+            sizes, rejects, cut = self._write(number, partial, rows)
+            facts = {"rows": len(rows), "written": len(sizes), "bytes": 0, "cut": cut}
+            if sizes:
+                facts["bytes"] = partial.stat().st_size
+                index = index_of(partial)
+                if index[:, 1].tolist() != sizes:
+                    raise BrokenShard(f"{partial}: holds other records than were written; check the disk")
+                array = io.BytesIO()
+                np.save(array, index)
+                name = part_name(number, ".tfrecord")
+                self._check_token()
+                places.write_bytes(self._work / (name + schema.INDEX_SUFFIX), array.getvalue())
+                if self._scratch is None:
+                    partial.rename(folder / name)
+                else:
+                    places.upload(partial, self._work / name)
+        finally:
+            partial.unlink(missing_ok=True)
+        if rejects:
+            lines = (json.dumps({**line, "split": self._job.split}, ensure_ascii=False) for line in rejects)
+            # Half a surrogate pair, which UTF-8 cannot hold, becomes an escape that JSON reads.
+            text = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+            places.write_bytes(self._work / part_name(number, ".rejects.jsonl"), text)
+        reasons = Counter(line["reason"] for line in rejects)
+        facts_text = json.dumps({**facts, "rejects": dict(reasons)})
+        places.write_text(self._work / part_name(number, ".json"), facts_text)
+        if self._scratch is None:
+            (folder / part_name(number, ".progress")).unlink(missing_ok=True)
+
+    def _write(self, number: int, partial: Path, rows: list[Row] | list[Talk]) -> tuple[list[int], list[dict], int]:
+        """Write the shard, which is not made if no row gives a record; return (payload bytes of each record, rejects, cut rows)."""
+        progress = None if self._scratch else Path(self._job.work) / part_name(number, ".progress")
+        rejects: list[dict] = []
+        sizes: list[int] = []
+        told = time.monotonic()
+        self._cut = 0  # conversations of this partition that are longer than a row
+        self._media.forget()
+        file: BinaryIO | None = None
+        with contextlib.ExitStack() as stack:
+            row: Row | Talk
+            for done, row in enumerate(rows):
+                if progress is not None and time.monotonic() - told > 0.5:
+                    progress.write_text(str(done))
+                    told = time.monotonic()
+                try:
+                    payload = self._record(row)
+                except Reject as reject:
+                    rejects.append(
+                        {"row": row.number, "id": row.media_id, "reason": reject.reason, "detail": reject.detail}
+                    )
+                    continue
+                sizes.append(len(payload))
+                file = file or stack.enter_context(partial.open("wb"))
+                file.write(frame(payload))
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+        return sizes, rejects, self._cut
+
+    def _record(self, row: Row | Talk) -> bytes:
+        if row.problem:
+            raise Reject(row.reason, row.problem)
+        if isinstance(row, Row):
+            return serialize(row, self._media.read(row.media_id))
+        cut = self._tokenizer is not None and is_cut(
+            row.text, self._tokenizer, self._job.settings.slots, self._job.settings.max_tokens
+        )
+        clips = []
+        for still, name in row.media:
+            try:
+                clips.append(self._media.read(name, still=still))
+            except Reject as reject:
+                raise Reject(reject.reason, f"{name}: {reject.detail}") from None
+        self._cut += cut
+        return serialize_talk(row, clips)
+
+
+class MergeGroup(beam.DoFn):
+    """Merges the facts and rejects of a group of partitions into `group-N.json` and `group-N.rejects.jsonl`, and yields the group.
+
+    So the driver reads one small file for 256 partitions, and adds up a few numbers.
+    """
+
+    def __init__(self, job: Job):
+        self._job = job
+
+    def process(self, element: tuple[int, Iterable[int]]) -> Iterator[int]:
+        """Merge one group. Raises PartitionFailed."""
+        group, numbers = element[0], sorted(set(element[1]))
+        work = epath.Path(self._job.work)
+        with _one_line(self._job.work), Scratch() as scratch:
+            reasons: Counter[str] = Counter()
+            parts = []
+            local = scratch.path / "rejects"
+            with local.open("wb") as rejects:
+                for number in numbers:
+                    facts = self._facts(work, number)
+                    parts.append([number, facts["rows"], facts["written"], facts["bytes"], facts["cut"]])
+                    reasons.update(facts["rejects"])
+                    if facts["rejects"]:
+                        rejects.write(places.read_bytes(work / part_name(number, ".rejects.jsonl")))
+            places.upload(local, work / group_name(group, ".rejects.jsonl"))
+            text = json.dumps({"parts": parts, "rejects": reasons})
+            places.write_text(work / group_name(group, ".json"), text)
+        yield group
+
+    @staticmethod
+    def _facts(work: epath.Path, number: int) -> dict:
+        file = work / part_name(number, ".json")
+        try:
+            facts: dict = json.loads(places.read_bytes(file))
+            _ = facts["rows"], facts["written"], facts["bytes"], facts["cut"], facts["rejects"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # after a loss of power
+            places.delete(file)
+            raise OSError(f"{file}: damaged ({error}); the partition is built again") from None
+        return facts

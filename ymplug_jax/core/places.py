@@ -1,0 +1,349 @@
+"""Files and folders that flags and settings name: local, gs://bucket/path, s3://bucket/path.
+
+One library reads and writes them: `etils.epath`, on a bucket over fsspec (gcsfs, s3fs), never TensorFlow's own gs://
+(`ymplug_jax/__init__.py` sets the switches). gcsfs repeats a request after 429, 500 to 504 and cut connections, up to six times within
+about a minute. This module adds what the libraries lack: names are checked, copies are verified and have a time limit, and only an
+answer "not found" counts as missing. A refusal, a name that does not resolve or a server that stays away raises an OSError.
+"""
+
+import base64
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from etils import epath
+
+from ymplug_jax.core.exits import Mistake
+
+if TYPE_CHECKING:
+    import fsspec
+
+T = TypeVar("T")
+EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> its package and the extra that installs it
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two characters or more: C:/ is a drive
+KNOWN = (
+    "file",
+    "gs",
+    "gcs",
+    "s3",
+    "s3a",
+    "http",
+    "https",
+    "hdfs",
+    "az",
+    "abfs",
+    "hf",
+)  # also refused with a single slash
+BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+BLOCK = 16 << 20  # bytes read per request of a download
+ATTEMPTS = 4  # of a block or an upload, beside the repetitions of single requests by the library
+QUIET_SECONDS = 120.0  # without an answer to a block, the request is given up and repeated
+
+
+def place(name: str, what: str) -> epath.Path:
+    """Return the file or folder that a flag or setting names.
+
+    Args:
+      name: a local path, file:///path, gs://bucket/path or s3://bucket/path. "~" is the home folder.
+      what: the flag or setting for messages, e.g. "--out" or "config.data.path".
+
+    Raises:
+      Mistake: another scheme, a bucket's name that cannot be one, characters that a URL cannot hold, or a missing package.
+    """
+    name = str(name)
+    if name.startswith("file://"):
+        return epath.Path(name.removeprefix("file://")).expanduser()
+    found = SCHEME.match(name)
+    if not found or ("://" not in name and found[1].lower() not in KNOWN):
+        return epath.Path(name).expanduser()
+    scheme, double, rest = name.partition("://")
+    if not double:
+        fix = "gs" if found[1].lower() == "gcs" else found[1].lower()
+        slashes = "///" if fix == "file" else "//"
+        raise Mistake(f"{what} {name}: not a place; write {fix}:{slashes}{name[found.end() :].lstrip('/')}")
+    if scheme not in EXTRAS:
+        raise Mistake(
+            f"{what} {name}: {scheme}:// is not supported; give a local path, gs://BUCKET/PATH or s3://BUCKET/PATH"
+        )
+    bucket, _, path = rest.partition("/")
+    if not BUCKET.fullmatch(bucket):
+        raise Mistake(f"{what} {name}: {bucket!r} is not a bucket's name; write {scheme}://BUCKET/PATH")
+    bad = sorted({c for c in path if c in "?#*[]\\" or ord(c) < 32})
+    if bad or ".." in path.split("/"):
+        raise Mistake(
+            f"{what} {name}: a place in a bucket cannot hold {' '.join(map(repr, bad)) or repr('..')}; choose another name"
+        )
+    package, extra = EXTRAS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise Mistake(f"{what} {name}: {scheme}:// needs the package {package}; run pip install 'ymplug_jax[{extra}]'")
+    return epath.Path(name.rstrip("/"))
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Return whether the place lies in a bucket."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in EXTRAS))
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a file or folder. A folder in a bucket exists if an object lies below it.
+
+    Raises:
+      OSError: a bucket does not answer or refuses, or there is no such bucket; one line.
+    """
+    if not is_remote(path):
+        return os.path.lexists(path)
+    try:
+        _asked(path, "looked up", lambda files: files.info(os.fspath(path)))
+    except FileNotFoundError:
+        check_bucket(path)
+        return False
+    return True
+
+
+def check_bucket(path: str | os.PathLike[str]) -> None:
+    """Raise an OSError with one line unless the bucket of the place exists and can be listed. Local places pass."""
+    if not is_remote(path):
+        return
+    bucket = "/".join(os.fspath(path).split("/")[:3])
+    try:
+        _asked(path, "listed", lambda files: files.ls(bucket, detail=False))
+    except FileNotFoundError:
+        raise OSError(f"{path}: there is no bucket {bucket}; create it, or correct the name") from None
+
+
+def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Return {name: bytes} of the files directly in a folder, in one listing that no cache answers; {} if there is no folder.
+
+    Raises:
+      NotADirectoryError: a file has this name.
+      OSError: the listing failed, or there is no such bucket; one line.
+    """
+    if not is_remote(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except FileNotFoundError:
+            return {}
+    url = os.fspath(folder).rstrip("/")
+    try:
+        found = _asked(folder, "listed", lambda files: files.ls(url, detail=True, refresh=True))
+    except FileNotFoundError:
+        check_bucket(folder)
+        return {}
+    whole = url.partition("://")[2]
+    listed = {str(one["name"]): int(one["size"] or 0) for one in found if one["type"] == "file"}
+    if whole in listed:
+        raise NotADirectoryError(f"{folder}: a file, not a folder; correct the name")
+    return {name.rpartition("/")[2]: size for name, size in listed.items() if not name.endswith("/")}
+
+
+def download(path: str | os.PathLike[str], local: Path, seconds: float | None = None) -> None:
+    """Copy a file to a local one, replaced at once when all of it is there. Verifies length and, on gs://, the checksum.
+
+    Args:
+      path: the file, local or in a bucket.
+      local: the copy; its folder exists.
+      seconds: time limit of the whole copy; None: none, but a request without an answer is repeated after two minutes.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      TimeoutError: the time limit has passed.
+      OSError: the file cannot be read, or changed meanwhile; one line.
+    """
+    partial = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.partial")
+    end = None if seconds is None else time.monotonic() + seconds
+    try:
+        if is_remote(path):
+            _fetch(path, partial, end)
+        else:
+            shutil.copyfile(path, partial)
+        os.replace(partial, local)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _fetch(path: str | os.PathLike[str], partial: Path, end: float | None) -> None:
+    import google_crc32c
+
+    url = os.fspath(path)
+    facts = _asked(path, "read", lambda files: files.info(url, timeout=_left(path, end)), end)
+    if facts["type"] == "directory":
+        raise IsADirectoryError(f"{path}: a folder, not a file; give a file in it")
+    size, crc = int(facts["size"]), 0
+    with partial.open("wb") as file:
+        for start in range(0, size, BLOCK):
+            stop = min(start + BLOCK, size)
+            block = _asked(
+                path,
+                "read",
+                lambda files, a=start, b=stop: files.cat_file(url, start=a, end=b, timeout=_left(path, end)),  # type: ignore[misc]
+                end,
+            )
+            if len(block) != stop - start:
+                raise OSError(f"{path}: cannot be read (byte {start + len(block)} of {size} is its end); run it again")
+            crc = google_crc32c.extend(crc, block)
+            file.write(block)
+    if (told := facts.get("crc32c")) and base64.b64decode(told) != crc.to_bytes(4, "big"):
+        raise OSError(
+            f"{path}: its bytes do not have its checksum; it changed while it was read, or is damaged: run it again"
+        )
+
+
+def upload(local: Path, path: str | os.PathLike[str]) -> None:
+    """Copy a local file to a file that appears at once and whole, and compare its size and, on gs://, its checksum.
+
+    Raises:
+      FileNotFoundError: the local file, or the bucket, is missing.
+      OSError: the file cannot be written, or differs afterwards; one line.
+    """
+    if not is_remote(path):
+        _whole(Path(path), lambda partial: shutil.copyfile(local, partial))
+        return
+    url = os.fspath(path)
+    size, crc = local.stat().st_size, _crc_of(local)
+    _asked(path, "written", lambda files: files.put_file(str(local), url))
+    _verify(path, size, crc)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file that appears at once and whole: a local file is renamed, an object is put in one upload.
+
+    Raises:
+      OSError: the file cannot be written; one line.
+    """
+    if not is_remote(path):
+        _whole(Path(path), lambda partial: partial.write_bytes(data))
+        return
+    url = os.fspath(path)
+    _asked(path, "written", lambda files: files.pipe_file(url, data))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text in UTF-8, as `write_bytes` does. Line ends are kept."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Move a file, replacing one at the target. Repeatable: a missing source with an existing target was moved before.
+
+    In a bucket the service copies the object, then the source is deleted.
+
+    Raises:
+      FileNotFoundError: neither source nor target exists.
+      OSError: a step failed, or the places lie in different stores; one line.
+    """
+    if is_remote(source) != is_remote(target):
+        raise OSError(f"{source}: cannot be moved to {target}, which is another store; copy it instead")
+    if not is_remote(source):
+        try:
+            os.replace(source, target)
+        except FileNotFoundError:
+            if not os.path.exists(target) or os.path.lexists(source):
+                raise
+        return
+    old, new = os.fspath(source), os.fspath(target)
+    try:
+        facts = _asked(source, "moved", lambda files: files.info(old))
+    except FileNotFoundError:
+        if not exists(target):
+            raise FileNotFoundError(f"{source}: missing, and {target} too; write it again") from None
+        return
+    if facts["type"] == "directory":
+        raise IsADirectoryError(f"{source}: a folder in a bucket cannot be moved; move its files")
+    _asked(source, "copied", lambda files: files.cp_file(old, new))
+    _verify(target, int(facts["size"]), facts.get("crc32c"))
+    with contextlib.suppress(FileNotFoundError):  # a repeated request: the first one deleted it
+        _asked(source, "deleted", lambda files: files.rm_file(old))
+
+
+def _verify(path: str | os.PathLike[str], size: int, crc: str | None) -> None:
+    """Compare size and checksum (base64, as gs:// states it) of an object with the expected ones."""
+    facts = _asked(path, "read", lambda files: files.info(os.fspath(path)))
+    told = facts.get("crc32c")
+    if int(facts["size"]) != size or (crc and told and told != crc):
+        raise OSError(
+            f"{path}: differs from what was written; another program writes there, or the copy failed: run it again"
+        )
+
+
+def _crc_of(local: Path) -> str:
+    """Return the CRC-32C of a local file as gs:// states it: base64 of 4 bytes, most significant first."""
+    import google_crc32c
+
+    crc = 0
+    with local.open("rb") as file:
+        while block := file.read(BLOCK):
+            crc = google_crc32c.extend(crc, block)
+    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a local file beside its place and rename it."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _left(path: str | os.PathLike[str], end: float | None) -> float:
+    """Return the seconds that a request may take. Raises TimeoutError if none are left."""
+    if end is None:
+        return QUIET_SECONDS
+    if (left := end - time.monotonic()) <= 0:
+        raise TimeoutError(f"{path}: not read within its time limit; raise the limit, or check the connection")
+    return min(QUIET_SECONDS, left)
+
+
+def _asked(
+    path: str | os.PathLike[str], done: str, ask: "Callable[[fsspec.AbstractFileSystem], T]", end: float | None = None
+) -> T:
+    """Return the answer of a store, asked again after cut connections and silence.
+
+    Raises:
+      FileNotFoundError: the store says that there is no such object or bucket.
+      TimeoutError: `end` of time.monotonic has passed.
+      OSError: anything else; one line, as some libraries raise errors of their own classes.
+    """
+    files = files_of(path)
+    for attempt in range(ATTEMPTS):
+        try:
+            return ask(files)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            if isinstance(error, TimeoutError) and end is not None:
+                _left(path, end)
+            last = attempt == ATTEMPTS - 1 or not (isinstance(error, TimeoutError | ConnectionError) or _is_cut(error))
+            if last:
+                words = " ".join(str(error).split()) or type(error).__name__
+                raise OSError(
+                    f"{path}: cannot be {done} ({words}); check the name, your permissions and the connection"
+                ) from error
+    raise AssertionError("unreachable")
+
+
+def _is_cut(error: Exception) -> bool:
+    """Return whether the connection failed, and not the request."""
+    names = {one.__name__ for one in type(error).__mro__}
+    return "ServerDisconnectedError" in names or "ClientPayloadError" in names or "ClientOSError" in names
+
+
+def files_of(path: str | os.PathLike[str]) -> "fsspec.AbstractFileSystem":
+    """Return the fsspec file system of a place in a bucket, which etils uses as well. It caches no listings."""
+    import fsspec
+
+    for scheme, (package, _) in EXTRAS.items():
+        # Where fsspec was imported before this package, its settings do not come from the environment.
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+        logging.getLogger(package).setLevel(logging.CRITICAL)  # it logs a traceback for an error that it also raises
+    return fsspec.filesystem(os.fspath(path).partition("://")[0])
