@@ -8,6 +8,7 @@ are left out: no name in an archive leads to a place outside it.
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import stat
@@ -78,13 +79,15 @@ class _Copies:
         self._scratch: Scratch | None = None
 
     @contextlib.contextmanager
-    def new(self, name: str) -> Iterator[Path]:
+    def new(self, name: str, archive: epath.Path) -> Iterator[Path]:
         """Give the path of a copy that is deleted afterwards. It ends as `name` does, since decoders look at the suffix."""
         if self._scratch is None:
             self._scratch = Scratch()
         local = self._scratch.path / f"video{PurePosixPath(name).suffix}"
         try:
             yield local
+        except Reject as reject:  # messages of decoders name the copy
+            raise Reject(reject.reason, reject.detail.replace(str(local), f"{archive}:{name}")) from None
         finally:
             local.unlink(missing_ok=True)
 
@@ -98,7 +101,7 @@ class _Copies:
 class Tar:
     """Files of an uncompressed tar."""
 
-    def __init__(self, path: epath.Path, index: Path | None = None):
+    def __init__(self, path: epath.Path, index: epath.Path | None = None):
         """Index the archive, or load its index.
 
         Args:
@@ -111,7 +114,7 @@ class Tar:
         """
         self._path, self._copies, self.skipped = path, _Copies(), list[str]()
         if index is not None:
-            table = np.load(index)
+            table = np.lib.format.read_array(io.BytesIO(places.read_bytes(index)), allow_pickle=False)
         else:
             members = list(self._members(self.skipped))
             table = np.empty((len(members), 4), np.int64)
@@ -120,10 +123,11 @@ class Tar:
         self._table = table
         self._names = Names(np.ascontiguousarray(table[:, :2]).view(np.uint64))
 
-    def save_index(self, path: Path) -> None:
-        """Write the index, int64[n, 4]: key (two columns), offset and bytes of each file."""
-        with path.open("wb") as file:
-            np.save(file, self._table)
+    def save_index(self, path: epath.Path) -> None:
+        """Write the index, int64[n, 4]: key (two columns), offset and bytes of each file. Raises OSError."""
+        file = io.BytesIO()
+        np.save(file, self._table)
+        places.write_bytes(path, file.getvalue())
 
     def names(self) -> Iterator[str]:
         """Yield the names of all files, by reading the headers."""
@@ -142,7 +146,7 @@ class Tar:
           OSError: the archive cannot be read or has become shorter, or the copy cannot be written.
         """
         offset, size = (int(value) for value in self._table[_place(self._names, name, self._path), 2:])
-        with self._copies.new(name) as copy:
+        with self._copies.new(name, self._path) as copy:
             with _open(self._path) as archive, copy.open("wb") as target:
                 archive.seek(offset)
                 left = size
@@ -234,7 +238,7 @@ class Zip:
           OSError: the archive cannot be read, or the copy not be written.
         """
         info = self._infos[_place(self._names, name, self._path)]
-        with self._copies.new(name) as copy:
+        with self._copies.new(name, self._path) as copy:
             try:
                 with self._archive.open(info) as source, copy.open("wb") as target:
                     shutil.copyfileobj(source, target, COPY)
@@ -250,7 +254,7 @@ class Zip:
         self._copies.close()
 
 
-def open_archive(path: epath.Path, index: Path | None = None) -> Tar | Zip:
+def open_archive(path: epath.Path, index: epath.Path | None = None) -> Tar | Zip:
     """Open an archive; `index` is that of a tar, see `Tar`. Raises BadArchive or OSError."""
     check_kind(str(path))
     return Zip(path) if path.name.lower().endswith(".zip") else Tar(path, index)

@@ -197,7 +197,7 @@ class Joined:
             rows += 1
             if row < len(nobody) and nobody[row]:
                 self.missing += 1
-                if len(self.lost) < EXAMPLES:
+                if len(self.lost) < EXAMPLES and name not in self.lost:
                     self.lost.append(name)
                 yield {"row": row, "id": name, "reason": "missing_file", "detail": MISSING, "split": self._split}
         if rows != len(nobody):
@@ -261,7 +261,7 @@ def join(out: epath.Path, csvs: list[epath.Path], names: list[str] | None = None
     for split, one in joined.items():
         if one.missing:
             print(
-                f"{split}: {one.missing:,} rows are in no part: {', '.join(one.lost)}{', ...' if one.missing > EXAMPLES else ''}"
+                f"{split}: {one.missing:,} rows are in no part: {', '.join(one.lost)}{', ...' if one.missing > len(one.lost) else ''}"
             )
     return manifest
 
@@ -318,7 +318,7 @@ def _main(argv: list[str] | None) -> None:
     manifest = join(args.out, args.csv, args.parts)
     for split, entry in manifest["splits"].items():
         print(
-            f"{args.out}: {split}: {entry['written']:,} of {entry['rows']:,} rows in {len(entry['parts'])} parts, "
+            f"{args.out}: {split}: {entry['written']:,} of {entry['rows']:,} rows, parts {', '.join(entry['parts'])}, "
             f"{entry['bytes'] / 1e6:,.1f} MB, {sum(part['shards'] for part in entry['parts'].values())} shards"
         )
     if manifest["rejected"]:

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from ymplug_jax.core import places
-from ymplug_jax.data import schema
+from ymplug_jax.data import joined_set, schema
 
 PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 BUILDING = ".building"  # folder of a part that is being built, see `publish`
@@ -174,6 +174,37 @@ def check_files(part: Part) -> None:
                 )
 
 
+def check_folder(whole: epath.Path, name: str | None, manifest: Mapping[str, Any]) -> None:
+    """Check that parts, joined sets and data sets of their own are not built into one another.
+
+    Args:
+      whole: --out.
+      name: --part.
+      manifest: of the folder to build into; empty if there is none.
+
+    Raises:
+      PartError: they would be.
+      OSError: a manifest cannot be read.
+    """
+    recorded = any("rows_sha256" in entry for entry in manifest.get("splits", {}).values())
+    if name is None:
+        if joined_set.is_joined(manifest):
+            raise PartError(f"--out {whole}: a data set of parts; give --part NAME too, or choose another --out")
+        if recorded:
+            raise PartError(
+                f"--out {whole}: a part; give --part {whole.name} --out {whole.parent}, or choose another --out"
+            )
+        return
+    if manifest and not recorded:
+        raise PartError(f"--part {name}: {whole / name} was built without --part; choose another name")
+    try:
+        old = json.loads(places.read_bytes(whole / schema.MANIFEST))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return
+    if isinstance(old, dict) and not joined_set.is_joined(old):
+        raise PartError(f"--out {whole}: holds a data set of its own; choose another folder for the parts")
+
+
 def taken_rows(out: epath.Path, name: str, split: str, manifest: Mapping[str, Any]) -> np.ndarray:
     """Return which rows of a split the parts beside a part have as records, and check that it fits to them.
 
@@ -200,7 +231,7 @@ def taken_rows(out: epath.Path, name: str, split: str, manifest: Mapping[str, An
             )
         if split in other.splits:
             rows = written_rows(other, split)
-            taken = np.pad(taken, (0, max(0, int(rows.max(initial=-1)) + 1 - len(taken))))
+            taken = np.pad(taken, (0, max(0, int(rows[-1]) + 1 - len(taken)) if len(rows) else 0))
             taken[rows] = True
     return taken
 
