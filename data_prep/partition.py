@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -33,6 +33,8 @@ from ymplug_jax.data import schema
 from ymplug_jax.data.text import load_tokenizer
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_file import DecoderFailed
+
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Job(NamedTuple):
@@ -130,7 +132,7 @@ class BuildPartition(beam.DoFn):
         if places.read_bytes(self._work / TOKEN).decode() != self._job.token:
             raise OSError(f"{self._job.work}: another run of the same build has begun, so this one stops")
 
-    def _build(self, number: int, rows: list[Row] | list[Talk]) -> None:
+    def _build(self, number: int, rows: Sequence[Row | Talk]) -> None:
         """Write the files of a partition. Raises OSError, BrokenShard, DecoderFailed."""
         folder = Path(self._job.work) if self._scratch is None else self._scratch.path
         partial = folder / part_name(number, f".partial-{secrets.token_hex(4)}")
@@ -154,7 +156,7 @@ class BuildPartition(beam.DoFn):
         finally:
             partial.unlink(missing_ok=True)
         if rejects:
-            lines = (json.dumps({**line, "split": self._job.split}, ensure_ascii=False) for line in rejects)
+            lines = (ENCODE({**line, "split": self._job.split}) for line in rejects)
             # Half a surrogate pair, which UTF-8 cannot hold, becomes an escape that JSON reads.
             text = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
             places.write_bytes(self._work / part_name(number, ".rejects.jsonl"), text)
@@ -164,7 +166,7 @@ class BuildPartition(beam.DoFn):
         if self._scratch is None:
             (folder / part_name(number, ".progress")).unlink(missing_ok=True)
 
-    def _write(self, number: int, partial: Path, rows: list[Row] | list[Talk]) -> tuple[list[int], list[dict], int]:
+    def _write(self, number: int, partial: Path, rows: Sequence[Row | Talk]) -> tuple[list[int], list[dict], int]:
         """Write the shard, which is not made if no row gives a record; return (payload bytes of each record, rejects, cut rows)."""
         progress = None if self._scratch else Path(self._job.work) / part_name(number, ".progress")
         rejects: list[dict] = []
@@ -174,7 +176,6 @@ class BuildPartition(beam.DoFn):
         self._media.forget()
         file: BinaryIO | None = None
         with contextlib.ExitStack() as stack:
-            row: Row | Talk
             for done, row in enumerate(rows):
                 if progress is not None and time.monotonic() - told > 0.5:
                     progress.write_text(str(done))

@@ -56,7 +56,7 @@ def run(job: Job, partitions: int, beam_flags: list[str], workers: int) -> None:
         beam_flags = [*beam_flags, "--default_sdk_harness_log_level=WARNING"]
     failures = 0
     before = _count(work)
-    while before[1] < -(-partitions // GROUP):
+    while before != (partitions, -(-partitions // GROUP)):
         job = job._replace(token=secrets.token_hex(8))
         places.write_text(work / TOKEN, job.token)
         try:

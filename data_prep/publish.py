@@ -23,7 +23,6 @@ from data_prep.flags import bar
 from data_prep.part_files import GROUP, finished, group_name, part_name
 from data_prep.scratch import Scratch
 from ymplug_jax.core import places
-from ymplug_jax.core.places import write_text
 from ymplug_jax.data import schema
 from ymplug_jax.data.video_file import JPEG_QUALITY, SHORT_SIDE
 
@@ -153,7 +152,7 @@ def publish(
         "groups": -(-len(done.parts) // GROUP),
         "manifest": manifest,
     }
-    write_text(work / PLAN, json.dumps(plan, ensure_ascii=False))
+    places.write_text(work / PLAN, json.dumps(plan, ensure_ascii=False))
     return finish(out, work)
 
 
@@ -163,7 +162,7 @@ def finish(out: epath.Path, work: epath.Path) -> dict:
     split, manifest = plan["split"], plan["manifest"]
     others = {name: entry for name, entry in manifest["splits"].items() if name != split}
     refused = {**manifest, "splits": others, schema.PUBLISHING: split}
-    write_text(out / schema.MANIFEST, json.dumps(refused, indent=2, ensure_ascii=False) + "\n")
+    places.write_text(out / schema.MANIFEST, json.dumps(refused, indent=2, ensure_ascii=False) + "\n")
     wanted = {name for _, name in plan["moves"]}
     stale = [
         name
@@ -180,7 +179,7 @@ def finish(out: epath.Path, work: epath.Path) -> dict:
     )
     _write_rejects(out, work, split, plan["groups"])
     _write_tfds(out, manifest)
-    write_text(out / schema.MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    places.write_text(out / schema.MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     remove_work(out, work)
     return manifest
 

@@ -1,6 +1,8 @@
 """Builds of conversations: media, text-only rows, rejects, lengths, resuming and what reads the shards."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import cv2
@@ -10,7 +12,7 @@ from PIL import Image
 
 import shards
 import videos
-from data_prep import build_shards, builder
+from data_prep import build_shards
 from data_prep.index_shards import index_of
 from ymplug_jax.data import conversation, loader, schema, video_file
 from ymplug_jax.data.records import Records
@@ -166,7 +168,7 @@ def test_other_readers_of_the_shards(built: tuple[Path, list[str]]):
 def test_an_interrupted_build_has_the_same_bytes(
     built: tuple[Path, list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
-    sync, left = builder.os.fsync, [1]
+    sync, left = os.fsync, [1]
 
     def full(number: int) -> None:
         if not left:
@@ -175,10 +177,11 @@ def test_an_interrupted_build_has_the_same_bytes(
         sync(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(builder.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         assert build_shards.main(flags(folder, "again")) == 5
     assert build_shards.main(flags(folder, "again")) == 0
-    assert "resuming: 1 of 3 partitions" in capfd.readouterr().err
+    # Beam chooses the order, and the partition without records needs no fsync.
+    assert re.search(r"resuming: [12] of 3 partitions", capfd.readouterr().err)
     ours = {path.name: path.read_bytes() for path in built[0].iterdir()}
     assert {path.name: path.read_bytes() for path in (folder / "again").iterdir()} == ours
     assert build_shards.main(flags(folder, "again")) == 0 and "already exists" in capfd.readouterr().err

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import videos
-from data_prep import build_shards, publish
+from data_prep import build_shards, partition, publish
 from ymplug_jax.data import schema, video_container, video_file
 from ymplug_jax.data.frames import decode_frames
 from ymplug_jax.data.records import Records
@@ -223,21 +223,23 @@ def test_publication_resumes_after_a_full_disk(root: Path, tmp_path: Path, monke
         tmp_path / "x.csv", PRETRAIN, [("a.mp4", "上\u2028下"), ("b.mkv", "乙"), ("no\u2028.mp4", "丙")]
     )
     build(tmp_path / "out", first, root)
-    write = publish.write_text
+    write = publish.places.write_text
 
     def full(path: Path, text: str) -> None:
-        if path.name == schema.MANIFEST:
+        if path.name == schema.MANIFEST and schema.PUBLISHING not in json.loads(text):
             raise OSError(28, "No space left on device", str(path))
         write(path, text)
 
-    monkeypatch.setattr(publish, "write_text", full)
+    monkeypatch.setattr(publish.places, "write_text", full)
     with pytest.raises(
         build_shards.PlaceError,
         match=r"manifest.json: cannot be written \(No space left on device\); make it writable, then run the same command",
     ):
         build(tmp_path / "out", csv, root)
-    assert not (tmp_path / "out" / schema.MANIFEST).exists(), "until the end there is no whole data set"
-    monkeypatch.setattr(publish, "write_text", write)
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match=r"manifest.json: split 'train' is being published; wait until"):
+            Records(str(tmp_path / "out"), split)
+    monkeypatch.setattr(publish.places, "write_text", write)
     manifest = build(tmp_path / "out", csv, root)
     assert {name: entry["written"] for name, entry in manifest["splits"].items()} == {"validation": 1, "train": 2}
     assert Records(str(tmp_path / "out"), "train")[0].title == "上\u2028下"
@@ -246,15 +248,13 @@ def test_publication_resumes_after_a_full_disk(root: Path, tmp_path: Path, monke
 
 
 def test_a_full_disk_while_partitions_are_written(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    from data_prep import builder
-
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲")])
     flags = ["--config=pretrain", f"--csv={csv}", f"--video_root={root}", f"--out={tmp_path / 'out'}", "--workers=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(builder.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         assert build_shards.main(flags) == 5
     (line,) = capsys.readouterr().err.split("\n")[:-1]
     assert line.startswith(f"error: {tmp_path / 'out'}") and "No space left on device; fix this" in line
@@ -271,7 +271,8 @@ def test_a_full_disk_while_partitions_are_written(root: Path, tmp_path: Path, mo
         ("--num_frames=0", "--num_frames 0: too small; give 1 or more"),
         ("--num_frames=x", "argument --num_frames: invalid int value: 'x'"),
         ("--config=video", "argument --config: invalid choice: 'video'"),
-        ("--out=gs://b/x", "gs://b/x is not a local path"),
+        ("--out=gs:/bucket/x", "gs:/bucket/x: not a place; write gs://bucket/x"),
+        ("--video_root=ftp://host/x", "ftp://host/x: ftp:// is not supported; give a local path"),
         ("--out={file}/out", "cannot be created or written (Not a directory); choose another folder"),
         ("--video_root={file}", "a file, not a folder; give the folder of the videos"),
         ("--csv=nowhere.csv", "--csv nowhere.csv: no such file"),
@@ -341,23 +342,38 @@ def test_killed_build_resumes(tmp_path: Path, root: Path):
 
 def test_damaged_partition_is_rebuilt(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
     csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲"), ("b.mkv", "乙")])
-    run_beam = build_shards._run_beam
+    frame, run_beam = partition.frame, build_shards._run_beam
+    work = tmp_path / "out" / build_shards.BUILDING / "train"
 
-    def damage(*args) -> None:
-        run_beam(*args)
-        shard = args[3] / "part-00001.tfrecord"
-        data = bytearray(shard.read_bytes())
+    def flipped(payload: bytes) -> bytes:
+        data = bytearray(frame(payload))
         data[50] ^= 1
-        shard.write_bytes(data)
+        return bytes(data)
 
-    monkeypatch.setattr(build_shards, "_run_beam", damage)
+    with monkeypatch.context() as patch:
+        patch.setattr(partition, "frame", flipped)
+        with pytest.raises(
+            build_shards.PlaceError, match=r"record 0 at byte 0: wrong checksum; .* run the same command"
+        ):
+            build(tmp_path / "out", csv, root, "--partition_rows", "1")
+    assert sorted(path.name for path in work.iterdir()) == ["attempt", "build.json", "rows.jsonl", "rows.npy"]
+
+    def cut(*args) -> None:
+        run_beam(*args)
+        with (work / "part-00001.tfrecord").open("r+b") as shard:
+            shard.truncate(100)
+
+    monkeypatch.setattr(build_shards, "_run_beam", cut)
     with pytest.raises(
         build_shards.BuildError,
-        match=r"part-00001.tfrecord: record 0 at byte 0: wrong checksum; .*; the same command rebuilds only this partition",
+        match=r"part-00001.tfrecord: 100 bytes, but .* were written; the same command rebuilds only this partition",
     ):
         build(tmp_path / "out", csv, root, "--partition_rows", "1")
     monkeypatch.setattr(build_shards, "_run_beam", run_beam)
+    before = (work / "part-00000.tfrecord").stat().st_mtime_ns
     assert build(tmp_path / "out", csv, root, "--partition_rows", "1")["written"] == 2
+    kept = [path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tfrecord-?????-of-?????")]
+    assert before in kept and len(kept) == 2
 
 
 def test_hanging_clip_is_rejected(root: Path):

@@ -7,6 +7,7 @@ import pytest
 
 from data_prep import conversations
 from data_prep.conversations import read_talks
+from data_prep.row_table import write_table
 from ymplug_jax.data import conversation
 
 ASK = "Human: <|video|>\nHuman: 有什么？\nAI: 一只猫。"
@@ -128,9 +129,9 @@ def test_lines_and_arrays(tmp_path: Path):
         ("x.json:3", ""),
     ]
     assert array[0].text == talks[0].text
-    assert conversations.duplicates(talks) == {"x.jsonl:1": 3}
-    assert conversations.duplicates(array) == {"x.json:1": 2}
-    assert conversations.duplicates(read(tmp_path, "{", "{", row)) == {}, "rejects are not counted"
+    assert write_table(talks, tmp_path)[0] == (3, 1, [("x.jsonl:1", 3)])
+    assert write_table(array, tmp_path)[0] == (3, 1, [("x.json:1", 2)])
+    assert write_table(read(tmp_path, "{", "{", row), tmp_path)[0] == (3, 0, []), "rejects are not counted"
 
 
 @pytest.mark.parametrize(

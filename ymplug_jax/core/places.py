@@ -231,6 +231,46 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def read_bytes(path: str | os.PathLike[str], start: int = 0, end: int | None = None) -> bytes:
+    """Return the bytes of a file, or those from `start` to before `end`. Fewer if the file is shorter.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      OSError: the file cannot be read; one line.
+    """
+    if is_remote(path):
+        url = os.fspath(path)
+        if end is not None and end <= start:
+            return b""
+        data: bytes = _asked(path, "read", lambda files: files.cat_file(url, start=start or None, end=end))
+        return data
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if end is None else max(end - start, 0))
+
+
+def delete(path: str | os.PathLike[str]) -> None:
+    """Delete a file. A missing one is no error. Raises OSError with one line."""
+    try:
+        if is_remote(path):
+            _asked(path, "deleted", lambda files: files.rm_file(os.fspath(path)))
+        else:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def delete_folder(path: str | os.PathLike[str]) -> None:
+    """Delete a folder with everything in it. A missing one is no error. Raises OSError with one line."""
+    try:
+        if is_remote(path):
+            _asked(path, "deleted", lambda files: files.rm(os.fspath(path), recursive=True))
+        else:
+            shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+
+
 def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Move a file, replacing one at the target. Repeatable: a missing source with an existing target was moved before.
 
@@ -291,6 +331,10 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(partial)
         partial.replace(path)
+    except OSError as error:  # name the file, not its temporary one
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
