@@ -15,6 +15,8 @@ os.environ.setdefault(
 )  # etils, Orbax and TFDS: gs:// through gcsfs, also where TensorFlow is installed
 os.environ.setdefault("FSSPEC_GCS_USE_LISTINGS_CACHE", "false")  # a cached listing does not show what others wrote
 os.environ.setdefault("FSSPEC_S3_USE_LISTINGS_CACHE", "false")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")  # else it waits for a silent server without end
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # true: zonal buckets, with one more service to ask
 
 __version__ = "0.1.0"

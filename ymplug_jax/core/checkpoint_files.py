@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from ymplug_jax.core import leaf_checksums
+from ymplug_jax.core import places as places_lib
 from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.core.verified_read import Damaged
 
@@ -41,9 +42,9 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or does not fit the model. The message names the folder, the parameter and the fix."""
 
 
-def folder_of(name: str) -> epath.Path:
-    """Return the folder that a flag or setting names: a local path, file:///..., or gs://bucket/... (which pathlib would break)."""
-    return epath.Path(str(name).removeprefix("file://")).expanduser()
+def folder_of(name: str, what: str = "") -> epath.Path:
+    """Return the folder that a flag or setting names, see `places.place`."""
+    return places_lib.place(name, what)
 
 
 def whole(name: str) -> epath.Path:

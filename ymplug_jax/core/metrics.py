@@ -2,8 +2,10 @@
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import struct
 
-from ymplug_jax.core import text_files
+from ymplug_jax.core import places, text_files
 
 
 @struct.dataclass
@@ -46,13 +48,17 @@ class Writer:
         from tensorboardX import SummaryWriter  # imported here, since only the first host needs it
 
         self._path = workdir / "metrics.jsonl"
-        self._remote = "://" in str(workdir)
+        self._remote = places.is_remote(workdir)
+        board = str(workdir / "tensorboard")
         if self._remote:
+            # Its own writers for buckets need other libraries, and without them it makes a local folder of that name.
+            self._local = tempfile.TemporaryDirectory(prefix="ymplug_jax_board_")
+            self._boards, board = workdir / "tensorboard", self._local.name
             self._text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
             self._written = time.monotonic()
         else:
             self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._board = SummaryWriter(board)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Write one line {"step", "time", ...}. Non-finite values become null, since JSON cannot represent them."""
@@ -74,8 +80,14 @@ class Writer:
     def flush(self) -> None:
         """Write all lines to the file. Called before a checkpoint, so that a resumed run has the metrics of every earlier step."""
         if self._active and self._remote:
-            self._path.write_text(self._text, encoding="utf-8")
+            places.write_text(self._path, self._text)
+            self._board.flush()
+            self._copy_board()
             self._written = time.monotonic()
+
+    def _copy_board(self) -> None:
+        for file in Path(self._local.name).iterdir():
+            places.upload(file, self._boards / file.name)
 
     def close(self) -> None:
         """Flush and close both files."""
@@ -84,6 +96,9 @@ class Writer:
             if not self._remote:
                 self._file.close()
             self._board.close()
+            if self._remote:
+                self._copy_board()
+                self._local.cleanup()
 
 
 def read_metrics(workdir: epath.Path) -> list[dict]:

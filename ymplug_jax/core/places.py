@@ -3,7 +3,8 @@
 One library reads and writes them: `etils.epath`, on a bucket over fsspec (gcsfs, s3fs), never TensorFlow's own gs://
 (`ymplug_jax/__init__.py` sets the switches). gcsfs repeats a request after 429, 500 to 504 and cut connections, up to six times within
 about a minute. This module adds what the libraries lack: names are checked, copies are verified and have a time limit, and only an
-answer "not found" counts as missing. A refusal, a name that does not resolve or a server that stays away raises an OSError.
+answer "not found" counts as missing. A refusal, a name that does not resolve or a server that stays away raises an OSError here,
+and `exits.PlaceFailed` in the methods of a gs:// path (see `core.bucket_store`).
 """
 
 import base64
@@ -13,18 +14,17 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import fsspec
 from etils import epath
 
-from ymplug_jax.core.exits import Mistake
-
-if TYPE_CHECKING:
-    import fsspec
+from ymplug_jax.core.exits import Mistake, PlaceFailed
 
 T = TypeVar("T")
 EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> its package and the extra that installs it
@@ -44,8 +44,10 @@ KNOWN = (
 )  # also refused with a single slash
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 BLOCK = 16 << 20  # bytes read per request of a download
-ATTEMPTS = 4  # of a block or an upload, beside the repetitions of single requests by the library
-QUIET_SECONDS = 120.0  # without an answer to a block, the request is given up and repeated
+ATTEMPTS = 4  # of a request without an answer; the library repeats those that fail
+QUIET_SECONDS = 120.0  # without an answer, the request is given up and repeated
+for _scheme in ("gs", "gcs"):
+    fsspec.register_implementation(_scheme, "ymplug_jax.core.bucket_store.Bucket", clobber=True)
 
 
 def place(name: str, what: str) -> epath.Path:
@@ -53,12 +55,13 @@ def place(name: str, what: str) -> epath.Path:
 
     Args:
       name: a local path, file:///path, gs://bucket/path or s3://bucket/path. "~" is the home folder.
-      what: the flag or setting for messages, e.g. "--out" or "config.data.path".
+      what: the flag or setting for messages, e.g. "--out" or "config.data.path"; "" if the caller knows none.
 
     Raises:
       Mistake: another scheme, a bucket's name that cannot be one, characters that a URL cannot hold, or a missing package.
     """
     name = str(name)
+    said = f"{what} {name}".strip()
     if name.startswith("file://"):
         return epath.Path(name.removeprefix("file://")).expanduser()
     found = SCHEME.match(name)
@@ -68,22 +71,22 @@ def place(name: str, what: str) -> epath.Path:
     if not double:
         fix = "gs" if found[1].lower() == "gcs" else found[1].lower()
         slashes = "///" if fix == "file" else "//"
-        raise Mistake(f"{what} {name}: not a place; write {fix}:{slashes}{name[found.end() :].lstrip('/')}")
+        raise Mistake(f"{said}: not a place; write {fix}:{slashes}{name[found.end() :].lstrip('/')}")
     if scheme not in EXTRAS:
         raise Mistake(
             f"{what} {name}: {scheme}:// is not supported; give a local path, gs://BUCKET/PATH or s3://BUCKET/PATH"
         )
     bucket, _, path = rest.partition("/")
     if not BUCKET.fullmatch(bucket):
-        raise Mistake(f"{what} {name}: {bucket!r} is not a bucket's name; write {scheme}://BUCKET/PATH")
+        raise Mistake(f"{said}: {bucket!r} is not a bucket's name; write {scheme}://BUCKET/PATH")
     bad = sorted({c for c in path if c in "?#*[]\\" or ord(c) < 32})
     if bad or ".." in path.split("/"):
         raise Mistake(
-            f"{what} {name}: a place in a bucket cannot hold {' '.join(map(repr, bad)) or repr('..')}; choose another name"
+            f"{said}: a place in a bucket cannot hold {' '.join(map(repr, bad)) or repr('..')}; choose another name"
         )
     package, extra = EXTRAS[scheme]
     if importlib.util.find_spec(package) is None:
-        raise Mistake(f"{what} {name}: {scheme}:// needs the package {package}; run pip install 'ymplug_jax[{extra}]'")
+        raise Mistake(f"{said}: {scheme}:// needs the package {package}; run pip install 'ymplug_jax[{extra}]'")
     return epath.Path(name.rstrip("/"))
 
 
@@ -195,6 +198,27 @@ def _fetch(path: str | os.PathLike[str], partial: Path, end: float | None) -> No
         raise OSError(
             f"{path}: its bytes do not have its checksum; it changed while it was read, or is damaged: run it again"
         )
+
+
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike[str], what: str = "") -> Iterator[Path]:
+    """Yield a local file with the content of a file, for libraries that read local files only.
+
+    A file in a bucket is copied to a temporary folder, under its own name, and removed at the end. A local file is yielded as it is,
+    whether it exists or not.
+
+    Raises:
+      FileNotFoundError, OSError: as `download`.
+      Mistake: as `place`, whose arguments these are.
+    """
+    file = place(os.fspath(path), what)
+    if not is_remote(file):
+        yield Path(file)
+        return
+    with tempfile.TemporaryDirectory(prefix="ymplug_jax_") as folder:
+        copy = Path(folder) / file.name
+        download(file, copy)
+        yield copy
 
 
 def upload(local: Path, path: str | os.PathLike[str]) -> None:
@@ -349,7 +373,7 @@ def _left(path: str | os.PathLike[str], end: float | None) -> float:
 
 
 def _asked(
-    path: str | os.PathLike[str], done: str, ask: "Callable[[fsspec.AbstractFileSystem], T]", end: float | None = None
+    path: str | os.PathLike[str], done: str, ask: Callable[[fsspec.AbstractFileSystem], T], end: float | None = None
 ) -> T:
     """Return the answer of a store, asked again after cut connections and silence.
 
@@ -362,30 +386,25 @@ def _asked(
     for attempt in range(ATTEMPTS):
         try:
             return ask(files)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise
         except Exception as error:
-            if isinstance(error, TimeoutError) and end is not None:
+            silent = isinstance(error, TimeoutError)
+            if silent and end is not None:
                 _left(path, end)
-            last = attempt == ATTEMPTS - 1 or not (isinstance(error, TimeoutError | ConnectionError) or _is_cut(error))
-            if last:
-                words = " ".join(str(error).split()) or type(error).__name__
-                raise OSError(
-                    f"{path}: cannot be {done} ({words}); check the name, your permissions and the connection"
-                ) from error
+            if silent and attempt < ATTEMPTS - 1:
+                continue
+            if isinstance(error, PlaceFailed):  # says all of it, with the name of the request
+                raise OSError(" ".join(str(error).split())) from error
+            words = " ".join(str(error).split()) or "no answer"
+            raise OSError(
+                f"{path}: cannot be {done} ({words}); check the name, your permissions and the connection"
+            ) from error
     raise AssertionError("unreachable")
 
 
-def _is_cut(error: Exception) -> bool:
-    """Return whether the connection failed, and not the request."""
-    names = {one.__name__ for one in type(error).__mro__}
-    return "ServerDisconnectedError" in names or "ClientPayloadError" in names or "ClientOSError" in names
-
-
-def files_of(path: str | os.PathLike[str]) -> "fsspec.AbstractFileSystem":
+def files_of(path: str | os.PathLike[str]) -> fsspec.AbstractFileSystem:
     """Return the fsspec file system of a place in a bucket, which etils uses as well. It caches no listings."""
-    import fsspec
-
     for scheme, (package, _) in EXTRAS.items():
         # Where fsspec was imported before this package, its settings do not come from the environment.
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)

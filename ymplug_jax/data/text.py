@@ -12,6 +12,7 @@ Every text begins with a start token, from which the model predicts the first to
 See docs/models/language_models.md, "Tokenizers", and docs/models/mplug_video.md, "Text input".
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ymplug_jax.core import exits, text_files
+from ymplug_jax.core import exits, places, text_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -61,19 +62,29 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     WordPiece: the id of a token is its line number from 0, an empty line reserves an id, and empty lines at the end are ignored.
 
     Args:
-      path: path of the file.
+      path: path of the file, local or in a bucket.
       lower_case: for `vocab.txt`, lower-case the text and strip accents.
 
     Raises:
       FileNotFoundError: the file does not exist.
       ValueError: the file is of another kind, cannot be read, lacks special tokens, or holds a token twice.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"tokenizer {path}: no such file; set config.data.tokenizer to a *.model (sentencepiece), tokenizer.json or "
-            "vocab.txt, or train a tokenizer with python -m data_prep.train_tokenizer"
-        )
+    missing = (
+        f"tokenizer {path}: no such file; set config.data.tokenizer to a *.model (sentencepiece), tokenizer.json or "
+        "vocab.txt, or train a tokenizer with python -m data_prep.train_tokenizer"
+    )
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(places.local_copy(path, "config.data.tokenizer"))
+        except FileNotFoundError:
+            raise FileNotFoundError(missing) from None
+        if not file.is_file():
+            raise FileNotFoundError(missing)
+        return _loaded(path, file, lower_case)
+
+
+def _loaded(path: str, file: Path, lower_case: bool) -> Tokenizer:
+    """Load the tokenizer in a local `file`; messages name `path`."""
     kinds: dict[str, Callable[[str], Tokenizer]] = {
         ".model": _SentencePiece,
         ".json": _HuggingFace,
