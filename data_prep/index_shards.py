@@ -71,13 +71,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
-    """Index every shard of a folder."""
+    """Index every shard of a folder and, if it holds parts, of the folders in it."""
     parser = Parser("index_shards", __doc__)
     parser.add_argument("folder", type=local_path, help="folder of the shards")
     folder = parser.parse_args(argv).folder
-    shards = sorted(
-        p for p in folder.glob("*.tfrecord-*-of-*") if not p.name.endswith((schema.INDEX_SUFFIX, ".partial"))
-    )
+    found = (path for below in ("", "[A-Za-z0-9]*/") for path in folder.glob(f"{below}*.tfrecord-*-of-*"))
+    shards = sorted(path for path in found if not path.name.endswith((schema.INDEX_SUFFIX, ".partial")))
     if not shards:
         raise ValueError(f"{folder}: no shards (*.tfrecord-00000-of-00001) here; give the folder of a data set")
     records = sum(write_index(shard) for shard in bar(shards, "index", "shard"))
