@@ -39,6 +39,7 @@ from ymplug_jax.core import places
 from ymplug_jax.data import joined_set, schema
 
 MISSING = "in no part"  # detail of a reject
+SHARD = ".tfrecord-"  # in the names of shards
 EXAMPLES = 3  # missing rows that are printed
 ORDER = ("train", "validation", "test")
 SPLIT_FACTS = ("csv", "csv_sha256", "kind", "num_frames", "tokenizer_sha256", "max_tokens", "slots")
@@ -61,10 +62,11 @@ def find_parts(out: epath.Path, names: list[str] | None) -> list[Part]:
     parts = []
     for folder in folders:
         part = read_part(folder)
-        half = bool(places.sizes(folder / BUILDING)) or any((folder / BUILDING).glob("*/*"))
-        if half:
+        shards = part is None and any(SHARD in name or name == schema.MANIFEST for name in places.sizes(folder))
+        if shards or any((folder / BUILDING).glob("*/*")):
             raise PartError(
-                f"{folder}: only half built; run its build again to finish it, delete the folder, or give --parts with the other parts"
+                f"{folder}: only half built; wait for its build or run it again to finish it, delete the folder, or give --parts "
+                "with the other parts"
             )
         if part is not None:
             parts.append(part)

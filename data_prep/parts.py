@@ -56,7 +56,7 @@ def rows_name(split: str) -> str:
 
 
 def read_part(folder: epath.Path) -> Part | None:
-    """Read the manifest of a part; None if there is none, e.g. because the part is being built.
+    """Read the manifest of a part; None if there is none or the part is being published.
 
     Raises:
       PartError: the manifest is damaged, or is not that of a part.
@@ -73,6 +73,8 @@ def read_part(folder: epath.Path) -> Part | None:
         entries = manifest["splits"].values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PartError(f"{file}: damaged ({error!r}); build the part again with --overwrite") from None
+    if manifest.get(schema.PUBLISHING):
+        return None
     if not all("rows_sha256" in entry for entry in entries):
         raise PartError(
             f"{folder}: built without --part, so its rows are not recorded; move it out of the folder of the parts"

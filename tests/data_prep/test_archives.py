@@ -27,7 +27,9 @@ FILES = {
 FORMATS = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 
 
-def write_tar(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, more: list[tarfile.TarInfo] | None = None) -> Path:
+def write_tar(
+    path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, more: list[tarfile.TarInfo] | None = None
+) -> Path:
     with tarfile.open(path, "w", format=form) as tar:
         for info in more or []:
             tar.addfile(info)
@@ -66,14 +68,20 @@ def test_all_files_are_found_with_their_content(form: str, tmp_path: Path):
         assert videos.present(name) and read(videos, name) == data
     assert read(videos, "videos/café.mp4") == b"decomposed", "the row is composed, the member decomposed"
     assert not videos.present("videos/c.mp4") and not videos.present("a.mp4") and not videos.present("videos")
-    for name, reason in (("videos/c.mp4", "missing_file"), ("../videos/a.mp4", "hostile_path"), ("/videos/a.mp4", "hostile_path")):
+    for name, reason in (
+        ("videos/c.mp4", "missing_file"),
+        ("../videos/a.mp4", "hostile_path"),
+        ("/videos/a.mp4", "hostile_path"),
+    ):
         with pytest.raises(Reject) as caught, videos.file(name):
             pass
         assert caught.value.reason == reason
     videos.close()
 
 
-def test_a_saved_index_gives_the_same_files_without_reading_the_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_saved_index_gives_the_same_files_without_reading_the_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = write_tar(tmp_path / "a.tar", FILES)
     archives.Tar(epath.Path(path)).save_index(epath.Path(tmp_path / "index.npy"))
     monkeypatch.setattr(archives.Tar, "_members", lambda *_: pytest.fail("the headers were read"))
@@ -121,7 +129,9 @@ def test_archives_that_were_cut_off_are_refused_wherever_they_end(tmp_path: Path
     content = len(whole.rstrip(b"\0"))
     for size in (0, 100, 512, 1000, 1024, content // 2, content - content % 512, (content + 511) // 512 * 512):
         (tmp_path / "a.tar").write_bytes(whole[:size])
-        with pytest.raises(archives.BadArchive, match=r"a\.tar: .*(cut off|not a tar).*; download or make the archive again"):
+        with pytest.raises(
+            archives.BadArchive, match=r"a\.tar: .*(cut off|not a tar).*; download or make the archive again"
+        ):
             archives.Tar(epath.Path(tmp_path / "a.tar"))
     whole = write_zip(tmp_path / "whole.zip", FILES).read_bytes()
     for size in (0, 100, len(whole) // 2, len(whole) - 1):
