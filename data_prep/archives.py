@@ -24,7 +24,7 @@ from etils import epath
 
 from data_prep.names import Names, keys_of
 from data_prep.scratch import Scratch
-from ymplug_jax.core import places
+from ymplug_jax.core import place_requests, places
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_path import refuse_hostile
 
@@ -273,7 +273,7 @@ def _open(path: epath.Path) -> IO[bytes]:
     if not places.is_remote(path):
         return open(path, "rb")
     url = os.fspath(path)
-    return cast("IO[bytes]", places.files_of(path).open(url, "rb", block_size=AHEAD, cache_type="readahead"))
+    return cast("IO[bytes]", place_requests.files_of(path).open(url, "rb", block_size=AHEAD, cache_type="readahead"))
 
 
 def _zip(path: epath.Path) -> zipfile.ZipFile:

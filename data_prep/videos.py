@@ -18,7 +18,7 @@ from etils import epath
 
 from data_prep.archives import is_archive, open_archive
 from data_prep.scratch import Scratch
-from ymplug_jax.core import places
+from ymplug_jax.core import place_requests, places
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_path import refuse_hostile, resolve
 
@@ -168,7 +168,7 @@ class BucketVideos:
         url = os.fspath(self._root)
         start = len(url.partition("://")[2]) + 1
         try:
-            for folder, _, files in places.files_of(self._root).walk(url, on_error="raise"):
+            for folder, _, files in place_requests.files_of(self._root).walk(url, on_error="raise"):
                 yield from (f"{folder}/{file}"[start:] for file in files if file)
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "no such folder", url) from None

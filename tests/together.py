@@ -33,13 +33,22 @@ class Group:
     """The processes of one run, started together."""
 
     def __init__(
-        self, workdir: Path, flags: list[str], count: int, *, devices: int = 1, pause: float = 0, slurm: bool = False
+        self,
+        workdir: Path,
+        flags: list[str],
+        count: int,
+        *,
+        devices: int = 1,
+        pause: float = 0,
+        slurm: bool = False,
+        url: str = "",
     ):
+        """Start the processes in `workdir`; with `url` their run folder is that one, e.g. gs://runs/a, and `workdir` holds logs only."""
         port = runs.free_port()
         self.workdir, self.processes = workdir, []
         for i in range(count):
             env = runs.environment(devices) | {
-                "TOLD": f"{workdir}.told{i}", "WORKDIR": f"{workdir}/", "PAUSE": str(pause),
+                "TOLD": f"{workdir}.told{i}", "WORKDIR": f"{url or workdir}/", "PAUSE": str(pause),
                 # Restarts on the same topology compile the same program.
                 "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }  # fmt: skip
@@ -50,7 +59,7 @@ class Group:
                     "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
                     "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
                 }  # fmt: skip
-            command = [sys.executable, "-c", PROGRAM, f"--workdir=file://{workdir}", *flags, *own]
+            command = [sys.executable, "-c", PROGRAM, f"--workdir={url or f'file://{workdir}'}", *flags, *own]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             self.processes.append(subprocess.Popen(command, cwd=runs.ROOT, env=env, **pipes))
 

@@ -93,7 +93,7 @@ def load(
 
     if needs and needs not in METHODS:
         raise Mistake(f"needs={needs!r}: unknown; give one of {', '.join(METHODS)}")
-    place = checkpoint_files.folder_of(os.fsdecode(folder))
+    place = checkpoint_files.folder_of(os.fsdecode(folder), "--checkpoint")
     if settings.is_conversion(place):
         given = config if config is None or isinstance(config, Mapping) else _plain(config)
         vocabulary, listed = ("" if file is None else os.fspath(file) for file in (tokenizer, classes))

@@ -195,7 +195,7 @@ def _of_run(name: str, seeds: int) -> Experiment:
     from ymplug_jax.tasks import options
     from ymplug_jax.training import run_folder
 
-    folder = checkpoint_files.folder_of(name)
+    folder = checkpoint_files.folder_of(name, "--workdir")
     if seeds > 1 and not (folder / run_folder.CONFIG).exists():
         found = [place for place in folder.glob("seed_*") if place.name.removeprefix("seed_").isdecimal()]
         folder = min(found, key=lambda place: int(place.name.removeprefix("seed_")), default=folder)

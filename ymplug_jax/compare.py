@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from etils import epath
 
-from ymplug_jax.core import exits
+from ymplug_jax.core import exits, place_copies, places
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.reports import curves, evaluation_report, score_table
 from ymplug_jax.reports.pictures import data_uri
@@ -83,17 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         runs = read(args.runs)
-        out = epath.Path(args.out).expanduser()
+        out = places.place(args.out, "--out")
         _check_out(out)
         found = groups(runs)
         html = evaluation_report.render("compare.html", **_page(runs, found))
         try:
-            out.write_bytes(html.encode("utf-8", "replace"))
+            places.write_bytes(out, html.encode("utf-8", "replace"))
         except OSError as error:
             raise Mistake(f"--out {out}: cannot be written ({error.strerror or error}); choose another file") from None
     except Mistake as error:
         print(f"error: {error}", file=sys.stderr)
         return exits.MISTAKE
+    except exits.PlaceFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exits.PLACE
     print(text(runs, found))
     print(f"\npage: {out}", flush=True)
     if args.json:
@@ -106,7 +109,10 @@ def _check_out(out: epath.Path) -> None:
         raise Mistake(f"--out {out}: not the name of an HTML file; give a name that ends in .html")
     if out.is_dir():
         raise Mistake(f"--out {out}: a folder, not a file; give a file in it")
-    if not out.parent.is_dir():
+    if places.is_remote(out):
+        with place_copies.failing():
+            places.check_bucket(out)
+    elif not out.parent.is_dir():
         raise Mistake(f"--out {out}: no such folder {out.parent}; create it first")
 
 
@@ -119,7 +125,7 @@ def read(names: Sequence[str]) -> list[Run]:
     folders: dict[str, tuple[str, epath.Path]] = {}
     for name in names:
         for shown, folder in _folders(name):
-            whole = str(folder) if "://" in name else str(Path(folder).resolve())
+            whole = str(folder) if places.is_remote(folder) else str(Path(folder).resolve())
             if whole in folders:
                 raise Mistake(f"{shown}: the same run as {folders[whole][0]}; give each run once")
             folders[whole] = shown, folder
@@ -127,7 +133,7 @@ def read(names: Sequence[str]) -> list[Run]:
 
 
 def _folders(name: str) -> list[tuple[str, epath.Path]]:
-    folder = epath.Path(name).expanduser()
+    folder = places.place(name, "RUN")
     if not folder.exists():
         raise Mistake(f"{name}: no such folder; give the --workdir of a run")
     if not folder.is_dir():

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ymplug_jax.core import text_files
+from ymplug_jax.core import place_copies, text_files
 from ymplug_jax.core.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +152,7 @@ def report(out: Path) -> str:
 def main() -> int:
     """Run every step, then print the report. Returns the exit code of the first step that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all outputs")
+    parser.add_argument("--out", type=place_copies.local_only, default=Path("runs/demo"), help="folder for all outputs")
     parser.add_argument("--clips", type=int, default=2400, help="number of videos to draw")
     parser.add_argument("--llm", choices=LLMS, default="gpt3", help="kind of the tiny language model")
     args = parser.parse_args()

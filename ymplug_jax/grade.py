@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ymplug_jax.core import exits
+from ymplug_jax.core import exits, place_copies
 from ymplug_jax.core.exits import Mistake, PlaceFailed
 from ymplug_jax.grading import grades, question_sets, results, sheets
 from ymplug_jax.grading.question_sets import Question
@@ -62,12 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     add = sheet.add_argument
     add(
         "--questions",
-        type=Path,
+        type=place_copies.local_only,
         required=True,
         metavar="FILE.jsonl",
         help="question set: id, video, question, category",
     )
-    add("--video_root", type=Path, required=True, metavar="DIR", help="folder of the videos")
+    add("--video_root", type=place_copies.local_only, required=True, metavar="DIR", help="folder of the videos")
     add(
         "--system",
         action="append",
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--out",
-        type=Path,
+        type=place_copies.local_only,
         required=True,
         metavar="FILE.html",
         help="sheet to write; the key is written to FILE.key.json",
@@ -92,17 +92,23 @@ def _parser() -> argparse.ArgumentParser:
     sheet.set_defaults(run=_sheet)
     aggregate = commands.add_parser("aggregate", help="aggregate the grades of three or more graders")
     add = aggregate.add_argument
-    add("--key", type=Path, required=True, metavar="FILE.key.json", help="key that was written with the sheet")
+    add(
+        "--key",
+        type=place_copies.local_only,
+        required=True,
+        metavar="FILE.key.json",
+        help="key that was written with the sheet",
+    )
     add(
         "--grades",
-        type=Path,
+        type=place_copies.local_only,
         nargs="+",
         action="extend",
         required=True,
         metavar="FILE.json",
         help="exported grades, one file for each grader",
     )
-    add("--out", type=Path, metavar="FILE.json", help="write all results to this file")
+    add("--out", type=place_copies.local_only, metavar="FILE.json", help="write all results to this file")
     add("--samples", type=int, default=10_000, help="bootstrap samples, 100 to 1,000,000 (default 10000)")
     add("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     aggregate.set_defaults(run=_aggregate)

@@ -103,7 +103,7 @@ def _accepted(flags: argparse.Namespace, experiment: Experiment) -> list[tuple[E
     from ymplug_jax.core import checkpoint_files
     from ymplug_jax.training import preflight, setup
 
-    folder = checkpoint_files.folder_of(flags.workdir)
+    folder = checkpoint_files.folder_of(flags.workdir, "--workdir")
     runs = setup.seeds(experiment, folder, flags.seeds)
     if flags.mode == "eval" and flags.seeds > 1:
         _check_seeds(folder, runs)
@@ -158,11 +158,12 @@ def _result_of(
         logging.info("%s", aot.render(result))
         return result
     if flags.mode == "bench":
-        from etils import epath
-
         from ymplug_jax.analysis import bench  # imports neither Orbax nor data libraries
+        from ymplug_jax.core import places
 
-        result = bench.bench(experiment, flags.steps, epath.Path(flags.workdir) if flags.workdir else None)
+        result = bench.bench(
+            experiment, flags.steps, places.place(flags.workdir, "--workdir") if flags.workdir else None
+        )
         logging.info("%s", bench.render(result))
         return result
     from ymplug_jax.analysis import estimate

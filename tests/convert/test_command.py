@@ -122,8 +122,8 @@ def test_nothing_in_a_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 def test_a_bucket_is_not_taken_for_a_folder(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command.main(["--model", "gpt3", "--source", "x.pt", "--out", "gs://bucket/out"])
-    assert "not a local folder; convert into a local folder and copy it" in capsys.readouterr().err
+        command.main(["--model", "gpt3", "--source", "x.pt", "--out", "gs:/bucket/out"])
+    assert "gs:/bucket/out: not a place; write gs://bucket/out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

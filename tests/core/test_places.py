@@ -8,7 +8,7 @@ import time
 import pytest
 
 import buckets
-from ymplug_jax.core import places
+from ymplug_jax.core import place_requests, places
 from ymplug_jax.core.exits import Mistake
 
 
@@ -152,7 +152,7 @@ def test_a_download_has_a_time_limit(server, tmp_path):
 
 def test_an_object_that_lies_about_its_content_is_refused(server, tmp_path, monkeypatch):
     server.put("clips", "lies/a", b"12345")
-    files = places.files_of("gs://clips/lies/a")
+    files = place_requests.files_of("gs://clips/lies/a")
     monkeypatch.setattr(files, "cat_file", lambda *args, **kwargs: b"12346")
     with pytest.raises(OSError, match="checksum"):
         places.download("gs://clips/lies/a", tmp_path / "a")

@@ -72,6 +72,8 @@ def test_checkpoints_of_a_bucket(bucket: Path, monkeypatch: pytest.MonkeyPatch):
     assert str(seen[0]) == "gs://bucket/run/checkpoints/steps"
     assert checkpoint_files.latest_step("gs://bucket/run") is None
     (bucket / "run" / "checkpoints" / "steps" / "7" / "trainable").mkdir(parents=True)
+    assert checkpoint_files.latest_step("gs://bucket/run") is None, "a step is complete when Orbax says so"
+    (bucket / "run" / "checkpoints" / "steps" / "7" / "commit_success.txt").write_text("")
     assert checkpoint_files.latest_step("gs://bucket/run") == 7
     assert [str(place) for place in checkpoint_files.places("gs://bucket/run")] == [
         "gs://bucket/run/checkpoints/steps/7/trainable"

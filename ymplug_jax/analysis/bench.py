@@ -4,11 +4,13 @@ The step and the transfer of batches are those of training: `Feed` puts host bat
 queued behind the running one.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -22,7 +24,7 @@ from etils import epath
 
 from ymplug_jax.analysis import aot, chips
 from ymplug_jax.analysis import estimate as estimate_lib
-from ymplug_jax.core import sharding
+from ymplug_jax.core import place_copies, places, sharding
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Metrics
@@ -66,7 +68,9 @@ def bench(experiment: Experiment, steps: int, workdir: epath.Path | None = None)
     data = dataclasses.replace(experiment.data, path="", tokenizer="", examples=experiment.train.batch_size * 1000)
     train = dataclasses.replace(experiment.train, init_from="")
     run = setup.prepare(dataclasses.replace(experiment, data=data, train=train))
-    if workdir is not None and "://" not in str(workdir):  # before compilation takes minutes; a bucket has no folders
+    if workdir is not None and not places.is_remote(
+        workdir
+    ):  # before compilation takes minutes; a bucket has no folders
         try:
             Path(workdir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -118,10 +122,16 @@ def _timed(
 
 def _profile(step: Callable[[TrainState], tuple[TrainState, Metrics]], state: TrainState, workdir: epath.Path) -> None:
     """Profile `PROFILED` more steps into `workdir`/profile."""
-    with jax.profiler.trace(str(workdir / "profile")):
-        for _ in range(PROFILED):
-            state, metrics = step(state)
-        jax.block_until_ready(metrics)
+    with contextlib.ExitStack() as stack:
+        folder = Path(workdir / "profile")
+        if places.is_remote(workdir):  # the profiler would make a local folder called gs:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ymplug_jax_")))
+        with jax.profiler.trace(str(folder)):
+            for _ in range(PROFILED):
+                state, metrics = step(state)
+            jax.block_until_ready(metrics)
+        if places.is_remote(workdir):
+            place_copies.upload_folder(folder, workdir / "profile")
     logging.info("profile of %d steps: %s", PROFILED, workdir / "profile")
 
 

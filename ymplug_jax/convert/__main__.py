@@ -21,13 +21,18 @@ Repeating an interrupted command continues the conversion.
 """
 
 import argparse
+import contextlib
 import re
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from etils import epath
+
 from ymplug_jax.convert.plan import MODELS
-from ymplug_jax.core import checkpoint_files, exits
+from ymplug_jax.core import checkpoint_files, exits, place_copies, places
 
 EXTRA = ("torch", "safetensors")  # what the extra `convert` installs
 HEADS = ("llm", "vision", "text", "abstractor", "fusion", "universal")
@@ -36,6 +41,7 @@ STOPPED = {
     "orbax": "stopped; run the same command again to continue",
     "torch": "stopped; no file was written, run the same command again to start over",
 }
+LAST = ("config.json", "_CHECKPOINT_METADATA", "_METADATA", "model.safetensors.index.json")  # readers need them
 TYPES = ("float32", "bfloat16", "float16")
 
 
@@ -71,12 +77,55 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Imported here, so that a wrong flag is reported without loading torch and a missing extra is one line.
+    with contextlib.ExitStack() as stack:
+        args.source = _local_sources(args.source, stack)
+        args.lora = args.lora and stack.enter_context(place_copies.local_folder(args.lora, "--lora"))
+        if not places.is_remote(args.out):
+            return _convert(args, str(args.out))
+        out = args.out
+        with place_copies.failing():
+            places.check_bucket(out)
+            for name in ("checkpoints/converted/_METADATA", "model.safetensors", "model.safetensors.index.json", ""):
+                if places.stamp(out / name if name else out):
+                    raise exits.Mistake(
+                        f"--out {out}: {name or 'a file'} exists there; remove it or choose another folder"
+                    )
+        with place_copies.working_folder(out) as folder:
+            args.out = folder / out.name
+            folder.mkdir(exist_ok=True)
+            code = _convert(args, str(out))
+            place_copies.upload_folder(folder, out.parent, LAST)
+        return code
+
+
+def _local_sources(sources: Sequence[Path | epath.Path], stack: contextlib.ExitStack) -> list[Path]:
+    """Copy sources in buckets to temporary folders, files of one folder to one folder, as tensor-parallel pieces are looked up together."""
+    if not any(places.is_remote(source) for source in sources):
+        return [Path(source) for source in sources]
+    if len(sources) == 1:
+        return [stack.enter_context(place_copies.local_folder(sources[0], "--source"))]
+    root, found = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ymplug_jax_"))), []
+    parents = list(dict.fromkeys(str(source.parent) for source in sources))
+    for source in sources:
+        copy = root / str(parents.index(str(source.parent))) / source.name
+        copy.parent.mkdir(exist_ok=True)
+        try:
+            with place_copies.failing():
+                places.download(source, copy)
+        except FileNotFoundError:
+            raise exits.Mistake(f"--source {source}: no such file; correct the path") from None
+        found.append(copy)
+    return found
+
+
+def _convert(args: argparse.Namespace, shown: str) -> int:
+    """Convert between local places. `shown` is printed instead of the folder `args.out`."""
     from ymplug_jax.convert.to_orbax import Wish, to_orbax
     from ymplug_jax.convert.to_torch import to_torch
 
     if args.to == "torch":
         for file in to_torch(args.model, args.source[0], args.out, args.layout, args.merge_lora):
-            print(file)
+            print(str(file).replace(str(args.out), shown, 1))
         return 0
     if args.check:
         from ymplug_jax.convert.check import check
@@ -91,7 +140,7 @@ def _run(args: argparse.Namespace) -> int:
         allow_unexpected=args.allow_unexpected,
     )
     if not (args.check and (args.out / "checkpoints" / "converted").exists()):
-        print(to_orbax(args.model, args.source, args.out, wish))
+        print(str(to_orbax(args.model, args.source, args.out, wish)).replace(str(args.out), shown, 1))
     return 0 if not args.check or check(args.model, args.source, args.out, wish) else 1
 
 
@@ -103,12 +152,17 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, required=True, help="model of the source, see above")
     parser.add_argument(
         "--source",
-        type=Path,
+        type=place_copies.any_place,
         nargs="+",
         required=True,
         help="files, or a folder that holds one model; with --to torch the folder of a run or of a conversion",
     )
-    parser.add_argument("--out", type=Path, required=True, help="local output folder; created if it is missing")
+    parser.add_argument(
+        "--out",
+        type=place_copies.any_place,
+        required=True,
+        help="output folder, local or gs://; created if it is missing",
+    )
     parser.add_argument("--to", choices=["orbax", "torch"], default="orbax", help="format to write (default: orbax)")
     parser.add_argument(
         "--check", action="store_true", help="compare each module's output with PyTorch's (needs transformers)"
@@ -120,7 +174,9 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
         "--image_size", type=_count, help="resize the positional embeddings to frames of this size, in pixels"
     )
     parser.add_argument("--frames", type=_count, help="resize the temporal embeddings to this number of frames")
-    parser.add_argument("--lora", type=Path, help="folder of a PEFT adapter to merge into the weights")
+    parser.add_argument(
+        "--lora", type=place_copies.any_place, help="folder of a PEFT adapter to merge into the weights"
+    )
     parser.add_argument("--keep_lora", action="store_true", help="store the adapter separately instead of merging it")
     parser.add_argument(
         "--allow_missing", nargs="*", type=_regex, default=[], help="regexes of tensors that the source may lack"
@@ -142,11 +198,6 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--merge_lora", action="store_true", help="with --to torch: add the adapters to the weights")
     args = parser.parse_args(argv)
-    if ":/" in str(args.out):  # pathlib turns gs:// into gs:/
-        bucket = str(args.out).replace(":/", "://", 1)
-        parser.error(
-            f"--out {bucket}: not a local folder; convert into a local folder and copy it with gcloud storage cp -r"
-        )
     if args.to == "torch":
         others = ("check", "dtype", "image_size", "frames", "lora", "keep_lora", "allow_missing", "allow_unexpected")
         if used := [name for name in others if getattr(args, name)]:

@@ -2,10 +2,11 @@
 
 gcsfs answers `isdir` with False after a refusal or a lost connection, and its errors are of many classes, some of them an OSError that
 careful readers of optional files pass over. A run that takes such an answer for "no checkpoint" starts from scratch. Here every
-failure that is not "not found" is a PlaceFailed, after the repetitions of gcsfs. `core.places` registers this class with fsspec.
+failure that is not "not found" is a PlaceFailed, after the repetitions of gcsfs. `core.place_requests` registers this class with fsspec.
 """
 
 import functools
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from fsspec import asyn
 
 from ymplug_jax.core.exits import PlaceFailed
 
+logging.getLogger("gcsfs").setLevel(
+    logging.CRITICAL
+)  # it logs each open file, and a traceback for an error that it also raises
 # What fsspec calls of an asynchronous file system; each becomes a method without the underscore.
 GUARDED = (
     "_info", "_ls", "_find", "_cat_file", "_pipe_file", "_put_file", "_get_file", "_cp_file", "_rm_file", "_rm", "_mkdir",
@@ -42,7 +46,7 @@ def _guarded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
     return ask
 
 
-class Bucket(gcsfs.GCSFileSystem):  # type: ignore[misc]
+class Bucket(gcsfs.GCSFileSystem):
     """gcsfs with PlaceFailed for whatever is neither an answer nor "not found"."""
 
     async def _call(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:

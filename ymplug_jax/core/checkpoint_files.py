@@ -20,6 +20,7 @@ from ymplug_jax.core.verified_read import Damaged
 FROZEN = "frozen"
 BEST = "best"  # subfolder of a run: a run folder with its best step only, which uses the run's frozen parameters
 STEPS = "steps"
+COMMITTED = "commit_success.txt"  # written last by Orbax into a folder on gs://
 TRAINABLE, OPT_STATE, CHECKSUMS = "trainable", "opt_state", "checksums"
 CARRIED = "carried"  # in the steps of tasks that carry state beside their parameters
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of a step
@@ -94,9 +95,10 @@ def examples_seen(workdir: str) -> int:
 
 
 def steps_of(workdir: epath.Path) -> list[int]:
-    """Return the steps whose checkpoints are complete."""
+    """Return the steps whose checkpoints are complete: renamed on a disk, and in a bucket, which has no renames, with a file that says so."""
     folder = workdir / "checkpoints" / STEPS
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    return [int(p.name) for p in found if not places_lib.is_remote(p) or (p / COMMITTED).exists()]
 
 
 def places(workdir: str, step: int | None = None) -> list[epath.Path]:

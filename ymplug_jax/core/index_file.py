@@ -4,6 +4,7 @@ Embeddings of two runs are not comparable, even when they have the same width: s
 would return a meaningless ranking. Every index therefore stores its origin, and every reader compares it.
 """
 
+import io
 import os
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ymplug_jax.core import checkpoint_files
+from ymplug_jax.core import checkpoint_files, place_copies, places
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 
@@ -39,9 +40,10 @@ def write(path: str | Path | epath.Path, arrays: Mapping[str, Any]) -> None:
       OSError: the folder is missing or cannot be written, or the disk is full. No partial file remains.
     """
     path = epath.Path(path)
-    if "://" in str(path):  # bucket writes are atomic: the object appears on close
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
+    if places.is_remote(path):
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        places.write_bytes(path, content.getvalue())
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -52,7 +54,7 @@ def write(path: str | Path | epath.Path, arrays: Mapping[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def read(path: str | Path, keys: tuple[str, ...], *, setting: str) -> dict[str, np.ndarray]:
+def read(path: str | Path | epath.Path, keys: tuple[str, ...], *, setting: str) -> dict[str, np.ndarray]:
     """Read all arrays of an index.
 
     Args:
@@ -63,12 +65,23 @@ def read(path: str | Path, keys: tuple[str, ...], *, setting: str) -> dict[str, 
     Raises:
       Mistake: the file is missing or damaged, lacks one of `keys`, or holds non-finite values.
     """
-    if Path(path).is_dir():
+    try:
+        with place_copies.local_copy(path, setting) as file:
+            return _read(path, file, keys, setting)
+    except FileNotFoundError:
+        raise Mistake(f"{setting} {path}: no such file; correct the path") from None
+    except IsADirectoryError:
+        raise Mistake(f"{setting} {path}: a folder, not a file; give the index file in it (index.npz)") from None
+
+
+def _read(path: str | Path | epath.Path, file: Path, keys: tuple[str, ...], setting: str) -> dict[str, np.ndarray]:
+    """Read a local `file`; messages name `path`."""
+    if file.is_dir():
         raise Mistake(f"{setting} {path}: a folder, not a file; give the index file in it (index.npz)")
-    if not Path(path).exists():
+    if not file.exists():
         raise Mistake(f"{setting} {path}: no such file; correct the path")
     try:
-        with np.load(path, allow_pickle=False) as index:
+        with np.load(file, allow_pickle=False) as index:
             arrays = dict(index)
     # A text file, a single array, a truncated archive and a flipped bit each raise a different error.
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -82,7 +95,7 @@ def read(path: str | Path, keys: tuple[str, ...], *, setting: str) -> dict[str, 
     return arrays
 
 
-def check_origin(path: str | Path, arrays: Mapping[str, Any], wanted: Origin, run: str) -> None:
+def check_origin(path: str | Path | epath.Path, arrays: Mapping[str, Any], wanted: Origin, run: str) -> None:
     """Check that an index was computed by the run that searches it.
 
     Args:

@@ -10,24 +10,20 @@ and `exits.PlaceFailed` in the methods of a gs:// path (see `core.bucket_store`)
 import base64
 import contextlib
 import importlib.util
-import logging
 import os
 import re
 import shutil
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import fsspec
 from etils import epath
 
-from ymplug_jax.core.exits import Mistake, PlaceFailed
+from ymplug_jax.core.exits import Mistake
+from ymplug_jax.core.place_requests import EXTRAS, asked, left
 
-T = TypeVar("T")
-EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> its package and the extra that installs it
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two characters or more: C:/ is a drive
 KNOWN = (
     "file",
@@ -44,10 +40,6 @@ KNOWN = (
 )  # also refused with a single slash
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 BLOCK = 16 << 20  # bytes read per request of a download
-ATTEMPTS = 4  # of a request without an answer; the library repeats those that fail
-QUIET_SECONDS = 120.0  # without an answer, the request is given up and repeated
-for _scheme in ("gs", "gcs"):
-    fsspec.register_implementation(_scheme, "ymplug_jax.core.bucket_store.Bucket", clobber=True)
 
 
 def place(name: str, what: str) -> epath.Path:
@@ -104,7 +96,7 @@ def exists(path: str | os.PathLike[str]) -> bool:
     if not is_remote(path):
         return os.path.lexists(path)
     try:
-        _asked(path, "looked up", lambda files: files.info(os.fspath(path)))
+        asked(path, "looked up", lambda files: files.info(os.fspath(path)))
     except FileNotFoundError:
         check_bucket(path)
         return False
@@ -117,7 +109,7 @@ def check_bucket(path: str | os.PathLike[str]) -> None:
         return
     bucket = "/".join(os.fspath(path).split("/")[:3])
     try:
-        _asked(path, "listed", lambda files: files.ls(bucket, detail=False))
+        asked(path, "listed", lambda files: files.ls(bucket, detail=False))
     except FileNotFoundError:
         raise OSError(f"{path}: there is no bucket {bucket}; create it, or correct the name") from None
 
@@ -137,7 +129,7 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
             return {}
     url = os.fspath(folder).rstrip("/")
     try:
-        found = _asked(folder, "listed", lambda files: files.ls(url, detail=True, refresh=True))
+        found = asked(folder, "listed", lambda files: files.ls(url, detail=True, refresh=True))
     except FileNotFoundError:
         check_bucket(folder)
         return {}
@@ -146,6 +138,41 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
     if whole in listed:
         raise NotADirectoryError(f"{folder}: a file, not a folder; correct the name")
     return {name.rpartition("/")[2]: size for name, size in listed.items() if not name.endswith("/")}
+
+
+def below(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Return {path below the folder: bytes} of all files of a folder in a bucket, sorted; {"": bytes} for a file, {} for nothing.
+
+    Raises:
+      OSError: the listing failed, or there is no such bucket; one line.
+    """
+    url = os.fspath(folder).rstrip("/")
+    try:
+        found = asked(folder, "listed", lambda files: files.find(url, detail=True))
+    except FileNotFoundError:
+        found = {}
+    if not found:
+        check_bucket(folder)
+    start = len(url.partition("://")[2]) + 1
+    return {name[start:]: int(facts["size"] or 0) for name, facts in sorted(found.items()) if not name.endswith("/")}
+
+
+def stamp(path: str | os.PathLike[str]) -> list[int]:
+    """Return [size, modification time or generation] of a file, which differ after a change; [] if it does not exist.
+
+    Raises:
+      OSError: a bucket does not answer or refuses; one line.
+    """
+    try:
+        if not is_remote(path):
+            found = os.stat(path)
+            return [found.st_size, found.st_mtime_ns]
+        facts = asked(path, "looked up", lambda files: files.info(os.fspath(path)))
+    except FileNotFoundError:
+        return []
+    changed = facts.get("generation") or facts.get("LastModified") or facts.get("mtime") or 0
+    changed = changed.timestamp() * 1e9 if hasattr(changed, "timestamp") else changed
+    return [int(facts["size"]), int(changed)]
 
 
 def download(path: str | os.PathLike[str], local: Path, seconds: float | None = None) -> None:
@@ -177,17 +204,17 @@ def _fetch(path: str | os.PathLike[str], partial: Path, end: float | None) -> No
     import google_crc32c
 
     url = os.fspath(path)
-    facts = _asked(path, "read", lambda files: files.info(url, timeout=_left(path, end)), end)
+    facts = asked(path, "read", lambda files: files.info(url, timeout=left(path, end)), end)
     if facts["type"] == "directory":
         raise IsADirectoryError(f"{path}: a folder, not a file; give a file in it")
     size, crc = int(facts["size"]), 0
     with partial.open("wb") as file:
         for start in range(0, size, BLOCK):
             stop = min(start + BLOCK, size)
-            block = _asked(
+            block = asked(
                 path,
                 "read",
-                lambda files, a=start, b=stop: files.cat_file(url, start=a, end=b, timeout=_left(path, end)),  # type: ignore[misc]
+                lambda files, a=start, b=stop: files.cat_file(url, start=a, end=b, timeout=left(path, end)),  # type: ignore[misc]
                 end,
             )
             if len(block) != stop - start:
@@ -198,27 +225,6 @@ def _fetch(path: str | os.PathLike[str], partial: Path, end: float | None) -> No
         raise OSError(
             f"{path}: its bytes do not have its checksum; it changed while it was read, or is damaged: run it again"
         )
-
-
-@contextlib.contextmanager
-def local_copy(path: str | os.PathLike[str], what: str = "") -> Iterator[Path]:
-    """Yield a local file with the content of a file, for libraries that read local files only.
-
-    A file in a bucket is copied to a temporary folder, under its own name, and removed at the end. A local file is yielded as it is,
-    whether it exists or not.
-
-    Raises:
-      FileNotFoundError, OSError: as `download`.
-      Mistake: as `place`, whose arguments these are.
-    """
-    file = place(os.fspath(path), what)
-    if not is_remote(file):
-        yield Path(file)
-        return
-    with tempfile.TemporaryDirectory(prefix="ymplug_jax_") as folder:
-        copy = Path(folder) / file.name
-        download(file, copy)
-        yield copy
 
 
 def upload(local: Path, path: str | os.PathLike[str]) -> None:
@@ -233,7 +239,7 @@ def upload(local: Path, path: str | os.PathLike[str]) -> None:
         return
     url = os.fspath(path)
     size, crc = local.stat().st_size, _crc_of(local)
-    _asked(path, "written", lambda files: files.put_file(str(local), url))
+    asked(path, "written", lambda files: files.put_file(str(local), url))
     _verify(path, size, crc)
 
 
@@ -247,7 +253,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         _whole(Path(path), lambda partial: partial.write_bytes(data))
         return
     url = os.fspath(path)
-    _asked(path, "written", lambda files: files.pipe_file(url, data))
+    asked(path, "written", lambda files: files.pipe_file(url, data))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -266,7 +272,7 @@ def read_bytes(path: str | os.PathLike[str], start: int = 0, end: int | None = N
         url = os.fspath(path)
         if end is not None and end <= start:
             return b""
-        data: bytes = _asked(path, "read", lambda files: files.cat_file(url, start=start or None, end=end))
+        data: bytes = asked(path, "read", lambda files: files.cat_file(url, start=start or None, end=end))
         return data
     with open(path, "rb") as file:
         file.seek(start)
@@ -277,7 +283,7 @@ def delete(path: str | os.PathLike[str]) -> None:
     """Delete a file. A missing one is no error. Raises OSError with one line."""
     try:
         if is_remote(path):
-            _asked(path, "deleted", lambda files: files.rm_file(os.fspath(path)))
+            asked(path, "deleted", lambda files: files.rm_file(os.fspath(path)))
         else:
             os.unlink(path)
     except FileNotFoundError:
@@ -288,7 +294,7 @@ def delete_folder(path: str | os.PathLike[str]) -> None:
     """Delete a folder with everything in it. A missing one is no error. Raises OSError with one line."""
     try:
         if is_remote(path):
-            _asked(path, "deleted", lambda files: files.rm(os.fspath(path), recursive=True))
+            asked(path, "deleted", lambda files: files.rm(os.fspath(path), recursive=True))
         else:
             shutil.rmtree(path)
     except FileNotFoundError:
@@ -315,22 +321,22 @@ def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
         return
     old, new = os.fspath(source), os.fspath(target)
     try:
-        facts = _asked(source, "moved", lambda files: files.info(old))
+        facts = asked(source, "moved", lambda files: files.info(old))
     except FileNotFoundError:
         if not exists(target):
             raise FileNotFoundError(f"{source}: missing, and {target} too; write it again") from None
         return
     if facts["type"] == "directory":
         raise IsADirectoryError(f"{source}: a folder in a bucket cannot be moved; move its files")
-    _asked(source, "copied", lambda files: files.cp_file(old, new))
+    asked(source, "copied", lambda files: files.cp_file(old, new))
     _verify(target, int(facts["size"]), facts.get("crc32c"))
     with contextlib.suppress(FileNotFoundError):  # a repeated request: the first one deleted it
-        _asked(source, "deleted", lambda files: files.rm_file(old))
+        asked(source, "deleted", lambda files: files.rm_file(old))
 
 
 def _verify(path: str | os.PathLike[str], size: int, crc: str | None) -> None:
     """Compare size and checksum (base64, as gs:// states it) of an object with the expected ones."""
-    facts = _asked(path, "read", lambda files: files.info(os.fspath(path)))
+    facts = asked(path, "read", lambda files: files.info(os.fspath(path)))
     told = facts.get("crc32c")
     if int(facts["size"]) != size or (crc and told and told != crc):
         raise OSError(
@@ -361,52 +367,3 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _left(path: str | os.PathLike[str], end: float | None) -> float:
-    """Return the seconds that a request may take. Raises TimeoutError if none are left."""
-    if end is None:
-        return QUIET_SECONDS
-    if (left := end - time.monotonic()) <= 0:
-        raise TimeoutError(f"{path}: not read within its time limit; raise the limit, or check the connection")
-    return min(QUIET_SECONDS, left)
-
-
-def _asked(
-    path: str | os.PathLike[str], done: str, ask: Callable[[fsspec.AbstractFileSystem], T], end: float | None = None
-) -> T:
-    """Return the answer of a store, asked again after cut connections and silence.
-
-    Raises:
-      FileNotFoundError: the store says that there is no such object or bucket.
-      TimeoutError: `end` of time.monotonic has passed.
-      OSError: anything else; one line, as some libraries raise errors of their own classes.
-    """
-    files = files_of(path)
-    for attempt in range(ATTEMPTS):
-        try:
-            return ask(files)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise
-        except Exception as error:
-            silent = isinstance(error, TimeoutError)
-            if silent and end is not None:
-                _left(path, end)
-            if silent and attempt < ATTEMPTS - 1:
-                continue
-            if isinstance(error, PlaceFailed):  # says all of it, with the name of the request
-                raise OSError(" ".join(str(error).split())) from error
-            words = " ".join(str(error).split()) or "no answer"
-            raise OSError(
-                f"{path}: cannot be {done} ({words}); check the name, your permissions and the connection"
-            ) from error
-    raise AssertionError("unreachable")
-
-
-def files_of(path: str | os.PathLike[str]) -> fsspec.AbstractFileSystem:
-    """Return the fsspec file system of a place in a bucket, which etils uses as well. It caches no listings."""
-    for scheme, (package, _) in EXTRAS.items():
-        # Where fsspec was imported before this package, its settings do not come from the environment.
-        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-        logging.getLogger(package).setLevel(logging.CRITICAL)  # it logs a traceback for an error that it also raises
-    return fsspec.filesystem(os.fspath(path).partition("://")[0])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ymplug_jax.core import places
 from ymplug_jax.data import joined_set, schema, shard_files, tf_example
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Records:
           ValueError: the schema version is unknown, the shards are of two builds, or an index is damaged.
         """
         self.path, self.split = path.rstrip("/"), split
-        self._folder = _Bucket(self.path) if "://" in path else _Disk(self.path)
+        place = places.place(self.path, "config.data.path")
+        self._folder = _Bucket(str(place)) if places.is_remote(place) else _Disk(str(place))
         names = self._folder.names()
         self.kind = ""  # stays empty without a manifest
         self._entry: Any = None  # entry of the split in the manifest

@@ -2,11 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from ymplug_jax.core import text_files
+from ymplug_jax.core import places, text_files
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data.records import Record, Records, Split
 
@@ -49,8 +48,8 @@ class Texts:
           FileNotFoundError: the file does not exist.
           ValueError: the file is not UTF-8, is a Git LFS pointer, or holds no text.
         """
-        file = Path(path)
-        if not file.is_file():
+        file = places.place(path, "config.data.path")
+        if not file.exists():
             raise FileNotFoundError(f"{path}: no such file; correct config.data.path")
         self._lines = [line.strip() for line in text_files.read_lines(file) if line.strip()]
         if not self._lines:
@@ -72,7 +71,7 @@ def folders_of(path: str) -> tuple[str, ...]:
     """Return the folders (or text files) that `config.data.path` names, separated by commas. Spaces around them are ignored.
 
     Raises:
-      Mistake: a name between commas is empty, or a folder is named twice.
+      Mistake: a name between commas is empty or no place, or a folder is named twice.
     """
     names = tuple(name.strip() for name in path.split(",")) if "," in path else (path,)
     if len(names) > 1 and not all(names):
@@ -82,6 +81,9 @@ def folders_of(path: str) -> tuple[str, ...]:
         raise Mistake(
             f"config.data.path: names {twice} twice; name it once, with a larger weight in config.data.weights"
         )
+    for name in names:
+        if name:
+            places.place(name, "config.data.path")
     return names
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ymplug_jax.core import exits, places, text_files
+from ymplug_jax.core import exits, place_copies, text_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -75,7 +75,7 @@ def load_tokenizer(path: str, *, lower_case: bool = True) -> Tokenizer:
     )
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(places.local_copy(path, "config.data.tokenizer"))
+            file = stack.enter_context(place_copies.local_copy(path, "config.data.tokenizer"))
         except FileNotFoundError:
             raise FileNotFoundError(missing) from None
         if not file.is_file():

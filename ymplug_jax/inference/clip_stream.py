@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ymplug_jax.core import place_copies, places
 from ymplug_jax.core.exits import Mistake, PlaceFailed
 from ymplug_jax.data import video_file
 from ymplug_jax.data.records import Record
@@ -64,10 +65,15 @@ def files_of(names: Sequence[str]) -> list[File]:
     for name in names:
         if not name:
             raise Mistake("--video: a name is empty; give files or folders")
+        place = places.place(name, "--video")
+        if places.is_remote(place):
+            files += _files_below(str(place))
+            continue
+        name = str(place) if name.startswith("file://") else name
         files += _files_in(name) if os.path.isdir(name) else [File(name, True)]
     seen: set[str] = set()
     for file in files:
-        place = os.path.abspath(file.name)
+        place = file.name if places.is_remote(file.name) else os.path.abspath(file.name)
         if place in seen:
             raise Mistake(f"--video {file.name}: given twice; give each file once")
         seen.add(place)
@@ -88,6 +94,18 @@ def _files_in(folder: str) -> list[File]:
         raise Mistake(f"--video {folder}: no files in this folder; give a folder of videos")
     found.sort(key=lambda file: tuple(os.fsencode(part) for part in Path(os.path.relpath(file, folder)).parts))
     return [File(file, False) for file in found]
+
+
+def _files_below(url: str) -> list[File]:
+    """The files of a name in a bucket: of a folder all files below it, sorted as those of a local folder."""
+    with place_copies.failing():
+        found = places.below(url)
+    if "" in found or not found:  # a missing file is reported when it is read
+        return [File(url, True)]
+    parts = [name.split("/") for name in found]
+    return [
+        File(f"{url}/{'/'.join(one)}", False) for one in sorted(parts) if not any(part.startswith(".") for part in one)
+    ]
 
 
 def left_out(read: Read) -> bool:
@@ -190,6 +208,8 @@ def _work(tasks: queue.SimpleQueue) -> None:
             name, future = task
             try:
                 future.set_result(_read(reader, name))
+            except PlaceFailed as error:
+                future.set_exception(error)
             except (OSError, RuntimeError) as error:  # the decoding process failed, not the file
                 future.set_exception(
                     PlaceFailed(
@@ -203,6 +223,14 @@ def _work(tasks: queue.SimpleQueue) -> None:
 
 
 def _read(reader: Reader, name: str) -> Clip | Reject:
+    if places.is_remote(name):
+        try:
+            with place_copies.failing(), place_copies.local_copy(name, "--video", TIME_LIMIT) as copy:
+                return _read(reader, str(copy))
+        except FileNotFoundError:
+            return Reject("missing_file", "no such file")
+        except TimeoutError as error:
+            return Reject("timed_out", str(error))
     try:
         mode = os.stat(name).st_mode
     except (OSError, ValueError) as error:

@@ -6,16 +6,17 @@ file, and the side file to the weights. The index is written when all vectors ar
 """
 
 import base64
+import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from ymplug_jax.core import index_file
+from ymplug_jax.core import index_file, place_copies, places
 from ymplug_jax.core.exits import Mistake, writing
 from ymplug_jax.core.index_file import Origin
 
@@ -25,7 +26,7 @@ KIND = "ymplug_jax export"
 class Export:
     """The vectors computed so far and the side file that more are appended to. A lock admits one process at a time."""
 
-    def __init__(self, path: Path, origin: Origin):
+    def __init__(self, path: Path | epath.Path, origin: Origin):
         """Open the side file and read the vectors of an interrupted export.
 
         Args:
@@ -36,7 +37,14 @@ class Export:
           Mistake: the side file belongs to other weights, is not a side file, or is locked by another process.
           PlaceFailed: the side file cannot be opened.
         """
-        self.path, self.part, self._origin = path, path.with_name(path.name + ".part"), origin
+        self.path, self._origin = path, origin
+        # Objects cannot be appended to: beside an index in a bucket the side file is local, and a repeated command finds it again.
+        self._work = contextlib.ExitStack()
+        folder = (
+            self._work.enter_context(place_copies.working_folder(path)) if places.is_remote(path) else Path(path.parent)
+        )
+        folder.mkdir(exist_ok=True)
+        self.part = folder / (path.name + ".part")
         self.vectors: dict[str, np.ndarray] = {}  # name -> f32[E]
         self._stamps: dict[str, list[int]] = {}
         with writing(self.part, "--export"):
@@ -82,10 +90,11 @@ class Export:
         there = [name for name in names if name in self.vectors]
         if there:
             arrays = {"video": np.stack([self.vectors[name] for name in there]), "video_id": np.array(there)}
-            with writing(self.path, "--export"):
+            with place_copies.failing(), writing(self.path, "--export"):
                 index_file.write(self.path, arrays | self._origin)
         self.close()
         self.part.unlink(missing_ok=True)
+        self._work.close()
         return len(there)
 
     def close(self) -> None:
@@ -139,10 +148,9 @@ class Export:
 def _stamp(name: str) -> list[int]:
     """[size, modification time in ns] of a file; [] if it does not exist."""
     try:
-        found = os.stat(name)
+        return places.stamp(name)
     except OSError:
         return []
-    return [found.st_size, found.st_mtime_ns]
 
 
 def _line(text: bytes) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ymplug_jax.core import place_copies, places
 from ymplug_jax.core.exits import Mistake
 
 if TYPE_CHECKING:
@@ -41,17 +41,17 @@ def parse(argv: list[str], doc: str) -> argparse.Namespace:
     parser.add_argument("command", metavar="{" + ",".join(COMMANDS) + "}")
     flags = [
         parser.add_argument("--checkpoint", required=True, help="folder of the run (its --workdir, or best/ in it), local or gs://"),
-        parser.add_argument("--video", nargs="+", action="extend", default=[], help="video files or folders"),
+        parser.add_argument("--video", nargs="+", action="extend", default=[], help="video files or folders, local or gs://"),
         parser.add_argument(
             "--title", nargs="+", action="extend", help='classify: title of each video, in their order; "" for a video without one'
         ),
         parser.add_argument("--text", nargs="+", action="extend", help="retrieve: texts to search for"),
-        parser.add_argument("--index", type=Path, help="retrieve: search this index instead of files"),
-        parser.add_argument("--export", type=Path, help="retrieve: write the vectors of the videos to this index (.npz)"),
+        parser.add_argument("--index", type=place_copies.any_place, help="retrieve: search this index instead of files"),
+        parser.add_argument("--export", type=place_copies.any_place, help="retrieve: write the vectors of the videos to this index (.npz)"),
         parser.add_argument("--rank", choices=["videos", "texts"], help="retrieve: rank videos for each text, or texts for each video (default videos)"),
         parser.add_argument("--best", type=int, help="number of classes, ranks or listed answers in an answer (default 5)"),
         parser.add_argument("--json", action="store_true", help="print one JSON object per line"),
-        parser.add_argument("--sheet", type=Path, help="draw the frames of at most 64 clips, with the answers, to this PNG"),
+        parser.add_argument("--sheet", type=place_copies.local_only, help="draw the frames of at most 64 clips, with the answers, to this PNG"),
         parser.add_argument("--decoders", type=int, help="number of decoding processes (default: one per core, at most eight)"),
         *_chat_flags(parser),
     ]  # fmt: skip
@@ -74,9 +74,9 @@ def _chat_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [
         add("--image", nargs="+", action="extend", help="chat: image files, shown after the videos"),
         add("--question", nargs="+", action="extend", help="answer: question about each video, in their order, one about all, or several about one video; chat: ask these questions, one after the other, and end"),
-        add("--questions", type=Path, help='chat: answer every line {"video": [...], "image": [...], "question": TEXT, "prompt": INTRODUCTION} of this file'),
-        add("--out", type=Path, help="chat: write the answers to --questions to this file"),
-        add("--video_root", type=Path, help="chat: folder of the files that --questions names (default: the current folder)"),
+        add("--questions", type=place_copies.local_only, help='chat: answer every line {"video": [...], "image": [...], "question": TEXT, "prompt": INTRODUCTION} of this file'),
+        add("--out", type=place_copies.local_only, help="chat: write the answers to --questions to this file"),
+        add("--video_root", type=place_copies.local_only, help="chat: folder of the files that --questions names (default: the current folder)"),
         add("--tokenizer", help="chat: tokenizer file of converted weights that hold none"),
         add("--int8", action="store_true", default=None, help="chat: hold frozen matrices in eight bits, in half the memory"),
         add("--temperature", type=float, help="chat: draw tokens, with logits divided by this; 0: the likeliest token (default)"),
@@ -240,7 +240,12 @@ def _as_text(flag: str, text: str) -> str:
 def _check_places(args: argparse.Namespace) -> None:
     from ymplug_jax.core import index_file
 
-    if path := args.export:
+    if (path := args.export) and places.is_remote(path):
+        with place_copies.failing():
+            places.check_bucket(path)
+            if places.below(path).keys() - {""}:
+                raise Mistake(f"--export {path}: a folder, not a file; give a file in it")
+    elif path:
         if path.is_dir():
             raise Mistake(f"--export {path}: a folder, not a file; give a file in it")
         if not path.parent.is_dir():

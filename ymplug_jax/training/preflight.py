@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from ymplug_jax.core import checkpoint_files
+from ymplug_jax.core import checkpoint_files, place_copies, places
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.data import measuring, schema
@@ -195,15 +195,16 @@ def _check_part(experiment: Experiment, split: str, records: Split, kinds: tuple
 def _check_files(experiment: Experiment) -> None:
     """Check the files named by task options: some are read only when scores are computed, hours into a run."""
     for name, value, arrays in options.files(experiment):
-        if "://" in value:
-            continue
-        where, file = f"config.options.{name} {value}", Path(value).expanduser()
-        if not file.is_file():
-            raise Mistake(f"{where}: {missing(file)}")
+        where, place = f"config.options.{name} {value}", places.place(value, f"config.options.{name}")
+        if places.is_remote(place):
+            if place.is_dir() or not place.exists():
+                raise Mistake(f"{where}: no such file; correct the path")
+        elif not place.is_file():
+            raise Mistake(f"{where}: {missing(Path(place))}")
         if not arrays:
             continue
         try:
-            with np.load(file, allow_pickle=False) as index:
+            with place_copies.local_copy(place) as file, np.load(file, allow_pickle=False) as index:
                 there = set(index.files)
         except Exception as error:  # numpy and zipfile raise many types for other file formats
             raise Mistake(f"{where}: not an .npz file ({error}); give the index.npz of an evaluation") from None

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from ymplug_jax.core import checkpoint_files, config
+from ymplug_jax.core import checkpoint_files, config, places
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.tasks import options
@@ -104,8 +104,17 @@ def _check_place(folder: epath.Path) -> None:
         name.encode("utf-8")
     except UnicodeEncodeError:
         raise Mistake(f"--workdir {name!r}: the path is not valid UTF-8; choose another name") from None
-    if "://" in name:
-        return  # a bucket has no folders to check; the first write fails if it is not accessible
+    if places.is_remote(folder):
+        if not name.startswith("gs://"):
+            raise Mistake(
+                f"--workdir {name}: checkpoints are written to local folders and gs:// only; choose one of these"
+            )
+        places.check_bucket(folder)  # the first write, before the first step, tells whether it may be written
+        try:
+            places.sizes(folder)
+        except NotADirectoryError:
+            raise Mistake(f"--workdir {name}: a file, not a folder; choose another folder") from None
+        return
     path = Path(name)
     try:
         if path.is_symlink() and not path.exists():
@@ -307,11 +316,11 @@ def _copy(source: epath.Path, target: epath.Path, keep: bool) -> None:
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
-    """Write the file atomically. Objects in a bucket already are written atomically."""
-    if "://" in str(path):
-        path.write_bytes(content)
+    """Write the file atomically."""
+    if places.is_remote(path):
+        places.write_bytes(path, content)
         return
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")  # one name, so that kills leave one file at most
     try:
         partial.write_bytes(content)
         partial.replace(path)

@@ -7,12 +7,12 @@ task "classify" does. See docs/models/alpro.md, "Classification head".
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ymplug_jax.core import places
 from ymplug_jax.core.config import Data, Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
@@ -148,6 +148,6 @@ def class_names(answers: str, planned: int = 0) -> Sequence[str]:
     Raises:
       Mistake: The file does not exist or is not a list of answers.
     """
-    if planned and not Path(answers).is_file():
+    if planned and not places.place(answers, "config.options.answers").exists():
         return [str(number) for number in range(planned)]
     return preprocess.names_in(answers, "config.options.answers", "answer")

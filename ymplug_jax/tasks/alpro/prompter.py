@@ -7,13 +7,13 @@ Evaluation writes `index.npz` as retrieval does. With `config.options.prompts` t
 import dataclasses
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ymplug_jax.core import places
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean, Metrics
@@ -181,8 +181,8 @@ def read_prompts(path: str, setting: str = "config.options.prompts") -> tuple[li
       FileNotFoundError: The file does not exist.
       ValueError: The file has another format.
     """
-    file = Path(path)
-    if not file.is_file():
+    file = places.place(path, setting)
+    if not file.exists() or file.is_dir():
         raise FileNotFoundError(f"{setting} {path}: no such file; give the file that data_prep.entity_prompts wrote")
     try:
         made = json.loads(file.read_text(encoding="utf-8"))
