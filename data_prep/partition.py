@@ -6,7 +6,6 @@ A partition that is built again, because a worker died or a cluster started it t
 """
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import apache_beam as beam
-import numpy as np
 from etils import epath
 
 from data_prep import row_table
 from data_prep.builder import Media, Settings, is_cut, serialize, serialize_talk
 from data_prep.conversations import Talk
-from data_prep.index_shards import BrokenShard, frame, index_of
+from data_prep.index_shards import BrokenShard, frame, index_bytes, index_of
 from data_prep.part_files import GROUP, TOKEN, finished, group_name, part_name
 from data_prep.rows import Row
 from data_prep.scratch import Scratch
@@ -144,11 +142,9 @@ class BuildPartition(beam.DoFn):
                 index = index_of(partial)
                 if index[:, 1].tolist() != sizes:
                     raise BrokenShard(f"{partial}: holds other records than were written; check the disk")
-                array = io.BytesIO()
-                np.save(array, index)
                 name = part_name(number, ".tfrecord")
                 self._check_token()
-                places.write_bytes(self._work / (name + schema.INDEX_SUFFIX), array.getvalue())
+                places.write_bytes(self._work / (name + schema.INDEX_SUFFIX), index_bytes(index))
                 if self._scratch is None:
                     partial.rename(folder / name)
                 else:

@@ -9,7 +9,7 @@ import pytest
 import buckets
 import builds
 from buckets import Fault
-from data_prep import build_shards
+from data_prep import build_shards, index_shards
 from data_prep.videos import open_videos
 from ymplug_jax.data import schema
 from ymplug_jax.data.records import Records
@@ -125,6 +125,26 @@ def test_mistakes_are_one_line_and_leave_nothing(server: buckets.Server, whole: 
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line
     assert server.names(SETS) == before
+
+
+def test_index_shards_reads_a_bucket(server: buckets.Server, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(index_shards, "BLOCK", 5000)  # several requests a shard
+    server.put_folder(SETS, "old", whole / "whole")
+    indices = {name: server.get(SETS, name) for name in server.names(SETS, "old/") if name.endswith(".npy")}
+    assert len(indices) == 10
+    for name in indices:
+        server.delete(SETS, name)
+    server.inject(Fault("cut read", "GET", r"tfrecord-00003", least=1000), Fault("503", "GET", r"tfrecord-00004"))
+    assert index_shards.main([f"gs://{SETS}/old"]) == 0
+    assert not server.waiting() and capsys.readouterr().out == "85 records in 10 shards\n"
+    assert {name: server.get(SETS, name) for name in server.names(SETS, "old/") if name.endswith(".npy")} == indices
+    shard = f"old/{schema.shard_name('youku_mplug', 'train', 2, 10)}"
+    data = bytearray(server.get(SETS, shard))
+    data[30] ^= 1
+    server.put(SETS, shard, bytes(data))
+    assert index_shards.main([f"gs://{SETS}/old"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: gs://{SETS}/{shard}: record 0 at byte 0: wrong checksum; build or copy the shard again"
 
 
 def test_names_of_videos(server: buckets.Server):
