@@ -40,6 +40,9 @@ OTHERS = (
     "tensorboard",
     "xprof",
     "docker",
+    "modelscope",
+    "rm",
+    "split",
 )
 
 
