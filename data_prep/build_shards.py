@@ -62,7 +62,8 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
             return _build(args, csv, beam_flags)
         except OSError as error:
             if not error.strerror:  # of a bucket: one line that says what to do
-                raise PlaceError(f"{error}; then run the same command again") from None
+                message = str(error).removesuffix(", then run the same command again")
+                raise PlaceError(f"{message}; run the same command again") from None
             place = error.filename or args.out
             raise PlaceError(
                 f"{place}: cannot be written ({error.strerror}); make it writable, then run the same command again"
@@ -194,32 +195,40 @@ def _old_manifest(out: epath.Path | Path) -> dict:
 
     Raises:
       BuildError: the folder cannot be read, or the manifest is damaged.
+      OSError: the publication fails again.
     """
     out = epath.Path(out)
     path = out / schema.MANIFEST
     try:
-        for split in ("test", "train", "validation"):
-            if PLAN in places.sizes(out / BUILDING / split):
-                finish(out, out / BUILDING / split)
+        stopped = [split for split in ("test", "train", "validation") if PLAN in places.sizes(out / BUILDING / split)]
+    except NotADirectoryError:
+        return {}  # making the folder will say so
+    except OSError as error:
+        raise _unreadable(out, error) from None
+    for split in stopped:
+        finish(out, out / BUILDING / split)
+    try:
         if schema.MANIFEST not in places.sizes(out):
             return {}
         manifest: dict = json.loads(places.read_bytes(path))
         _ = manifest["kind"], manifest["frames"]["per_clip"], manifest["splits"].items()
-        if manifest.get(schema.PUBLISHING):
-            raise ValueError(f"split {manifest[schema.PUBLISHING]!r} was being published, and {BUILDING} is gone")
-        return manifest
-    except NotADirectoryError:
-        return {}  # making the folder will say so
     except OSError as error:
-        raise BuildError(
-            f"--out {out}: cannot be read ({error.strerror}); choose another folder"
-            if error.strerror
-            else f"--out {error}"
-        ) from None
+        raise _unreadable(out, error) from None
     except KeyError as error:
         raise BuildError(f"{path}: damaged (no {error} in it); build into another --out") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise BuildError(f"{path}: damaged ({error}); build into another --out") from None
+    if manifest.get(schema.PUBLISHING):
+        raise BuildError(
+            f"{path}: the publication of split {manifest[schema.PUBLISHING]!r} was stopped, and {BUILDING} is gone; build into another --out"
+        )
+    return manifest
+
+
+def _unreadable(out: epath.Path, error: OSError) -> BuildError:
+    if error.strerror:
+        return BuildError(f"--out {out}: cannot be read ({error.strerror}); choose another folder")
+    return BuildError(f"--out {error}")  # of a bucket: one line that says what to do
 
 
 def _check_fits(manifest: dict, args: argparse.Namespace, classes: tuple[str, ...]) -> None:

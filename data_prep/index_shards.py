@@ -1,6 +1,7 @@
 """Verify the checksums of all shards of a folder, local or in a bucket, and write their indices: `python -m data_prep.index_shards DIR`."""
 
 import io
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,8 @@ from data_prep.flags import Parser, bar, place_of, run
 from data_prep.parts import folders_in
 from ymplug_jax.core import places
 from ymplug_jax.data import schema
-from ymplug_jax.data.shard_files import SHARD
 
+SHARD = re.compile(r".+\.tfrecord-\d{5}-of-\d{5}")
 BLOCK = 16 << 20  # bytes of a request to a bucket
 THREADS = 8  # shards of a bucket that are read at a time; each holds a block and a record
 

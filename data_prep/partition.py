@@ -66,7 +66,8 @@ def _one_line(work: str) -> Iterator[None]:
         message = str(error)
         if isinstance(error, OSError) and error.strerror:
             message = f"{error.filename or work}: {error.strerror}"
-        raise PartitionFailed(" ".join(message.split())) from None
+        message = " ".join(message.split()).removesuffix(", then run the same command again")  # the driver adds it
+        raise PartitionFailed(message) from None
 
 
 class ListPartitions(beam.DoFn):
@@ -128,7 +129,7 @@ class BuildPartition(beam.DoFn):
     def _check_token(self) -> None:
         """Raise OSError if another attempt has begun: the driver was killed and started again while this worker went on."""
         if places.read_bytes(self._work / TOKEN).decode() != self._job.token:
-            raise OSError(f"{self._job.work}: another run of the same build has begun, so this one stops")
+            raise OSError(f"{self._job.work}: another run of the same build has begun; wait for that one")
 
     def _build(self, number: int, rows: Sequence[Row | Talk]) -> None:
         """Write the files of a partition. Raises OSError, BrokenShard, DecoderFailed."""

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from ymplug_jax.core import places
+from ymplug_jax.core import place_requests, places
 from ymplug_jax.data import joined_set, schema
 
 PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -83,12 +84,18 @@ def read_part(folder: epath.Path) -> Part | None:
 
 
 def folders_in(out: epath.Path) -> list[epath.Path]:
-    """Return the folders in OUT that may hold parts, by name. Raises OSError."""
+    """Return the folders in OUT that may hold parts, by name, in one listing. Raises OSError."""
     try:
-        found = [folder for folder in out.iterdir() if PART_NAME.fullmatch(folder.name) and folder.is_dir()]
+        if places.is_remote(out):
+            url = os.fspath(out)
+            found = place_requests.asked(out, "listed", lambda files: files.ls(url, detail=True, refresh=True))
+            names = [str(one["name"]).rstrip("/").rpartition("/")[2] for one in found if one["type"] == "directory"]
+        else:
+            with os.scandir(out) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
     except FileNotFoundError:
         return []
-    return sorted(found, key=lambda folder: folder.name)
+    return [out / name for name in sorted(names) if PART_NAME.fullmatch(name)]
 
 
 def misfit(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

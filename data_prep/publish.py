@@ -157,8 +157,12 @@ def publish(
 
 
 def finish(out: epath.Path, work: epath.Path) -> dict:
-    """Execute the plan in `work`, which may be partly done, and return the manifest. Raises OSError."""
-    plan = json.loads(places.read_bytes(work / PLAN))
+    """Execute the plan in `work`, which may be partly done, and return the manifest. Raises OSError, ValueError if the plan is damaged."""
+    try:
+        plan = json.loads(places.read_bytes(work / PLAN))
+        _ = plan["split"], plan["moves"], plan["manifest"]["splits"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{work / PLAN}: damaged ({error}); delete {work} and build again") from None
     split, manifest = plan["split"], plan["manifest"]
     others = {name: entry for name, entry in manifest["splits"].items() if name != split}
     refused = {**manifest, "splits": others, schema.PUBLISHING: split}

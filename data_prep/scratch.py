@@ -20,8 +20,9 @@ class Scratch:
         """Make the folder, and delete those that killed processes left. Raises OSError if the disk cannot be written."""
         sweep()
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
-        self._lock = (self.path / LOCK).open("w")
+        self._lock = (self.path / "new").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (self.path / "new").rename(self.path / LOCK)  # only now others see a lock, which is taken
 
     def close(self) -> None:
         """Delete the folder with all files in it."""

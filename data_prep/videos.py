@@ -153,11 +153,12 @@ class BucketVideos:
         """Whether there is such an object. The first call lists the whole folder."""
         try:
             refuse_hostile(name)
-        except Reject:
+            forms = _forms(name)
+        except (Reject, UnicodeEncodeError):
             return False
         if self._hashes is None:
             self._hashes = np.sort(np.fromiter((hash(found) for found in self.names()), np.int64))
-        for form in _forms(name):
+        for form in forms:
             at = int(np.searchsorted(self._hashes, hash(form)))
             if at < len(self._hashes) and self._hashes[at] == hash(form):
                 return True
@@ -171,11 +172,12 @@ class BucketVideos:
             for folder, _, files in place_requests.files_of(self._root).walk(url, on_error="raise"):
                 yield from (f"{folder}/{file}"[start:] for file in files if file)
         except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, "no such folder", url) from None
+            raise FileNotFoundError(f"{url}: no such folder; give the folder of the videos") from None
         except OSError:
             raise
         except Exception as error:  # fsspec's file systems raise errors of their own classes
-            raise OSError(errno.EIO, f"cannot be listed ({' '.join(str(error).split())})", url) from error
+            words = " ".join(str(error).split())
+            raise OSError(f"{url}: cannot be listed ({words}); check the name and your permissions") from error
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[Path]:

@@ -76,11 +76,9 @@ def test_a_bucket_that_refuses_is_no_reject(server: buckets.Server, whole: Path,
     server.inject(Fault("403", "GET", r"/o/root/2\.mp4", times=-1))
     assert build_shards.main(flags("refused", "--workers=1")) == 5
     server.heal()
-    lines = capfd.readouterr().err.splitlines()
-    assert (
-        lines[-1].startswith(f"error: gs://{CLIPS}/root/2.mp4: cannot be read (")
-        and lines[-1].count("injected 403") == 1
-    )
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: gs://{CLIPS}/root/2.mp4: ") and "injected 403" in line
+    assert line.count("run the same command again") == 1
     assert build_shards.main(flags("refused", "--workers=1")) == 0
     check_equal(server, "refused", whole, tmp_path / "copy")
 
@@ -91,7 +89,7 @@ def test_an_interrupted_publication_is_refused_by_readers_and_finished(
     server.inject(Fault("403", "POST", r"(copyTo|rewriteTo).*00007-of-", times=-1))
     assert build_shards.main(flags("publishing", "--workers=1")) == 5
     server.heal()
-    assert "then run the same command again" in capfd.readouterr().err.splitlines()[-1]
+    assert "; run the same command again" in capfd.readouterr().err.splitlines()[-1]
     with pytest.raises(ValueError, match="split 'train' is being published"):
         Records(f"gs://{SETS}/publishing", "train")
     assert build_shards.main(flags("publishing", "--workers=1")) == 0
