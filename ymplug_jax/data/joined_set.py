@@ -60,11 +60,14 @@ def check_parts(path: str, parts: Sequence[Part], manifests: Sequence[bytes | No
       FileNotFoundError: a part is missing, or is being built.
       ValueError: a part was built again after joining.
     """
-    again = f"join the parts again with python -m data_prep.join_parts --out {path}"
     for part, content in zip(parts, manifests, strict=True):
         if content is None:
             raise FileNotFoundError(
-                f"{path}/{part.name}/{schema.MANIFEST}: missing, so the part was moved or is being built; finish or copy it, or {again}"
+                f"{path}/{part.name}/{schema.MANIFEST}: missing, so the part was moved or is being built; finish or copy it, or join the "
+                f"other parts with python -m data_prep.join_parts --out {path} --parts"
             )
         if hashlib.sha256(content).hexdigest() != part.manifest_sha256:
-            raise ValueError(f"{path}/{part.name}: built again or extended after the parts were joined; {again}")
+            raise ValueError(
+                f"{path}/{part.name}: built again or extended after the parts were joined; join them again with python -m "
+                f"data_prep.join_parts --out {path}"
+            )
