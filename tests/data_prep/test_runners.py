@@ -1,5 +1,6 @@
 """Jobs of a build under the watchdog: an external pool whose worker is killed, jobs that hang or die, and the flags of Beam."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+import buckets
 import builds
-from data_prep import beam_flags, beam_process, build_flags, build_shards, part_files, runners
+from data_prep import beam_flags, beam_process, build_flags, build_shards, part_files, partition, runners
 from data_prep.builder import Settings
 from data_prep.partition import Job
+from ymplug_jax.core import places
 
 OURS = re.findall(r"--\w+", build_flags.parser().format_help())
 ROWS = 240
@@ -292,3 +295,22 @@ def test_the_watchdog_waits_longer_than_a_clip_may_take(tmp_path: Path, capsys):
         "error: --stall_minutes 1: not above the 60 seconds of --time_limit; give more\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_note_their_progress_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """The notes tell the watchdog that a long partition goes on, and are gone at the end."""
+    csv, root = builds.corpus(tmp_path, 20)
+    write, sizes = places.write_text, []
+
+    def watched(path: epath.Path, text: str) -> None:
+        write(path, text)
+        if str(path).endswith("part-00001.progress"):
+            sizes.append(places.sizes(path.parent)[path.name])
+
+    with buckets.served("clips") as server:
+        monkeypatch.setattr(partition, "BEAT", 0.0)
+        monkeypatch.setattr(partition.places, "write_text", watched)
+        assert build_shards.main(builds.flags(csv, root, "gs://clips/out", "--workers=1")) == 0, capsys.readouterr().err
+        names = server.names("clips", "out/")
+    assert len(sizes) == 10 and all(a != b for a, b in itertools.pairwise(sizes)), sizes
+    assert "out/manifest.json" in names and not [name for name in names if ".building" in name]
