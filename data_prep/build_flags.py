@@ -7,7 +7,9 @@ import re
 from etils import epath
 
 from data_prep import beam_flags
+from data_prep.archives import check_kind, is_archive
 from data_prep.flags import Parser, local_path, place_of, say
+from data_prep.parts import PART_NAME
 from ymplug_jax.core import places
 from ymplug_jax.data import schema
 from ymplug_jax.data.text import load_tokenizer
@@ -35,9 +37,16 @@ def parser(description: str = "") -> Parser:
         "--video_root",
         required=True,
         type=place_of("--video_root"),
-        help="folder to which the paths of the rows are relative",
+        help="folder to which the paths of the rows are relative, or a .zip or .tar with such paths",
     )
     parser.add_argument("--out", required=True, type=place_of("--out"), help="folder of the data set to write")
+    parser.add_argument(
+        "--part",
+        help="build the folder OUT/PART from the rows whose files are in --video_root; data_prep.join_parts joins the parts",
+    )
+    parser.add_argument(
+        "--with_text_rows", action="store_true", help="instruct with --part: this part has the rows without files too"
+    )
     parser.add_argument(
         "--split",
         choices=("train", "validation", "test"),
@@ -100,6 +109,7 @@ def check(args: argparse.Namespace, more: list[str]) -> None:
       BuildError: a flag or a folder cannot be used.
     """
     _check_places(args)
+    _check_part(args)
     for name, value, least in (
         ("num_frames", args.num_frames, 1),
         ("partition_rows", 1 if args.partition_rows is None else args.partition_rows, 1),
@@ -138,11 +148,26 @@ def _check_places(args: argparse.Namespace) -> None:
             if flag == "--csv" and found != "file":
                 what = "a folder, not a file" if found else "no such file"
                 raise BuildError(f"{flag} {path}: {what}; give a CSV")
-            if flag != "--csv" and found != "folder":
+            if flag == "--video_root" and found == "file" and is_archive(path.name):
+                check_kind(os.fspath(path))
+            elif flag != "--csv" and found != "folder":
                 what = "a file, not a folder" if found else "no such folder"
                 raise BuildError(f"{flag} {path}: {what}; give the folder of the videos")
     if places.is_remote(args.video_root) and args.allow_links_to:
         raise BuildError("--allow_links_to: a bucket has no links; leave it out")
+
+
+def _check_part(args: argparse.Namespace) -> None:
+    """Check the flags of a part, and set `args.whole` to --out and `args.out` to the folder of the part in it. Raises BuildError."""
+    if args.with_text_rows and (not args.part or args.config != schema.INSTRUCT):
+        raise BuildError("--with_text_rows: applies to --config instruct with --part only; leave it out")
+    args.whole = args.out
+    if args.part is not None:
+        if not PART_NAME.fullmatch(args.part):
+            raise BuildError(
+                f"--part {args.part}: not a name; use letters, digits, '_', '-' and '.', beginning with a letter or digit"
+            )
+        args.out = args.out / args.part
 
 
 def kind_of(path: epath.Path) -> str:

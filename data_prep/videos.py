@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from etils import epath
 
+from data_prep.archives import is_archive, open_archive
 from data_prep.scratch import Scratch
 from ymplug_jax.core import place_requests, places
 from ymplug_jax.data.video_container import Reject
@@ -47,15 +48,24 @@ class Videos(Protocol):
         ...
 
 
-def open_videos(root: str | epath.Path, allow_links_to: Sequence[str] = (), seconds: float | None = None) -> Videos:
+def open_videos(
+    root: str | epath.Path, allow_links_to: Sequence[str] = (), seconds: float | None = None, index: str = ""
+) -> Videos:
     """Open a video root.
 
     Args:
-      root: folder, local or in a bucket (`gs://bucket/folder`).
+      root: folder, local or in a bucket (`gs://bucket/folder`), or a .zip or .tar archive.
       allow_links_to: local folders outside the root that symbolic links may point to.
       seconds: time that copying one file from a bucket may take, with all repetitions; None: no limit.
+      index: file of `Tar.save_index` for an archive; "": read the archive.
+
+    Raises:
+      BadArchive: the archive is damaged or of a kind that cannot be read.
+      OSError: it cannot be read.
     """
     path = epath.Path(root)
+    if is_archive(path.name) and not path.is_dir():
+        return open_archive(path, epath.Path(index) if index else None)
     return BucketVideos(path, seconds) if places.is_remote(path) else LocalVideos(os.fspath(path), allow_links_to)
 
 

@@ -41,6 +41,9 @@ OTHERS = (
     "tensorboard",
     "xprof",
     "docker",
+    "modelscope",
+    "rm",
+    "split",
 )
 
 
