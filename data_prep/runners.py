@@ -187,11 +187,7 @@ class _Share:
         left = self._folder.missing(self.job)
         runner = runner_of(self._how.flags) if self._how.submitted else "on this machine"
         if left >= self._left and self._tries >= TRIES:
-            fix = (
-                "check its workers and their memory"
-                if self._how.submitted
-                else "give fewer --workers if memory is short"
-            )
+            fix = "check its services and workers" if self._how.submitted else "give fewer --workers if memory is short"
             raise PlaceError(
                 f"Beam {runner}: {what}; {TRIES} attempts in a row finished no partition; {fix}, then run the same command again"
             )
