@@ -115,6 +115,7 @@ def _build(args: argparse.Namespace, csv: Path, beam_flags: list[str]) -> dict:
     if args.config == schema.INSTRUCT:
         more["cut"] = sum(part.cut for part in done.parts)
     manifest = _read_manifest(args.out)  # another command may have added a split meanwhile
+    check_folder(args.whole, args.part, manifest)
     _check_fits(manifest, args, classes)
     return publish(args.out, folder, split, {**facts, "partition_rows": work.size}, done, manifest, more, files)
 

@@ -7,6 +7,7 @@ then merge the facts of a share of the groups.
 """
 
 import os
+import re
 import secrets
 import sys
 import time
@@ -166,8 +167,7 @@ class _Share:
         _raise_failed(error)
         if "\n" in error and not self._how.submitted:
             raise RunnerFailed(error)
-        lines = [line.strip() for line in error.splitlines() if line.strip()]
-        self._lost(lines[-1][:300])
+        self._lost(_reason(error, flag_value(self._how.flags, "--job_endpoint")))
         return True
 
     def stalled(self, stall: float) -> bool:
@@ -187,15 +187,21 @@ class _Share:
         left = self._folder.missing(self.job)
         runner = runner_of(self._how.flags) if self._how.submitted else "on this machine"
         if left >= self._left and self._tries >= TRIES:
-            fix = (
-                "check its workers and their memory"
-                if self._how.submitted
-                else "give fewer --workers if memory is short"
-            )
+            fix = "check its services and workers" if self._how.submitted else "give fewer --workers if memory is short"
             raise PlaceError(
                 f"Beam {runner}: {what}; {TRIES} attempts in a row finished no partition; {fix}, then run the same command again"
             )
         print(f"Beam {runner}: {what}; the job starts again with what is missing", file=sys.stderr)
+
+
+def _reason(error: str, endpoint: str | None) -> str:
+    """Return the line of an error that tells most: the details of a failed call of gRPC, or the last one with words."""
+    if "grpc.FutureTimeoutError" in error:
+        return f"--job_endpoint {endpoint} does not answer"
+    if details := re.findall(r'^\s*details = "(.*)"$', error, re.MULTILINE):
+        return f"a service does not answer ({details[-1][:300]})"
+    lines = [line.strip() for line in error.splitlines() if re.search(r"[A-Za-z]{3}", line)]
+    return lines[-1][:300] if lines else "failed without a message"
 
 
 def _raise_failed(text: str) -> None:

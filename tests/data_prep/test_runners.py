@@ -1,5 +1,6 @@
 """Jobs of a build under the watchdog: an external pool whose worker is killed, jobs that hang or die, and the flags of Beam."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+import buckets
 import builds
-from data_prep import beam_flags, beam_process, build_flags, build_shards, part_files, runners
+from data_prep import beam_flags, beam_process, build_flags, build_shards, part_files, partition, runners
 from data_prep.builder import Settings
 from data_prep.partition import Job
+from ymplug_jax.core import places
 
 OURS = re.findall(r"--\w+", build_flags.parser().format_help())
 ROWS = 240
@@ -100,10 +103,12 @@ def test_a_job_service_that_does_not_answer_is_one_line(tmp_path: Path):
     address = f"--job_endpoint=localhost:{free_port()}"
     more = ["--runner=PortableRunner", address, "--job_server_timeout=1", "--environment_type=LOOPBACK"]
     code, _, err = builds.end(builds.start(builds.flags(csv, root, tmp_path / "out", *more)))
-    *repeated, last = err.splitlines()
-    assert code == 5 and last.startswith("error: Beam PortableRunner: "), err
-    assert "3 attempts in a row finished no partition; check its workers and their memory, then run the same" in last
-    assert all(line.endswith("; the job starts again with what is missing") for line in repeated)
+    *repeated, last = (line for line in err.splitlines() if not line.startswith("build: "))
+    assert code == 5 and last.startswith(
+        f"error: Beam PortableRunner: {address.replace('=', ' ')} does not answer; "
+    ), err
+    assert "3 attempts in a row finished no partition; check its services and workers, then run the same" in last
+    assert [line.endswith("; the job starts again with what is missing") for line in repeated] == [True, True], err
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -191,7 +196,7 @@ def test_a_lost_job_is_repeated_alone(monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.parametrize(
     ("flags", "act", "message"),
     [
-        (POOL, "hang", "Beam PortableRunner: no row was finished for 0.00333 minutes, .*; check its workers and their memory, "),
+        (POOL, "hang", "Beam PortableRunner: no row was finished for 0.00333 minutes, .*; check its services and workers, "),
         ([], "a worker process was killed by signal 9 (Killed)", r"Beam on this machine: .* \(Killed\); 3 attempts .*give fewer --workers"),
     ],
 )  # fmt: skip
@@ -212,6 +217,23 @@ def test_an_error_of_the_program_is_not_repeated(monkeypatch: pytest.MonkeyPatch
     acts = {0: [builds_some(tmp_path, 4, None)], 1: [builds_some(tmp_path, 1, failed)]}
     with pytest.raises(build_flags.PlaceError, match=r"^/full: No space left on device; fix this and run the same"):
         play(monkeypatch, tmp_path, 5, POOL, acts)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("Traceback\n  x\ngrpc.FutureTimeoutError\n", "--job_endpoint a:1 does not answer"),
+        (
+            'Traceback\ngrpc._channel._InactiveRpcError: <_InactiveRpcError of RPC that terminated with:\n'
+            '\tstatus = StatusCode.UNAVAILABLE\n\tdetails = "failed to connect to all addresses"\n\tdebug_error_string = "x"\n>\n',
+            "a service does not answer (failed to connect to all addresses)",
+        ),
+        ("Traceback\n  x\nRuntimeError: Error starting worker: no memory\n\n)\n", "RuntimeError: Error starting worker: no memory"),
+        ("", "failed without a message"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_a_failed_job(error: str, reason: str):
+    assert runners._reason(error, "a:1") == reason
 
 
 def test_a_job_that_ends_without_building_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -292,3 +314,22 @@ def test_the_watchdog_waits_longer_than_a_clip_may_take(tmp_path: Path, capsys):
         "error: --stall_minutes 1: not above the 60 seconds of --time_limit; give more\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_note_their_progress_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """The notes tell the watchdog that a long partition goes on, and are gone at the end."""
+    csv, root = builds.corpus(tmp_path, 20)
+    write, sizes = places.write_text, []
+
+    def watched(path: epath.Path, text: str) -> None:
+        write(path, text)
+        if str(path).endswith("part-00001.progress"):
+            sizes.append(places.sizes(path.parent)[path.name])
+
+    with buckets.served("clips") as server:
+        monkeypatch.setattr(partition, "BEAT", 0.0)
+        monkeypatch.setattr(partition.places, "write_text", watched)
+        assert build_shards.main(builds.flags(csv, root, "gs://clips/out", "--workers=1")) == 0, capsys.readouterr().err
+        names = server.names("clips", "out/")
+    assert len(sizes) == 10 and all(a != b for a, b in itertools.pairwise(sizes)), sizes
+    assert "out/manifest.json" in names and not [name for name in names if ".building" in name]
