@@ -114,6 +114,8 @@ def _build(args: argparse.Namespace, csv: Path, beam_flags: list[str]) -> dict:
     more = {"duplicated_ids": work.repeated}
     if args.config == schema.INSTRUCT:
         more["cut"] = sum(part.cut for part in done.parts)
+    manifest = _read_manifest(args.out)  # another command may have added a split meanwhile
+    _check_fits(manifest, args, classes)
     return publish(args.out, folder, split, {**facts, "partition_rows": work.size}, done, manifest, more, files)
 
 
@@ -185,9 +187,9 @@ def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Work, spl
 
 
 def _run_beam(job: Any, work: Work, args: argparse.Namespace, beam_flags: list[str]) -> None:
-    from data_prep import pipeline
+    from data_prep import runners
 
-    pipeline.run(job, work.partitions, beam_flags, min(args.workers, work.partitions))
+    runners.run(job, work.partitions, beam_flags, args.workers, 60 * args.stall_minutes)
 
 
 def _old_manifest(out: epath.Path | Path) -> dict:
@@ -198,7 +200,6 @@ def _old_manifest(out: epath.Path | Path) -> dict:
       OSError: the publication fails again.
     """
     out = epath.Path(out)
-    path = out / schema.MANIFEST
     try:
         stopped = [split for split in ("test", "train", "validation") if PLAN in places.sizes(out / BUILDING / split)]
     except NotADirectoryError:
@@ -207,6 +208,16 @@ def _old_manifest(out: epath.Path | Path) -> dict:
         raise _unreadable(out, error) from None
     for split in stopped:
         finish(out, out / BUILDING / split)
+    return _read_manifest(out)
+
+
+def _read_manifest(out: epath.Path) -> dict:
+    """Return the manifest of the data set; {} if there is none.
+
+    Raises:
+      BuildError: the manifest cannot be read or is damaged, or another split is being published.
+    """
+    path = out / schema.MANIFEST
     try:
         if schema.MANIFEST not in places.sizes(out):
             return {}
@@ -218,9 +229,9 @@ def _old_manifest(out: epath.Path | Path) -> dict:
         raise BuildError(f"{path}: damaged (no {error} in it); build into another --out") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise BuildError(f"{path}: damaged ({error}); build into another --out") from None
-    if manifest.get(schema.PUBLISHING):
+    if split := manifest.get(schema.PUBLISHING):
         raise BuildError(
-            f"{path}: the publication of split {manifest[schema.PUBLISHING]!r} was stopped, and {BUILDING} is gone; build into another --out"
+            f"{path}: split {split!r} is being published by another command; wait for it, or run it again if it was stopped"
         )
     return manifest
 

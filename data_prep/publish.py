@@ -194,7 +194,7 @@ def remove_work(out: epath.Path, work: epath.Path) -> None:
     places.delete_folder(work)
     if not places.is_remote(out):
         with contextlib.suppress(OSError):  # another split is being built
-            (out / BUILDING).rmdir()
+            os.rmdir(out / BUILDING)
 
 
 def _each(where: epath.Path, items: Iterable[Item], do: Callable[[Item], Any]) -> list[Any]:
