@@ -1,5 +1,6 @@
 """core.places: names of flags, and files in a bucket of a real server process, with faults."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -8,8 +9,8 @@ import time
 import pytest
 
 import buckets
-from ymplug_jax.core import place_requests, places
-from ymplug_jax.core.exits import Mistake
+from ymplug_jax.core import exits, place_copies, place_requests, places
+from ymplug_jax.core.exits import Mistake, PlaceFailed
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +166,66 @@ def test_tensorflow_does_not_take_over_the_bucket(server):
     env = {k: v for k, v in os.environ.items() if k not in ("EPATH_USE_TF", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
     assert server.get("clips", "tf") == b"x"
+
+
+def test_copies_for_libraries_that_read_local_files(server, tmp_path):
+    server.put("clips", "copies/a/1.txt", b"1")
+    server.put("clips", "copies/2.txt", b"22")
+    assert places.below("gs://clips/copies") == {"2.txt": 2, "a/1.txt": 1}
+    assert places.below("gs://clips/copies/2.txt") == {"": 2} and places.below("gs://clips/none") == {}
+    with place_copies.local_copy("gs://clips/copies/2.txt") as file:
+        assert file.name == "2.txt" and file.read_bytes() == b"22"
+    assert not file.exists()
+    with place_copies.local_folder("gs://clips/copies", "--source") as folder:
+        assert (folder / "a" / "1.txt").read_bytes() == b"1" and (folder / "2.txt").read_bytes() == b"22"
+        place_copies.upload_folder(folder, "gs://clips/again", last=["1.txt"])
+    assert not folder.exists() and server.names("clips", "again/") == ["again/2.txt", "again/a/1.txt"]
+    uploads = [line for line in server.requests if "uploadType" in line]
+    assert uploads
+    with place_copies.local_output("gs://clips/written/x.png") as file:
+        file.write_bytes(b"png")
+    assert server.get("clips", "written/x.png") == b"png"
+    with pytest.raises(argparse.ArgumentTypeError, match="not a local file"):
+        place_copies.local_only("gs://clips/a")
+
+
+def test_a_working_folder_stays_until_it_succeeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(place_copies.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def stopped() -> None:
+        with place_copies.working_folder("gs://clips/out") as folder:
+            folder.mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    (folder,) = tmp_path.iterdir()
+    with place_copies.working_folder("gs://clips/out") as again:
+        assert again == folder and folder.exists()
+    assert not folder.exists()
+
+
+def test_a_stamp_changes_with_the_content(server, tmp_path):
+    server.put("clips", "stamps/a", b"1")
+    first = places.stamp("gs://clips/stamps/a")
+    server.put("clips", "stamps/a", b"2")
+    assert first and places.stamp("gs://clips/stamps/a") != first
+    assert places.stamp("gs://clips/stamps/none") == [] == places.stamp(tmp_path / "none")
+
+
+def test_epath_methods_do_not_take_a_refusal_for_missing(server):
+    """gcsfs itself answers False to is_dir. Orbax and the readers of optional files rely on these methods."""
+    path = places.place("gs://clips/refused/a", "--out")
+    places.write_bytes(path, b"1")
+    server.inject(buckets.Fault("403", times=-1))
+    for ask in (path.exists, path.is_dir, path.parent.is_dir, path.read_bytes, lambda: list(path.parent.iterdir())):
+        with pytest.raises(PlaceFailed, match="cannot be used"):
+            ask()
+    with pytest.raises(PlaceFailed, match="cannot be used"):
+        path.write_bytes(b"2")
+
+
+def test_a_failure_inside_a_library_is_found():
+    hidden, error = PlaceFailed("gs://clips/a: the bucket cannot be used"), ValueError("a thread failed")
+    error.__cause__ = hidden
+    assert exits.place_failed(error) is hidden and exits.place_failed(ValueError("x")) is None

@@ -40,6 +40,51 @@ def test_a_better_step_replaces_the_one_before(tmp_path: Path) -> None:
         again.offer(training_state(6), 6, 48, {"bleu4": 0.1, "clips": 3, "task": "caption"}, None)
 
 
+@pytest.mark.parametrize("moment", ["save", "_describe", "keep_only"])
+def test_a_kill_between_any_two_writes_loses_no_best_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Killed while step 6 replaces step 2, a run resumes from step 4 and offers step 5 first, which is not better than step 2."""
+    experiment = config.Experiment("caption", {}, train=config.Train(best="cider", eval_scores_every="1 steps"))
+
+    def keeper() -> best_step.Best:
+        return best_step.Best(experiment, checkpoint_files.folder_of(str(tmp_path)), higher_is_better=True)
+
+    assert keeper().offer(training_state(2), 2, 16, {"cider": 0.5}, None)
+    home = best_step.Best if moment == "_describe" else checkpoint.Checkpoints
+    real = getattr(home, moment)
+
+    def killed(self: object, step: object, *more: object) -> None:
+        if moment == "keep_only" and step == [2]:  # before the save
+            return real(self, step, *more)
+        if moment == "save":  # just after it
+            real(self, step, *more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            keeper().offer(training_state(6), 6, 48, {"cider": 0.75}, None)
+    assert set(checkpoint_files.steps_of(tmp_path / "best")) == {2, 6}
+    again = keeper()
+    assert not again.offer(training_state(5), 5, 40, {"cider": 0.4}, None)
+    assert again.offer(training_state(6), 6, 48, {"cider": 0.75}, None)
+    assert kept(tmp_path) == (6, 6.0) and checkpoint_files.steps_of(tmp_path / "best") == [6]
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["step"] == 6
+
+
+def test_a_later_step_of_a_killed_run_without_its_note_is_replaced(tmp_path: Path) -> None:
+    experiment = config.Experiment("caption", {}, train=config.Train(best="cider", eval_scores_every="1 steps"))
+    folder = checkpoint_files.folder_of(str(tmp_path))
+    assert best_step.Best(experiment, folder, higher_is_better=True).offer(
+        training_state(6), 6, 48, {"cider": 0.7}, None
+    )
+    (tmp_path / "best" / "best.json").unlink()
+    again = best_step.Best(experiment, folder, higher_is_better=True)
+    assert again.offer(training_state(4), 4, 32, {"cider": 0.5}, None) and kept(tmp_path) == (4, 4.0)
+    assert again.offer(training_state(6), 6, 48, {"cider": 0.7}, None) and kept(tmp_path) == (6, 6.0)
+
+
 @pytest.mark.slow
 def test_a_run_keeps_its_best_step(tmp_path: Path) -> None:
     data = runs.make_data(tmp_path)

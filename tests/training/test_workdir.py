@@ -101,3 +101,14 @@ def test_settings_and_scores_of_a_bucket(bucket: buckets.Server, tmp_path: Path)
     }
     assert np.load(folder / "eval" / "test" / "index.npz")["x"].tolist() == [0, 1, 2]
     assert index_file.read(one / "eval" / "test" / "index.npz", ("x",), setting="--index")["x"].tolist() == [0, 1, 2]
+
+
+def test_a_line_torn_by_a_kill_does_not_swallow_the_next_one(tmp_path: Path):
+    workdir = checkpoint_files.folder_of(str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    writer = metrics.Writer(workdir, active=True)
+    writer.write(2, {"loss": 1.5})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in metrics.read_metrics(workdir)] == [(1, 2.0), (2, 1.5)]
+    metrics.Writer(workdir, active=True).close()
+    assert len((tmp_path / "metrics.jsonl").read_text().split("\n")) == 4  # no empty line after a whole one

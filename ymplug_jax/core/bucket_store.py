@@ -18,6 +18,7 @@ from ymplug_jax.core.exits import PlaceFailed
 logging.getLogger("gcsfs").setLevel(
     logging.CRITICAL
 )  # it logs each open file, and a traceback for an error that it also raises
+logging.getLogger("fsspec").setLevel(logging.WARNING)  # it logs each file that is opened
 # What fsspec calls of an asynchronous file system; each becomes a method without the underscore.
 GUARDED = (
     "_info", "_ls", "_find", "_cat_file", "_pipe_file", "_put_file", "_get_file", "_cp_file", "_rm_file", "_rm", "_mkdir",

@@ -15,13 +15,14 @@ can be restored on any mesh and any number of hosts.
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ymplug_jax.core import leaf_checksums, quantize, quantized_read, sharding, verified_read
 from ymplug_jax.core import state as state_lib
@@ -136,6 +137,19 @@ class Checkpoints:
             for name, tree in trees.items():
                 _must_read(folder / name, tree, sums[name])
             self._read_back = True
+
+    def keep_only(self, steps: Iterable[int]) -> None:
+        """Delete all other complete steps. Call it on all processes, after `wait`."""
+        with self._whole_or_not():
+            others = sorted(set(self._manager.all_steps()) - set(steps))
+            if jax.process_count() > 1:  # each process waits for each deletion, so all must have the same list
+                multihost_utils.sync_global_devices("steps are listed")
+            for step in others:
+                self._manager.delete(step)
+
+    def keep_newest(self) -> None:
+        """Delete the steps that a run would have deleted if it had not been killed after its last save. Call it on all processes."""
+        self.keep_only(sorted(self._manager.all_steps())[-self._keep :])
 
     def restore(self, abstract: state_lib.TrainState, step: int) -> tuple[state_lib.TrainState, int]:
         """Restore (state, examples_seen) of a step with the shardings of `abstract`.

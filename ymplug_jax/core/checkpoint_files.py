@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ymplug_jax.core import leaf_checksums
+from ymplug_jax.core import exits, leaf_checksums
 from ymplug_jax.core import places as places_lib
 from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.core.verified_read import Damaged
@@ -65,9 +65,9 @@ def place_of(folder: epath.Path) -> Iterator[None]:
     except (PlaceFailed, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-            chain.append(cause)
+        if hidden := exits.place_failed(error):
+            raise PlaceFailed(str(hidden)) from error
+        chain = exits.chain_of(error)
         for one in chain:
             if isinstance(one, OSError):
                 raise PlaceFailed(f"{folder}: cannot be written ({one.strerror or one}); {SPACE}") from error

@@ -19,6 +19,19 @@ class PlaceFailed(RuntimeError):
     """Storage that worked at the start failed later, e.g. a shard vanished or a disk is full. One-line message; exit code PLACE."""
 
 
+def chain_of(error: BaseException) -> list[BaseException]:
+    """Return the error and what led to it, the newest first."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def place_failed(error: BaseException) -> PlaceFailed | None:
+    """Return the PlaceFailed that an error of a library hides, as Orbax wraps errors of its threads; None if there is none."""
+    return next((one for one in chain_of(error) if isinstance(one, PlaceFailed)), None)
+
+
 @contextlib.contextmanager
 def writing(path: Path, flag: str) -> Iterator[None]:
     """Turn operating system errors of the block, which writes the file of a flag such as "--out", into PlaceFailed."""

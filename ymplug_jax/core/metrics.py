@@ -57,7 +57,10 @@ class Writer:
             self._text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
             self._written = time.monotonic()
         else:
+            torn = self._path.exists() and self._path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = self._path.open("a", encoding="utf-8")
+            if torn:  # by a kill or a full disk: the next line must not continue this one
+                self._file.write("\n")
         self._board = SummaryWriter(board)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:

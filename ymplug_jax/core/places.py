@@ -7,7 +7,6 @@ answer "not found" counts as missing. A refusal, a name that does not resolve or
 and `exits.PlaceFailed` in the methods of a gs:// path (see `core.bucket_store`).
 """
 
-import base64
 import contextlib
 import importlib.util
 import os
@@ -15,14 +14,13 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
 from ymplug_jax.core.exits import Mistake
-from ymplug_jax.core.place_requests import EXTRAS, asked, left
+from ymplug_jax.core.place_requests import EXTRAS, asked
+from ymplug_jax.core.place_transfer import crc_of, fetch, verify, whole
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two characters or more: C:/ is a drive
 KNOWN = (
@@ -39,7 +37,6 @@ KNOWN = (
     "hf",
 )  # also refused with a single slash
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
-BLOCK = 16 << 20  # bytes read per request of a download
 
 
 def place(name: str, what: str) -> epath.Path:
@@ -133,9 +130,9 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
     except FileNotFoundError:
         check_bucket(folder)
         return {}
-    whole = url.partition("://")[2]
+    own = url.partition("://")[2]
     listed = {str(one["name"]): int(one["size"] or 0) for one in found if one["type"] == "file"}
-    if whole in listed:
+    if own in listed:
         raise NotADirectoryError(f"{folder}: a file, not a folder; correct the name")
     return {name.rpartition("/")[2]: size for name, size in listed.items() if not name.endswith("/")}
 
@@ -192,39 +189,12 @@ def download(path: str | os.PathLike[str], local: Path, seconds: float | None = 
     end = None if seconds is None else time.monotonic() + seconds
     try:
         if is_remote(path):
-            _fetch(path, partial, end)
+            fetch(path, partial, end)
         else:
             shutil.copyfile(path, partial)
         os.replace(partial, local)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _fetch(path: str | os.PathLike[str], partial: Path, end: float | None) -> None:
-    import google_crc32c
-
-    url = os.fspath(path)
-    facts = asked(path, "read", lambda files: files.info(url, timeout=left(path, end)), end)
-    if facts["type"] == "directory":
-        raise IsADirectoryError(f"{path}: a folder, not a file; give a file in it")
-    size, crc = int(facts["size"]), 0
-    with partial.open("wb") as file:
-        for start in range(0, size, BLOCK):
-            stop = min(start + BLOCK, size)
-            block = asked(
-                path,
-                "read",
-                lambda files, a=start, b=stop: files.cat_file(url, start=a, end=b, timeout=left(path, end)),  # type: ignore[misc]
-                end,
-            )
-            if len(block) != stop - start:
-                raise OSError(f"{path}: cannot be read (byte {start + len(block)} of {size} is its end); run it again")
-            crc = google_crc32c.extend(crc, block)
-            file.write(block)
-    if (told := facts.get("crc32c")) and base64.b64decode(told) != crc.to_bytes(4, "big"):
-        raise OSError(
-            f"{path}: its bytes do not have its checksum; it changed while it was read, or is damaged: run it again"
-        )
 
 
 def upload(local: Path, path: str | os.PathLike[str]) -> None:
@@ -235,12 +205,12 @@ def upload(local: Path, path: str | os.PathLike[str]) -> None:
       OSError: the file cannot be written, or differs afterwards; one line.
     """
     if not is_remote(path):
-        _whole(Path(path), lambda partial: shutil.copyfile(local, partial))
+        whole(Path(path), lambda partial: shutil.copyfile(local, partial))
         return
     url = os.fspath(path)
-    size, crc = local.stat().st_size, _crc_of(local)
+    size, crc = local.stat().st_size, crc_of(local)
     asked(path, "written", lambda files: files.put_file(str(local), url))
-    _verify(path, size, crc)
+    verify(path, size, crc)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -250,7 +220,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
       OSError: the file cannot be written; one line.
     """
     if not is_remote(path):
-        _whole(Path(path), lambda partial: partial.write_bytes(data))
+        whole(Path(path), lambda partial: partial.write_bytes(data))
         return
     url = os.fspath(path)
     asked(path, "written", lambda files: files.pipe_file(url, data))
@@ -329,41 +299,6 @@ def move(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
     if facts["type"] == "directory":
         raise IsADirectoryError(f"{source}: a folder in a bucket cannot be moved; move its files")
     asked(source, "copied", lambda files: files.cp_file(old, new))
-    _verify(target, int(facts["size"]), facts.get("crc32c"))
+    verify(target, int(facts["size"]), facts.get("crc32c"))
     with contextlib.suppress(FileNotFoundError):  # a repeated request: the first one deleted it
         asked(source, "deleted", lambda files: files.rm_file(old))
-
-
-def _verify(path: str | os.PathLike[str], size: int, crc: str | None) -> None:
-    """Compare size and checksum (base64, as gs:// states it) of an object with the expected ones."""
-    facts = asked(path, "read", lambda files: files.info(os.fspath(path)))
-    told = facts.get("crc32c")
-    if int(facts["size"]) != size or (crc and told and told != crc):
-        raise OSError(
-            f"{path}: differs from what was written; another program writes there, or the copy failed: run it again"
-        )
-
-
-def _crc_of(local: Path) -> str:
-    """Return the CRC-32C of a local file as gs:// states it: base64 of 4 bytes, most significant first."""
-    import google_crc32c
-
-    crc = 0
-    with local.open("rb") as file:
-        while block := file.read(BLOCK):
-            crc = google_crc32c.extend(crc, block)
-    return base64.b64encode(crc.to_bytes(4, "big")).decode()
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a local file beside its place and rename it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:  # name the file, not its temporary one
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from ymplug_jax.core import leaf_checksums, leaf_store
+from ymplug_jax.core import exits, leaf_checksums, leaf_store
 from ymplug_jax.core.exits import PlaceFailed
 
 GROUP = 2**30  # bytes read at a time, in the stored dtype
@@ -154,6 +154,8 @@ def call(function: Callable[[], Any], folder: epath.Path, what: str) -> Any:
         raise  # found before; or the device is out of memory, or another process has exited
     except Exception as error:
         _forget_other_reads()
+        if hidden := exits.place_failed(error):
+            raise PlaceFailed(str(hidden)) from None
         text = f"{type(error).__name__}: {error}"
         if UNREACHABLE.search(text):
             raise PlaceFailed(

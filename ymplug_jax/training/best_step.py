@@ -36,7 +36,7 @@ class Best:
         self._higher = higher_is_better
         self._experiment, self._folder = experiment, workdir / BEST
         self._name = experiment.train.best
-        self._value = self._stored()
+        self._value, self._step = self._stored()
 
     def offer(
         self,
@@ -48,6 +48,9 @@ class Best:
     ) -> bool:
         """Save the state if its score is better than all earlier ones. Call it on all processes with the same scores.
 
+        The kept step is deleted only after the better one and its note are complete, so a kill at any moment leaves a step with its
+        note. A run that was killed after keeping this very step keeps it again, which completes the files beside it.
+
         Args:
           state: state after `step`.
           step: number of finished steps.
@@ -56,7 +59,7 @@ class Best:
           frozen_sums: checksums of the frozen parameters, see `Checkpoints`.
 
         Returns:
-          Whether the state was saved.
+          Whether this is the kept step.
 
         Raises:
           Mistake: `scores` lacks the score named by `config.train.best`.
@@ -66,28 +69,38 @@ class Best:
         if isinstance(value, bool) or not isinstance(value, int | float):
             numbers = sorted(name for name, value in scores.items() if isinstance(value, float))
             raise Mistake(f"config.train.best: unknown score {self._name!r}; choose one of {', '.join(numbers)}")
-        if not (math.isnan(self._value) or self._better(value)):
+        again = step == self._step and value == self._value
+        if not (again or self._step is None or self._better(value)):
             return False
-        with contextlib.closing(Checkpoints(str(self._folder), keep=1, frozen_sums=frozen_sums)) as checkpoints:
+        with contextlib.closing(Checkpoints(str(self._folder), keep=2, frozen_sums=frozen_sums)) as checkpoints:
+            if not again:
+                # Of a killed run, which may have been further: Orbax saves no step before the newest one.
+                checkpoints.keep_only([self._step] if self._step is not None and self._step < step else [])
             checkpoints.save(state, step, examples_seen)
-        if jax.process_index() == 0:
-            with place_of(self._folder):
-                introductions.copy(self._folder.parent, self._folder)
-                run_folder.write(self._experiment, self._folder)
-                note = {"score": self._name, "value": value, "step": step}
-                (self._folder / NOTE).write_text(json.dumps(note) + "\n", encoding="utf-8")
-        self._value = value
+            checkpoints.wait()
+            if jax.process_index() == 0:
+                self._describe(step, value)
+            checkpoints.keep_only([step])
+        self._value, self._step = value, step
         return True
+
+    def _describe(self, step: int, value: float) -> None:
+        """Write the files beside the kept step, the note last."""
+        with place_of(self._folder):
+            introductions.copy(self._folder.parent, self._folder)
+            run_folder.write(self._experiment, self._folder)
+            note = {"score": self._name, "value": value, "step": step}
+            run_folder.write_whole(self._folder / NOTE, (json.dumps(note) + "\n").encode())
 
     def _better(self, value: float) -> bool:
         return value > self._value if self._higher else value < self._value
 
-    def _stored(self) -> float:
-        """Return the score of the kept checkpoint; NaN if there is none or it was chosen by another score."""
+    def _stored(self) -> tuple[float, int | None]:
+        """Return (score, step) of the kept checkpoint; (NaN, None) if there is none or it was chosen by another score."""
         try:
             note = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
             if note["score"] == self._name and note["step"] in steps_of(self._folder):
-                return float(note["value"])
+                return float(note["value"]), int(note["step"])
         except (OSError, ValueError, TypeError, KeyError):  # nothing kept yet, or the process was killed while writing
             pass
-        return math.nan
+        return math.nan, None

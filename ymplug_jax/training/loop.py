@@ -85,6 +85,7 @@ class _Training:
             logging.info("tokenizer %s: %s", data.tokenizer, begins)
         if self._start >= run.total_steps:
             logging.info("already at step %d of %d; nothing to train", self._start, run.total_steps)
+            checkpoints.keep_newest()
         stop.listen()
         if first:
             with place_of(workdir):
