@@ -24,6 +24,13 @@ def files_of(row: Row | Talk) -> list[str]:
     return [row.media_id] if isinstance(row, Row) else [name for _, name in row.media]
 
 
+def _present(videos: Videos, name: str) -> bool:
+    try:
+        return videos.present(name)
+    except UnicodeEncodeError:  # half a surrogate pair, which no file name holds
+        return False
+
+
 class PartRows:
     """The rows of a part, found by a first pass over the CSV. Holds 4 bytes for each of them, whatever the size of the CSV."""
 
@@ -47,7 +54,7 @@ class PartRows:
             self._seen += 1
             files = files_of(row)
             self._wanted = self._wanted or (files[0] if files else "")
-            if not (all(map(videos.present, files)) if files else texts):
+            if not (all(_present(videos, name) for name in files) if files else texts):
                 continue
             if row.number < len(taken) and taken[row.number]:
                 self._left += 1

@@ -221,8 +221,9 @@ def test_epath_methods_do_not_take_a_refusal_for_missing(server):
     for ask in (path.exists, path.is_dir, path.parent.is_dir, path.read_bytes, lambda: list(path.parent.iterdir())):
         with pytest.raises(PlaceFailed, match="cannot be used"):
             ask()
-    with pytest.raises(PlaceFailed, match="cannot be used"):
-        path.write_bytes(b"2")
+    for size in (1, 6 << 20):  # one request, and an upload in parts
+        with pytest.raises(PlaceFailed, match=r"^gs://clips.*cannot be used"):
+            path.write_bytes(b"2" * size)
 
 
 def test_a_failure_inside_a_library_is_found():

@@ -347,6 +347,7 @@ def test_rows_are_selected_as_a_stream(tmp_path: Path):
     (tmp_path / "b.mp4").touch()
     taken = np.array([False, True])
     rows = [Row(i, f"{'ab'[i % 2]}.mp4", "", (), "", -1, "") for i in range(6)]
+    rows[4] = rows[4]._replace(media_id="\ud800.mp4")
     part = part_rows.PartRows(iter(rows), open_videos(tmp_path), taken)
     assert [row.number for row in part.select(iter(rows))] == [3, 5] and len(part) == 2
     assert part.facts()["csv_rows"] == 6

@@ -7,6 +7,8 @@ failure that is not "not found" is a PlaceFailed, after the repetitions of gcsfs
 
 import functools
 import logging
+import re
+import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -30,6 +32,14 @@ def _failed(path: object, error: BaseException) -> PlaceFailed:
     return PlaceFailed(
         f"{path}: the bucket cannot be used ({words}); check its name, your permissions and the connection, then run the same command again"
     )
+
+
+def _place_in(url: str, args: tuple[Any, ...]) -> str:
+    """Return the place that a request names: in its arguments (bucket, object), or in the address of an upload."""
+    if args:
+        return "gs://" + "/".join(map(str, args[:2]))
+    found = re.search(r"/b/([^/?]+)/o(?:\?name=([^&]+))?", url)
+    return "/".join(["gs:/", *(urllib.parse.unquote(part) for part in found.groups() if part)]) if found else url
 
 
 def _guarded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -59,7 +69,7 @@ class Bucket(gcsfs.GCSFileSystem):
         except Exception as error:
             if method == "GET":  # the caller is guarded, and may ask in another way first
                 raise
-            raise _failed("gs://" + "/".join(map(str, args)) if args else path, error) from error
+            raise _failed(_place_in(path, args), error) from error
 
     call = asyn.sync_wrapper(_call)
 

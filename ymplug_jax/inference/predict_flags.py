@@ -163,6 +163,10 @@ def check_chat(args: argparse.Namespace) -> "Style":
     """
     _check_flags(args)
     _check_source(args)
+    for flag in ("video", "image"):
+        for name in getattr(args, flag) or []:
+            if places.is_remote(places.place(name, f"--{flag}")):
+                raise Mistake(f"--{flag} {name}: chat reads local files; copy it to the disk first")
     args.question = [_as_text("question", text) for text in args.question or []]
     from ymplug_jax.data import conversation
     from ymplug_jax.inference import chat_session
