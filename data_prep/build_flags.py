@@ -1,13 +1,15 @@
 """Flags of `build_shards`, and their validation before any data is read."""
 
 import argparse
-import difflib
 import os
 import re
 
 from etils import epath
 
+from data_prep import beam_flags
+from data_prep.archives import check_kind, is_archive
 from data_prep.flags import Parser, local_path, place_of, say
+from data_prep.parts import PART_NAME
 from ymplug_jax.core import places
 from ymplug_jax.data import schema
 from ymplug_jax.data.text import load_tokenizer
@@ -35,9 +37,16 @@ def parser(description: str = "") -> Parser:
         "--video_root",
         required=True,
         type=place_of("--video_root"),
-        help="folder to which the paths of the rows are relative",
+        help="folder to which the paths of the rows are relative, or a .zip or .tar with such paths",
     )
     parser.add_argument("--out", required=True, type=place_of("--out"), help="folder of the data set to write")
+    parser.add_argument(
+        "--part",
+        help="build the folder OUT/PART from the rows whose files are in --video_root; data_prep.join_parts joins the parts",
+    )
+    parser.add_argument(
+        "--with_text_rows", action="store_true", help="instruct with --part: this part has the rows without files too"
+    )
     parser.add_argument(
         "--split",
         choices=("train", "validation", "test"),
@@ -74,7 +83,15 @@ def parser(description: str = "") -> Parser:
     )
     parser.add_argument("--partition_rows", type=int, help="rows per shard; default: 1/16 of the CSV, 16 to 1024")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="number of local processes; default: all cores"
+        "--workers",
+        type=int,
+        help="number of local processes (default: all cores); with --runner=PortableRunner: Beam jobs side by side (default 1)",
+    )
+    parser.add_argument(
+        "--stall_minutes",
+        type=float,
+        default=10.0,
+        help="minutes without a finished row after which a worker counts as lost (default 10)",
     )
     parser.add_argument("--overwrite", action="store_true", help="build a split again that already exists")
     return parser
@@ -85,17 +102,18 @@ def parse(argv: list[str] | None = None, description: str = "") -> tuple[argpars
     return parser(description).parse_known_args(argv)
 
 
-def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
-    """Validate flags and folders.
+def check(args: argparse.Namespace, more: list[str]) -> None:
+    """Validate flags and folders. `more` are the flags for Beam.
 
     Raises:
       BuildError: a flag or a folder cannot be used.
     """
     _check_places(args)
+    _check_part(args)
     for name, value, least in (
         ("num_frames", args.num_frames, 1),
         ("partition_rows", 1 if args.partition_rows is None else args.partition_rows, 1),
-        ("workers", args.workers, 1),
+        ("workers", 1 if args.workers is None else args.workers, 1),
         ("max_tokens", 1 if args.max_tokens is None else args.max_tokens, 1),
         ("slots", 1 if args.slots is None else args.slots, 1),
         ("max_rejects", args.max_rejects, 0),
@@ -104,10 +122,14 @@ def check(args: argparse.Namespace, beam_flags: list[str]) -> None:
             raise BuildError(f"--{name} {value}: too small; give {least} or more")
     if not args.time_limit > 0:
         raise BuildError(f"--time_limit {args.time_limit:g}: too small; give more than 0 seconds")
+    if not 60 * args.stall_minutes > args.time_limit:
+        raise BuildError(
+            f"--stall_minutes {args.stall_minutes:g}: not above the {args.time_limit:g} seconds of --time_limit; give more"
+        )
     if args.classes and args.config != "classification":
         raise BuildError(f"--classes: applies to --config classification only, not to {args.config}; leave it out")
     _check_lengths(args)
-    _check_beam_flags(beam_flags)
+    _check_beam_flags(args, more)
 
 
 def _check_places(args: argparse.Namespace) -> None:
@@ -126,11 +148,26 @@ def _check_places(args: argparse.Namespace) -> None:
             if flag == "--csv" and found != "file":
                 what = "a folder, not a file" if found else "no such file"
                 raise BuildError(f"{flag} {path}: {what}; give a CSV")
-            if flag != "--csv" and found != "folder":
+            if flag == "--video_root" and found == "file" and is_archive(path.name):
+                check_kind(os.fspath(path))
+            elif flag != "--csv" and found != "folder":
                 what = "a file, not a folder" if found else "no such folder"
                 raise BuildError(f"{flag} {path}: {what}; give the folder of the videos")
     if places.is_remote(args.video_root) and args.allow_links_to:
         raise BuildError("--allow_links_to: a bucket has no links; leave it out")
+
+
+def _check_part(args: argparse.Namespace) -> None:
+    """Check the flags of a part, and set `args.whole` to --out and `args.out` to the folder of the part in it. Raises BuildError."""
+    if args.with_text_rows and (not args.part or args.config != schema.INSTRUCT):
+        raise BuildError("--with_text_rows: applies to --config instruct with --part only; leave it out")
+    args.whole = args.out
+    if args.part is not None:
+        if not PART_NAME.fullmatch(args.part):
+            raise BuildError(
+                f"--part {args.part}: not a name; use letters, digits, '_', '-' and '.', beginning with a letter or digit"
+            )
+        args.out = args.out / args.part
 
 
 def kind_of(path: epath.Path) -> str:
@@ -164,22 +201,10 @@ def _check_lengths(args: argparse.Namespace) -> None:
             raise BuildError(f"--{error}") from None
 
 
-def _check_beam_flags(flags: list[str]) -> None:
-    """Raise BuildError for flags that neither this program nor Beam knows."""
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    if not flags:
-        return
+def _check_beam_flags(args: argparse.Namespace, flags: list[str]) -> None:
+    """Raise BuildError for flags that neither this program nor Beam knows, and for values that Beam refuses."""
     ours = re.findall(r"--\w+", parser().format_help())
-    known = {f"--{name}" for name in PipelineOptions([]).get_all_options()}
-    runner = any(flag.split("=")[0] == "--runner" for flag in flags)
-    previous = ""
-    for flag in flags:
-        name = flag.split("=")[0]
-        near = difflib.get_close_matches(name, ours, 1, 0.75)
-        value = not flag.startswith("-") and previous.startswith("--") and "=" not in previous
-        if not value and name not in known and (not runner or near or not flag.startswith("--")):
-            raise BuildError(
-                f"{name}: unknown flag; {f'did you mean {near[0]}?' if near else 'neither this program nor Beam has it, --help lists the flags'}"
-            )
-        previous = flag
+    try:
+        beam_flags.check(flags, ours, args.workers is not None)
+    except ValueError as error:
+        raise BuildError(str(error)) from None

@@ -48,7 +48,7 @@ class Progress:
             return 0
         count = min(len(parts) * self._work.size, self._work.rows)
         for name in files:
-            if name.endswith(".progress"):
+            if name.endswith(".progress") and not places.is_remote(self._work.folder):
                 try:
                     count += int((Path(self._work.folder) / name).read_text() or 0)
                 except (FileNotFoundError, ValueError):  # the partition is complete, or being written

@@ -2,9 +2,11 @@
 
     python -m data_prep.build_shards --config pretrain --csv pretrain.csv --video_root VIDEOS --out SHARDS
     python -m data_prep.build_shards --config instruct --csv instruct.jsonl --video_root VIDEOS --out CHATS
+    python -m data_prep.build_shards --config pretrain --csv pretrain.csv --video_root A.tar --out SHARDS --part A
 
 Flags of Beam may follow (`--runner=DataflowRunner --project=...`); by default the build uses all cores of this machine.
 To resume a killed build, run the same command again. To add a split, run the command with its CSV and the same --out.
+With --part only the rows whose files are in --video_root are built, into a folder of their own; see data_prep.join_parts.
 Exit codes: 2 for an error in flags, CSV or folders; 5 if a disk or the machine failed during the build.
 """
 
@@ -23,13 +25,15 @@ from typing import Any
 
 from etils import epath
 
-from data_prep import conversations, work_folder
+from data_prep import conversations
 from data_prep import rows as rows_lib
 from data_prep.build_flags import BuildError, PlaceError, check, parse
 from data_prep.build_progress import Progress
+from data_prep.build_rows import absolute, open_rows
 from data_prep.conversations import Talk
 from data_prep.flags import PLACE, run, say
 from data_prep.part_files import finished
+from data_prep.parts import check_folder
 from data_prep.publish import BUILDING, PLAN, Done, finish, publish, read_groups, remove_work
 from data_prep.rows import Row
 from data_prep.scratch import Scratch
@@ -59,7 +63,7 @@ def build(args: argparse.Namespace, beam_flags: list[str]) -> dict:
         except OSError as error:
             if not error.strerror:  # of a bucket: one line that says what to do
                 message = str(error).removesuffix(", then run the same command again")
-                raise PlaceError(f"{message}, then run the same command again") from None
+                raise PlaceError(f"{message}; run the same command again") from None
             place = error.filename or args.out
             raise PlaceError(
                 f"{place}: cannot be written ({error.strerror}); make it writable, then run the same command again"
@@ -91,6 +95,7 @@ def _build(args: argparse.Namespace, csv: Path, beam_flags: list[str]) -> dict:
     else:
         rows = functools.partial(rows_lib.iter_rows, csv, args.config, classes)
     manifest = _old_manifest(args.out)
+    check_folder(args.whole, args.part, manifest)
     _check_fits(manifest, args, classes)
     folder = args.out / BUILDING / split
     if split in manifest.get("splits", {}) and not args.overwrite:
@@ -99,16 +104,8 @@ def _build(args: argparse.Namespace, csv: Path, beam_flags: list[str]) -> dict:
         return manifest
     if args.config == "classification":
         facts["classes"] = list(classes)
-    roots = [_absolute(path) for path in (args.video_root, *args.allow_links_to)]
-    settings = {**facts, "places": roots, "time_limit": args.time_limit}
-    work = work_folder.open_work(
-        args.out,
-        folder,
-        settings,
-        rows,
-        lambda count: args.partition_rows or work_folder.default_size(count, args.num_frames),
-    )
-    done = _partitions(args, beam_flags, work, split)
+    work, index, files = open_rows(args, split, folder, facts, rows)
+    done = _partitions(args, beam_flags, work, split, index)
     _check_counts(args, split, work, done)
     if work.repeated:
         what = "files" if args.config != schema.INSTRUCT else "conversations"
@@ -117,12 +114,10 @@ def _build(args: argparse.Namespace, csv: Path, beam_flags: list[str]) -> dict:
     more = {"duplicated_ids": work.repeated}
     if args.config == schema.INSTRUCT:
         more["cut"] = sum(part.cut for part in done.parts)
-    return publish(args.out, folder, split, {**facts, "partition_rows": work.size}, done, manifest, more)
-
-
-def _absolute(path: epath.Path) -> str:
-    """Return a place as workers with another working directory find it."""
-    return os.fspath(path) if places.is_remote(path) else os.path.abspath(path)
+    manifest = _read_manifest(args.out)  # another command may have added a split meanwhile
+    check_folder(args.whole, args.part, manifest)
+    _check_fits(manifest, args, classes)
+    return publish(args.out, folder, split, {**facts, "partition_rows": work.size}, done, manifest, more, files)
 
 
 def _check_counts(args: argparse.Namespace, split: str, work: Work, done: Done) -> None:
@@ -168,7 +163,7 @@ def _text(path: epath.Path) -> str:
         raise BuildError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
 
 
-def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Work, split: str) -> Done:
+def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Work, split: str, index: str) -> Done:
     """Build the missing partitions and return the facts of all."""
     from data_prep.builder import Settings
     from data_prep.partition import Job
@@ -177,13 +172,13 @@ def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Work, spl
     if parts:
         print(f"resuming: {len(parts)} of {work.partitions} partitions are already built", file=sys.stderr)
     links = tuple(os.path.abspath(folder) for folder in args.allow_links_to)
-    settings = Settings(args.config, args.num_frames, args.time_limit, links)
+    settings = Settings(args.config, args.num_frames, args.time_limit, links, archive_index=index)
     if args.tokenizer:
         settings = settings._replace(
             tokenizer=os.path.abspath(args.tokenizer), max_tokens=args.max_tokens, slots=args.slots
         )
-    root = _absolute(args.video_root)
-    job = Job(_absolute(work.folder), root, split, work.rows, work.size, settings, token="")
+    root = absolute(args.video_root)
+    job = Job(absolute(work.folder), root, split, work.rows, work.size, settings, token="")
     with Progress(work):
         _run_beam(job, work, args, beam_flags)
     try:
@@ -193,9 +188,9 @@ def _partitions(args: argparse.Namespace, beam_flags: list[str], work: Work, spl
 
 
 def _run_beam(job: Any, work: Work, args: argparse.Namespace, beam_flags: list[str]) -> None:
-    from data_prep import pipeline
+    from data_prep import runners
 
-    pipeline.run(job, work.partitions, beam_flags, min(args.workers, work.partitions))
+    runners.run(job, work.partitions, beam_flags, args.workers, 60 * args.stall_minutes)
 
 
 def _old_manifest(out: epath.Path | Path) -> dict:
@@ -203,32 +198,49 @@ def _old_manifest(out: epath.Path | Path) -> dict:
 
     Raises:
       BuildError: the folder cannot be read, or the manifest is damaged.
+      OSError: the publication fails again.
     """
     out = epath.Path(out)
+    try:
+        stopped = [split for split in ("test", "train", "validation") if PLAN in places.sizes(out / BUILDING / split)]
+    except NotADirectoryError:
+        return {}  # making the folder will say so
+    except OSError as error:
+        raise _unreadable(out, error) from None
+    for split in stopped:
+        finish(out, out / BUILDING / split)
+    return _read_manifest(out)
+
+
+def _read_manifest(out: epath.Path) -> dict:
+    """Return the manifest of the data set; {} if there is none.
+
+    Raises:
+      BuildError: the manifest cannot be read or is damaged, or another split is being published.
+    """
     path = out / schema.MANIFEST
     try:
-        for split in ("test", "train", "validation"):
-            if PLAN in places.sizes(out / BUILDING / split):
-                finish(out, out / BUILDING / split)
         if schema.MANIFEST not in places.sizes(out):
             return {}
         manifest: dict = json.loads(places.read_bytes(path))
         _ = manifest["kind"], manifest["frames"]["per_clip"], manifest["splits"].items()
-        if manifest.get(schema.PUBLISHING):
-            raise ValueError(f"split {manifest[schema.PUBLISHING]!r} was being published, and {BUILDING} is gone")
-        return manifest
-    except NotADirectoryError:
-        return {}  # making the folder will say so
     except OSError as error:
-        raise BuildError(
-            f"--out {out}: cannot be read ({error.strerror}); choose another folder"
-            if error.strerror
-            else f"--out {error}"
-        ) from None
+        raise _unreadable(out, error) from None
     except KeyError as error:
         raise BuildError(f"{path}: damaged (no {error} in it); build into another --out") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise BuildError(f"{path}: damaged ({error}); build into another --out") from None
+    if split := manifest.get(schema.PUBLISHING):
+        raise BuildError(
+            f"{path}: split {split!r} is being published by another command; wait for it, or run it again if it was stopped"
+        )
+    return manifest
+
+
+def _unreadable(out: epath.Path, error: OSError) -> BuildError:
+    if error.strerror:
+        return BuildError(f"--out {out}: cannot be read ({error.strerror}); choose another folder")
+    return BuildError(f"--out {error}")  # of a bucket: one line that says what to do
 
 
 def _check_fits(manifest: dict, args: argparse.Namespace, classes: tuple[str, ...]) -> None:

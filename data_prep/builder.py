@@ -30,6 +30,7 @@ class Settings(NamedTuple):
     tokenizer: str = ""  # conversations: file of the tokenizer that their length is measured with; "": not measured
     max_tokens: int = 0  # conversations: L
     slots: int = 0  # conversations: tokens of an image or clip
+    archive_index: str = ""  # file of the index of a .tar with the videos; "": there is none
 
 
 def features(kind: str, num_frames: int) -> Any:
@@ -120,7 +121,7 @@ class Media:
 
     def __init__(self, settings: Settings, root: str):
         self._settings = settings
-        self._videos = open_videos(root, settings.allow_links_to, settings.time_limit)
+        self._videos = open_videos(root, settings.allow_links_to, settings.time_limit, settings.archive_index)
         self._reader = Reader(settings.time_limit)
         self._kept: OrderedDict[tuple[bool, str], Clip | Reject] = OrderedDict()
 

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from data_prep.flags import Parser, bar, place_of, run
+from data_prep.parts import folders_in
 from ymplug_jax.core import places
 from ymplug_jax.data import schema
 
@@ -107,16 +108,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
-    """Index every shard of a folder."""
+    """Index every shard of a folder and, if it holds parts, of the folders in it."""
     parser = Parser("index_shards", __doc__)
     parser.add_argument("folder", type=place_of("folder"), help="folder of the shards, local or in a bucket")
     folder = parser.parse_args(argv).folder
-    sizes = {name: size for name, size in places.sizes(folder).items() if SHARD.fullmatch(name)}
+    sizes = {
+        place / name: size
+        for place in (folder, *folders_in(folder))
+        for name, size in places.sizes(place).items()
+        if SHARD.fullmatch(name)
+    }
     if not sizes:
         raise ValueError(f"{folder}: no shards (*.tfrecord-00000-of-00001) here; give the folder of a data set")
-    names = bar(sorted(sizes), "index", "shard")
+    shards = bar(sorted(sizes), "index", "shard")
     with ThreadPoolExecutor(THREADS if places.is_remote(folder) else 1) as pool:
-        records = sum(pool.map(lambda name: write_index(folder / name, sizes[name]), names))
+        records = sum(pool.map(lambda shard: write_index(shard, sizes[shard]), shards))
     print(f"{records:,} records in {len(sizes)} shards")
 
 

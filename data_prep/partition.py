@@ -32,6 +32,7 @@ from ymplug_jax.data.text import load_tokenizer
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_file import DecoderFailed
 
+BEAT = 30.0  # seconds between notes about progress in a bucket; on a disk they are frequent
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -45,6 +46,11 @@ class Job(NamedTuple):
     size: int  # rows of all partitions but the last
     settings: Settings
     token: str  # of this attempt; workers of an earlier one stop
+    step: str = "all"  # "build" partitions, "merge" the facts of groups, or "all" of it
+    share: int = (
+        0  # jobs side by side: this one builds the partitions, or merges the groups, i with i % shares == share
+    )
+    shares: int = 1
 
 
 class PartitionFailed(RuntimeError):
@@ -71,7 +77,7 @@ def _one_line(work: str) -> Iterator[None]:
 
 
 class ListPartitions(beam.DoFn):
-    """Yields (number, first byte, last byte + 1, whether it is complete) of the partitions of all groups that are not merged yet."""
+    """Yields (number, first byte, last byte + 1, whether it is complete) of the job's share of the partitions in groups not yet merged."""
 
     def __init__(self, job: Job):
         self._job = job
@@ -87,7 +93,9 @@ class ListPartitions(beam.DoFn):
             {number // GROUP for number in numbers} - groups
         )
         for number in numbers:
-            if number // GROUP in open_groups:
+            unit = number // GROUP if self._job.step == "merge" else number
+            done = self._job.step == "build" and number in parts
+            if number // GROUP in open_groups and unit % self._job.shares == self._job.share and not done:
                 yield number, int(offsets[number]), int(offsets[number + 1]), number in parts
 
 
@@ -128,15 +136,15 @@ class BuildPartition(beam.DoFn):
 
     def _check_token(self) -> None:
         """Raise OSError if another attempt has begun: the driver was killed and started again while this worker went on."""
-        if places.read_bytes(self._work / TOKEN).decode() != self._job.token:
-            raise OSError(f"{self._job.work}: another run of the same build has begun, so this one stops")
+        if self._job.token not in places.read_bytes(self._work / TOKEN).decode().split():
+            raise OSError(f"{self._job.work}: another run of the same build has begun; wait for that one")
 
     def _build(self, number: int, rows: Sequence[Row | Talk]) -> None:
         """Write the files of a partition. Raises OSError, BrokenShard, DecoderFailed."""
         folder = Path(self._job.work) if self._scratch is None else self._scratch.path
         partial = folder / part_name(number, f".partial-{secrets.token_hex(4)}")
         try:
-            sizes, rejects, cut = self._write(number, partial, rows)
+            sizes, rejects, cut, beats = self._write(number, partial, rows)
             facts = {"rows": len(rows), "written": len(sizes), "bytes": 0, "cut": cut}
             if sizes:
                 facts["bytes"] = partial.stat().st_size
@@ -160,22 +168,27 @@ class BuildPartition(beam.DoFn):
         reasons = Counter(line["reason"] for line in rejects)
         facts_text = json.dumps({**facts, "rejects": dict(reasons)})
         places.write_text(self._work / part_name(number, ".json"), facts_text)
-        if self._scratch is None:
-            (folder / part_name(number, ".progress")).unlink(missing_ok=True)
+        if self._scratch is None or beats:
+            places.delete(self._work / part_name(number, ".progress"))
 
-    def _write(self, number: int, partial: Path, rows: Sequence[Row | Talk]) -> tuple[list[int], list[dict], int]:
-        """Write the shard, which is not made if no row gives a record; return (payload bytes of each record, rejects, cut rows)."""
-        progress = None if self._scratch else Path(self._job.work) / part_name(number, ".progress")
+    def _write(self, number: int, partial: Path, rows: Sequence[Row | Talk]) -> tuple[list[int], list[dict], int, int]:
+        """Write the shard, which is not made if no row gives a record.
+
+        Returns:
+          Payload bytes of each record, rejects, number of cut rows, number of notes about progress.
+        """
+        every = 0.5 if self._scratch is None else BEAT
         rejects: list[dict] = []
         sizes: list[int] = []
-        told = time.monotonic()
+        told, beats = time.monotonic(), 0
         self._cut = 0  # conversations of this partition that are longer than a row
         self._media.forget()
         file: BinaryIO | None = None
         with contextlib.ExitStack() as stack:
             for done, row in enumerate(rows):
-                if progress is not None and time.monotonic() - told > 0.5:
-                    progress.write_text(str(done))
+                if time.monotonic() - told > every:
+                    beats += 1
+                    self._note(number, str(done) + " " * (beats % 7))  # another size each time, which a listing shows
                     told = time.monotonic()
                 try:
                     payload = self._record(row)
@@ -190,7 +203,15 @@ class BuildPartition(beam.DoFn):
             if file is not None:
                 file.flush()
                 os.fsync(file.fileno())
-        return sizes, rejects, self._cut
+        return sizes, rejects, self._cut, beats
+
+    def _note(self, number: int, text: str) -> None:
+        """Write how far the partition is, for the driver. Raises OSError."""
+        file = self._work / part_name(number, ".progress")
+        if self._scratch is None:
+            Path(file).write_text(text)
+        else:
+            places.write_text(file, text)
 
     def _record(self, row: Row | Talk) -> bytes:
         if row.problem:

@@ -88,7 +88,14 @@ def read_groups(work: epath.Path, partitions: int) -> Done:
     return Done(parts, reasons)
 
 
-def publish(out: epath.Path, work: epath.Path, split: str, facts: dict, done: Done, old: dict, more: dict) -> dict:
+def frames_of(num_frames: int) -> dict[str, int]:
+    """Return what a manifest says of the stored frames."""
+    return {"per_clip": num_frames, "short_side": SHORT_SIDE, "jpeg_quality": JPEG_QUALITY}
+
+
+def publish(
+    out: epath.Path, work: epath.Path, split: str, facts: dict, done: Done, old: dict, more: dict, files: dict[str, str]
+) -> dict:
     """Write the plan and execute it.
 
     Args:
@@ -99,6 +106,7 @@ def publish(out: epath.Path, work: epath.Path, split: str, facts: dict, done: Do
       done: facts of the partitions.
       old: previous manifest, or an empty dict.
       more: additional counts of this split.
+      files: further files of the work folder -> their names in the data set.
 
     Returns:
       The new manifest.
@@ -134,17 +142,27 @@ def publish(out: epath.Path, work: epath.Path, split: str, facts: dict, done: Do
         "kind": facts["kind"],
         **classes,
         **{key: sum(part[key] for part in splits.values()) for key in (*numbers, "bytes")},
-        "frames": {"per_clip": facts["num_frames"], "short_side": SHORT_SIDE, "jpeg_quality": JPEG_QUALITY},
+        "frames": frames_of(facts["num_frames"]),
         "splits": splits,
     }
-    plan = {"split": split, "moves": moves, "groups": -(-len(done.parts) // GROUP), "manifest": manifest}
+    plan = {
+        "split": split,
+        "moves": moves,
+        "files": list(files.items()),
+        "groups": -(-len(done.parts) // GROUP),
+        "manifest": manifest,
+    }
     places.write_text(work / PLAN, json.dumps(plan, ensure_ascii=False))
     return finish(out, work)
 
 
 def finish(out: epath.Path, work: epath.Path) -> dict:
-    """Execute the plan in `work`, which may be partly done, and return the manifest. Raises OSError."""
-    plan = json.loads(places.read_bytes(work / PLAN))
+    """Execute the plan in `work`, which may be partly done, and return the manifest. Raises OSError, ValueError if the plan is damaged."""
+    try:
+        plan = json.loads(places.read_bytes(work / PLAN))
+        _ = plan["split"], plan["moves"], plan["manifest"]["splits"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{work / PLAN}: damaged ({error}); delete {work} and build again") from None
     split, manifest = plan["split"], plan["manifest"]
     others = {name: entry for name, entry in manifest["splits"].items() if name != split}
     refused = {**manifest, "splits": others, schema.PUBLISHING: split}
@@ -157,6 +175,7 @@ def finish(out: epath.Path, work: epath.Path) -> dict:
     ]
     _each(out, stale, lambda name: places.delete(out / name))
     pairs = [(part + suffix, name + suffix) for part, name in plan["moves"] for suffix in (schema.INDEX_SUFFIX, "")]
+    pairs += plan["files"]
     _each(
         out,
         bar(pairs, "publish", "file", leave=False),
@@ -175,7 +194,7 @@ def remove_work(out: epath.Path, work: epath.Path) -> None:
     places.delete_folder(work)
     if not places.is_remote(out):
         with contextlib.suppress(OSError):  # another split is being built
-            (out / BUILDING).rmdir()
+            os.rmdir(out / BUILDING)
 
 
 def _each(where: epath.Path, items: Iterable[Item], do: Callable[[Item], Any]) -> list[Any]:

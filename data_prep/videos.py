@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from etils import epath
 
+from data_prep.archives import is_archive, open_archive
 from data_prep.scratch import Scratch
 from ymplug_jax.core import place_requests, places
 from ymplug_jax.data.video_container import Reject
@@ -47,15 +48,24 @@ class Videos(Protocol):
         ...
 
 
-def open_videos(root: str | epath.Path, allow_links_to: Sequence[str] = (), seconds: float | None = None) -> Videos:
+def open_videos(
+    root: str | epath.Path, allow_links_to: Sequence[str] = (), seconds: float | None = None, index: str = ""
+) -> Videos:
     """Open a video root.
 
     Args:
-      root: folder, local or in a bucket (`gs://bucket/folder`).
+      root: folder, local or in a bucket (`gs://bucket/folder`), or a .zip or .tar archive.
       allow_links_to: local folders outside the root that symbolic links may point to.
       seconds: time that copying one file from a bucket may take, with all repetitions; None: no limit.
+      index: file of `Tar.save_index` for an archive; "": read the archive.
+
+    Raises:
+      BadArchive: the archive is damaged or of a kind that cannot be read.
+      OSError: it cannot be read.
     """
     path = epath.Path(root)
+    if is_archive(path.name) and not path.is_dir():
+        return open_archive(path, epath.Path(index) if index else None)
     return BucketVideos(path, seconds) if places.is_remote(path) else LocalVideos(os.fspath(path), allow_links_to)
 
 
@@ -143,11 +153,12 @@ class BucketVideos:
         """Whether there is such an object. The first call lists the whole folder."""
         try:
             refuse_hostile(name)
-        except Reject:
+            forms = _forms(name)
+        except (Reject, UnicodeEncodeError):
             return False
         if self._hashes is None:
             self._hashes = np.sort(np.fromiter((hash(found) for found in self.names()), np.int64))
-        for form in _forms(name):
+        for form in forms:
             at = int(np.searchsorted(self._hashes, hash(form)))
             if at < len(self._hashes) and self._hashes[at] == hash(form):
                 return True
@@ -161,11 +172,12 @@ class BucketVideos:
             for folder, _, files in place_requests.files_of(self._root).walk(url, on_error="raise"):
                 yield from (f"{folder}/{file}"[start:] for file in files if file)
         except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, "no such folder", url) from None
+            raise FileNotFoundError(f"{url}: no such folder; give the folder of the videos") from None
         except OSError:
             raise
         except Exception as error:  # fsspec's file systems raise errors of their own classes
-            raise OSError(errno.EIO, f"cannot be listed ({' '.join(str(error).split())})", url) from error
+            words = " ".join(str(error).split())
+            raise OSError(f"{url}: cannot be listed ({words}); check the name and your permissions") from error
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[Path]:

@@ -76,10 +76,11 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def kill_a_worker(process: subprocess.Popen, seed: int) -> None:
-    """Kill one of the processes in which Beam runs the steps, at random."""
-    workers = [
-        pid for pid, line in descendants(process.pid).items() if "sdk_worker_main" in line and "/bin/sh" not in line
-    ]
+    """Kill one of the child processes in which Beam runs the steps, at random."""
+    own = (
+        int(pid) for file in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in file.read_text().split()
+    )
+    workers = [pid for pid in own if "spawn_main" in descendants(process.pid)[pid]]
     os.kill(random.Random(seed).choice(workers), signal.SIGKILL)
 
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import configparser
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -40,6 +41,9 @@ OTHERS = (
     "tensorboard",
     "xprof",
     "docker",
+    "modelscope",
+    "rm",
+    "split",
 )
 
 
@@ -148,6 +152,8 @@ def _of_python(words: list[str], runs: dict[str, list[str]]) -> str:
         return _of_pip(words)
     if module == "pytest":
         return _of_paths(words)
+    if module.startswith("apache_beam."):
+        return "" if importlib.util.find_spec(module) else f"no module {module!r}"
     if not module.startswith(("ymplug_jax", "data_prep", "benchmarks")):
         return f"no module {module!r} is known"
     try:

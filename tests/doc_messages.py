@@ -13,7 +13,7 @@ GAP = "…"  # in place of a value
 CODES = {  # exit code by the name of the error
     "Mistake": 2, "ValueError": 2, "FileNotFoundError": 2, "FileExistsError": 2, "OSError": 2, "SourceError": 2,
     "UnknownModel": 2, "CheckpointError": 2, "CorruptRecord": 2, "BuildError": 2, "TrainingStopped": 2, "DecoderFailed": 2,
-    "BrokenShard": 2, "Damaged": 2, "_Unfit": 2, "PartitionFailed": 2, "ArgumentTypeError": 2, "error": 2, "HostsError": 4, "PlaceFailed": 5, "PlaceError": 5,
+    "BrokenShard": 2, "BadArchive": 2, "PartError": 2, "Damaged": 2, "_Unfit": 2, "PartitionFailed": 2, "ArgumentTypeError": 2, "error": 2, "HostsError": 4, "PlaceFailed": 5, "PlaceError": 5,
 }  # fmt: skip
 # Files whose errors are caught and reported in other words, or are faults of a caller and keep their traceback.
 CAUGHT = (

@@ -89,7 +89,7 @@ def test_an_interrupted_publication_is_refused_by_readers_and_finished(
     server.inject(Fault("403", "POST", r"(copyTo|rewriteTo).*00007-of-", times=-1))
     assert build_shards.main(flags("publishing", "--workers=1")) == 5
     server.heal()
-    assert "then run the same command again" in capfd.readouterr().err.splitlines()[-1]
+    assert "; run the same command again" in capfd.readouterr().err.splitlines()[-1]
     with pytest.raises(ValueError, match="split 'train' is being published"):
         Records(f"gs://{SETS}/publishing", "train")
     assert build_shards.main(flags("publishing", "--workers=1")) == 0

@@ -2,13 +2,16 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 import builds
-from data_prep import build_shards, pipeline
+from data_prep import build_shards, publish, runners
 from data_prep.scratch import PREFIX, Scratch
+from ymplug_jax.core import places
+from ymplug_jax.data.records import Records
 
 ROWS = 600
 
@@ -34,7 +37,7 @@ def test_a_killed_worker_is_replaced(undisturbed: Path):
     builds.kill_a_worker(process, seed=1)
     code, _, err = builds.end(process)
     assert code == 0, err
-    assert "a worker process ended; going on with the partitions that are missing (" in err
+    assert "Beam on this machine: a worker process was killed by signal 9 (Killed); " in err
     assert builds.content(out) == builds.content(undisturbed / "whole")
 
 
@@ -46,7 +49,7 @@ def test_a_killed_driver_takes_its_processes_along_and_the_build_resumes(undistu
         process = builds.start(given)
         builds.wait_for(process, lambda: parts(out), least)
         below = builds.kill_the_driver(process)
-        assert len(below) >= 3, "the pipeline and two workers"
+        assert len(below) >= 3, "two workers and their decoders"
         builds.wait_until_gone(below)
         assert not (out / "manifest.json").exists()
     done = parts(out)
@@ -55,35 +58,19 @@ def test_a_killed_driver_takes_its_processes_along_and_the_build_resumes(undistu
     assert builds.content(out) == builds.content(undisturbed / "whole")
 
 
-def test_workers_that_always_die_end_the_build(undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capfd):
-    """Three attempts without a finished partition are one line and exit code 5."""
-    asked = []
-
-    def dies(*args: object) -> None:
-        asked.append(args)
-        raise pipeline.RunnerFailed("a worker process of the build ended (exit code 9)")
-
-    monkeypatch.setattr(pipeline, "_run_in_child", dies)
-    given = builds.flags(undisturbed / "clips.csv", undisturbed / "root", undisturbed / "never", "--workers=2")
-    assert build_shards.main(given) == 5
-    lines = capfd.readouterr().err.splitlines()
-    assert len(asked) == 3 and lines[-1].startswith("error: a worker process of the build ended (exit code 9), 3 times")
-    assert len({args[0].token for args in asked}) == 3
-
-
 def test_an_older_attempt_does_not_write(undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capfd):
     """Workers that outlive their driver, on a cluster, stop when the build is started again."""
     out = undisturbed / "older"
-    run = pipeline.run_here
+    submit = runners.submit
 
-    def other_begins(job: pipeline.Job, flags: list[str]) -> None:
+    def other_begins(job: runners.Job, flags: tuple[str, ...]) -> None:
         (out / build_shards.BUILDING / "train" / "attempt").write_text("another")
-        run(job, flags)
+        submit(job, flags)
 
-    monkeypatch.setattr(pipeline, "run_here", other_begins)
+    monkeypatch.setattr(runners, "submit", other_begins)
     given = builds.flags(undisturbed / "clips.csv", undisturbed / "root", out, "--workers=1")
     assert build_shards.main(given) == 5
-    assert "another run of the same build has begun, so this one stops" in capfd.readouterr().err.splitlines()[-1]
+    assert "another run of the same build has begun; wait for that one" in capfd.readouterr().err.splitlines()[-1]
     assert parts(out) == 0
 
 
@@ -102,3 +89,95 @@ def test_temporary_folders_of_killed_processes_are_deleted(tmp_path: Path, monke
         assert sorted(tmp_path.iterdir()) == sorted([own.path, third.path])
     own.close()
     assert not list(tmp_path.iterdir())
+
+
+class Killed(BaseException):
+    """Stands for kill -9 between two changes of files."""
+
+
+CHANGES = ("write_text", "write_bytes", "upload", "move", "delete", "delete_folder")
+
+
+def killed_at(patch: pytest.MonkeyPatch, moment: int) -> list[str]:
+    """Let the change with this number, and all later ones, raise Killed; return the list in which changes are counted."""
+    made: list[str] = []
+
+    def counted(name: str) -> None:
+        change = getattr(places, name)
+
+        def changed(*args: object) -> None:
+            if len(made) >= moment:
+                raise Killed
+            change(*args)
+            made.append(name)
+
+        patch.setattr(places, name, changed)
+
+    for name in CHANGES:
+        counted(name)
+    return made
+
+
+def test_a_publication_can_be_killed_after_each_of_its_changes(undisturbed: Path, tmp_path: Path, capfd):
+    """Of a split that is built again: readers get the old or the new records or a refusal, never a mixture."""
+    root, old = undisturbed / "root", tmp_path / "old"
+    rows = [(f"{i % 3}.mp4" if i != 4 else "none.mp4", f"甲{i}") for i in range(30)]
+    first = builds.videos.write_csv(tmp_path / "x.csv", builds.COLUMNS, rows[:29])
+    assert build_shards.main(builds.flags(first, root, old, "--workers=1")) == 0
+    val = builds.videos.write_csv(tmp_path / "y_val.csv", builds.COLUMNS, [("0.mp4", "乙"), ("none.mp4", "丙")])
+    assert build_shards.main(builds.flags(val, root, old, "--workers=1")) == 0
+    new = builds.videos.write_csv(tmp_path / "x.csv", builds.COLUMNS, [(name, f"丁{title}") for name, title in rows])
+    given = builds.flags(new, root, tmp_path / "out", "--workers=1", "--overwrite")
+
+    shutil.copytree(old, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "finish", lambda *_: {})
+        build_shards.build(*build_shards.parse(given))
+    (tmp_path / "out").rename(tmp_path / "planned")
+    shutil.copytree(tmp_path / "planned", tmp_path / "out")
+    assert build_shards._old_manifest(tmp_path / "out")["splits"]["train"]["written"] == 29
+    whole = builds.content(tmp_path / "out")
+    assert len([name for name in whole if name.endswith("-of-00003")]) == 3
+    before, after = ([record.title for record in Records(str(folder), "train")] for folder in (old, tmp_path / "out"))
+    assert before != after
+    for moment in range(100):
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "planned", tmp_path / "out")
+        with pytest.MonkeyPatch.context() as patch:
+            made = killed_at(patch, moment)
+            try:
+                build_shards._old_manifest(tmp_path / "out")
+                break
+            except Killed:
+                pass
+        try:
+            assert [record.title for record in Records(str(tmp_path / "out"), "train")] in (before, after)
+        except ValueError as error:
+            refused = "is being published" in str(error)
+            assert refused
+        assert build_shards._old_manifest(tmp_path / "out")["splits"].keys() == {"train", "validation"}
+        assert builds.content(tmp_path / "out") == whole, made
+    assert moment == len(made) > 12
+
+
+def test_a_build_can_be_killed_after_its_changes(undisturbed: Path, tmp_path: Path):
+    """In the first pass over the CSV, in partitions and in groups: the same command gives the same bytes."""
+    csv = builds.videos.write_csv(
+        tmp_path / "x.csv", builds.COLUMNS, [("0.mp4", "甲"), ("none.mp4", "乙"), ("1.mp4", "丙")] * 4
+    )
+    args, flags = build_shards.parse(builds.flags(csv, undisturbed / "root", tmp_path / "whole", "--workers=1"))
+    build_shards.build(args, flags)
+    whole = builds.content(tmp_path / "whole")
+    args.out = args.out.with_name("out")
+    for moment in range(0, 100, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            made = killed_at(patch, moment)
+            try:
+                build_shards.build(args, flags)
+                break
+            except (Killed, RuntimeError):  # Beam wraps what a worker raises
+                pass
+        build_shards.build(args, flags)
+        assert builds.content(args.out) == whole, made
+        shutil.rmtree(args.out)
+    assert moment >= len(made) > 12

@@ -461,6 +461,26 @@ def test_portable_job_service_with_external_workers(tmp_path: Path, root: Path):
     assert cv2.imdecode(np.frombuffer(records[0].frames[0], np.uint8), cv2.IMREAD_COLOR).shape == (48, 64, 3)
 
 
+def test_splits_that_are_built_side_by_side_are_both_kept(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    csv = videos.write_csv(tmp_path / "x.csv", PRETRAIN, [("a.mp4", "甲")])
+    val = videos.write_csv(tmp_path / "x_val.csv", PRETRAIN, [("b.mkv", "乙")])
+    run_beam = build_shards._run_beam
+
+    def other_first(*args) -> None:
+        monkeypatch.setattr(build_shards, "_run_beam", run_beam)
+        build(tmp_path / "out", val, root)
+        run_beam(*args)
+
+    monkeypatch.setattr(build_shards, "_run_beam", other_first)
+    assert build(tmp_path / "out", csv, root)["splits"].keys() == {"train", "validation"}
+    path = tmp_path / "out" / schema.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), schema.PUBLISHING: "test"}))
+    with pytest.raises(
+        build_shards.BuildError, match="split 'test' is being published by another command; wait for it"
+    ):
+        build(tmp_path / "out", csv, root, "--overwrite")
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b"null", b'{"kind": "pretrain", "frames": 16}', b"\xff\xfe", b'{"kind']
 )

@@ -1,9 +1,7 @@
 """Random access to the records of a data set: one ranged read per record, verified and parsed without TensorFlow."""
 
-import io
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -11,12 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from ymplug_jax.core import places
-from ymplug_jax.data import schema, tf_example
+from ymplug_jax.data import joined_set, schema, shard_files, tf_example
 
 if TYPE_CHECKING:
     import tensorstore
-
-SHARD = re.compile(r"([^/]+)-(\w+)\.tfrecord-(\d{5})-of-(\d{5})")
 
 
 class Medium(NamedTuple):
@@ -79,13 +75,17 @@ class Records:
         names = self._folder.names()
         self.kind = ""  # stays empty without a manifest
         self._entry: Any = None  # entry of the split in the manifest
+        manifest: dict[str, Any] = {}
         if schema.MANIFEST in names:
             manifest = _manifest(f"{self.path}/{schema.MANIFEST}", self._folder.read_all([schema.MANIFEST])[0])
             self.kind = _kind(manifest, split)
             splits = manifest.get("splits")
             self._entry = splits.get(split) if isinstance(splits, dict) else None
-        self._shards = _shards_of(self.path, split, names)
-        indices = _indices_of(self.path, self._shards, names, self._folder)  # int64[n, 2] each
+        if joined_set.is_joined(manifest):
+            self._shards, names = shard_files.shards_of_parts(self.path, manifest, split, self._folder)
+        else:
+            self._shards = shard_files.shards_of(self.path, split, names)
+        indices = shard_files.indices_of(self.path, self._shards, names, self._folder)  # int64[n, 2] each
         self._places = np.concatenate(indices)  # int64[records, 2]: 16 bytes of memory per record
         self._ends = np.cumsum([len(index) for index in indices])
 
@@ -125,6 +125,10 @@ class _Disk:
         if not self._path.is_dir():
             raise FileNotFoundError(_no_folder(self._path))
         return {file.name for file in self._path.iterdir()}
+
+    def names_below(self, parts: list[str]) -> list[set[str]]:
+        folders = [self._path / part for part in parts]
+        return [set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders]
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         file = os.open(os.path.join(self._path, name), os.O_RDONLY | os.O_CLOEXEC)
@@ -166,6 +170,13 @@ class _Bucket:
         if not names:
             raise FileNotFoundError(_no_folder(self._url))
         return names
+
+    def names_below(self, parts: list[str]) -> list[set[str]]:
+        import tensorstore
+
+        ranges = [tensorstore.KvStore.KeyRange(f"{part}/", f"{part}0") for part in parts]  # "0" follows "/"
+        pending = [self._store.list(one, len(part) + 1) for one, part in zip(ranges, parts, strict=True)]
+        return [{key.decode() for key in keys.result()} for keys in pending]
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         try:
@@ -214,50 +225,6 @@ def _kind(manifest: Mapping[str, Any], split: str) -> str:
     splits = manifest.get("splits")
     own = splits.get(split) if isinstance(splits, dict) else None
     return str((own.get("kind") if isinstance(own, dict) else None) or manifest.get("kind") or "")
-
-
-def _shards_of(path: str, split: str, names: set[str]) -> list[str]:
-    """Return the file names of the shards of a split, in order. Raises if shards are missing or of several builds."""
-    found: dict[str, dict[tuple[str, int], set[int]]] = {}  # split -> (prefix, count) -> shards
-    for name in names:
-        if match := SHARD.fullmatch(name):
-            found.setdefault(match[2], {}).setdefault((match[1], int(match[4])), set()).add(int(match[3]))
-    if split not in found:
-        known = f"it has {', '.join(sorted(found))}" if found else "it has no shards"
-        raise FileNotFoundError(
-            f"{path}: no split {split!r} here, {known}; build it, or set config.data.train_split or config.data.eval_split "
-            "to another one (an empty eval_split turns evaluation off)"
-        )
-    if len(found[split]) > 1:
-        builds = ", ".join(f"{prefix}-{split} of {count} shards" for prefix, count in sorted(found[split]))
-        raise ValueError(
-            f"{path}: split {split!r} holds several builds ({builds}); keep only one of them in this folder"
-        )
-    (prefix, count), numbers = next(iter(found[split].items()))
-    if missing := sorted(set(range(count)) - numbers):
-        raise FileNotFoundError(
-            f"{path}: {len(missing)} of {count} shards of split {split!r} are missing, the first is "
-            f"{schema.shard_name(prefix, split, missing[0], count)}; copy them again or build the shards again"
-        )
-    return [schema.shard_name(prefix, split, shard, count) for shard in range(count)]
-
-
-def _indices_of(path: str, shards: list[str], names: set[str], folder: _Disk | _Bucket) -> list[np.ndarray]:
-    """Read the index of each shard, int64[n, 2]. Raises if one is missing or damaged."""
-    files = [shard + schema.INDEX_SUFFIX for shard in shards]
-    fix = f"python -m data_prep.index_shards {path}"
-    if missing := [file for file in files if file not in names]:
-        raise FileNotFoundError(f"{path}/{missing[0]} is missing (one of {len(missing)}); write it with {fix}")
-    indices = []
-    for file, data in zip(files, folder.read_all(files), strict=True):
-        try:
-            index = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}/{file} is damaged ({error}); write it again with {fix}") from None
-        if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 2:
-            raise ValueError(f"{path}/{file} is not an index (int64[n, 2]); write it again with {fix}")
-        indices.append(index)
-    return indices
 
 
 def _check(framed: bytes, size: int, where: str) -> None:

@@ -1,7 +1,8 @@
 """Format of records, shards and indices, shared by the builder and the reader. Standard library only.
 
 A data set is a folder of TFRecord shards `<name>-<split>.tfrecord-00000-of-00012` in the TFDS layout, each with an index beside it
-(`<shard>.index.npy`), plus `manifest.json` and `rejects.jsonl`. Each record is a `tf.train.Example` with the keys of DMVR and
+(`<shard>.index.npy`), plus `manifest.json` and `rejects.jsonl`. A set joined from parts is a folder of such folders with a manifest that names
+them, see `joined_set`. Each record is a `tf.train.Example` with the keys of DMVR and
 MediaPipe, so that other video readers can read it too.
 """
 
