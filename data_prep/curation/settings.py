@@ -33,7 +33,28 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Titles:
-    """The text of a title."""
+    """The text of a title. Characters are counted as a reader counts them: an emoji is one."""
+
+    min_length: int = 5  # Smallest number of characters.
+    max_length: int = 30  # Largest number of characters.
+    min_chinese: float = (
+        0.25  # Smallest share of Chinese words; a Chinese character is a word, as a word of another script is.
+    )
+    max_run: int = 7  # Largest number of equal characters in a row, digits excepted.
+    max_repeated: float = (
+        0.5  # Largest share of a title that repeats what stands right before it; three copies are 0.67.
+    )
+    max_series: int = 1000  # Largest number of titles in the corpus that differ in numbers only; 0: any.
+    max_perplexity: float = 0.0  # Largest perplexity per character under the language model; 0: any.
+    language_model: str = ""  # Folder of a run of the task `language` that measures perplexity; "": it is not measured.
+    blocklist: str = ""  # File of phrases that no title may have, one a line; "": no such list.
+    adverts: str = ""  # File of advert phrases in place of the package's own, data_prep/curation/words/adverts.txt.
+    upload_words: str = ""  # File of words of upload names in place of the package's own.
+    prints: int = 64  # Hashes in the print of a title.
+    bands: int = 16  # Bands of that print; titles with an equal band are compared.
+    min_alike: float = (
+        0.8  # Two titles are alike if they share at least this part of their pairs of characters, and all numbers.
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +123,10 @@ class Curation:
 # Minimum and maximum values by section. What is beyond them drops everything or nothing.
 LEAST: Mapping[str, Mapping[str, float]] = {
     "metadata": {"min_seconds": 0, "max_seconds": 1e-3, "min_side": 16, "max_aspect": 1, "time_limit": 1},
+    "titles": {
+        "min_length": 1, "max_length": 1, "min_chinese": 0, "max_run": 1, "max_repeated": 0, "max_series": 0, "max_perplexity": 0,
+        "prints": 4, "bands": 1, "min_alike": 0.1,
+    },
     "content": {
         "per_second": 0.1, "min_samples": 2, "max_samples": 2, "side": 32, "time_limit": 1, "black_level": 0, "max_black": 0,
         "still_level": 0, "max_frozen": 0, "min_sharpness": 0, "max_border": 0, "max_slides": 0, "max_cuts_per_minute": 0,
@@ -110,6 +135,7 @@ LEAST: Mapping[str, Mapping[str, float]] = {
     "duplicates": {"frames": 1, "max_distance": 0, "min_alike": 0.01},
 }  # fmt: skip
 MOST: Mapping[str, Mapping[str, float]] = {
+    "titles": {"max_length": 2000, "min_chinese": 1, "max_repeated": 1, "prints": 256, "bands": 256, "min_alike": 1},
     "content": {"side": 1024, "max_samples": 4096, "black_level": 255, "max_black": 1, "max_frozen": 1, "max_border": 1, "max_slides": 1},
     "duplicates": {"frames": 256, "max_distance": 24, "min_alike": 1},
 }  # fmt: skip
@@ -135,7 +161,12 @@ def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Curation:
             section, plain.get(name, {}), f"config.{name}", least=LEAST.get(name, {}), most=MOST.get(name, {})
         )
     made = build(Curation, plain, "config")
-    for low, high in ((made.metadata, ("min_seconds", "max_seconds")), (made.content, ("min_samples", "max_samples"))):
+    for low, high in (
+        (made.metadata, ("min_seconds", "max_seconds")),
+        (made.titles, ("min_length", "max_length")),
+        (made.titles, ("bands", "prints")),
+        (made.content, ("min_samples", "max_samples")),
+    ):
         least, most = (getattr(low, name) for name in high)
         if least > most:
             section_name = type(low).__name__.lower()
