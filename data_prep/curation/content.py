@@ -59,18 +59,19 @@ def look(path: str, content: Content, duplicates: Duplicates) -> Looked:
     wanted = round(min(max(seconds * content.per_second, content.min_samples), content.max_samples))
     detector = AdaptiveDetector(content.cut_ratio, 1, min_content_val=content.cut_level)
     rate = max(wanted / max(seconds, 1e-3), 1e-3)
-    greys, cuts, decoded = [], [], 0
+    pictures, cuts, decoded = [], [], 0
     for index, picture in _sampled(path, spaced(wanted, count), content.side):
         decoded = index + 1
         if picture is not None:
-            found = detector.process_frame(FrameTimecode(len(greys), fps=rate), picture)
+            found = detector.process_frame(FrameTimecode(len(pictures), fps=rate), picture)
             cuts += [time.frame_num for time in found]
-            greys.append(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY))
-    if not greys:
+            pictures.append(picture)
+    if not pictures:
         raise Reject("unreadable", "no frame decodes")
-    stack = np.stack(greys)  # [N, H, W]
+    stack = np.stack(pictures)  # [N, H, W, 3]
+    greys = np.stack([cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY) for picture in pictures])
     scores = dict.fromkeys(NAMES) | {"decoded": round(min(1.0, decoded / (spaced(wanted, count)[-1] + 1)), 6)}
-    scores |= measure(stack, cuts, seconds, content)
+    scores |= measure(greys, cuts, seconds, content)
     top, bottom, left, right = (int(number(scores, f"border_{side}")) for side in ("top", "bottom", "left", "right"))
     inner = stack[:, top : stack.shape[1] - bottom, left : stack.shape[2] - right]
     return Looked(scores, print_of(inner, seconds, duplicates.frames))

@@ -70,8 +70,8 @@ class Content:
 class Duplicates:
     """Near-duplicates among the clips."""
 
-    frames: int = 48  # Largest number of frames in the print of a clip.
-    max_distance: float = 4.0  # Two frames are alike if at most so many of the 64 bits of their hashes differ.
+    frames: int = 32  # Largest number of frames in the print of a clip.
+    max_distance: float = 5.0  # Two frames are alike if at most so many of the 64 bits of their hashes differ.
     min_alike: float = 0.5  # Two clips are duplicates if at least this share of the shorter one is found in the other.
 
 
