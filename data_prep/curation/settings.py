@@ -66,29 +66,33 @@ class Content:
     max_samples: int = 512  # Frames to look at in a clip too long for that rate.
     side: int = 160  # Length of the longer side of a frame while it is looked at, in pixels.
     time_limit: float = 300.0  # Seconds after which decoding of one clip is given up.
+    min_decoded: float = 0.9  # Smallest share of the frames that decode.
     black_level: float = 24.0  # A picture is black if 98 % of its pixels are at most this bright, of 255.
     max_black: float = 0.5  # Largest share of black frames.
-    # Two frames in a row are still if the mean difference of their blocks, at 1/8 of the size, is at most this, of 255.
-    still_level: float = 0.6
+    # A frame is still if the mean brightness of none of its blocks of 8 x 8 pixels differs by more than this, of 255.
+    still_level: float = 3.0
     max_frozen: float = 0.9  # Largest share of still steps from frame to frame.
     min_sharpness: float = (
         3.0  # Smallest sharpness: the mean of the strongest 5 % of the Laplacian in the median frame, of 255.
     )
     max_border: float = 0.5  # Largest share of the picture that black bars at its edges cover.
-    # Largest share of still steps of a clip with two or more jumps and nothing that moves between them, such as photographs in a row.
-    max_slides: float = 0.7
-    max_cuts_per_minute: float = 90.0  # Largest number of cuts per minute.
-    cut_level: float = (
-        27.0  # PySceneDetect's threshold: the change of hue, saturation and brightness that counts as a cut, of 255.
+    max_slides: float = (
+        0.9  # Largest share of steps that are still or cuts between still pictures, with two or more such cuts.
     )
+    max_cuts_per_minute: float = (
+        60.0  # Largest number of cuts per minute; those closer than three looked-at frames are not told from motion.
+    )
+    cut_level: float = 15.0  # Change of hue, saturation and brightness that a cut has at least, of 255.
+    # A cut changes the picture at least so many times as much as the steps around it (PySceneDetect's adaptive detector).
+    cut_ratio: float = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Duplicates:
     """Near-duplicates among the clips."""
 
-    frames: int = 48  # Largest number of frames in the print of a clip.
-    max_distance: int = 10  # Two frames are alike if at most so many of the 64 bits of their hashes differ.
+    frames: int = 32  # Largest number of frames in the print of a clip.
+    max_distance: float = 5.0  # Two frames are alike if at most so many of the 64 bits of their hashes differ.
     min_alike: float = 0.5  # Two clips are duplicates if at least this share of the shorter one is found in the other.
 
 
@@ -128,15 +132,15 @@ LEAST: Mapping[str, Mapping[str, float]] = {
         "prints": 4, "bands": 1, "min_alike": 0.1,
     },
     "content": {
-        "per_second": 0.1, "min_samples": 2, "max_samples": 2, "side": 32, "time_limit": 1, "black_level": 0, "max_black": 0,
+        "per_second": 0.1, "min_samples": 2, "max_samples": 2, "side": 32, "time_limit": 1, "min_decoded": 0, "black_level": 0, "max_black": 0,
         "still_level": 0, "max_frozen": 0, "min_sharpness": 0, "max_border": 0, "max_slides": 0, "max_cuts_per_minute": 0,
-        "cut_level": 1,
+        "cut_level": 1, "cut_ratio": 1,
     },
     "duplicates": {"frames": 1, "max_distance": 0, "min_alike": 0.01},
 }  # fmt: skip
 MOST: Mapping[str, Mapping[str, float]] = {
     "titles": {"max_length": 2000, "min_chinese": 1, "max_repeated": 1, "prints": 256, "bands": 256, "min_alike": 1},
-    "content": {"side": 1024, "max_samples": 4096, "black_level": 255, "max_black": 1, "max_frozen": 1, "max_border": 1, "max_slides": 1},
+    "content": {"side": 1024, "max_samples": 4096, "min_decoded": 1, "black_level": 255, "max_black": 1, "max_frozen": 1, "max_border": 1, "max_slides": 1},
     "duplicates": {"frames": 256, "max_distance": 24, "min_alike": 1},
 }  # fmt: skip
 
