@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,21 +177,18 @@ def read_key(file: Path) -> Key:
     """
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(facts, Mapping) or facts.get("format") != FORMAT:
-            raise ValueError("not a key of annotation sheets")
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise ValueError(f"{file}: not a key of annotation sheets; give the key.json that was written with the sheets")
+    try:
         items = [Item(**{**one, "together": tuple(one["together"])}) for one in facts["items"]]
         given = {name: tuple(own) for name, own in facts["given"].items()}
-        key = Key(
-            facts["kind"],
-            facts["seed"],
-            tuple(facts["classes"]),
-            facts["each"],
-            {one.name: one for one in items},
-            given,
-        )
-        if any(name not in key.items for own in given.values() for name in own) or key.kind not in KINDS:
-            raise ValueError("damaged")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = str(error) if isinstance(error, ValueError) and "annotation" in str(error) else "damaged"
-        raise ValueError(f"{file}: {what}; give the key.json that was written with the sheets") from None
+        every = {one.name: one for one in items}
+        key = Key(facts["kind"], facts["seed"], tuple(facts["classes"]), facts["each"], every, given)
+        whole = key.kind in KINDS and all(name in every for own in given.values() for name in own)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{file}: damaged; give the key.json that was written with the sheets")
     return key

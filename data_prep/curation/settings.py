@@ -52,9 +52,7 @@ class Titles:
     upload_words: str = ""  # File of words of upload names in place of the package's own.
     prints: int = 64  # Hashes in the print of a title.
     bands: int = 16  # Bands of that print; titles with an equal band are compared.
-    min_alike: float = (
-        0.8  # Two titles are alike if they share at least this part of their pairs of characters, and all numbers.
-    )
+    min_alike: float = 0.8  # Two titles are alike if they share at least this part of their pairs of characters, or one contains the other.
 
 
 @dataclasses.dataclass(frozen=True)

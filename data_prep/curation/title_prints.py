@@ -21,6 +21,7 @@ from data_prep.curation.settings import Titles
 from data_prep.curation.title_text import clean, compact, plain_digits
 
 GRAM = 2  # characters; a title has 5 to 30
+SHORTEST_INSIDE, SHARE_INSIDE = 5, 0.6  # of a title that another one contains: characters, and share of the other's
 _SCHEME, _SEED = "affine64", 1  # of datasketch: how values are hashed. Other values give other keys.
 _NUMBER = re.compile("[0-9]+|(?<=第)[零〇一二三四五六七八九十百千]+")
 _ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")  # episode 012 is episode 12
@@ -55,8 +56,16 @@ def similarity(one: TitlePrint, other: TitlePrint) -> float:
 
 
 def alike(one: TitlePrint, other: TitlePrint, settings: Titles) -> bool:
-    """Whether two titles share `settings.min_alike` of their pairs of characters, and have the same numbers in the same order."""
-    return one.numbers == other.numbers and similarity(one, other) >= settings.min_alike
+    """Whether two titles say the same.
+
+    They share `settings.min_alike` of their pairs of characters, or one contains the other and no more than 2/3 of that again, as when a
+    copy is called "...（完整版）". Their numbers must be the same, in the same order.
+    """
+    if one.numbers != other.numbers:
+        return False
+    short, long = sorted((one.text, other.text), key=len)
+    inside = len(short) >= SHORTEST_INSIDE and short in long and len(short) >= SHARE_INSIDE * len(long)
+    return inside or similarity(one, other) >= settings.min_alike
 
 
 def _keys(grams: frozenset[str], numbers: tuple[str, ...], prints: int, bands: int) -> tuple[str, ...]:

@@ -260,9 +260,10 @@ def test_classification_from_sheets_to_csvs(tmp_path: Path, clips: Path, capsys:
     files = []
     for name in bad:
         plain = name.replace(" ", "_")
-        flip = lambda row, name=name: {
-            "answer": "类1" if (right[row["file"]] == "类1") != bad[name](row["file"]) else "类0"
-        }  # noqa: E731
+
+        def flip(row: dict[str, str], name: str = name) -> dict[str, str]:
+            return {"answer": "类1" if (right[row["file"]] == "类1") != bad[name](row["file"]) else "类0"}
+
         files.append(fill(out / f"sheet-{plain}.csv", flip, tmp_path / f"a-{plain}.csv"))
     merge = ["merge", "--key", out / "key.json", "--answers", *files, "--out", done, "--shares", "0.34", "0.33", "0.33"]
     assert annotate.main([*map(str, merge)]) == 0

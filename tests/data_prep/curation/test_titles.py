@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_prep import plant
 from data_prep.curation import title_faults, title_words
 from data_prep.curation.settings import Titles
 from data_prep.curation.title_text import chinese_share, clean, compact, graphemes
@@ -31,6 +33,15 @@ def test_planted_faults_are_found(fault: str, seed: int):
     found = [reason(draw(fault, rng)) for _ in range(150)]
     assert sum(map(bool, found)) / len(found) >= 0.97
     assert found.count(f"title_{fault}") / len(found) >= 0.6
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_planted_corpora(seed: int):
+    uploads = plant.plan(600, seed)
+    found = [(one.fault == "text", bool(reason(one.title))) for one in uploads]
+    faulty = [dropped for text, dropped in found if text]
+    clean_ones = [dropped for text, dropped in found if not text]
+    assert len(faulty) > 30 and np.mean(faulty) >= 0.95 and np.mean(clean_ones) <= 0.01
 
 
 def test_clean_titles_are_kept():
