@@ -54,7 +54,11 @@ def make(experiment: Experiment) -> Task:
         first = 0 if rng is None else int(rng.integers(len(title)))
         ids = np.resize(np.array(title, np.int32), first + length)[first:]  # repeats the title
         if rng is None:  # the first repetition is read as a text of its own, see `predict`
-            return {"ids": ids, "tokens": np.int32(len(title)), "read": np.int32(min(len(title), length))}
+            return {
+                "ids": ids,
+                "tokens": np.array(len(title), np.int32),
+                "read": np.array(min(len(title), length), np.int32),
+            }
         return {"ids": ids}
 
     def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
