@@ -18,20 +18,26 @@ training. The test CSV contains every combination once, so that titles carry no 
 `data_prep.chat_clips`): `chat_titles_{train,val}.csv`, `chat_texts.txt`, `instruct_{train,val}.jsonl`, `instruct_backwards.jsonl`
 (the moving clips of validation played backwards, with the answers that are then right), `instruct_scene.jsonl` (what a whole validation clip shows) and `instruct_text_{train,val}.jsonl`
 (titles in place of clips).
+
+`--plant SEED` draws raw uploads with known faults instead, to measure a curation with (see the module `data_prep.plant`):
+
+    python -m data_prep.draw_shapes --plant 0 --out runs/raw --clips 400
 """
 
+import argparse
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep import chat_clips, chat_rows
+from data_prep import chat_clips, chat_rows, plant
 from data_prep.chat_clips import ChatClip
 from data_prep.flags import Parser, bar, local_path, run
 from data_prep.shape_clips import FPS, FRAMES, MOTIONS, SIZE, plan, write_clip
@@ -189,26 +195,50 @@ def _main(argv: list[str] | None) -> None:
     parser = Parser("draw_shapes", __doc__.splitlines()[0])
     parser.add_argument("--out", type=local_path, required=True, help="folder to create: the video root and its CSVs")
     parser.add_argument(
-        "--clips", type=int, default=1200, help="number of clips, a tenth of them for validation (default 1200)"
+        "--clips",
+        type=int,
+        help="number of clips, a tenth of them for validation (default 1200); with --plant, number of uploads (default 400)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed; equal seeds give identical files (default 0)")
+    parser.add_argument("--seed", type=int, help="seed; equal seeds give identical files (default 0)")
     parser.add_argument(
         "--chat",
         type=int,
         default=0,
         help="number of training clips with conversations; an eighth of it, at most 200, is drawn for validation besides (default 0: none)",
     )
+    parser.add_argument(
+        "--plant",
+        type=int,
+        metavar="SEED",
+        help="draw raw uploads with known faults: raw.csv, videos/ and truth.csv; equal seeds give identical files",
+    )
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    drawn = draw(out, args.clips, args.seed, args.chat)
-    train, val, _ = plan(args.clips, args.seed)
+    if args.plant is not None:
+        return _plant(parser, args, out)
+    clips, seed = 1200 if args.clips is None else args.clips, args.seed or 0
+    drawn = draw(out, clips, seed, args.chat)
+    train, val, _ = plan(clips, seed)
     print(f"{out}: {len(train)} training and {len(val)} validation clips{'' if drawn else ', already drawn'}")
     print(f"titles such as {train[0].title}; the combinations of the validation clips do not occur in training")
     if args.chat:
-        chat = plan_chat(args.chat, args.seed)
+        chat = plan_chat(args.chat, seed)
         print(
             f"conversations about {len(chat.train)} training and {len(chat.val)} validation clips of one or two motions or a number"
         )
+
+
+def _plant(parser: Parser, args: argparse.Namespace, out: Path) -> None:
+    """Run `--plant`."""
+    if args.seed is not None or args.chat:
+        parser.error(f"--{'chat' if args.chat else 'seed'}: --plant has no such choice; remove the flag")
+    if args.plant < 0:
+        parser.error(f"--plant {args.plant}: not a seed; give 0 or more")
+    clips = 400 if args.clips is None else args.clips
+    drawn = plant.plant(out, clips, args.plant, _draw_all)
+    counts = Counter(one.fault for one in plant.plan(clips, args.plant))
+    faults = ", ".join(f"{count} {fault}" for fault, count in counts.most_common())
+    print(f"{out}: {clips} uploads{'' if drawn else ', already drawn'}: {faults}")
 
 
 if __name__ == "__main__":

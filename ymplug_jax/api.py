@@ -7,6 +7,7 @@ The answers are those of `python -m ymplug_jax.predict`, which is built on this 
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # Command of `ymplug_jax.predict` -> methods of `VideoModel` that need a task with these answers.
 METHODS = {
     "caption": ("caption",), "classify": ("classify",), "answer": ("answer",), "retrieve": ("embed_videos", "embed_texts"),
-    "chat": ("chat",),
+    "chat": ("chat",), "perplexity": ("perplexity",),
 }  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def load(
         `get_config` returns.
       tokenizer: tokenizer file of the source model; default: `config.data.tokenizer` of the settings.
       classes: file of class names, one a line; default: `config.data.classes` of the settings, or the 45 categories.
-      needs: "caption", "classify", "answer", "retrieve" or "chat" to refuse a folder whose task does not answer it.
+      needs: "caption", "classify", "answer", "retrieve", "chat" or "perplexity" to refuse a folder whose task does not answer it.
       int8: hold frozen matrices in eight bits, which halves their memory, see docs/models/language_models.md.
 
     Returns:
@@ -237,6 +238,34 @@ class VideoModel:
         """
         self._must_offer("embed_texts")
         return self.predictor.embed_texts(self._texts(texts, "texts"))
+
+    def perplexity(self, texts: Sequence[str]) -> list[float]:
+        """Compute how improbable the language model finds titles.
+
+        The perplexity per character: exp(-log-probability / characters), with the end of the title. Characters are those that remain
+        after the cleaning of training, and tokenizers of any size can be compared. Of a title with more tokens than the model reads, the
+        first ones stand for all.
+
+        Args:
+          texts: titles.
+
+        Returns:
+          A perplexity for each, 1 or more; the higher, the less probable.
+
+        Raises:
+          Mistake: the task is not a language model's, nothing remains of a title after cleaning, or a prediction is not finite.
+        """
+        from ymplug_jax.data.text import clean_text
+        from ymplug_jax.inference.predictor import blank
+
+        self._must_offer("perplexity")
+        listed = self._texts(texts, "texts")
+        answers = self.predictor.answers("perplexity", [blank(text) for text in listed], 1)
+        found = []
+        for text, answer in zip(listed, answers, strict=True):
+            one, size = answer.json, len(clean_text(text, self.predictor.experiment.data.max_words))
+            found.append(math.exp(-one["log_prob"] / one["read"] * one["tokens"] / size))
+        return found
 
     def chat(
         self,

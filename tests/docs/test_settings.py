@@ -48,7 +48,9 @@ def _listed() -> set[str]:
     return {f"{group.prefix}.{one.name}" for group in GROUPS for one in HOOK.settings(group)}
 
 
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.py") if p.stem not in ("recipe", "slices", "__init__"))
+CONFIGS = sorted(
+    p for p in (ROOT / "configs").glob("*/*.py") if p.stem not in ("recipe", "slices", "curate", "__init__")
+)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")

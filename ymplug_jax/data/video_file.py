@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import statistics
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,7 +213,7 @@ def _encode(frame: "av.VideoFrame", size: tuple[int, int] | None) -> tuple[bytes
 
 
 def _serve(pipe: "multiprocessing.connection.Connection") -> None:
-    """Run the child process: decode a known clip, report readiness, then answer paths with clips or reject reasons."""
+    """Run the child process: decode a known clip, report readiness, then answer calls with values or reject reasons."""
     cv2.setNumThreads(0)
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         try:
@@ -224,10 +224,10 @@ def _serve(pipe: "multiprocessing.connection.Connection") -> None:
         except Exception:
             pipe.send(("bug", traceback.format_exc()))
         while True:
-            path, num_frames, still = pipe.recv()
             answer: tuple[object, ...]
             try:
-                answer = ("clip", tuple(read_image(path) if still else read_clip(path, num_frames)))
+                function, arguments = pipe.recv()
+                answer = ("value", function(*arguments))
             except Reject as reject:
                 answer = ("reject", *reject.args)
             except FILE_ERRORS as error:
@@ -238,7 +238,10 @@ def _serve(pipe: "multiprocessing.connection.Connection") -> None:
 
 
 class Reader:
-    """Reads clips in a child process, with a time limit per clip in seconds."""
+    """Reads clips in a child process, with a time limit per clip in seconds.
+
+    A child process runs any function of a file (`ask`): it survives what codec libraries do to a process.
+    """
 
     def __init__(self, time_limit: float):
         self._limit = time_limit
@@ -253,7 +256,22 @@ class Reader:
           Reject: any reason, including timed_out and a crash of the decoder.
           DecoderFailed: the decoder cannot start, or crashed on many consecutive files.
         """
-        answer = self._ask(str(path), num_frames, still)
+        clip: Clip = self.ask(read_image, path) if still else self.ask(read_clip, path, num_frames)
+        return clip
+
+    def ask(self, function: Callable[..., Any], path: Path, *arguments: Any) -> Any:
+        """Return `function(str(path), *arguments)`, computed in the child process.
+
+        Args:
+          function: a function of a module, found by its name; it may raise Reject. An error of FILE_ERRORS counts as unreadable.
+          path: the file.
+          *arguments: further arguments, which must pickle, as must the result.
+
+        Raises:
+          Reject: any reason, including timed_out and a crash of the decoder.
+          DecoderFailed: the decoder cannot start, or crashed on many consecutive files.
+        """
+        answer = self._ask(function, (str(path), *arguments))
         if answer[0] == "died":
             self._deaths += 1
             if self._deaths >= DEATHS:
@@ -266,14 +284,14 @@ class Reader:
             raise RuntimeError(f"a bug in reading {path}, not a damaged file:\n{answer[1]}")
         if answer[0] == "reject":
             raise Reject(*answer[1:])
-        return Clip(*answer[1])
+        return answer[1]
 
-    def _ask(self, path: str, num_frames: int, still: bool) -> tuple[Any, ...]:
+    def _ask(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the child's answer for a file, or ("died", reason)."""
         if self._child is None or not self._child.is_alive() or not self._ready:
             self._begin()
         try:
-            self._pipe.send((path, num_frames, still))
+            self._pipe.send((function, arguments))
             if not self._pipe.poll(self._limit):
                 self.close()
                 raise Reject("timed_out", f"no result after {self._limit:g} s")

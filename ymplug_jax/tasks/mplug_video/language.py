@@ -4,6 +4,8 @@ A sequence is one title repeated, starting at a random token. All position embed
 use what precedes the text, which later is the visual prefix.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,10 @@ from ymplug_jax.data.text import clean_text
 from ymplug_jax.models import language_model, language_models
 from ymplug_jax.tasks.common import losses, preprocess, scores
 from ymplug_jax.tasks.common.passes import within
+from ymplug_jax.tasks.presentation import Answer
 from ymplug_jax.tasks.task import TITLED, Batch, Example, Task, build
 
+ANSWERS = ("perplexity",)
 SCORES = scores.losses("loss")
 
 
@@ -49,7 +53,21 @@ def make(experiment: Experiment) -> Task:
         title = [known.bos, *known.encode(clean_text(record.title, data.max_words)), *end]
         first = 0 if rng is None else int(rng.integers(len(title)))
         ids = np.resize(np.array(title, np.int32), first + length)[first:]  # repeats the title
+        if rng is None:  # the first repetition is read as a text of its own, see `predict`
+            return {
+                "ids": ids,
+                "tokens": np.array(len(title), np.int32),
+                "read": np.array(min(len(title), length), np.int32),
+            }
         return {"ids": ids}
+
+    def predict(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        logits = within(model, params, lambda run: run(batch["ids"], deterministic=True), None)
+        targets = batch["ids"][:, 1:]  # [B, L - 1]
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        inside = jnp.arange(1, length) < batch["read"][:, None]  # [B, L - 1]
+        total = jnp.sum(jnp.where(inside, log_probs, 0.0), axis=-1)
+        return {"log_prob": total, "tokens": batch["tokens"], "read": batch["read"]}
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         logits = within(model, params, lambda run: run(batch["ids"], deterministic=key is None), key)
@@ -64,6 +82,15 @@ def make(experiment: Experiment) -> Task:
         init=lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"],
         example=example,
         spec={"ids": jax.ShapeDtypeStruct((length,), jnp.int32)},
+        asked_spec={name: jax.ShapeDtypeStruct((), jnp.int32) for name in ("tokens", "read")},
         loss=loss,
+        predict=predict,
+        describe={"perplexity": _perplexity},
         scores=SCORES,
     )
+
+
+def _perplexity(row: Mapping[str, np.ndarray], record: Record, best: int) -> Answer:
+    """Log-probability of a title's tokens after its first, and what its length was measured in. Not one of several answers."""
+    found = {"log_prob": float(row["log_prob"]), "tokens": int(row["tokens"]) - 1, "read": int(row["read"]) - 1}
+    return Answer({"video": record.media_id, **found}, (f"log-probability {found['log_prob']:.3f}",))
