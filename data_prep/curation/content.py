@@ -33,7 +33,7 @@ NAMES = (
 )  # fmt: skip
 BLOCK = 8  # pixels, both sides of a block whose mean brightness is compared from frame to frame
 DARK_SHARE = 0.98  # share of a black picture's pixels that are dark; the rest may be a logo
-BAR_SHARE = 0.9  # share of the pixels of a row or column of a bar that never get bright
+BAR_SHARE = 0.75  # share of the pixels of a row or column of a bar that never get bright; the rest may be a logo
 MOST_BAR = 0.45  # of a side: wider bars are a dark picture
 STRONGEST = 0.05  # share of the pixels that sharpness is the mean of
 SHORTEST = 10.0  # seconds: in shorter clips, a cut counts as one in so many seconds
@@ -166,7 +166,7 @@ def slides(still: np.ndarray, cuts: np.ndarray) -> float:
 def borders(greys: np.ndarray, level: float) -> tuple[int, int, int, int]:
     """Return the heights and widths of black bars (top, bottom, left, right) in pixels of the sampled frames.
 
-    A row or column belongs to a bar if 90 % of its pixels are dark in every frame. Bars are measured from the edges inwards; a
+    A row or column belongs to a bar if 75 % of its pixels are dark in every frame. Bars are measured from the edges inwards; a
     clip that is dark all over has none.
     """
     dark = greys.max(0) <= level  # [H, W]

@@ -4,7 +4,7 @@ The hash of a view of a frame, scaled to 32 x 32 pixels, holds signs: of its low
 the brightness without the constant, 16 of either colour difference), which tell the whole picture, and of the differences of
 neighbours in a grid of 8 x 8 cells, which tell its parts; and it holds which of them are strong. What is weak changes its sign with
 every encoding; comparing only what is strong in both frames is what makes strong encodings, logos and crops harmless.
-Views are the whole frame, three centres and four corners, so that a cropped copy meets the view that it shows. Mirroring a picture
+Views are the whole frame, five centres and four corners, so that a cropped copy meets the view that it shows. Mirroring a picture
 flips the signs of the odd horizontal frequencies and exchanges cells.
 """
 
@@ -20,25 +20,23 @@ CELLS = 8  # rows and columns of the grid
 STRONG = (40, 20)  # signs of brightness that count in the first two words
 LEAST_WAVE = 10.0  # smallest strength of a frequency that counts; 32 is a constant of one level of 255
 LEAST_STEP = 3.0  # smallest difference of neighbouring cells that counts, of 255
-# (share of height and width, vertical and horizontal position of the view, 0 to 1)
+# (share of height, share of width, vertical and horizontal position of the view, 0 to 1)
 VIEWS = (
-    (1, 0.5, 0.5),
-    (0.9, 0.5, 0.5),
-    (0.81, 0.5, 0.5),
-    (0.73, 0.5, 0.5),
-    (0.9, 0, 0),
-    (0.9, 0, 1),
-    (0.9, 1, 0),
-    (0.9, 1, 1),
-)
-MIRRORED_VIEWS = np.array([0, 1, 2, 3, 5, 4, 7, 6])
+    (1, 1, 0.5, 0.5), (0.9, 0.9, 0.5, 0.5), (0.81, 0.81, 0.5, 0.5), (0.73, 0.73, 0.5, 0.5),
+    (0.9, 0.9, 0, 0), (0.9, 0.9, 0, 1), (0.9, 0.9, 1, 0), (0.9, 0.9, 1, 1), (0.9, 1, 0.5, 0.5), (1, 0.9, 0.5, 0.5),
+)  # fmt: skip
+MIRRORED_VIEWS = np.array([0, 1, 2, 3, 5, 4, 7, 6, 8, 9])
 # Pairs of views that may show the same: the whole frame and any, the same ones, and centres one step apart.
 PAIRS = np.array(
-    [(0, k) for k in range(8)] + [(k, 0) for k in range(1, 8)] + [(k, k) for k in range(1, 8)] + [(1, 2), (2, 3), (2, 1), (3, 2)]
+    [(0, k) for k in range(10)] + [(k, 0) for k in range(1, 10)] + [(k, k) for k in range(1, 10)] + [(1, 2), (2, 3), (2, 1), (3, 2)]
 )  # fmt: skip
 CELL_FACTOR = 1.6  # cells of a copy that is cropped in between the views differ more than frequencies
 LEAST_COMMON = 32  # signs that count in both hashes; fewer make a distance larger, not smaller
 CONTRAST = 4.0  # standard deviation of brightness; flatter frames, such as those of a fade, have no print
+DARK, DARK_SHARE = (
+    28,
+    0.8,
+)  # brightness and share of pixels: a frame that shows only a logo or a line of text on black has no print
 SAME = 2.0  # distance, of 64 bits, up to which frames in a row are one frame of the print
 # Frequencies (vertical, horizontal) in the order of their sum, from the constant on.
 FREQUENCIES = np.array(sorted(((v, u) for v in range(14) for u in range(14)), key=lambda f: (f[0] + f[1], f[0])))
@@ -78,7 +76,7 @@ def print_of(pictures: np.ndarray, seconds: float, frames: int) -> Print:
     counts: list[int] = []
     for picture in pictures:
         planes = cv2.cvtColor(picture, cv2.COLOR_BGR2YCrCb)
-        if float(planes[..., 0].std()) < CONTRAST:
+        if float(planes[..., 0].std()) < CONTRAST or float(np.mean(planes[..., 0] <= DARK)) > DARK_SHARE:
             continue
         signs, strong, waves = hashes(planes)
         if groups and max(_distances(groups[-1][0][0], groups[-1][1][0], signs[0], strong[0])) <= SAME:
@@ -107,8 +105,8 @@ def hashes(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     height, width = planes.shape[:2]
     waves = np.empty((len(VIEWS), WORDS * BITS), np.float32)
-    for i, (share, down, across) in enumerate(VIEWS):
-        tall, wide = max(1, round(share * height)), max(1, round(share * width))
+    for i, (high, broad, down, across) in enumerate(VIEWS):
+        tall, wide = max(1, round(high * height)), max(1, round(broad * width))
         y, x = round((height - tall) * down), round((width - wide) * across)
         small = cv2.resize(planes[y : y + tall, x : x + wide], (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
         light, red, blue = (small[..., k].astype(np.float32) - 128 for k in range(3))
