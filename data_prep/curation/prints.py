@@ -31,7 +31,8 @@ PAIRS = np.array(
     [(0, k) for k in range(10)] + [(k, 0) for k in range(1, 10)] + [(k, k) for k in range(1, 10)] + [(1, 2), (2, 3), (2, 1), (3, 2)]
 )  # fmt: skip
 CELL_FACTOR = 1.6  # cells of a copy that is cropped in between the views differ more than frequencies
-LEAST_COMMON = 32  # signs that count in both hashes; fewer make a distance larger, not smaller
+ENOUGH = 24  # frequencies that count in both hashes; with fewer, frames are not alike
+LEAST_CELLS = 16  # cells that count in both hashes; fewer make a distance smaller, since soft pictures have few
 CONTRAST = 4.0  # standard deviation of brightness; flatter frames, such as those of a fade, have no print
 DARK, DARK_SHARE = (
     28,
@@ -138,16 +139,14 @@ def _distances(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the distances of hashes, uint64[..., 4] each, in frequencies and in cells.
 
-    A distance is how many of 64 signs differ, estimated from those that count in both.
+    A distance is how many of 64 signs differ, estimated from those that count in both; 64 if too few frequencies do.
     """
     common = strong_a & strong_b
     differ = np.bitwise_count((a ^ b) & common).astype(np.float32)
     counted = np.bitwise_count(common).astype(np.float32)
-    whole, parts = (
-        BITS * differ[..., two].sum(-1) / np.maximum(counted[..., two].sum(-1), LEAST_COMMON)
-        for two in (slice(0, 2), slice(2, 4))
-    )
-    return np.asarray(whole), np.asarray(parts)
+    whole, parts = counted[..., :2].sum(-1), counted[..., 2:].sum(-1)
+    in_whole = np.where(whole >= ENOUGH, BITS * differ[..., :2].sum(-1) / np.maximum(whole, 1), BITS)
+    return in_whole, np.asarray(BITS * differ[..., 2:].sum(-1) / np.maximum(parts, LEAST_CELLS))
 
 
 def alike(a: Print, b: Print, max_distance: float = 5.0) -> float:

@@ -58,9 +58,8 @@ class Content:
     max_slides: float = (
         0.9  # Largest share of steps that are still or cuts between still pictures, with two or more such cuts.
     )
-    max_cuts_per_minute: float = (
-        60.0  # Largest number of cuts per minute; those closer than three looked-at frames are not told from motion.
-    )
+    # Largest number of cuts per minute. Cuts closer than three frames that are looked at are not told from motion.
+    max_cuts_per_minute: float = 60.0
     cut_level: float = 15.0  # Change of hue, saturation and brightness that a cut has at least, of 255.
     # A cut changes the picture at least so many times as much as the steps around it (PySceneDetect's adaptive detector).
     cut_ratio: float = 3.0
