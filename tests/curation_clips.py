@@ -11,10 +11,10 @@ RATE = 12
 
 
 def picture(seed: int, height: int = 144, width: int = 192) -> np.ndarray:
-    """A picture of soft coloured patches with some discs: uint8[H, W, 3]."""
+    """A picture of coloured patches with some discs: uint8[H, W, 3]."""
     rng = np.random.default_rng(seed)
     small = rng.uniform(40, 220, (5, 6, 3)).astype(np.float32)
-    made = np.clip(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC), 30, 235)
+    made = np.clip(cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST), 30, 235)
     for _ in range(6):
         centre, colour = (int(rng.integers(width)), int(rng.integers(height))), rng.uniform(40, 220, 3).tolist()
         cv2.circle(made, centre, int(rng.integers(8, 22)), colour, -1)

@@ -34,10 +34,8 @@ CELL_FACTOR = 1.6  # cells of a copy that is cropped in between the views differ
 ENOUGH = 24  # frequencies that count in both hashes; with fewer, frames are not alike
 LEAST_CELLS = 16  # cells that count in both hashes; fewer make a distance smaller, since soft pictures have few
 CONTRAST = 4.0  # standard deviation of brightness; flatter frames, such as those of a fade, have no print
-DARK, DARK_SHARE = (
-    28,
-    0.8,
-)  # brightness and share of pixels: a frame that shows only a logo or a line of text on black has no print
+DARK = 28  # brightness; a frame of which DARK_SHARE of the pixels are darker shows a logo or a line on black, and has no print
+DARK_SHARE = 0.8
 SAME = 2.0  # distance, of 64 bits, up to which frames in a row are one frame of the print
 # Frequencies (vertical, horizontal) in the order of their sum, from the constant on.
 FREQUENCIES = np.array(sorted(((v, u) for v in range(14) for u in range(14)), key=lambda f: (f[0] + f[1], f[0])))
@@ -47,7 +45,7 @@ ACROSS = np.concatenate([LIGHT[:, 1], COLOUR[:, 1], COLOUR[:, 1]]).reshape(2, BI
 ODD = np.where(ACROSS % 2, POWERS, np.uint64(0)).sum(1, dtype=np.uint64)  # [2], signs that mirroring flips
 EXCHANGED = np.arange(BITS).reshape(CELLS, CELLS)[:, ::-1].ravel()  # cells of a row in reverse
 # Bits of each band of a hash: a key is one band of one view.
-BANDS = (tuple(range(0, 44, 2)), tuple(range(1, 44, 2)))
+BANDS = (tuple(range(28)), tuple(range(0, 56, 2)))
 MASKS = tuple(np.uint64(sum(1 << i for i in band)) for band in BANDS)
 WEAK = 2  # weakest signs of a band that are tried both ways
 KEY_FRAMES = 16  # frames of a print that yield keys
@@ -199,6 +197,6 @@ def keys(one: Print) -> list[int]:
         for band, mask in enumerate(MASKS):
             signs, (first, second) = one.signs[frame, :, 0], one.weak[frame, band]
             values = np.concatenate([signs, *(signs[:1] ^ flip for flip in (first, second, first ^ second))]) & mask
-            # The bands use different bits; the lowest bit of a key tells them apart all the same.
+            # The lowest bit of a key tells the bands apart.
             found |= {int(min(value, value ^ (ODD[0] & mask))) << 1 | band for value in values}
     return sorted(found)
