@@ -49,7 +49,7 @@ class Content:
     black_level: float = 24.0  # A picture is black if 98 % of its pixels are at most this bright, of 255.
     max_black: float = 0.5  # Largest share of black frames.
     # A frame is still if the mean brightness of none of its blocks of 8 x 8 pixels differs by more than this, of 255.
-    still_level: float = 3.0
+    still_level: float = 4.0
     max_frozen: float = 0.9  # Largest share of still steps from frame to frame.
     # Largest blur of the median frame: 0.1 to 0.5 in sharp clips, 0.7 and more where no detail is left.
     max_blur: float = 0.68
