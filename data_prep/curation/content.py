@@ -59,7 +59,9 @@ def look(path: str, content: Content, duplicates: Duplicates) -> Looked:
     wanted = round(min(max(seconds * content.per_second, content.min_samples), content.max_samples))
     detector = AdaptiveDetector(content.cut_ratio, 1, min_content_val=content.cut_level)
     rate = max(wanted / max(seconds, 1e-3), 1e-3)
-    pictures, cuts, decoded = [], [], 0
+    pictures: list[np.ndarray] = []
+    cuts: list[int] = []
+    decoded = 0
     for index, picture in _sampled(path, spaced(wanted, count), content.side):
         decoded = index + 1
         if picture is not None:

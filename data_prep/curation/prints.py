@@ -117,8 +117,8 @@ def hashes(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for part, most in zip((slice(0, BITS), slice(BITS, len(LIGHT))), STRONG, strict=True):
         ranks = np.argsort(np.argsort(-np.abs(waves[:, part]), axis=1, kind="stable"), axis=1, kind="stable")
         counts[:, part] &= ranks < most
-    waves, counts = waves.reshape(-1, WORDS, BITS), counts.reshape(-1, WORDS, BITS)
-    return _word(waves > 0), _word(counts), waves
+    words = waves.reshape(-1, WORDS, BITS)
+    return _word(words > 0), _word(counts.reshape(words.shape)), words
 
 
 def _word(bits: np.ndarray) -> np.ndarray:
