@@ -65,7 +65,8 @@ def plan(clips: int, seed: int) -> list[Upload]:
     uploads: list[Upload] = []
     taken: set[str] = set()
     for i, fault in enumerate(faults):
-        scene = Scene(*WORDS[words[i]], seed=(seed, 21, i))
+        colour, shape, motion, place = WORDS[words[i]]
+        scene = Scene(colour, shape, motion, place, (seed, 21, i))
         file = _name(rng, taken)
         kind = str(rng.choice(list(CLEAN_KINDS), p=list(CLEAN_KINDS.values())))
         one = Upload(file, scene.title, _source(rng), fault, kind, "", scene, kind, (seed, 22, i))

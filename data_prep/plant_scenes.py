@@ -120,7 +120,7 @@ def _pattern(place: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator)
     if place == "山坡":
         waves = sum(rng.uniform(0.03, 0.12) * np.sin(2 * math.pi * (f * u + rng.uniform())) for f in (0.7, 1.3, 2.9))
         return np.asarray(v > rng.uniform(0.4, 0.7) + waves, float)
-    return np.asarray(clouds(*u.shape, rng) > 0.5, float)
+    return np.asarray(clouds(u.shape[0], u.shape[1], rng) > 0.5, float)
 
 
 def clouds(height: int, width: int, rng: np.random.Generator) -> np.ndarray:

@@ -4,7 +4,7 @@ The hash of a view of a frame, scaled to 32 x 32 pixels, holds signs: of its low
 the brightness without the constant, 16 of either colour difference), which tell the whole picture, and of the differences of
 neighbours in a grid of 8 x 8 cells, which tell its parts; and it holds which of them are strong. What is weak changes its sign with
 every encoding; comparing only what is strong in both frames is what makes strong encodings, logos and crops harmless.
-Views are the whole frame, three centres and four corners, so that a cropped copy meets the view that it shows. Mirroring a picture
+Views are the whole frame, five centres and four corners, so that a cropped copy meets the view that it shows. Mirroring a picture
 flips the signs of the odd horizontal frequencies and exchanges cells.
 """
 
@@ -20,25 +20,22 @@ CELLS = 8  # rows and columns of the grid
 STRONG = (40, 20)  # signs of brightness that count in the first two words
 LEAST_WAVE = 10.0  # smallest strength of a frequency that counts; 32 is a constant of one level of 255
 LEAST_STEP = 3.0  # smallest difference of neighbouring cells that counts, of 255
-# (share of height and width, vertical and horizontal position of the view, 0 to 1)
+# (share of height, share of width, vertical and horizontal position of the view, 0 to 1)
 VIEWS = (
-    (1, 0.5, 0.5),
-    (0.9, 0.5, 0.5),
-    (0.81, 0.5, 0.5),
-    (0.73, 0.5, 0.5),
-    (0.9, 0, 0),
-    (0.9, 0, 1),
-    (0.9, 1, 0),
-    (0.9, 1, 1),
-)
-MIRRORED_VIEWS = np.array([0, 1, 2, 3, 5, 4, 7, 6])
+    (1, 1, 0.5, 0.5), (0.9, 0.9, 0.5, 0.5), (0.81, 0.81, 0.5, 0.5), (0.73, 0.73, 0.5, 0.5),
+    (0.9, 0.9, 0, 0), (0.9, 0.9, 0, 1), (0.9, 0.9, 1, 0), (0.9, 0.9, 1, 1), (0.9, 1, 0.5, 0.5), (1, 0.9, 0.5, 0.5),
+)  # fmt: skip
+MIRRORED_VIEWS = np.array([0, 1, 2, 3, 5, 4, 7, 6, 8, 9])
 # Pairs of views that may show the same: the whole frame and any, the same ones, and centres one step apart.
 PAIRS = np.array(
-    [(0, k) for k in range(8)] + [(k, 0) for k in range(1, 8)] + [(k, k) for k in range(1, 8)] + [(1, 2), (2, 3), (2, 1), (3, 2)]
+    [(0, k) for k in range(10)] + [(k, 0) for k in range(1, 10)] + [(k, k) for k in range(1, 10)] + [(1, 2), (2, 3), (2, 1), (3, 2)]
 )  # fmt: skip
 CELL_FACTOR = 1.6  # cells of a copy that is cropped in between the views differ more than frequencies
-LEAST_COMMON = 32  # signs that count in both hashes; fewer make a distance larger, not smaller
+ENOUGH = 24  # frequencies that count in both hashes; with fewer, frames are not alike
+LEAST_CELLS = 16  # cells that count in both hashes; fewer make a distance smaller, since soft pictures have few
 CONTRAST = 4.0  # standard deviation of brightness; flatter frames, such as those of a fade, have no print
+DARK = 28  # brightness; a frame of which DARK_SHARE of the pixels are darker shows a logo or a line on black, and has no print
+DARK_SHARE = 0.8
 SAME = 2.0  # distance, of 64 bits, up to which frames in a row are one frame of the print
 # Frequencies (vertical, horizontal) in the order of their sum, from the constant on.
 FREQUENCIES = np.array(sorted(((v, u) for v in range(14) for u in range(14)), key=lambda f: (f[0] + f[1], f[0])))
@@ -48,7 +45,7 @@ ACROSS = np.concatenate([LIGHT[:, 1], COLOUR[:, 1], COLOUR[:, 1]]).reshape(2, BI
 ODD = np.where(ACROSS % 2, POWERS, np.uint64(0)).sum(1, dtype=np.uint64)  # [2], signs that mirroring flips
 EXCHANGED = np.arange(BITS).reshape(CELLS, CELLS)[:, ::-1].ravel()  # cells of a row in reverse
 # Bits of each band of a hash: a key is one band of one view.
-BANDS = (tuple(range(0, 44, 2)), tuple(range(1, 44, 2)))
+BANDS = (tuple(range(28)), tuple(range(0, 56, 2)))
 MASKS = tuple(np.uint64(sum(1 << i for i in band)) for band in BANDS)
 WEAK = 2  # weakest signs of a band that are tried both ways
 KEY_FRAMES = 16  # frames of a print that yield keys
@@ -78,7 +75,7 @@ def print_of(pictures: np.ndarray, seconds: float, frames: int) -> Print:
     counts: list[int] = []
     for picture in pictures:
         planes = cv2.cvtColor(picture, cv2.COLOR_BGR2YCrCb)
-        if float(planes[..., 0].std()) < CONTRAST:
+        if float(planes[..., 0].std()) < CONTRAST or float(np.mean(planes[..., 0] <= DARK)) > DARK_SHARE:
             continue
         signs, strong, waves = hashes(planes)
         if groups and max(_distances(groups[-1][0][0], groups[-1][1][0], signs[0], strong[0])) <= SAME:
@@ -107,8 +104,8 @@ def hashes(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     height, width = planes.shape[:2]
     waves = np.empty((len(VIEWS), WORDS * BITS), np.float32)
-    for i, (share, down, across) in enumerate(VIEWS):
-        tall, wide = max(1, round(share * height)), max(1, round(share * width))
+    for i, (high, broad, down, across) in enumerate(VIEWS):
+        tall, wide = max(1, round(high * height)), max(1, round(broad * width))
         y, x = round((height - tall) * down), round((width - wide) * across)
         small = cv2.resize(planes[y : y + tall, x : x + wide], (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
         light, red, blue = (small[..., k].astype(np.float32) - 128 for k in range(3))
@@ -120,8 +117,8 @@ def hashes(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for part, most in zip((slice(0, BITS), slice(BITS, len(LIGHT))), STRONG, strict=True):
         ranks = np.argsort(np.argsort(-np.abs(waves[:, part]), axis=1, kind="stable"), axis=1, kind="stable")
         counts[:, part] &= ranks < most
-    waves, counts = waves.reshape(-1, WORDS, BITS), counts.reshape(-1, WORDS, BITS)
-    return _word(waves > 0), _word(counts), waves
+    words = waves.reshape(-1, WORDS, BITS)
+    return _word(words > 0), _word(counts.reshape(words.shape)), words
 
 
 def _word(bits: np.ndarray) -> np.ndarray:
@@ -140,16 +137,14 @@ def _distances(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the distances of hashes, uint64[..., 4] each, in frequencies and in cells.
 
-    A distance is how many of 64 signs differ, estimated from those that count in both.
+    A distance is how many of 64 signs differ, estimated from those that count in both; 64 if too few frequencies do.
     """
     common = strong_a & strong_b
     differ = np.bitwise_count((a ^ b) & common).astype(np.float32)
     counted = np.bitwise_count(common).astype(np.float32)
-    whole, parts = (
-        BITS * differ[..., two].sum(-1) / np.maximum(counted[..., two].sum(-1), LEAST_COMMON)
-        for two in (slice(0, 2), slice(2, 4))
-    )
-    return np.asarray(whole), np.asarray(parts)
+    whole, parts = counted[..., :2].sum(-1), counted[..., 2:].sum(-1)
+    in_whole = np.where(whole >= ENOUGH, BITS * differ[..., :2].sum(-1) / np.maximum(whole, 1), BITS)
+    return in_whole, np.asarray(BITS * differ[..., 2:].sum(-1) / np.maximum(parts, LEAST_CELLS))
 
 
 def alike(a: Print, b: Print, max_distance: float = 5.0) -> float:
@@ -202,6 +197,6 @@ def keys(one: Print) -> list[int]:
         for band, mask in enumerate(MASKS):
             signs, (first, second) = one.signs[frame, :, 0], one.weak[frame, band]
             values = np.concatenate([signs, *(signs[:1] ^ flip for flip in (first, second, first ^ second))]) & mask
-            # The bands use different bits; the lowest bit of a key tells them apart all the same.
+            # The lowest bit of a key tells the bands apart.
             found |= {int(min(value, value ^ (ODD[0] & mask))) << 1 | band for value in values}
     return sorted(found)

@@ -68,18 +68,15 @@ class Content:
     black_level: float = 24.0  # A picture is black if 98 % of its pixels are at most this bright, of 255.
     max_black: float = 0.5  # Largest share of black frames.
     # A frame is still if the mean brightness of none of its blocks of 8 x 8 pixels differs by more than this, of 255.
-    still_level: float = 3.0
+    still_level: float = 4.0
     max_frozen: float = 0.9  # Largest share of still steps from frame to frame.
-    min_sharpness: float = (
-        3.0  # Smallest sharpness: the mean of the strongest 5 % of the Laplacian in the median frame, of 255.
-    )
+    # Largest blur of the median frame: 0.1 to 0.5 in sharp clips, 0.7 and more where no detail is left.
+    max_blur: float = 0.68
     max_border: float = 0.5  # Largest share of the picture that black bars at its edges cover.
-    max_slides: float = (
-        0.9  # Largest share of steps that are still or cuts between still pictures, with two or more such cuts.
-    )
-    max_cuts_per_minute: float = (
-        60.0  # Largest number of cuts per minute; those closer than three looked-at frames are not told from motion.
-    )
+    # Largest share of steps that are still or cuts between still pictures, with two or more such cuts.
+    max_slides: float = 0.9
+    # Largest number of cuts per minute. Cuts closer than three frames that are looked at are not told from motion.
+    max_cuts_per_minute: float = 60.0
     cut_level: float = 15.0  # Change of hue, saturation and brightness that a cut has at least, of 255.
     # A cut changes the picture at least so many times as much as the steps around it (PySceneDetect's adaptive detector).
     cut_ratio: float = 3.0
@@ -131,14 +128,14 @@ LEAST: Mapping[str, Mapping[str, float]] = {
     },
     "content": {
         "per_second": 0.1, "min_samples": 2, "max_samples": 2, "side": 32, "time_limit": 1, "min_decoded": 0, "black_level": 0, "max_black": 0,
-        "still_level": 0, "max_frozen": 0, "min_sharpness": 0, "max_border": 0, "max_slides": 0, "max_cuts_per_minute": 0,
+        "still_level": 0, "max_frozen": 0, "max_blur": 0, "max_border": 0, "max_slides": 0, "max_cuts_per_minute": 0,
         "cut_level": 1, "cut_ratio": 1,
     },
     "duplicates": {"frames": 1, "max_distance": 0, "min_alike": 0.01},
 }  # fmt: skip
 MOST: Mapping[str, Mapping[str, float]] = {
     "titles": {"max_length": 2000, "min_chinese": 1, "max_repeated": 1, "prints": 256, "bands": 256, "min_alike": 1},
-    "content": {"side": 1024, "max_samples": 4096, "min_decoded": 1, "black_level": 255, "max_black": 1, "max_frozen": 1, "max_border": 1, "max_slides": 1},
+    "content": {"side": 1024, "max_samples": 4096, "min_decoded": 1, "black_level": 255, "max_black": 1, "max_frozen": 1, "max_blur": 1, "max_border": 1, "max_slides": 1},
     "duplicates": {"frames": 256, "max_distance": 24, "min_alike": 1},
 }  # fmt: skip
 

@@ -238,10 +238,7 @@ def _serve(pipe: "multiprocessing.connection.Connection") -> None:
 
 
 class Reader:
-    """Reads clips in a child process, with a time limit per clip in seconds.
-
-    A child process runs any function of a file (`ask`): it survives what codec libraries do to a process.
-    """
+    """Reads clips, or runs any function of a file, in a child process, with a time limit per file in seconds."""
 
     def __init__(self, time_limit: float):
         self._limit = time_limit
@@ -263,13 +260,9 @@ class Reader:
         """Return `function(str(path), *arguments)`, computed in the child process.
 
         Args:
-          function: a function of a module, found by its name; it may raise Reject. An error of FILE_ERRORS counts as unreadable.
+          function: a function of a module; it may raise Reject, and its errors of FILE_ERRORS mean an unreadable file.
           path: the file.
-          *arguments: further arguments, which must pickle, as must the result.
-
-        Raises:
-          Reject: any reason, including timed_out and a crash of the decoder.
-          DecoderFailed: the decoder cannot start, or crashed on many consecutive files.
+          *arguments: further arguments. They and the result are pickled. Errors are those of `read`.
         """
         answer = self._ask(function, (str(path), *arguments))
         if answer[0] == "died":
