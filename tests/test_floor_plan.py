@@ -152,7 +152,11 @@ def test_data_prep_imports_only_data_places_and_settings():
         "ymplug_jax.core.place_requests",
         "ymplug_jax.core.exits",
     }
-    prefixes = ("ymplug_jax.data.", "ymplug_jax.core.config.", "ymplug_jax.core.exits.")  # settings are checked with these
+    prefixes = (
+        "ymplug_jax.data.",
+        "ymplug_jax.core.config.",
+        "ymplug_jax.core.exits.",
+    )  # settings are checked with these
     for path in (ROOT / "data_prep").rglob("*.py"):
         used = {name for name in imports_of(path) if name.startswith("ymplug_jax")}
         assert all(name in allowed or name.startswith(prefixes) for name in used), f"{path}: {used}"
