@@ -29,6 +29,7 @@ from data_prep.build_flags import BuildError, PlaceError, check_places
 from data_prep.build_progress import Progress
 from data_prep.build_rows import ARCHIVE_INDEX, absolute
 from data_prep.curation import settings as settings_lib
+from data_prep.curation import titles
 from data_prep.curation.settings import Curation
 from data_prep.flags import PLACE, Parser, local_path, place_of, run, say
 from data_prep.quiet import quiet
@@ -108,7 +109,32 @@ def _check(args: argparse.Namespace, more: list[str]) -> Curation:
         beam_flags.check(more, re.findall(r"--\w+", parser().format_help()), args.workers is not None)
     except ValueError as error:
         raise BuildError(str(error)) from None
+    try:
+        titles.Scorer(curation.titles)  # workers read the word lists; errors are told here
+    except OSError as error:
+        raise BuildError(f"config.titles: {say(error)}; correct the path") from None
+    model = curation.titles.language_model
+    if model and not Path(model).is_dir():
+        raise BuildError(
+            f"config.titles.language_model {model}: no such folder; give the folder of a run of the task language"
+        )
     return curation
+
+
+def _facts(args: argparse.Namespace, curation: Curation, listing: Path) -> dict[str, Any]:
+    """Return what the decisions depend on, as funnel.json holds it. Raises OSError."""
+    lists = {name: getattr(curation.titles, name) for name in ("blocklist", "adverts", "upload_words")}
+    facts = {
+        "version": VERSION,
+        "csv": args.csv.name,
+        "csv_sha256": rows.sha256(listing),
+        "video_root": absolute(args.video_root),
+        "target": args.target,
+        "config": settings_of(curation),
+        "lists_sha256": {name: rows.sha256(Path(file)) for name, file in lists.items() if file},
+    }
+    read_again: dict[str, Any] = json.loads(json.dumps(facts))
+    return read_again
 
 
 def curate(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
@@ -129,14 +155,7 @@ def curate(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
             raise BuildError(
                 f"{args.csv}: no column 'source', which config.diversity.max_per_source needs; add it, or set the limit to 0"
             )
-        facts = {
-            "version": VERSION,
-            "csv": args.csv.name,
-            "csv_sha256": rows.sha256(listing),
-            "target": args.target,
-            "config": settings_of(curation),
-        }
-        facts = json.loads(json.dumps(facts))  # as it is read again
+        facts = _facts(args, curation, listing)
         old = _old(args.out)
         if old and old.get("settings") == facts and not args.overwrite:
             print(
@@ -266,7 +285,10 @@ def _main(argv: list[str] | None) -> int:
         raise BuildError(f"{', '.join(absent)} not installed; run pip install 'ymplug_jax[prep]'")
     try:
         with quiet():
-            funnel = curate(args, more)
+            try:
+                funnel = curate(args, more)
+            except OSError as error:
+                raise PlaceError(f"{say(error)}; correct this, then run the same command again") from None
     except PlaceError as error:
         print(f"error: {say(error)}", file=sys.stderr)
         return PLACE

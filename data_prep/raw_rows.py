@@ -89,7 +89,7 @@ def _parquet(listing: Path) -> Iterator[tuple[int, list[str], list[str]]]:
 
 
 def write_kept(listing: Path, kept: Iterator[bool], stream: TextIO) -> None:
-    """Write the header and the kept rows of a listing as CSV: the lines of a CSV as they stand, a Parquet file's with minimal quotes.
+    """Write the header and the kept rows of a listing as CSV: the lines of a CSV as they stand (blank ones too), a Parquet file's with minimal quotes.
 
     Args:
       listing: as read by `iter_raw`.
@@ -110,5 +110,5 @@ def write_kept(listing: Path, kept: Iterator[bool], stream: TextIO) -> None:
     for number, line in enumerate(read_lines(listing), 1):
         if number == following:
             write, following = next(kept), next(starts, 0)
-        if write and line:
+        if write:
             stream.write(f"{line}\n")
