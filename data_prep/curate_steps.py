@@ -161,7 +161,16 @@ class ComparePairs(beam.DoFn):
         yield shard // GROUP, shard
 
     def _alike(self, pairs: np.ndarray, beat: epath.Path) -> list[dict[str, float]]:
+        """Return the pairs that are alike, those left out that earlier ones connect already: a bucket of copies costs one comparison a clip."""
         held = _Held(self._grouping)
+        above: dict[int, int] = {}  # row -> another row of its group, up to the first
+
+        def first(row: int) -> int:
+            while (up := above.get(row, row)) != row:
+                above[row] = above.get(up, up)
+                row = up
+            return row
+
         at = pairs // self._grouping.size
         found, told, beats = [], time.monotonic(), 0
         for done, i in enumerate(np.lexsort((pairs[:, 1], pairs[:, 0], at[:, 1], at[:, 0]))):
@@ -169,13 +178,20 @@ class ComparePairs(beam.DoFn):
                 told = time.monotonic()
                 beats += 1
                 places.write_text(beat, str(done) + " " * (beats % 7))
-            one, other = (held.print_of(int(row)) for row in pairs[i])
-            if one is None or other is None:
+            one, other = int(pairs[i, 0]), int(pairs[i, 1])
+            ends = first(one), first(other)
+            if ends[0] == ends[1]:
                 continue
-            share = prints.alike(one, other, self._grouping.max_distance)
+            share = self._share(held.print_of(one), held.print_of(other))
             if share >= self._grouping.min_alike:
-                found.append({"one": int(pairs[i, 0]), "other": int(pairs[i, 1]), "alike": round(share, 6)})
+                above[max(ends)] = min(ends)
+                found.append({"one": one, "other": other, "alike": round(share, 6)})
         return sorted(found, key=lambda pair: (pair["one"], pair["other"]))
+
+    def _share(self, one: prints.Print | None, other: prints.Print | None) -> float:
+        if one is None or other is None:
+            return 0.0
+        return prints.alike(one, other, self._grouping.max_distance)
 
 
 class _Held:

@@ -18,7 +18,10 @@ import pytest
 
 import builds
 from data_prep import curate, draw_shapes
+from data_prep.curate_steps import ComparePairs
+from data_prep.curation import card, decisions
 from data_prep.curation.decisions import STAGES
+from ymplug_jax.core import places
 
 CLIPS = 60
 CONFIG = "--config=configs/tiny/curate.py"
@@ -208,3 +211,30 @@ def test_a_sample_is_exact_and_a_second_curation_is_refused(corpus: Path, curate
     assert curate.main([*given[0], "--target=9"]) == 0 and "nothing to do" in capfd.readouterr().err
     assert curate.main([*given[0], "--target=8"]) == 2
     assert "holds a curation of another listing or with other settings" in capfd.readouterr().err
+
+
+class Crash(RuntimeError):
+    """Stands for the end of the process."""
+
+
+def test_a_run_that_ends_in_any_later_step_is_resumed(
+    corpus: Path, curated: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    """It ends while it compares, decides, draws the card, and publishes; what was scored is not scored again."""
+    out = corpus.parent / "stopped"
+    points = ((ComparePairs, "_alike"), (decisions, "decide"), (card, "render"), (places, "upload"))
+    inodes: set[int] = set()
+    for owner, name in points:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, crash)
+            with pytest.raises(RuntimeError) as stopped:
+                curate.main(flags(corpus, out, "--workers=1"))
+        assert "Crash" in repr(stopped.value) and not (out / "funnel.json").exists()
+        table = out / curate.WORK / "scores" / "part-00000.parquet"
+        inodes.add(table.stat().st_ino)
+    assert curate.main(flags(corpus, out, "--workers=1")) == 0 and outputs(out) == outputs(curated)
+    assert len(inodes) == 1
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash("Crash")
