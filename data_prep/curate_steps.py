@@ -27,6 +27,7 @@ from ymplug_jax.core import places
 
 PAIRS = pa.schema([("one", pa.int64()), ("other", pa.int64()), ("alike", pa.float64())])
 HELD = 4  # partitions whose prints a worker holds
+MOST_SAME = 1000  # prints of copies whose comparison is remembered
 MIX = np.uint64(0x9E3779B97F4A7C15)  # spreads keys over shards
 
 Arrays = tuple[bytes, ...]
@@ -182,16 +183,11 @@ class ComparePairs(beam.DoFn):
             ends = first(one), first(other)
             if ends[0] == ends[1]:
                 continue
-            share = self._share(held.print_of(one), held.print_of(other))
+            share = held.share(one, other, self._grouping.max_distance)
             if share >= self._grouping.min_alike:
                 above[max(ends)] = min(ends)
                 found.append({"one": one, "other": other, "alike": round(share, 6)})
         return sorted(found, key=lambda pair: (pair["one"], pair["other"]))
-
-    def _share(self, one: prints.Print | None, other: prints.Print | None) -> float:
-        if one is None or other is None:
-            return 0.0
-        return prints.alike(one, other, self._grouping.max_distance)
 
 
 class _Held:
@@ -200,6 +196,23 @@ class _Held:
     def __init__(self, grouping: Grouping):
         self._grouping = grouping
         self._held: OrderedDict[int, dict[int, prints.Print | None]] = OrderedDict()
+        self._same: dict[
+            bytes, float
+        ] = {}  # content of a print -> how much it is like itself: copies need no comparison
+
+    def share(self, one: int, other: int, max_distance: float) -> float:
+        """Return how much two rows are alike, 0 to 1; 0 without prints. Raises OSError."""
+        a, b = self.print_of(one), self.print_of(other)
+        if a is None or b is None:
+            return 0.0
+        key = _content(a)
+        if key != _content(b):
+            return prints.alike(a, b, max_distance)
+        if key not in self._same:
+            if len(self._same) >= MOST_SAME:
+                self._same.clear()
+            self._same[key] = prints.alike(a, a, max_distance)
+        return self._same[key]
 
     def print_of(self, row: int) -> prints.Print | None:
         number = row // self._grouping.size
@@ -212,6 +225,10 @@ class _Held:
                 self._held.popitem(last=False)
         self._held.move_to_end(number)
         return self._held[number].get(row)
+
+
+def _content(one: prints.Print) -> bytes:
+    return one.signs.tobytes() + one.strong.tobytes() + one.weight.tobytes()
 
 
 def add_grouping(pipeline: beam.Pipeline, job: Job) -> None:
