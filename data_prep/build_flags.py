@@ -108,7 +108,7 @@ def check(args: argparse.Namespace, more: list[str]) -> None:
     Raises:
       BuildError: a flag or a folder cannot be used.
     """
-    _check_places(args)
+    check_places(args)
     _check_part(args)
     for name, value, least in (
         ("num_frames", args.num_frames, 1),
@@ -132,7 +132,7 @@ def check(args: argparse.Namespace, more: list[str]) -> None:
     _check_beam_flags(args, more)
 
 
-def _check_places(args: argparse.Namespace) -> None:
+def check_places(args: argparse.Namespace) -> None:
     """Raise BuildError unless the CSV is a file and the others are folders."""
     flags = (
         ("--csv", [args.csv]),

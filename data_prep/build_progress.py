@@ -16,14 +16,14 @@ LOCAL_SECONDS, BUCKET_SECONDS = 2.0, 60.0  # between two looks into the work fol
 class Progress:
     """Shows progress over all rows, from the files of finished partitions and, on a local disk, small files of those in work."""
 
-    def __init__(self, work: Work):
-        self._work, self._end = work, threading.Event()
+    def __init__(self, work: Work, what: str = "build"):
+        self._work, self._what, self._end = work, what, threading.Event()
         self._seconds = BUCKET_SECONDS if places.is_remote(work.folder) else LOCAL_SECONDS
 
     def __enter__(self) -> "Progress":
         total = self._work.rows
-        self._bar: tqdm[None] = bar(None, "build", "clip", total=total, initial=self._count(), mininterval=0.5)
-        self._ticks = Ticks("build", "clip", total)
+        self._bar: tqdm[None] = bar(None, self._what, "clip", total=total, initial=self._count(), mininterval=0.5)
+        self._ticks = Ticks(self._what, "clip", total)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self

@@ -15,10 +15,8 @@ import contextlib
 import functools
 import importlib.util
 import json
-import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from data_prep.flags import PLACE, run, say
 from data_prep.part_files import finished
 from data_prep.parts import check_folder
 from data_prep.publish import BUILDING, PLAN, Done, finish, publish, read_groups, remove_work
+from data_prep.quiet import quiet
 from data_prep.rows import Row
 from data_prep.scratch import Scratch
 from data_prep.work_folder import Work
@@ -267,40 +266,13 @@ def _check_fits(manifest: dict, args: argparse.Namespace, classes: tuple[str, ..
             )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Capture what Beam, its workers and TensorFlow write to stderr, so that only messages of this program appear.
-
-    The last captured lines are shown if the build ends with an unexpected error.
-    """
-    logging.getLogger().addHandler(logging.NullHandler())
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    real, shown = os.dup(2), sys.stderr
-    with tempfile.TemporaryFile() as log, os.fdopen(os.dup(real), "w", encoding="utf-8", buffering=1) as ours:
-        os.dup2(log.fileno(), 2)
-        sys.stderr = ours
-        try:
-            yield
-        except (BuildError, PlaceError, ValueError, OSError, KeyboardInterrupt):
-            raise
-        except BaseException:
-            log.seek(0)
-            ours.write("".join(log.read().decode("utf-8", "replace").splitlines(True)[-40:]))
-            raise
-        finally:
-            os.dup2(real, 2)
-            os.close(real)
-            sys.stderr = shown
-
-
 def _main(argv: list[str] | None) -> int:
     args, beam_flags = parse(argv, __doc__)
     absent = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if absent:
         raise BuildError(f"{', '.join(absent)} not installed; run pip install 'ymplug_jax[prep]'")
     try:
-        with _quiet():
+        with quiet():
             manifest = build(args, beam_flags)
     except PlaceError as error:
         print(f"error: {say(error)}", file=sys.stderr)

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import apache_beam as beam
 from etils import epath
@@ -36,6 +36,15 @@ BEAT = 30.0  # seconds between notes about progress in a bucket; on a disk they 
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
+class StepSettings(Protocol):
+    """What the workers of one kind of job need besides: those of `builder`, or of a step of a curation."""
+
+    @property
+    def kind(self) -> str:
+        """One of schema.KINDS or row_table.RAW."""
+        ...
+
+
 class Job(NamedTuple):
     """What the workers need to know. Travels in the pipeline, so it does not grow with the rows."""
 
@@ -44,7 +53,7 @@ class Job(NamedTuple):
     split: str
     rows: int  # of the whole table
     size: int  # rows of all partitions but the last
-    settings: Settings
+    settings: StepSettings
     token: str  # of this attempt; workers of an earlier one stop
     step: str = "all"  # "build" partitions, "merge" the facts of groups, or "all" of it
     share: int = (
@@ -64,7 +73,7 @@ FAILED = re.compile(r"PartitionFailed: ([^\n]*?)(?: \[while running|\n|$)")
 
 
 @contextlib.contextmanager
-def _one_line(work: str) -> Iterator[None]:
+def one_line(work: str) -> Iterator[None]:
     """Turn a failure of the machine into PartitionFailed."""
     try:
         yield
@@ -85,7 +94,7 @@ class ListPartitions(beam.DoFn):
     def process(self, _: None) -> Iterator[tuple[int, int, int, bool]]:
         """List the work folder once. Raises PartitionFailed."""
         work = epath.Path(self._job.work)
-        with _one_line(self._job.work):
+        with one_line(self._job.work):
             offsets = row_table.read_offsets(work)
             parts, groups, _files = finished(work)
         numbers = range(len(offsets) - 1)
@@ -99,23 +108,19 @@ class ListPartitions(beam.DoFn):
                 yield number, int(offsets[number]), int(offsets[number + 1]), number in parts
 
 
-class BuildPartition(beam.DoFn):
-    """Builds a partition, see the head of this module, and yields (group, number)."""
+class PartitionStep(beam.DoFn):
+    """Does the work of one partition, `_build`, unless it is complete, and yields (group, number)."""
 
     def __init__(self, job: Job):
         self._job = job
 
     def setup(self) -> None:
-        """Create the decoder of this worker and load the tokenizer."""
+        """Open the work folder, and a local folder for files on the way to a bucket."""
         self._work = epath.Path(self._job.work)
-        self._media = Media(self._job.settings, self._job.video_root)
-        tokenizer = self._job.settings.tokenizer
-        self._tokenizer = load_tokenizer(tokenizer) if tokenizer else None
         self._scratch = Scratch() if places.is_remote(self._work) else None
 
     def teardown(self) -> None:
-        """Stop the decoder process and delete temporary files."""
-        self._media.close()
+        """Delete temporary files."""
         if self._scratch is not None:
             self._scratch.close()
 
@@ -127,17 +132,47 @@ class BuildPartition(beam.DoFn):
         """
         number, start, end, done = element
         if not done:
-            with _one_line(self._job.work):
+            with one_line(self._job.work):
                 self._check_token()
                 count = min(self._job.size, self._job.rows - number * self._job.size)
                 rows = row_table.read_slice(self._work, self._job.settings.kind, start, end, count)
                 self._build(number, rows)
         yield number // GROUP, number
 
+    def _build(self, number: int, rows: Sequence[Any]) -> None:
+        """Write the files of a partition, `part-N.json` last."""
+        raise NotImplementedError
+
     def _check_token(self) -> None:
         """Raise OSError if another attempt has begun: the driver was killed and started again while this worker went on."""
         if self._job.token not in places.read_bytes(self._work / TOKEN).decode().split():
             raise OSError(f"{self._job.work}: another run of the same build has begun; wait for that one")
+
+    def _note(self, number: int, text: str) -> None:
+        """Write how far the partition is, for the driver. Raises OSError."""
+        file = self._work / part_name(number, ".progress")
+        if self._scratch is None:
+            Path(file).write_text(text)
+        else:
+            places.write_text(file, text)
+
+
+class BuildPartition(PartitionStep):
+    """Builds a partition of a data set, see the head of this module. The settings of the job are those of `builder`."""
+
+    def setup(self) -> None:
+        """Create the decoder of this worker and load the tokenizer."""
+        super().setup()
+        settings = self._job.settings
+        assert isinstance(settings, Settings)
+        self._settings = settings
+        self._media = Media(settings, self._job.video_root)
+        self._tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+
+    def teardown(self) -> None:
+        """Stop the decoder process and delete temporary files."""
+        self._media.close()
+        super().teardown()
 
     def _build(self, number: int, rows: Sequence[Row | Talk]) -> None:
         """Write the files of a partition. Raises OSError, BrokenShard, DecoderFailed."""
@@ -205,21 +240,13 @@ class BuildPartition(beam.DoFn):
                 os.fsync(file.fileno())
         return sizes, rejects, self._cut, beats
 
-    def _note(self, number: int, text: str) -> None:
-        """Write how far the partition is, for the driver. Raises OSError."""
-        file = self._work / part_name(number, ".progress")
-        if self._scratch is None:
-            Path(file).write_text(text)
-        else:
-            places.write_text(file, text)
-
     def _record(self, row: Row | Talk) -> bytes:
         if row.problem:
             raise Reject(row.reason, row.problem)
         if isinstance(row, Row):
             return serialize(row, self._media.read(row.media_id))
         cut = self._tokenizer is not None and is_cut(
-            row.text, self._tokenizer, self._job.settings.slots, self._job.settings.max_tokens
+            row.text, self._tokenizer, self._settings.slots, self._settings.max_tokens
         )
         clips = []
         for still, name in row.media:
@@ -244,7 +271,7 @@ class MergeGroup(beam.DoFn):
         """Merge one group. Raises PartitionFailed."""
         group, numbers = element[0], sorted(set(element[1]))
         work = epath.Path(self._job.work)
-        with _one_line(self._job.work), Scratch() as scratch:
+        with one_line(self._job.work), Scratch() as scratch:
             reasons: Counter[str] = Counter()
             parts = []
             local = scratch.path / "rejects"

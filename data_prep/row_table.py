@@ -18,11 +18,14 @@ import numpy as np
 from etils import epath
 
 from data_prep.conversations import Talk
+from data_prep.raw_rows import RawRow
 from data_prep.rows import Row
 from ymplug_jax.core import places
 from ymplug_jax.data import schema
 
 TABLE, OFFSETS = "rows.jsonl", "rows.npy"
+RAW = "raw"  # kind of the rows of a curation, beside schema.KINDS
+AnyRow = Row | Talk | RawRow
 BUFFER = 1 << 20  # bytes
 EXAMPLES = 3  # repeated files that the summary names
 
@@ -39,7 +42,7 @@ class DamagedTable(OSError):
     """The table does not hold what the driver wrote."""
 
 
-def write_table(rows: Iterable[Row | Talk], folder: Path) -> tuple[Table, np.ndarray]:
+def write_table(rows: Iterable[AnyRow], folder: Path) -> tuple[Table, np.ndarray]:
     """Write `rows.jsonl` into a local folder.
 
     Memory: 8 bytes a row for its offset, and 16 to count what is repeated, by 64-bit hashes. Two of 10 M rows share a hash by chance with a
@@ -70,9 +73,9 @@ def write_table(rows: Iterable[Row | Talk], folder: Path) -> tuple[Table, np.nda
     return Table(len(offsets) - 1, count, named), offsets
 
 
-def _identity(row: Row | Talk, number: int) -> object:
+def _identity(row: AnyRow, number: int) -> object:
     """Return what makes a row a repetition of another one: its file, or its whole conversation unless it is rejected anyway."""
-    if isinstance(row, Row):
+    if not isinstance(row, Talk):
         return row.media_id
     return (None, number) if row.problem else (row.text, row.media)
 
@@ -111,12 +114,12 @@ def read_offsets(work: epath.Path) -> np.ndarray:
     return found
 
 
-def read_slice(work: epath.Path, kind: str, start: int, end: int, count: int) -> list[Row] | list[Talk]:
+def read_slice(work: epath.Path, kind: str, start: int, end: int, count: int) -> list[Any]:
     """Read the rows of a partition.
 
     Args:
       work: folder of the table.
-      kind: one of schema.KINDS.
+      kind: one of schema.KINDS, or RAW.
       start: byte at which the partition begins.
       end: byte behind it.
       count: rows that it must have.
@@ -126,7 +129,8 @@ def read_slice(work: epath.Path, kind: str, start: int, end: int, count: int) ->
       OSError: the table cannot be read.
     """
     lines = places.read_bytes(work / TABLE, start, end).decode("utf-8", "surrogatepass").split("\n")
-    make: Any = Talk._make if kind == schema.INSTRUCT else Row._make
+    kinds: dict[str, Any] = {schema.INSTRUCT: Talk, RAW: RawRow}
+    make = kinds.get(kind, Row)._make
     try:
         rows: list[Any] = [make(json.loads(line)) for line in lines[:-1]]
     except (ValueError, TypeError) as error:

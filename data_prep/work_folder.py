@@ -19,9 +19,7 @@ from etils import epath
 
 from data_prep import row_table
 from data_prep.build_flags import BuildError
-from data_prep.conversations import Talk
-from data_prep.row_table import OFFSETS, TABLE
-from data_prep.rows import Row
+from data_prep.row_table import OFFSETS, TABLE, AnyRow
 from data_prep.scratch import Scratch
 from ymplug_jax.core import places
 
@@ -55,7 +53,7 @@ def open_work(
     out: epath.Path,
     folder: epath.Path,
     settings: dict,
-    rows: Callable[[], Iterable[Row | Talk]],
+    rows: Callable[[], Iterable[AnyRow]],
     size: Callable[[int], int],
 ) -> Work:
     """Return the work folder of an interrupted build with equal settings, or make a new one from the rows.

@@ -161,6 +161,8 @@ def _of_python(words: list[str], runs: dict[str, list[str]]) -> str:
             _main(words, runs)
         elif module == "data_prep.build_shards":
             _build_shards(words)
+        elif module == "data_prep.curate":
+            _curate(words)
         else:
             _parse(module, words)
     except (Exception, SystemExit) as error:
@@ -192,8 +194,19 @@ def _main(words: list[str], runs: dict[str, list[str]]) -> None:
 def _build_shards(words: list[str]) -> None:
     from data_prep import build_flags
 
+    _with_beam(build_flags.parser(), words)
+
+
+def _curate(words: list[str]) -> None:
+    from data_prep import curate
+
+    _with_beam(curate.parser(), words)
+
+
+def _with_beam(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Parse flags behind which flags of Beam may follow."""
     with _said(io.StringIO()):
-        _, rest = build_flags.parse(words)
+        _, rest = parser.parse_known_args(words)
     if rest and not any(word.startswith("--runner") for word in rest):
         raise ValueError(f"unknown flags {rest}")
 

@@ -148,6 +148,7 @@ def test_shared_code_imports_no_task_family():
 def test_data_prep_imports_only_data_places_and_settings():
     allowed = {
         "ymplug_jax",  # how buckets are reached; curation uses the Python API
+        "ymplug_jax.core.config_file",  # thresholds are a config file
         "ymplug_jax.core.places",
         "ymplug_jax.core.place_requests",
         "ymplug_jax.core.exits",

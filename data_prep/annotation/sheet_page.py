@@ -45,13 +45,14 @@ def read_frames(files: Sequence[str], root: Path, count: int) -> tuple[dict[str,
                 bad[file] = ": ".join(map(str, reject.args))
                 continue
             chosen = sorted({(2 * i + 1) * clip.decoded // (2 * count) for i in range(count)})
-            frames[file] = [_thumbnail(clip.frames[i]) for i in chosen]
+            frames[file] = [thumbnail(clip.frames[i]) for i in chosen]
     finally:
         reader.close()
     return frames, bad
 
 
-def _thumbnail(jpeg: bytes) -> str:
+def thumbnail(jpeg: bytes) -> str:
+    """Return the data URI of a small copy of a JPEG."""
     image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
     assert image is not None
     height, width = image.shape[:2]

@@ -103,7 +103,10 @@ class Safety:
 
 @dataclasses.dataclass(frozen=True)
 class Diversity:
-    """How many clips of a kind are kept."""
+    """How many clips of a kind are kept, chosen by a hash of the seed and the file's name."""
+
+    max_per_source: int = 0  # Largest number of clips of one source, clips without a source excepted; 0: any.
+    seed: int = 0  # Seed of what is chosen under this limit and under --target.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,7 @@ LEAST: Mapping[str, Mapping[str, float]] = {
         "cut_level": 1, "cut_ratio": 1,
     },
     "duplicates": {"frames": 1, "max_distance": 0, "min_alike": 0.01},
+    "diversity": {"max_per_source": 0, "seed": 0},
 }  # fmt: skip
 MOST: Mapping[str, Mapping[str, float]] = {
     "titles": {"max_length": 2000, "min_chinese": 1, "max_repeated": 1, "prints": 256, "bands": 256, "min_alike": 1},
