@@ -1,6 +1,6 @@
 """The verdict on every row of a curation, and the files that tell it: decisions.parquet and the numbers of funnel.json.
 
-Memory: about 40 bytes a row, and the names of clips that have duplicates. The scores are read partition by partition.
+Memory: a few numbers of each row, and the names of clips that have duplicates. The scores are read partition by partition.
 """
 
 from collections.abc import Iterator
