@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden" / "params"
 SETTINGS = Path(__file__).parent / "golden" / "configs"
 FILES = sorted(
     p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("recipe", "slices", "curate")
-)  # recipe and slices are not configs, and curate is no run: see tests/data_prep/curation/test_settings.py
+)  # recipe and slices are not configs, and curate is no run: see tests/data_prep/curation/test_curation_settings.py
 # (config, argument) -> mesh of its parameter table
 VARIANTS = {
     ("mplug_video/pretrain", "1.3b"): {"fsdp": 8},

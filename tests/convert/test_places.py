@@ -190,7 +190,8 @@ def test_a_layer_cannot_be_missing(source: Path, tmp_path: Path, capsys: pytest.
     [
         ("--model bloomz", "argument --model: invalid choice: 'bloomz'"),
         ("--modle bloom", "unrecognized arguments: --modle bloom"),
-        ("--out gs://bucket/x", "--out gs://bucket/x: not a local folder; convert into a local folder and copy it"),
+        ("--out gs:/bucket/x", "gs:/bucket/x: not a place; write gs://bucket/x"),
+        ("--out hdfs://bucket/x", "hdfs://bucket/x: hdfs:// is not supported; give a local path"),
         ("--weights x.pt", "unrecognized arguments: --weights x.pt"),
         (
             "--heads 32",

@@ -37,7 +37,7 @@ def any_place(name: str) -> Path | epath.Path:
     try:
         found = places.place(name, "")
     except Mistake as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error).strip()) from None
     return found if places.is_remote(found) else Path(found)
 
 
