@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from data_prep.names import Names, keys_of
-from data_prep.scratch import Scratch
+from data_prep.video_copies import Copies
 from ymplug_jax.core import place_requests, places
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_path import refuse_hostile
@@ -72,32 +72,6 @@ def safe_name(name: str) -> str:
     return "" if str(path) == "." else str(path)
 
 
-class _Copies:
-    """Temporary copies of members. One process uses an object."""
-
-    def __init__(self) -> None:
-        self._scratch: Scratch | None = None
-
-    @contextlib.contextmanager
-    def new(self, name: str, archive: epath.Path) -> Iterator[Path]:
-        """Give the path of a copy that is deleted afterwards. It ends as `name` does, since decoders look at the suffix."""
-        if self._scratch is None:
-            self._scratch = Scratch()
-        local = self._scratch.path / f"video{PurePosixPath(name).suffix}"
-        try:
-            yield local
-        except Reject as reject:  # messages of decoders name the copy
-            raise Reject(reject.reason, reject.detail.replace(str(local), f"{archive}:{name}")) from None
-        finally:
-            local.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Delete the folder of the copies."""
-        if self._scratch is not None:
-            self._scratch.close()
-            self._scratch = None
-
-
 class Tar:
     """Files of an uncompressed tar."""
 
@@ -112,7 +86,7 @@ class Tar:
           BadArchive: the archive is damaged or cut off.
           OSError: it cannot be read.
         """
-        self._path, self._copies, self.skipped = path, _Copies(), list[str]()
+        self._path, self._copies, self.skipped = path, Copies(), list[str]()
         if index is not None:
             table = np.lib.format.read_array(io.BytesIO(places.read_bytes(index)), allow_pickle=False)
         else:
@@ -146,7 +120,7 @@ class Tar:
           OSError: the archive cannot be read or has become shorter, or the copy cannot be written.
         """
         offset, size = (int(value) for value in self._table[_place(self._names, name, self._path), 2:])
-        with self._copies.new(name, self._path) as copy:
+        with self._copies.new(name, f"{self._path}:{name}") as copy:
             with _open(self._path) as archive, copy.open("wb") as target:
                 archive.seek(offset)
                 left = size
@@ -206,7 +180,7 @@ class Zip:
           BadArchive: the archive is damaged, cut off or encrypted.
           OSError: it cannot be read.
         """
-        self._path, self._copies, self.skipped = path, _Copies(), list[str]()
+        self._path, self._copies, self.skipped = path, Copies(), list[str]()
         self._archive = _zip(path)  # stays open: opening it reads its whole index
         self._infos: list[zipfile.ZipInfo] = []
         for info in self._archive.infolist():
@@ -238,7 +212,7 @@ class Zip:
           OSError: the archive cannot be read, or the copy not be written.
         """
         info = self._infos[_place(self._names, name, self._path)]
-        with self._copies.new(name, self._path) as copy:
+        with self._copies.new(name, f"{self._path}:{name}") as copy:
             try:
                 with self._archive.open(info) as source, copy.open("wb") as target:
                     shutil.copyfileobj(source, target, COPY)

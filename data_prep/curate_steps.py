@@ -21,7 +21,7 @@ from data_prep.curation import prints
 from data_prep.curation.candidates import bucket_pairs, distinct
 from data_prep.curation.score_rows import FILES, RowScorer, Scoring, print_from, read_scores, to_bytes
 from data_prep.part_files import GROUP, finished, part_name
-from data_prep.partition import BEAT, Job, MergeGroup, PartitionStep, one_line
+from data_prep.partition import BEAT, Desk, Job, MergeGroup, one_line
 from data_prep.raw_rows import RawRow
 from ymplug_jax.core import places
 
@@ -45,39 +45,26 @@ class Grouping(NamedTuple):
     kind: str = row_table.RAW
 
 
-class ScorePartition(PartitionStep):
-    """Writes the scores of a partition's rows, `part-N.parquet`. The settings of the job are `Scoring`."""
+class Scores:
+    """Writes the scores of the rows of partitions, `part-N.parquet`. The settings of the job are `Scoring`."""
 
-    def setup(self) -> None:
-        """Create the decoders of this worker."""
-        super().setup()
-        settings = self._job.settings
+    def __init__(self, desk: Desk):
+        """Create the decoders of this process."""
+        settings = desk.job.settings
         assert isinstance(settings, Scoring)
-        with one_line(self._job.work):
-            self._scorer = RowScorer(settings, self._job.video_root)
+        self._desk, self._scorer = desk, RowScorer(settings, desk.job.video_root)
 
-    def teardown(self) -> None:
+    def close(self) -> None:
         """Stop the decoders."""
         self._scorer.close()
-        super().teardown()
 
-    def _build(self, number: int, rows: Sequence[RawRow]) -> None:
-        every, told, beats = 0.5 if self._scratch is None else BEAT, time.monotonic(), 0
-
-        def tell(done: int) -> None:
-            nonlocal told, beats
-            if time.monotonic() - told > every:
-                beats += 1
-                self._note(number, str(done) + " " * (beats % 7))
-                told = time.monotonic()
-
-        table = self._scorer.table(rows, tell)
-        self._check_token()
-        places.write_bytes(self._work / part_name(number, FILES), to_bytes(table))
+    def build(self, number: int, rows: Sequence[RawRow]) -> None:
+        """Write the files of a partition. Raises OSError, DecoderFailed."""
+        table = self._scorer.table(rows, lambda done: self._desk.note(number, done))
+        self._desk.check_token()
+        places.write_bytes(self._desk.work / part_name(number, FILES), to_bytes(table))
         kept = sum(reason == "" for reason in table.column("reason").to_pylist())
-        places.write_text(self._work / part_name(number, ".json"), facts(len(rows), kept))
-        if self._scratch is None or beats:
-            places.delete(self._work / part_name(number, ".progress"))
+        self._desk.finish(number, facts(len(rows), kept))
 
 
 def facts(rows: int, written: int) -> str:

@@ -37,7 +37,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep import chat_clips, chat_rows, plant
+from data_prep import chat_clips, chat_rows, corpus_folder, plant
 from data_prep.chat_clips import ChatClip
 from data_prep.flags import Parser, bar, local_path, run
 from data_prep.shape_clips import FPS, FRAMES, MOTIONS, SIZE, plan, write_clip
@@ -108,25 +108,10 @@ def write_chat_tables(chat: Chat, seed: int, root: Path) -> None:
 
 def is_drawn(out: Path, settings: dict[str, int], files: list[str]) -> bool:
     """Return whether `out` already holds this corpus. Raises FileExistsError if it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(f"{out} exists and is not a corpus of draw_shapes; choose another --out") from None
-    if found != settings:
-        raise FileExistsError(
-            f"{out} holds a corpus drawn with {found}, not {settings}; remove it or choose another --out"
-        )
     tables = [f"{kind}_{split}.csv" for kind in COLUMNS for split in ("train", "val")]
     if "chat" in settings:
         tables += CHAT_TABLES
-    missing = [name for name in (*files, *tables, TEST) if not (out / name).is_file()]
-    if missing:
-        raise FileExistsError(
-            f"{out} lacks {len(missing)} of its files, such as {missing[0]}; remove it and draw again"
-        )
-    return True
+    return corpus_folder.holds(out, SETTINGS, settings, [*files, *tables, TEST])
 
 
 def draw(out: Path, clips: int = 1200, seed: int = 0, chat: int = 0) -> bool:

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -108,21 +108,82 @@ class ListPartitions(beam.DoFn):
                 yield number, int(offsets[number]), int(offsets[number + 1]), number in parts
 
 
-class PartitionStep(beam.DoFn):
-    """Does the work of one partition, `_build`, unless it is complete, and yields (group, number)."""
+class Desk:
+    """What a worker has for its partitions: the work folder, a local folder for files on the way to a bucket, notes about progress."""
 
     def __init__(self, job: Job):
-        self._job = job
+        self.job, self.work = job, epath.Path(job.work)
+        self.scratch = Scratch() if places.is_remote(self.work) else None
+        self._told, self._beats = 0.0, 0
+
+    @property
+    def folder(self) -> Path:
+        """Local folder for unfinished files."""
+        return Path(self.job.work) if self.scratch is None else self.scratch.path
+
+    def check_token(self) -> None:
+        """Raise OSError if another attempt has begun: the driver was killed and started again while this worker went on."""
+        if self.job.token not in places.read_bytes(self.work / TOKEN).decode().split():
+            raise OSError(f"{self.job.work}: another run of the same build has begun; wait for that one")
+
+    def begin(self) -> None:
+        """Begin a partition: nothing of it was noted yet."""
+        self._told, self._beats = time.monotonic(), 0
+
+    def note(self, number: int, done: int) -> None:
+        """Write for the driver how many rows of the partition are done, now and then. Raises OSError."""
+        if time.monotonic() - self._told <= (0.5 if self.scratch is None else BEAT):
+            return
+        self._beats += 1
+        text = str(done) + " " * (self._beats % 7)  # another size each time, which a listing shows
+        file = self.work / part_name(number, ".progress")
+        if self.scratch is None:
+            Path(file).write_text(text)
+        else:
+            places.write_text(file, text)
+        self._told = time.monotonic()
+
+    def finish(self, number: int, facts: str) -> None:
+        """Write `part-N.json`, which makes the partition complete, and delete the note. Raises OSError."""
+        places.write_text(self.work / part_name(number, ".json"), facts)
+        if self.scratch is None or self._beats:
+            places.delete(self.work / part_name(number, ".progress"))
+
+    def close(self) -> None:
+        """Delete temporary files."""
+        if self.scratch is not None:
+            self.scratch.close()
+
+
+class Worker(Protocol):
+    """Does the work of partitions, one after the other, in one process."""
+
+    def build(self, number: int, rows: Sequence[Any]) -> None:
+        """Write the files of a partition and finish it, see `Desk.finish`. Raises OSError, BrokenShard, DecoderFailed."""
+        ...
+
+    def close(self) -> None:
+        """Stop what was started."""
+        ...
+
+
+class BuildPartition(beam.DoFn):
+    """Lets a worker build a partition, unless it is complete, and yields (group, number)."""
+
+    def __init__(self, job: Job, make: Callable[[Desk], Worker]):
+        """`make` makes the worker of a process; it travels in the pipeline."""
+        self._job, self._make = job, make
 
     def setup(self) -> None:
-        """Open the work folder, and a local folder for files on the way to a bucket."""
-        self._work = epath.Path(self._job.work)
-        self._scratch = Scratch() if places.is_remote(self._work) else None
+        """Make the worker of this process. Raises PartitionFailed."""
+        with one_line(self._job.work):
+            self._desk = Desk(self._job)
+            self._worker = self._make(self._desk)
 
     def teardown(self) -> None:
-        """Delete temporary files."""
-        if self._scratch is not None:
-            self._scratch.close()
+        """Stop the worker and delete temporary files."""
+        self._worker.close()
+        self._desk.close()
 
     def process(self, element: tuple[int, int, int, bool]) -> Iterator[tuple[int, int]]:
         """Build one partition.
@@ -133,53 +194,35 @@ class PartitionStep(beam.DoFn):
         number, start, end, done = element
         if not done:
             with one_line(self._job.work):
-                self._check_token()
+                self._desk.check_token()
+                self._desk.begin()
                 count = min(self._job.size, self._job.rows - number * self._job.size)
-                rows = row_table.read_slice(self._work, self._job.settings.kind, start, end, count)
-                self._build(number, rows)
+                rows = row_table.read_slice(self._desk.work, self._job.settings.kind, start, end, count)
+                self._worker.build(number, rows)
         yield number // GROUP, number
 
-    def _build(self, number: int, rows: Sequence[Any]) -> None:
-        """Write the files of a partition, `part-N.json` last."""
-        raise NotImplementedError
 
-    def _check_token(self) -> None:
-        """Raise OSError if another attempt has begun: the driver was killed and started again while this worker went on."""
-        if self._job.token not in places.read_bytes(self._work / TOKEN).decode().split():
-            raise OSError(f"{self._job.work}: another run of the same build has begun; wait for that one")
+class Shards:
+    """Builds the partitions of a data set, see the head of this module. The settings of the job are those of `builder`."""
 
-    def _note(self, number: int, text: str) -> None:
-        """Write how far the partition is, for the driver. Raises OSError."""
-        file = self._work / part_name(number, ".progress")
-        if self._scratch is None:
-            Path(file).write_text(text)
-        else:
-            places.write_text(file, text)
-
-
-class BuildPartition(PartitionStep):
-    """Builds a partition of a data set, see the head of this module. The settings of the job are those of `builder`."""
-
-    def setup(self) -> None:
-        """Create the decoder of this worker and load the tokenizer."""
-        super().setup()
-        settings = self._job.settings
+    def __init__(self, desk: Desk):
+        """Create the decoder of this process and load the tokenizer."""
+        settings = desk.job.settings
         assert isinstance(settings, Settings)
-        self._settings = settings
-        self._media = Media(settings, self._job.video_root)
+        self._desk, self._settings = desk, settings
+        self._media = Media(settings, desk.job.video_root)
         self._tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
 
-    def teardown(self) -> None:
-        """Stop the decoder process and delete temporary files."""
+    def close(self) -> None:
+        """Stop the decoder process."""
         self._media.close()
-        super().teardown()
 
-    def _build(self, number: int, rows: Sequence[Row | Talk]) -> None:
+    def build(self, number: int, rows: Sequence[Row | Talk]) -> None:
         """Write the files of a partition. Raises OSError, BrokenShard, DecoderFailed."""
-        folder = Path(self._job.work) if self._scratch is None else self._scratch.path
-        partial = folder / part_name(number, f".partial-{secrets.token_hex(4)}")
+        desk = self._desk
+        partial = desk.folder / part_name(number, f".partial-{secrets.token_hex(4)}")
         try:
-            sizes, rejects, cut, beats = self._write(number, partial, rows)
+            sizes, rejects, cut = self._write(number, partial, rows)
             facts = {"rows": len(rows), "written": len(sizes), "bytes": 0, "cut": cut}
             if sizes:
                 facts["bytes"] = partial.stat().st_size
@@ -187,44 +230,32 @@ class BuildPartition(PartitionStep):
                 if index[:, 1].tolist() != sizes:
                     raise BrokenShard(f"{partial}: holds other records than were written; check the disk")
                 name = part_name(number, ".tfrecord")
-                self._check_token()
-                places.write_bytes(self._work / (name + schema.INDEX_SUFFIX), index_bytes(index))
-                if self._scratch is None:
-                    partial.rename(folder / name)
+                desk.check_token()
+                places.write_bytes(desk.work / (name + schema.INDEX_SUFFIX), index_bytes(index))
+                if desk.scratch is None:
+                    partial.rename(desk.folder / name)
                 else:
-                    places.upload(partial, self._work / name)
+                    places.upload(partial, desk.work / name)
         finally:
             partial.unlink(missing_ok=True)
         if rejects:
-            lines = (ENCODE({**line, "split": self._job.split}) for line in rejects)
+            lines = (ENCODE({**line, "split": desk.job.split}) for line in rejects)
             # Half a surrogate pair, which UTF-8 cannot hold, becomes an escape that JSON reads.
             text = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
-            places.write_bytes(self._work / part_name(number, ".rejects.jsonl"), text)
+            places.write_bytes(desk.work / part_name(number, ".rejects.jsonl"), text)
         reasons = Counter(line["reason"] for line in rejects)
-        facts_text = json.dumps({**facts, "rejects": dict(reasons)})
-        places.write_text(self._work / part_name(number, ".json"), facts_text)
-        if self._scratch is None or beats:
-            places.delete(self._work / part_name(number, ".progress"))
+        desk.finish(number, json.dumps({**facts, "rejects": dict(reasons)}))
 
-    def _write(self, number: int, partial: Path, rows: Sequence[Row | Talk]) -> tuple[list[int], list[dict], int, int]:
-        """Write the shard, which is not made if no row gives a record.
-
-        Returns:
-          Payload bytes of each record, rejects, number of cut rows, number of notes about progress.
-        """
-        every = 0.5 if self._scratch is None else BEAT
+    def _write(self, number: int, partial: Path, rows: Sequence[Row | Talk]) -> tuple[list[int], list[dict], int]:
+        """Write the shard, which is not made if no row gives a record. Returns (payload bytes of each record, rejects, number of cut rows)."""
         rejects: list[dict] = []
         sizes: list[int] = []
-        told, beats = time.monotonic(), 0
         self._cut = 0  # conversations of this partition that are longer than a row
         self._media.forget()
         file: BinaryIO | None = None
         with contextlib.ExitStack() as stack:
             for done, row in enumerate(rows):
-                if time.monotonic() - told > every:
-                    beats += 1
-                    self._note(number, str(done) + " " * (beats % 7))  # another size each time, which a listing shows
-                    told = time.monotonic()
+                self._desk.note(number, done)
                 try:
                     payload = self._record(row)
                 except Reject as reject:
@@ -238,7 +269,7 @@ class BuildPartition(PartitionStep):
             if file is not None:
                 file.flush()
                 os.fsync(file.fileno())
-        return sizes, rejects, self._cut, beats
+        return sizes, rejects, self._cut
 
     def _record(self, row: Row | Talk) -> bytes:
         if row.problem:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep import plant_copies, plant_titles
+from data_prep import corpus_folder, plant_copies, plant_titles
 from data_prep.plant_scenes import WORDS, Scene, frames_of, says_something_else
 from ymplug_jax.data.schema import COLUMNS
 
@@ -175,26 +175,6 @@ def write_tables(uploads: Sequence[Upload], settings: dict[str, int], root: Path
     (root / SETTINGS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def is_planted(out: Path, settings: dict[str, int], uploads: Sequence[Upload]) -> bool:
-    """Return whether `out` already holds this corpus. Raises FileExistsError if it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(f"{out} exists and is not a planted corpus; choose another --out") from None
-    if found != settings:
-        raise FileExistsError(
-            f"{out} holds a corpus planted with {found}, not {settings}; remove it or choose another --out"
-        )
-    missing = [name for name in (RAW, TRUTH, *(one.file for one in uploads)) if not (out / name).is_file()]
-    if missing:
-        raise FileExistsError(
-            f"{out} lacks {len(missing)} of its files, such as {missing[0]}; remove it and draw again"
-        )
-    return True
-
-
 Draw = Callable[[list[tuple[Callable[[Any, Path], None], Any]], Path], None]
 
 
@@ -212,7 +192,7 @@ def plant(out: Path, clips: int, seed: int, draw_all: Draw) -> bool:
       FileExistsError: `out` holds anything but the same corpus.
     """
     uploads, settings = plan(clips, seed), {"version": VERSION, "clips": clips, "plant": seed}
-    if is_planted(out, settings, uploads):
+    if corpus_folder.holds(out, SETTINGS, settings, [RAW, TRUTH, *(one.file for one in uploads)], how="planted"):
         return False
     partial = out.with_name(f".{out.name}.partial")  # fixed name, so that leftovers of a killed run are removed
     shutil.rmtree(partial, ignore_errors=True)

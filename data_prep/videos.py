@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from data_prep.archives import is_archive, open_archive
-from data_prep.scratch import Scratch
+from data_prep.video_copies import Copies
 from ymplug_jax.core import place_requests, places
 from ymplug_jax.data.video_container import Reject
 from ymplug_jax.data.video_path import refuse_hostile, resolve
@@ -145,8 +145,7 @@ class BucketVideos:
     """Videos in a folder of a bucket. A file is copied to the local disk, with retries, and deleted after use."""
 
     def __init__(self, root: epath.Path, seconds: float | None = None):
-        self._root, self._seconds = root, seconds
-        self._scratch: Scratch | None = None
+        self._root, self._seconds, self._copies = root, seconds, Copies()
         self._hashes: np.ndarray | None = None  # int64[files], sorted: 8 bytes a file, where the names would need 100
 
     def present(self, name: str) -> bool:
@@ -183,22 +182,13 @@ class BucketVideos:
     def file(self, name: str) -> Iterator[Path]:
         """Give a copy of the object. Its name ends as the object's does, since decoders look at the suffix."""
         refuse_hostile(name)
-        if self._scratch is None:
-            self._scratch = Scratch()
-        local = self._scratch.path / f"video{PurePosixPath(name).suffix}"
-        try:
+        with self._copies.new(name, f"{self._root}/{name}") as local:
             self._copy(name, local)
             yield local
-        except Reject as reject:  # messages of decoders name the copy
-            raise Reject(reject.reason, reject.detail.replace(str(local), f"{self._root}/{name}")) from None
-        finally:
-            local.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Delete the folder of the copies."""
-        if self._scratch is not None:
-            self._scratch.close()
-            self._scratch = None
+        self._copies.close()
 
     def _copy(self, name: str, local: Path) -> None:
         try:
