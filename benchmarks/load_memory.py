@@ -21,7 +21,7 @@ import numpy as np
 
 from ymplug_jax.convert import bloom
 from ymplug_jax.convert.store import Store
-from ymplug_jax.core import checkpoint, quantize, sharding, state
+from ymplug_jax.core import checkpoint, quantize, sharding, state, stored_params
 from ymplug_jax.models import language_models
 from ymplug_jax.models.bloom import Bloom
 
@@ -73,9 +73,9 @@ def load(lm: Bloom, folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as tiny:  # what the libraries need once is no part of the model
         small = SIZES["bloom-tiny"]
         write(small, Path(tiny), "conversion")
-        checkpoint.load_params(tiny, like(small, held=True))
+        stored_params.load_params(tiny, like(small, held=True))
     before, began = resident("VmRSS"), time.perf_counter()
-    params = jax.block_until_ready(checkpoint.load_params(str(folder), abstract))
+    params = jax.block_until_ready(stored_params.load_params(str(folder), abstract))
     peak = resident("VmHWM") - before
     size = sum(part.nbytes for part in jax.tree.leaves(params))
     stored = 2 * state.count(abstract)

@@ -23,9 +23,7 @@ def holds(out: Path, note: str, settings: Mapping[str, int], files: Sequence[str
     try:
         found = json.loads((out / note).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(
-            f"{out} exists and is not a corpus of draw_shapes with {note}; choose another --out"
-        ) from None
+        raise FileExistsError(f"{out} exists and is not a corpus of draw_shapes; choose another --out") from None
     if found != settings:
         raise FileExistsError(
             f"{out} holds a corpus {how} with {found}, not {settings}; remove it or choose another --out"

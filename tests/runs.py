@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import shards
-from ymplug_jax.core import checkpoint, config, metrics, state
+from ymplug_jax.core import config, metrics, state, stored_params
 from ymplug_jax.training import setup
 
 ROOT = Path(__file__).parent.parent
@@ -96,5 +96,5 @@ def saved(workdir: Path) -> dict[str, np.ndarray]:
     run = setup.prepare(one, jax.devices()[:1])
     return {
         path: np.asarray(leaf)
-        for path, leaf in checkpoint.load_params(str(workdir), state.merge(run.state.trainable, run.frozen)).items()
+        for path, leaf in stored_params.load_params(str(workdir), state.merge(run.state.trainable, run.frozen)).items()
     }

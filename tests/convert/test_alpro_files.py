@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import alpro as tables
-from ymplug_jax.core import checkpoint, state
+from ymplug_jax.core import state, stored_params
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "alpro"
 FILES = {
@@ -66,7 +66,7 @@ def test_a_release_starts_a_run(tmp_path: Path) -> None:
     like = jax.eval_shape(lambda: alpro.init(model, jax.random.key(0)))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like)
-    found = checkpoint.load_params(str(tmp_path / "orbax"), abstract)
+    found = stored_params.load_params(str(tmp_path / "orbax"), abstract)
     assert found.keys() == state.flatten(like).keys()
     np.testing.assert_array_equal(found["prompter/entities"], tensors("pretrain_sf.npz")["prompter.video_prompt_feat"])
 

@@ -15,7 +15,7 @@ import trees
 from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import mplug_video as tables
 from ymplug_jax.convert import rules, to_orbax
-from ymplug_jax.core import checkpoint, state
+from ymplug_jax.core import state, stored_params
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mplug_video_gpt3"
 HEADS = ["--heads", "llm=4", "vision=4"]
@@ -36,7 +36,7 @@ def loaded(folder: Path) -> dict[str, np.ndarray]:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     stored = trees.stored_params(str(folder))
     abstract = {k: jax.ShapeDtypeStruct(tuple(v.shape), v.dtype, sharding=place) for k, v in stored.items()}
-    return {k: np.asarray(v) for k, v in checkpoint.load_params(str(folder), state.unflatten(abstract)).items()}
+    return {k: np.asarray(v) for k, v in stored_params.load_params(str(folder), state.unflatten(abstract)).items()}
 
 
 @pytest.mark.parametrize("file", ["pretrain.npz", "cls.npz", "retrieval.npz", "retrieval_itm.npz", "caption.npz"])

@@ -16,7 +16,7 @@ from ymplug_jax.convert import __main__ as command
 from ymplug_jax.convert import rules
 from ymplug_jax.convert.plan import extra, map_of
 from ymplug_jax.convert.torch_file import Source
-from ymplug_jax.core import checkpoint
+from ymplug_jax.core import stored_params
 
 BLOOM = {"width": 64, "depth": 3, "heads": 4, "vocab": 97}
 IMAGE = {"width": 64, "depth": 2, "heads": 4, "patch": 16, "image": 64}
@@ -156,7 +156,7 @@ def test_a_conversion_loads_on_any_mesh(tmp_path: Path) -> None:
         return jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
 
     like = unflatten_dict({path: place(path, leaf) for path, leaf in stored.items()}, sep="/")
-    kernel = checkpoint.load_params(str(tmp_path / "out"), like)["llm/blocks/attn/q/kernel"]
+    kernel = stored_params.load_params(str(tmp_path / "out"), like)["llm/blocks/attn/q/kernel"]
     assert len(kernel.addressable_shards) == 8 and kernel.addressable_shards[0].data.shape == (3, 32, 1, 16)
     fused = load_file(files[0])["transformer.h.2.self_attention.query_key_value.weight"].numpy()
     np.testing.assert_array_equal(kernel[2], fused.reshape(4, 3, 16, 64)[:, 0].transpose(2, 0, 1))
@@ -332,7 +332,7 @@ def test_the_release_of_mplug_video_agrees(tmp_path: Path, capsys: pytest.Captur
     assert stored.shape[0] == 8
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {"vision": {"temporal_embed": jax.ShapeDtypeStruct(stored.shape, np.float32, sharding=place)}}
-    value = checkpoint.load_params(str(tmp_path / "longer"), like)["vision/temporal_embed"]
+    value = stored_params.load_params(str(tmp_path / "longer"), like)["vision/temporal_embed"]
     np.testing.assert_allclose(value[0], tensors["visual_encoder.temporal_embed"][0, 0].numpy(), rtol=1e-6)
 
 

@@ -17,7 +17,7 @@ from etils import epath
 import tiny
 import trees
 from ymplug_jax.convert import leaves
-from ymplug_jax.core import checkpoint, checkpoint_files, exits, verified_read
+from ymplug_jax.core import checkpoint, checkpoint_files, exits, stored_params, verified_read
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.exits import PlaceFailed
 from ymplug_jax.training import setup
@@ -95,7 +95,7 @@ def without_checksums(step: Path) -> None:
 
 def load(workdir: Path) -> dict[str, jax.Array]:
     run = prepare()
-    return checkpoint.load_params(str(workdir), state_lib.merge(run.state.trainable, run.frozen))
+    return stored_params.load_params(str(workdir), state_lib.merge(run.state.trainable, run.frozen))
 
 
 def restore(workdir: Path):
@@ -188,13 +188,13 @@ def test_an_export_verifies_a_run_by_its_own_checksums(copy: Path):
 
 def test_leaf_of_another_dtype_is_verified_before_the_cast(copy: Path):
     run = prepare(dtype="bfloat16")
-    found = checkpoint.load_params(str(copy), run.frozen)
+    found = stored_params.load_params(str(copy), run.frozen)
     want = load(copy)
     assert found["llm/token_embed"].dtype == "bfloat16"
     assert all(np.array_equal(np.asarray(found[p]), np.asarray(want[p]).astype("bfloat16")) for p in found)
     damage(copy / "checkpoints" / "frozen", overwrite)
     with pytest.raises(checkpoint_files.CheckpointError, match="is damaged"):
-        checkpoint.load_params(str(copy), run.frozen)
+        stored_params.load_params(str(copy), run.frozen)
 
 
 def test_checkpoint_without_checksums_is_read_with_a_warning(copy: Path, caplog: pytest.LogCaptureFixture):
@@ -249,7 +249,7 @@ def test_a_table_with_another_number_of_axes_is_not_resized(tmp_path: Path):
         wanted = {"llm": {"token_embed": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}}
         grown = {"llm/token_embed": lambda x, shape: jnp.resize(x, shape)}
         with pytest.raises(checkpoint_files.CheckpointError, match=message) if message else contextlib.nullcontext():
-            found = checkpoint.load_params(str(tmp_path), wanted, resize=grown)
+            found = stored_params.load_params(str(tmp_path), wanted, resize=grown)
             assert found["llm/token_embed"].shape == shape
 
 

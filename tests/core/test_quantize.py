@@ -15,7 +15,7 @@ import runs
 from benchmarks import int8_error
 from tests import tiny
 from ymplug_jax.analysis import aot, estimate
-from ymplug_jax.core import checkpoint, leaf_checksums, quantize, quantized_read, state, verified_read
+from ymplug_jax.core import checkpoint, leaf_checksums, quantize, quantized_read, state, stored_params, verified_read
 from ymplug_jax.models import bert, language_models, timesformer
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, Text
@@ -86,7 +86,7 @@ def test_matrices_quantised_while_they_are_read_equal_those_held(
     second = saved(tmp_path / "two", later, now, waiting)
     resumed = setup.initialise(later, second)[1]
     for found in (
-        checkpoint.load_params(str(tmp_path / "one"), run.held),
+        stored_params.load_params(str(tmp_path / "one"), run.held),
         state.flatten(setup.hold(later, waiting)),
         state.flatten(resumed),
     ):
@@ -95,7 +95,7 @@ def test_matrices_quantised_while_they_are_read_equal_those_held(
             for one, two in zip(jax.tree.leaves(leaf), jax.tree.leaves(found[path]), strict=True):
                 assert one.dtype == two.dtype and one.sharding.is_equivalent_to(two.sharding, one.ndim), path
                 np.testing.assert_array_equal(one, two, err_msg=path)
-    stored = checkpoint.load_params(str(tmp_path / "two"), run.frozen)
+    stored = stored_params.load_params(str(tmp_path / "two"), run.frozen)
     for path, leaf in state.flatten(frozen).items():
         np.testing.assert_array_equal(stored[path], leaf)
 

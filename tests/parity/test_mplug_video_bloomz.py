@@ -17,7 +17,7 @@ import trees
 from ymplug_jax.convert import bloom as tables
 from ymplug_jax.convert import mplug_chat as chat_tables
 from ymplug_jax.convert import rules, to_orbax
-from ymplug_jax.core import checkpoint
+from ymplug_jax.core import stored_params
 from ymplug_jax.data import chat_media, conversation, transforms
 from ymplug_jax.models import attention, bloom, layers
 from ymplug_jax.models.bloom import Bloom
@@ -128,7 +128,7 @@ def converted(folder: Path, wish: to_orbax.Wish, source: Path, like: dict) -> di
     to_orbax.to_orbax("bloom", [source], folder, wish)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), {"llm": like})
-    return unflatten_dict(checkpoint.load_params(str(folder), like), sep="/")["llm"]
+    return unflatten_dict(stored_params.load_params(str(folder), like), sep="/")["llm"]
 
 
 def test_lora(read, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import runs
-from ymplug_jax.core import checkpoint, checkpoint_files, config, exits, metrics, state
+from ymplug_jax.core import checkpoint, checkpoint_files, config, exits, metrics, state, stored_params
 from ymplug_jax.training import best_step, evaluate
 
 
@@ -22,7 +22,7 @@ def kept(workdir: Path) -> tuple[int | None, float]:
     folder = str(workdir / "best")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {"head": {"kernel": jax.ShapeDtypeStruct((2, 3), "float32", sharding=place)}}
-    return checkpoint_files.latest_step(folder), float(checkpoint.load_params(folder, wanted)["head/kernel"][0, 0])
+    return checkpoint_files.latest_step(folder), float(stored_params.load_params(folder, wanted)["head/kernel"][0, 0])
 
 
 def test_a_better_step_replaces_the_one_before(tmp_path: Path) -> None:

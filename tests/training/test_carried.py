@@ -13,7 +13,7 @@ import pytest
 
 import tiny
 from ymplug_jax.analysis import estimate
-from ymplug_jax.core import checkpoint, checkpoint_files, sharding, state
+from ymplug_jax.core import checkpoint_files, sharding, state, stored_params
 from ymplug_jax.core.checkpoint import Checkpoints
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.metrics import Mean
@@ -209,7 +209,7 @@ def test_it_is_saved_and_restored_bit_for_bit(prepare, tmp_path: Path):
     end = trained(run, 2, resumed)
     same((end.trainable, end.opt_state, end.carried), (straight.trainable, straight.opt_state, straight.carried))
     # Evaluation and `init_from` read the parameters alone.
-    assert set(checkpoint.load_params(str(tmp_path), run.state.trainable)) == set(origin)
+    assert set(stored_params.load_params(str(tmp_path), run.state.trainable)) == set(origin)
 
 
 def test_a_step_that_does_not_fit_is_refused(prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

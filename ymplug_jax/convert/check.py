@@ -18,7 +18,7 @@ from ymplug_jax.convert import mplug2 as mplug2_tables
 from ymplug_jax.convert.leaves import verified
 from ymplug_jax.convert.source_files import SourceError
 from ymplug_jax.convert.to_orbax import Opened, Wish, open_source
-from ymplug_jax.core import checkpoint, state
+from ymplug_jax.core import state, stored_params
 from ymplug_jax.models.alpro import ALPRO
 from ymplug_jax.models.bert import Fusion, MaskedHead, Text
 from ymplug_jax.models.clip_vit import VIDEO_EPS, ClipViT, VideoClipViT
@@ -93,7 +93,7 @@ def check(model: str, files: list[Path], out: Path, wish: Wish) -> bool:
 def _params(out: Path, like: Any) -> dict:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place), like)
-    return state.unflatten(checkpoint.load_params(str(out), abstract))
+    return state.unflatten(stored_params.load_params(str(out), abstract))
 
 
 M = TypeVar("M", bound=nn.Module)

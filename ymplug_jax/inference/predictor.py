@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ymplug_jax.core import checkpoint, checkpoint_files, config, state
+from ymplug_jax.core import checkpoint_files, config, state, stored_params
 from ymplug_jax.core.exits import Mistake
 from ymplug_jax.core.state import Params
 from ymplug_jax.data.records import Record
@@ -52,7 +52,7 @@ class Predictor:
         try:
             self._run = setup.prepare(self.experiment, jax.devices()[:1])
             if source.converted:  # a run was compared with its settings when it began
-                checkpoint.load_params(str(self.folder), self._abstract, values=False)
+                stored_params.load_params(str(self.folder), self._abstract, values=False)
                 if not train.other_tokenizer:
                     preflight.check_words(self.experiment, str(self.folder))
         except (ValueError, FileNotFoundError) as error:

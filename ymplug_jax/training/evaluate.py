@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ymplug_jax.core import checkpoint, checkpoint_files, index_file, progress, sharding
+from ymplug_jax.core import checkpoint_files, index_file, progress, sharding, stored_params
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
@@ -260,7 +260,7 @@ def load(run: Run, workdir: epath.Path) -> Params:
         trainable, frozen = state_lib.split(setup.fresh_params(run)[0], run.frozen_patterns)
         return state_lib.merge(trainable, setup.hold(run, frozen))
     abstract = state_lib.merge(run.state.trainable, run.held)
-    return state_lib.unflatten(checkpoint.load_params(str(workdir), abstract))
+    return state_lib.unflatten(stored_params.load_params(str(workdir), abstract))
 
 
 def _means(found: list[tuple[int, Metrics]], records: Split, experiment: Experiment) -> tuple[dict[str, float], str]:

@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from ymplug_jax.core import config, durations, optim, quantize, sharding
+from ymplug_jax.core import config, durations, optim, quantize, sharding, stored_params
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Experiment
 from ymplug_jax.core.exits import Mistake
@@ -267,12 +267,11 @@ def initialise(run: Run, checkpoints: "checkpoint.Checkpoints") -> tuple[TrainSt
     The state comes from the run's newest checkpoint, if there is one, and the frozen parameters are in the form used on the devices.
     Else both come from `fresh_state`, in their stored form; pass them to `hold`.
     """
-    from ymplug_jax.core import checkpoint  # imported here, because benchmarks run without Orbax
 
     step = checkpoints.latest_step()
     if step is not None:
         state, seen = checkpoints.restore(run.state, step)
-        frozen = checkpoint.load_params(str(checkpoints.folder.parent), run.held) if run.frozen else {}
+        frozen = stored_params.load_params(str(checkpoints.folder.parent), run.held) if run.frozen else {}
         flat = state_lib.flatten(state_lib.merge(run.state.trainable, run.frozen))
         return state, state_lib.unflatten(frozen), seen, dict.fromkeys(flat, f"this run, step {step}")
     fresh, frozen, origin = fresh_state(run)
@@ -329,13 +328,13 @@ def init_from(run: Run, *, values: bool = True) -> tuple[dict[str, jax.Array], d
     Raises:
       CheckpointError: a folder has no checkpoint, or its parameters do not fit the model.
     """
-    from ymplug_jax.core import checkpoint, checkpoint_files
+    from ymplug_jax.core import checkpoint_files
 
     abstract = state_lib.merge(run.state.trainable, _through_host(run))
     loaded: dict[str, jax.Array] = {}
     origin: dict[str, str] = {}
     for subtree, stored_as, folder in checkpoint_files.sources(run.experiment.train.init_from):
-        part = checkpoint.load_params(
+        part = stored_params.load_params(
             folder,
             abstract,
             subtree=subtree,

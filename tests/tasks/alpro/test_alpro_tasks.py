@@ -14,7 +14,7 @@ from etils import epath
 
 import shards
 from task_rows import batch_of, kept_of, rows_of
-from ymplug_jax.core import checkpoint, checkpoint_files, sharding
+from ymplug_jax.core import checkpoint, checkpoint_files, sharding, stored_params
 from ymplug_jax.core import state as state_lib
 from ymplug_jax.core.config import Data, Experiment, Optim, Train
 from ymplug_jax.core.metrics import read_metrics
@@ -284,7 +284,7 @@ def test_a_run_on_still_images_and_clips_resumes_bit_for_bit(
     want, got = ([(line["step"], line["loss"], line["entity_loss"]) for line in one] for one in lines)
     assert got == want and [step for step, *_ in want] == [1, 2, 3, 4, 5, 6]
     run = setup.prepare(made)
-    trained = [checkpoint.load_params(str(tmp_path / name), run.state.trainable) for name in ("straight", "resumed")]
+    trained = [stored_params.load_params(str(tmp_path / name), run.state.trainable) for name in ("straight", "resumed")]
     assert all(
         np.asarray(leaf).tobytes() == np.asarray(trained[1][path]).tobytes() for path, leaf in trained[0].items()
     )
